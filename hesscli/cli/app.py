@@ -1,0 +1,162 @@
+"""The ``hesscli`` program: its commands, and what each error means to the shell."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from hesscli import __version__
+from hesscli.cli import check, init, schema, trace
+from hesscli.cli.command import Command
+from hesscli.cli.console import Console, first_line, interrupts
+from hesscli.errors import ExitCode, HesscliError, UnsoundError, UsageError
+
+EXAMPLES = """\
+Examples:
+
+  hesscli init model.pt                  write a spec to fill in
+  hesscli check model.pt                 is it sound, and what will a run cost?
+  hesscli trace model.pt --rtol 2%       the Hessian's trace, with error bars
+  hesscli trace --out json | jq .trace   for scripts
+"""
+
+app = typer.Typer(
+    name="hesscli",
+    help="A curvature microscope for trained PyTorch networks.",
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+COMMANDS: dict[str, tuple[Callable[..., ExitCode], str]] = {
+    "check": (check.check, check.EXAMPLES),
+    "init": (init.init, init.EXAMPLES),
+    "trace": (trace.trace, trace.EXAMPLES),
+    "schema": (schema.schema, schema.EXAMPLES),
+}
+for name, (function, examples) in COMMANDS.items():
+    app.command(name, cls=Command, epilog=examples)(function)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hesscli {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _hesscli(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Say the version."),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: the words after the program's name; default those of this process.
+
+    Returns:
+        The exit code.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    program = typer.main.get_command(app)
+    if "_HESSCLI_COMPLETE" in os.environ:
+        program.main(prog_name="hesscli")  # answers the shell that completes, and exits
+    console = Console.open()
+    code = int(ExitCode.OK)
+    try:
+        code = _run(program, args, console)
+        console.flush()
+    except OSError:  # the reader has left, or it has been said what could not be written
+        console.abandon()
+    return code
+
+
+def _run(program: Any, args: list[str], console: Console) -> int:
+    context = None
+    try:
+        with interrupts():
+            context = program.make_context("hesscli", list(args), obj=console)
+            with context:
+                code = program.invoke(context)
+            console.flush()
+        return int(code or ExitCode.OK)
+    except typer.Exit as finished:
+        return finished.exit_code
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        # A command may have replaced the console by one that is quieter or more verbose.
+        return report(error, context.obj if context else console, args)
+
+
+def report(error: BaseException, console: Console, args: Sequence[str]) -> ExitCode:
+    """Say what went wrong, and give the exit code that stands for it."""
+    if isinstance(error, KeyboardInterrupt):
+        console.note("interrupted before there was a result")
+        return ExitCode.INTERRUPTED
+    known = explain(error, args, verbose=console.verbose)
+    console.error(known)
+    return known.exit_code
+
+
+def explain(error: BaseException, args: Sequence[str], *, verbose: bool) -> HesscliError:
+    """Any error in three lines for people."""
+    if isinstance(error, HesscliError):
+        return error
+    if isinstance(error, TyperException):
+        return _misuse(error, args)
+    if _is_out_of_memory(error):
+        return UnsoundError(
+            "there is not enough memory",
+            first_line(error),
+            "smaller batches with --batch-size, another --device, or fewer --examples",
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return UsageError("the disk is full", first_line(error), "free some space, then run again")
+    versions = f"hesscli {__version__}, torch {version('torch')}"
+    return HesscliError(
+        f"hesscli has a bug, or met something it does not know: {type(error).__name__}",
+        first_line(error),
+        f"{'a' if verbose else '-v for the traceback, and a'} bug report that names {versions}, "
+        f"Python {platform.python_version()} and {platform.platform(terse=True)}",
+        tuple("".join(traceback.format_exception(error)).splitlines()) if verbose else (),
+    )
+
+
+def _misuse(error: TyperException, args: Sequence[str]) -> UsageError:
+    near = getattr(error, "possibilities", None) or []
+    message = error.message if near else error.format_message()
+    what, _, suggestion = message.partition(" Did you mean ")
+    near = near or re.findall("'([^']+)'", suggestion)
+    command = ["hesscli", *(args[:1] if args[0] in COMMANDS else [])]
+    return UsageError(
+        what[:1].lower() + what[1:].removesuffix("."),
+        shlex.join(["hesscli", *args]),
+        " or ".join(near) if near else f"{' '.join(command)} --help",
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    return (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+        or "DefaultCPUAllocator" in str(error)  # a plain RuntimeError on a CPU
+    )

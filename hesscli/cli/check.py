@@ -1,0 +1,77 @@
+"""``hesscli check``: is the problem sound, and what will the other commands cost?"""
+
+from __future__ import annotations
+
+import typer
+
+from hesscli.cli import options
+from hesscli.cli.command import loudness
+from hesscli.cli.delivery import deliver, prepare_output
+from hesscli.errors import ExitCode
+
+EXAMPLES = """\
+Examples:
+
+  hesscli check model.pt
+  hesscli check model.pt --examples all --rtol 1%
+  hesscli check --out json --dir -
+"""
+
+
+def check(
+    context: typer.Context,
+    checkpoint: options.Checkpoint = None,
+    spec: options.Spec = None,
+    matrix: options.Matrix = "hessian",
+    examples: options.Examples = "4096",
+    weight_decay: options.WeightDecay = None,
+    batch_size: options.BatchSize = None,
+    trust: options.Trust = False,
+    rtol: options.RelativeTolerance = None,
+    atol: options.AbsoluteTolerance = None,
+    confidence: options.Confidence = 0.95,
+    budget: options.Budget = 600.0,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    mode: options.Mode = "auto",
+    out: options.Out = "table",
+    directory: options.Directory = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> ExitCode:
+    """Check that checkpoint, spec and loss are sound, and plan what a run will take."""
+    from hesscli.diagnostics.check import check as inspect
+    from hesscli.problem.loading import load
+    from hesscli.render.table import check_table
+
+    console = loudness(context, quiet=quiet, verbose=verbose)
+    with console.working() as observe:
+        problem = load(
+            checkpoint,
+            spec=spec,
+            examples=examples,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            weight_decay=weight_decay,
+            trust=trust,
+            seed=seed,
+            observe=observe,
+        )
+        console.warn(*problem.warnings)
+        folder = prepare_output(directory, problem.checkpoint)
+        result = inspect(
+            problem,
+            matrix=matrix,
+            rtol=options.relative_tolerance(rtol, atol),
+            atol=atol,
+            confidence=confidence,
+            budget=budget,
+            seed=seed,
+            mode=mode,
+            observe=observe,
+        )
+    console.warn(*(text for text in result.warnings if text not in problem.warnings))
+    deliver(result, console, out=out, folder=folder, table=lambda: check_table(result))
+    return ExitCode.OK

@@ -1,0 +1,48 @@
+"""What every command has: a bare ``--layer``, and a console that knows how much to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from hesscli.cli.console import Console
+
+EVERY_LAYER = "*"
+
+
+class Command(TyperCommand):
+    """A command on which ``--layer`` may stand without a pattern."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments once each bare ``--layer`` has its pattern."""
+        return super().parse_args(ctx, fill_bare_layers(args))
+
+
+def fill_bare_layers(args: Sequence[str]) -> list[str]:
+    """Give each bare ``--layer`` the pattern that takes every layer.
+
+    It is bare where it stands last, before another option, or before an existing file, which
+    is the checkpoint.
+    """
+    end = args.index("--") if "--" in args else len(args)
+    following = [*args[1:end], "--"]
+    filled = [
+        f"--layer={EVERY_LAYER}"
+        if arg == "--layer" and (after.startswith("-") or Path(after).is_file())
+        else arg
+        for arg, after in zip(args[:end], following, strict=False)
+    ]
+    return [*filled, *args[end:]]
+
+
+def loudness(context: typer.Context, *, quiet: bool, verbose: bool) -> Console:
+    """The run's console, told how much to say; error reports follow it too."""
+    root = context.find_root()
+    root.obj = replace(root.obj, quiet=quiet, verbose=verbose)
+    console: Console = root.obj
+    return console

@@ -1,0 +1,164 @@
+"""What a run says, and where: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.text import Text
+
+from hesscli.cli.progress import ProgressLine
+from hesscli.errors import ExitCode, HesscliError
+from hesscli.results import Observe, Snapshot
+
+PIPE_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe, unless COLUMNS says otherwise."""
+
+
+class _Rich(RichConsole):
+    """A rich console that leaves a closed pipe to the caller instead of ending the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+@dataclass(frozen=True)
+class Console:
+    """The two streams, and how much to say on them.
+
+    ``live`` is true where stderr is a terminal on which one line can be redrawn.
+    """
+
+    out: RichConsole
+    err: RichConsole
+    live: bool
+    quiet: bool = False
+    verbose: bool = False
+
+    @classmethod
+    def open(cls) -> Console:
+        """Look at the process's streams and environment, once."""
+        stdout = sys.stdout = _writable(sys.stdout)
+        stderr = sys.stderr = _writable(sys.stderr)
+        live = stderr.isatty() and os.environ.get("TERM") != "dumb"
+        return cls(out=_rich(stdout), err=_rich(stderr), live=live)
+
+    def show(self, result: RenderableType) -> None:
+        """A result for people, to stdout."""
+        self.out.print(result)
+
+    def write(self, document: str) -> None:
+        """A result for programs, to stdout, as it is."""
+        self.out.file.write(document)
+
+    def note(self, text: str) -> None:
+        """A line that -q silences."""
+        if not self.quiet:
+            self._say(Text(text))
+
+    def warn(self, *warnings: str) -> None:
+        """Lines that warn, which -q silences too."""
+        for text in () if self.quiet else warnings:
+            self._say(Text.assemble(("warning: ", "yellow"), text))
+
+    def error(self, error: HesscliError) -> None:
+        """An error's lines, whatever -q says."""
+        self._say(Text.assemble(("error: ", "bold red"), str(error)))
+
+    @contextmanager
+    def working(self) -> Iterator[Observe]:
+        """A stretch of long work: a live progress line, and a stdout that only results reach.
+
+        Whatever the user's own code prints, or a library warns about, goes to stderr.
+        """
+        with warnings.catch_warnings(), redirect_stdout(self.err.file):
+            warnings.showwarning = lambda message, *_, **__: self.warn(first_line(message))
+            with ProgressLine(self.err, live=self.live and not self.quiet) as line:
+                yield self._announcing(line.observe) if self.verbose else line.observe
+
+    def abandon(self) -> None:
+        """Let nothing more be written: a reader has closed the pipe."""
+        # Otherwise the interpreter flushes at exit and complains about the pipe again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (self.out.file, self.err.file):
+            with suppress(OSError):
+                os.dup2(nowhere, stream.fileno())
+
+    def flush(self) -> None:
+        """Write out what is buffered, while errors can still be told."""
+        self.out.file.flush()
+        self.err.file.flush()
+
+    def _say(self, text: Text) -> None:
+        self.err.print(text, soft_wrap=True)
+
+    def _announcing(self, observe: Observe) -> Observe:
+        began = time.monotonic()
+        phases: list[str] = []
+
+        def announce(snapshot: Snapshot) -> bool:
+            if snapshot.phase not in phases:
+                phases.append(snapshot.phase)
+                self.note(f"{time.monotonic() - began:8.1f} s  {snapshot.phase}")
+            return observe(snapshot)
+
+        return announce
+
+
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """Make the first Ctrl-C raise KeyboardInterrupt, and the second end the process at once.
+
+    Where the caller has SIGINT ignored (nohup, a background job) or handled, it stays so.
+    """
+
+    def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGINT, quit_at_once)
+        raise KeyboardInterrupt
+
+    def quit_at_once(_signal: int, _frame: FrameType | None) -> NoReturn:
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h")  # the live line hides the cursor
+        os._exit(ExitCode.INTERRUPTED)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _writable(stream: TextIO | None) -> TextIO:
+    """The stream, which from now on writes ``?`` for what its encoding lacks."""
+    if stream is None:  # closed by the caller, as with ``>&-``
+        return open(os.devnull, "w", encoding="utf-8")
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+    return stream
+
+
+def _rich(stream: TextIO) -> RichConsole:
+    width = None if stream.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH
+    if os.environ.get("NO_COLOR"):
+        return _Rich(file=stream, width=width, color_system=None, highlight=False, emoji=False)
+    return _Rich(file=stream, width=width, highlight=False, emoji=False)
+
+
+def first_line(message: object) -> str:
+    """The first line of what an exception or a warning says."""
+    return next(iter(str(message).strip().splitlines()), "no message")

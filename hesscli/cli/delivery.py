@@ -1,0 +1,120 @@
+"""What happens to a result: which layers it shows, its files, and stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+from hesscli.cli.console import Console
+from hesscli.errors import InputError, UsageError
+from hesscli.results import CheckpointReport, CheckResult, TraceResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+    from hesscli.problem.problem import Problem
+
+ResultT = TypeVar("ResultT", TraceResult, CheckResult)
+
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors")
+NO_FILES = Path("-")
+
+
+def select_layers(patterns: Sequence[str], problem: Problem) -> tuple[str, ...] | None:
+    """The layers that any of the patterns takes, in the model's order; None without patterns.
+
+    Raises:
+        InputError: a pattern matches nothing and looks like a checkpoint that is not there.
+        UsageError: a pattern matches nothing.
+    """
+    from hesscli.parameters import match_layers
+
+    chosen: set[str] = set()
+    for pattern in patterns:
+        try:
+            chosen.update(match_layers(pattern, problem.layer_names, problem.parameter_names))
+        except UsageError:
+            if pattern.endswith(CHECKPOINT_SUFFIXES):
+                raise InputError(
+                    "file not found",
+                    f"{pattern} after --layer; no layer has that name either",
+                    "the checkpoint's path, or a pattern such as --layer 'conv*'",
+                ) from None
+            raise
+    return tuple(name for name in problem.layer_names if name in chosen) if patterns else None
+
+
+def prepare_output(folder: Path | None, checkpoint: CheckpointReport | None) -> Path | None:
+    """The folder for files, made and tried before the long work; None for no files."""
+    from hesscli.storage import prepare_folder
+
+    if folder == NO_FILES:
+        return None
+    if folder is None:
+        path = Path(checkpoint.path).resolve() if checkpoint else Path("model")
+        folder = Path("hesscli-out", "-".join(filter(None, (path.parent.name, path.stem))))
+    return prepare_folder(folder)
+
+
+def deliver(
+    result: ResultT,
+    console: Console,
+    *,
+    out: str,
+    folder: Path | None,
+    table: Callable[[], RenderableType],
+    figure: Callable[[ResultT], Figure] | None = None,
+) -> None:
+    """Write a result's files and print it.
+
+    Args:
+        result: what the command found.
+        console: where to print.
+        out: what stdout carries, ``table`` or ``json``.
+        folder: where files go; None for none.
+        table: makes what people read.
+        figure: draws the picture, where the command has one.
+    """
+    from hesscli.render.document import to_json
+
+    try:
+        if folder is not None:
+            result = _save(result, console, folder, figure)
+    finally:  # a full disk must not cost the user the numbers
+        if out == "json":
+            console.write(to_json(result))
+        else:
+            console.show(table())
+
+
+def _save(
+    result: ResultT,
+    console: Console,
+    folder: Path,
+    figure: Callable[[ResultT], Figure] | None,
+) -> ResultT:
+    from hesscli.render.document import to_json
+
+    files = {"json": folder / f"{result.command}.json"}
+    if figure is not None:
+        from hesscli.render.figure import save_figure
+
+        files |= save_figure(figure(result), folder, result.command)
+    result = replace(result, files={kind: str(path) for kind, path in files.items()})
+    write_text(files["json"], to_json(result))
+    for path in files.values():
+        console.note(f"wrote {path}")
+    return result
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a text file, whole or not at all."""
+    from hesscli.storage import write_atomically
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(text.encode())
+
+    write_atomically(path, write)

@@ -1,0 +1,294 @@
+"""The options that commands share: how each is written, read and refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hesscli.cli import reading
+from hesscli.errors import UsageError
+
+MATRICES = ("hessian", "ggn", "fisher", "empirical-fisher")
+MODES = ("auto", "double-backward", "forward-over-reverse", "finite-difference")
+DTYPES = ("float32", "float64")
+OUTPUTS = ("table", "json")
+
+PROBLEM, ACCURACY, COMPUTE, OUTPUT = "Problem", "Accuracy", "Computation", "Output"
+
+
+def relative_tolerance(rtol: float | None, atol: float | None) -> float | None:
+    """5% unless a tolerance was asked for; an absolute one alone is the only one that counts."""
+    return 0.05 if rtol is None and atol is None else rtol
+
+
+def _option(
+    *flags: str, read: Callable[[str], Any], must: str, example: str, **settings: Any
+) -> Any:
+    """An option whose refusal says what it must be and shows one that works."""
+
+    def parse(value: Any) -> Any:
+        if not isinstance(value, str):  # a default, which is a value already
+            return value
+        try:
+            return read(value.strip())
+        except ValueError:
+            raise UsageError(f"{flags[0]} must be {must}", repr(value), example) from None
+
+    return typer.Option(*flags, parser=parse, show_default=False, **settings)
+
+
+def _choice(*flags: str, choices: Sequence[str], **settings: Any) -> Any:
+    """An option that takes one of a few names, which shells complete and refusals suggest."""
+
+    def parse(value: Any) -> Any:
+        if value is None or value in choices:
+            return value
+        near = [choice for choice in choices if choice.startswith(str(value))]
+        near = near or difflib.get_close_matches(str(value), choices)
+        raise UsageError(
+            f"{flags[0]} must be {_listed(choices)}",
+            repr(value),
+            f"{flags[0]} {(near or choices)[0]}",
+        )
+
+    return typer.Option(
+        *flags,
+        parser=parse,
+        autocompletion=lambda: list(choices),
+        metavar="NAME",
+        show_default=False,
+        **settings,
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _path(*flags: str, **settings: Any) -> Any:
+    return typer.Option(*flags, show_default=False, **settings)
+
+
+Checkpoint = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        show_default=False,
+        help="A .pt, .pth, .safetensors or .pt2 file; may be left out where the spec names one.",
+    ),
+]
+Spec = Annotated[
+    Path | None,
+    _path(
+        "--spec",
+        metavar="FILE",
+        rich_help_panel=PROBLEM,
+        help="The spec: model, data and loss. Default: CHECKPOINT's name with .toml, else "
+        "hesscli.toml beside it or here.",
+    ),
+]
+Matrix = Annotated[
+    str,
+    _choice(
+        "--matrix",
+        choices=MATRICES,
+        rich_help_panel=PROBLEM,
+        help=f"{_listed(MATRICES)}. Default: hessian.",
+    ),
+]
+Examples = Annotated[
+    str,
+    _option(
+        "--examples",
+        read=reading.examples,
+        must="a number of examples, all, or first:N",
+        example="--examples 4096, --examples all or --examples first:1000",
+        metavar="N|all|first:N",
+        rich_help_panel=PROBLEM,
+        help="How many examples to keep, drawn by the seed. Default: 4096.",
+    ),
+]
+WeightDecay = Annotated[
+    float | None,
+    _option(
+        "--weight-decay",
+        read=reading.non_negative,
+        must="a number, 0 or more",
+        example="--weight-decay 1e-4",
+        metavar="X",
+        rich_help_panel=PROBLEM,
+        help="Add X/2 times the squared parameters to the loss. Default: as the spec says.",
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    _option(
+        "--batch-size",
+        read=reading.count,
+        must="a whole number, 1 or more",
+        example="--batch-size 64",
+        metavar="N",
+        rich_help_panel=PROBLEM,
+        help="Examples in a batch. Default: as the spec says.",
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        rich_help_panel=PROBLEM,
+        help="Let the checkpoint run code as it loads. Only for files whose maker you trust.",
+    ),
+]
+RelativeTolerance = Annotated[
+    float | None,
+    _option(
+        "--rtol",
+        read=reading.fraction,
+        must="a percentage, or a fraction, above 0",
+        example="--rtol 5% or --rtol 0.05",
+        metavar="PERCENT",
+        rich_help_panel=ACCURACY,
+        help="Stop once the error bar is this small beside the estimate; exit 5 if that was "
+        "not reached. Default: 5%, and no exit 5.",
+    ),
+]
+AbsoluteTolerance = Annotated[
+    float | None,
+    _option(
+        "--atol",
+        read=reading.positive,
+        must="a number above 0",
+        example="--atol 0.1",
+        metavar="X",
+        rich_help_panel=ACCURACY,
+        help="Stop once the error bar is this small; exit 5 if that was not reached.",
+    ),
+]
+Confidence = Annotated[
+    float,
+    _option(
+        "--confidence",
+        read=reading.confidence,
+        must="a percentage, or a fraction, between 0 and 1",
+        example="--confidence 95% or --confidence 0.95",
+        metavar="PERCENT",
+        rich_help_panel=ACCURACY,
+        help="How often the intervals hold. Default: 95%.",
+    ),
+]
+Budget = Annotated[
+    float | None,
+    _option(
+        "--budget",
+        read=reading.duration,
+        must="a time, or none",
+        example="--budget 10m, --budget 90s, --budget 1h30m or --budget none",
+        metavar="TIME",
+        rich_help_panel=ACCURACY,
+        help="Stop after this long with what there is. Default: 10m.",
+    ),
+]
+Probes = Annotated[
+    reading.ProbeRange | None,
+    _option(
+        "--probes",
+        read=reading.probes,
+        must="a number of probes, or a range a:b with a below b",
+        example="--probes 64 or --probes 64:128",
+        metavar="N|a:b",
+        rich_help_panel=ACCURACY,
+        help="Use exactly these random probes, whatever the tolerance. Default: as many as it "
+        "takes.",
+    ),
+]
+Seed = Annotated[
+    int,
+    _option(
+        "--seed",
+        read=reading.whole,
+        must="a whole number, 0 or more",
+        example="--seed 0",
+        metavar="N",
+        rich_help_panel=ACCURACY,
+        help="Names the random probes and the examples kept. Default: 0.",
+    ),
+]
+Device = Annotated[
+    str,
+    _option(
+        "--device",
+        read=reading.device,
+        must="auto, cpu, cuda or cuda:NUMBER",
+        example="--device auto",
+        autocompletion=lambda: ["auto", "cpu", "cuda"],
+        metavar="auto|cpu|cuda:N",
+        rich_help_panel=COMPUTE,
+        help="Where to compute. Default: auto, a GPU where there is one.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    _choice(
+        "--dtype",
+        choices=DTYPES,
+        rich_help_panel=COMPUTE,
+        help=f"{_listed(DTYPES)}. Default: the model's own.",
+    ),
+]
+Mode = Annotated[
+    str,
+    _choice(
+        "--mode",
+        choices=MODES,
+        rich_help_panel=COMPUTE,
+        help=f"How products are differentiated: {_listed(MODES)}. Default: auto, the cheapest "
+        "that passes its checks.",
+    ),
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        metavar="GLOB",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+        help="Report only matching layers; may be repeated. Without GLOB: every layer, in full "
+        "detail.",
+    ),
+]
+Out = Annotated[
+    str,
+    _choice(
+        "--out",
+        choices=OUTPUTS,
+        rich_help_panel=OUTPUT,
+        help="What stdout carries: table or json. Default: table.",
+    ),
+]
+Directory = Annotated[
+    Path | None,
+    _path(
+        "--dir",
+        metavar="FOLDER",
+        rich_help_panel=OUTPUT,
+        help="Where files go; - writes none. Default: a folder for the checkpoint under "
+        "hesscli-out.",
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", rich_help_panel=OUTPUT, help="Say nothing but results and errors."
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", rich_help_panel=OUTPUT, help="Say each step; show tracebacks of bugs."
+    ),
+]

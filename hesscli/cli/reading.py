@@ -1,0 +1,104 @@
+"""From what is typed after an option to its value; ValueError where it cannot be meant."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+
+class ProbeRange(NamedTuple):
+    """The probes from ``start`` up to, not including, ``stop``."""
+
+    start: int
+    stop: int
+
+
+def fraction(text: str) -> float:
+    """``5%`` or ``0.05``; a plain number above 1 is a percentage that lacks its sign."""
+    value = float(text.removesuffix("%")) / 100 if text.endswith("%") else _at_most_one(text)
+    return _positive(value)
+
+
+def confidence(text: str) -> float:
+    """A percentage or fraction strictly between none and all."""
+    value = fraction(text)
+    if value >= 1:
+        raise ValueError
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    return _positive(float(text))
+
+
+def non_negative(text: str) -> float:
+    """A finite number, 0 or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+def duration(text: str) -> float | None:
+    """``1h30m``, ``90s``, ``600`` (seconds), in seconds; None for ``none``, no limit."""
+    if text == "none":
+        return None
+    number = r"(\d+(?:\.\d*)?|\.\d+)"
+    parts = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", text)
+    if parts is None:
+        raise ValueError
+    hours, minutes, seconds = (float(part or 0) for part in parts.groups())
+    return _positive(3600 * hours + 60 * minutes + seconds)
+
+
+def count(text: str) -> int:
+    """A whole number, 1 or more."""
+    value = whole(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def whole(text: str) -> int:
+    """A whole number from 0 to the largest that 63 bits hold."""
+    if not re.fullmatch("[0-9]{1,19}", text) or int(text) >= 2**63:
+        raise ValueError
+    return int(text)
+
+
+def probes(text: str) -> ProbeRange:
+    """``N`` or ``a:b``."""
+    first, colon, last = text.rpartition(":")
+    probes = ProbeRange(whole(first) if colon else 0, whole(last))
+    if probes.start >= probes.stop:
+        raise ValueError
+    return probes
+
+
+def examples(text: str) -> str:
+    """``N``, ``all`` or ``first:N``, as it was typed."""
+    if text != "all":
+        count(text.removeprefix("first:"))
+    return text
+
+
+def device(text: str) -> str:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:i``."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise ValueError
+    return text
+
+
+def _at_most_one(text: str) -> float:
+    value = float(text)
+    if value > 1:
+        raise ValueError
+    return value
+
+
+def _positive(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value

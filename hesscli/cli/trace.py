@@ -1,0 +1,111 @@
+"""``hesscli trace``: the trace of a curvature matrix, whole and by layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import typer
+
+from hesscli.cli import options
+from hesscli.cli.command import EVERY_LAYER, loudness
+from hesscli.cli.delivery import deliver, prepare_output, select_layers
+from hesscli.errors import ExitCode
+from hesscli.results import TraceResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXAMPLES = """\
+Examples:
+
+  hesscli trace model.pt                       to 5%, or what ten minutes give
+  hesscli trace model.pt --rtol 1% --budget 1h
+  hesscli trace --layer 'conv*' --layer head   only these layers
+  hesscli trace --layer                        every layer, in full detail
+  hesscli trace --matrix ggn --out json --dir - > trace.json
+"""
+
+
+def trace(
+    context: typer.Context,
+    checkpoint: options.Checkpoint = None,
+    spec: options.Spec = None,
+    matrix: options.Matrix = "hessian",
+    examples: options.Examples = "4096",
+    weight_decay: options.WeightDecay = None,
+    batch_size: options.BatchSize = None,
+    trust: options.Trust = False,
+    rtol: options.RelativeTolerance = None,
+    atol: options.AbsoluteTolerance = None,
+    confidence: options.Confidence = 0.95,
+    budget: options.Budget = 600.0,
+    probes: options.Probes = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    mode: options.Mode = "auto",
+    layers: options.Layers = None,
+    out: options.Out = "table",
+    directory: options.Directory = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> ExitCode:
+    """Estimate the trace of the Hessian, whole and layer by layer, with error bars.
+
+    Ctrl-C ends the run with the result so far; a second one quits at once.
+    """
+    from hesscli.diagnostics.trace import trace as estimate
+    from hesscli.problem.loading import load
+    from hesscli.render.table import trace_table
+
+    console = loudness(context, quiet=quiet, verbose=verbose)
+    with console.working() as observe:
+        problem = load(
+            checkpoint,
+            spec=spec,
+            examples=examples,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            weight_decay=weight_decay,
+            trust=trust,
+            seed=seed,
+            observe=observe,
+        )
+        console.warn(*problem.warnings)
+        shown = select_layers(layers or (), problem)
+        folder = prepare_output(directory, problem.checkpoint)
+        result = estimate(
+            problem,
+            matrix=matrix,
+            rtol=options.relative_tolerance(rtol, atol),
+            atol=atol,
+            confidence=confidence,
+            budget=budget,
+            probes=probes,
+            seed=seed,
+            mode=mode,
+            observe=observe,
+        )
+    console.warn(*(text for text in result.warnings if text not in problem.warnings))
+    selected = tuple(layer for layer in result.layers if shown is None or layer.name in shown)
+    deliver(
+        replace(result, layers=selected),
+        console,
+        out=out,
+        folder=folder,
+        table=lambda: trace_table(result, shown=shown, full=EVERY_LAYER in (layers or ())),
+        figure=draw,
+    )
+    if result.status == "interrupted":
+        return ExitCode.INTERRUPTED
+    missed = result.status not in ("exact", "converged")
+    return ExitCode.TOLERANCE if missed and (rtol or atol) else ExitCode.OK
+
+
+def draw(result: TraceResult) -> Figure:
+    """The picture; matplotlib is loaded only where one is wanted."""
+    from hesscli.render.figure import trace_figure
+
+    return trace_figure(result)

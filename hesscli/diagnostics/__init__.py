@@ -1,0 +1,1 @@
+"""One question a file: from a Problem to a frozen result."""

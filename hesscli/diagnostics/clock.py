@@ -1,0 +1,48 @@
+"""A run's time: its limit, and the observer's line."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from hesscli.results import Observe, Snapshot
+
+
+class Stopped(Exception):  # noqa: N818 (no error: somebody wants the result so far)
+    """The observer wants no more."""
+
+
+@dataclass
+class Clock:
+    """Time since the start, and whom to tell.
+
+    Args:
+        budget: seconds, or None for no limit.
+        observer: called with each snapshot.
+    """
+
+    budget: float | None
+    observer: Observe | None
+    _began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._began
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the budget is spent."""
+        return self.budget is not None and self.seconds > self.budget
+
+    def tell(self, phase: Any, **details: Any) -> None:
+        """Tell the observer.
+
+        Raises:
+            Stopped: the observer wants no more.
+        """
+        if self.observer is None:
+            return
+        if self.observer(Snapshot(phase=phase, seconds=self.seconds, **details)):
+            raise Stopped

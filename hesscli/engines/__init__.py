@@ -1,0 +1,1 @@
+"""Engines: resumable estimators that see an operator only through its products."""

@@ -1,0 +1,98 @@
+"""From a table to intervals: estimates, variances and rounding, layer by layer and in all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hesscli.engines.hutchinson.engine import Hutchinson
+from hesscli.engines.hutchinson.statistics import Array, MeanSquare, Table, half_width
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Numbers with half-widths, each ``(L + 1,)``: the layers, and the total last.
+
+    ``variance`` is about all available examples; ``rounding`` is part of ``half_width``.
+    ``fraction`` is the share of the loader's examples that they rest on.
+    """
+
+    table: Table
+    estimate: Array
+    variance: MeanSquare
+    half_width: Array
+    rounding: Array
+    fraction: float
+    miss: float
+
+    def interval(self, column: int = -1) -> tuple[float, float]:
+        """Of a layer, or of the total."""
+        value, width = float(self.estimate[column]), float(self.half_width[column])
+        return value - width, value + width
+
+    def population_interval(self) -> tuple[float, float] | None:
+        """Of the total, for unseen examples of the same kind."""
+        if self.table.between is None:
+            return None
+        width = half_width(self.table.variance(0.0), self.miss)[-1] + self.rounding[-1]
+        return float(self.estimate[-1] - width), float(self.estimate[-1] + width)
+
+    def data_half_width(self) -> float:
+        """The part of the total's half-width that no number of probes can take away."""
+        data = self.table.data_variance
+        if data is None or self.table.between is None:
+            return float(self.rounding[-1])
+        noise = MeanSquare((1 - self.fraction) * data, self.table.between.freedom)
+        return float(half_width(noise, self.miss)[-1] + self.rounding[-1])
+
+    def probes_for(self, wanted: float, probes: int) -> float | None:
+        """Probes that would give half-width ``wanted``, from the ``probes`` seen so far.
+
+        None where data noise alone is wider.
+        """
+        quantile = float(self.half_width[-1] - self.rounding[-1])
+        spread = float(np.sqrt(self.variance.value[-1]))
+        if spread == 0 or quantile == 0:
+            return float(probes)
+        allowed = (max(wanted - float(self.rounding[-1]), 0.0) * spread / quantile) ** 2
+        fixed = max(float(self.variance.value[-1] - self.table.probe.value[-1]), 0.0)
+        if allowed <= fixed:
+            return None
+        return probes * float(self.table.probe.value[-1]) / (allowed - fixed)
+
+
+def read(engine: Hutchinson, miss: float, relative_rounding: float) -> Reading | None:
+    """What an engine's table says with intervals that miss with probability ``miss``.
+
+    Args:
+        engine: rounds so far; a first round that was stopped counts as a sample of the batches.
+        miss: probability.
+        relative_rounding: error of a quadratic form relative to its size, root mean square.
+
+    Returns:
+        None before there is anything to read.
+    """
+    table = engine.table()
+    if table is None:
+        return None
+    # Where the loader's size is not known, intervals are about the kept examples.
+    fraction = (engine.operator.problem.sampling_fraction or 1.0) * engine.coverage()
+    variance = table.variance(fraction)
+    rounding = relative_rounding * table.root_mean_square
+    return Reading(
+        table=table,
+        estimate=table.estimate + _decay(engine),
+        variance=variance,
+        half_width=half_width(variance, miss) + rounding,
+        rounding=rounding,
+        fraction=fraction,
+        miss=miss,
+    )
+
+
+def _decay(engine: Hutchinson) -> Array:
+    """Weight decay's own share: its coefficient times the number of parameters, exactly."""
+    parameters = engine.operator.parameters
+    sizes = [sum(p.numel for p in parameters.in_layer(layer)) for layer in parameters.layers]
+    return engine.operator.decay * np.array([*sizes, parameters.size], dtype=np.float64)

@@ -1,0 +1,136 @@
+"""What a batch × probe table of quadratic forms says of the mean, and how surely.
+
+Cell (b, p) is vᵀA_b v for probe p on batch b: ``(C,)``, one entry a layer and one for the total.
+With fresh probes (each batch its own) the table is nested, with shared ones (all batches the
+same) it is crossed; each has its own variance formula, and the wrong one is off by factors.
+Batches are random groups of examples, a share f of all there are, and weigh by their mass, so
+means over batches are ratio estimates (Cochran 1977, "Sampling techniques", chapters 2 and 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+Design = Literal["fresh", "shared"]
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class MeanSquare:
+    """An estimate of a variance of the mean, ``(C,)``, with its degrees of freedom."""
+
+    value: Array
+    freedom: Array | float
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table reduced to its mean and mean squares.
+
+    ``probe`` is the variance that more probes shrink. ``between`` is that of the batch means,
+    which holds a part ``overlap`` of probe noise; both are None for a single batch.
+    """
+
+    estimate: Array
+    root_mean_square: Array
+    probe: MeanSquare
+    between: MeanSquare | None
+    overlap: MeanSquare | None
+
+    @property
+    def data_variance(self) -> Array | None:
+        """Variance that more examples shrink, without the finite-population factor."""
+        if self.between is None or self.overlap is None:
+            return None
+        return np.maximum(self.between.value - self.overlap.value, 0.0)
+
+    def variance(self, fraction: float) -> MeanSquare:
+        """Variance of the estimate when the examples are a share ``fraction`` of all.
+
+        probe + (1 − f)(between − overlap). At f = 1 only probe noise is left; f = 0 is the
+        variance for unseen examples.
+        """
+        if self.between is None or self.overlap is None or fraction == 1:
+            return self.probe
+        if self.overlap is self.probe:
+            parts = [(fraction, self.probe), (1 - fraction, self.between)]
+        else:
+            sampled = 1 - fraction
+            parts = [(1.0, self.probe), (sampled, self.between), (-sampled, self.overlap)]
+        total = sum((c * part.value for c, part in parts), np.zeros_like(self.estimate))
+        total = np.maximum(total, fraction * self.probe.value)
+        return MeanSquare(total, _freedom(total, [(c * m.value, m.freedom) for c, m in parts]))
+
+
+def reduce_table(cells: Sequence[Array], weights: Sequence[float], design: Design) -> Table:
+    """Reduce a table of quadratic forms.
+
+    Args:
+        cells: for each batch ``(P_b, C)``; at least two probes, shared ones in equal number.
+        weights: the batches' shares of the weight mass.
+        design: whether batches have probes of their own.
+    """
+    share = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    means = np.stack([cell.mean(0) for cell in cells])
+    estimate = share @ means
+    squares = share @ np.stack([np.square(cell).mean(0) for cell in cells])
+    probe = _within(cells, share) if design == "fresh" else _shared(cells, share)
+    between = overlap = None
+    if (count := len(cells)) > 1:
+        residual = count * share[:, None] * (means - estimate)
+        between = MeanSquare(np.square(residual).sum(0) / (count * (count - 1)), count - 1)
+        overlap = probe if design == "fresh" else _interaction(cells, share)
+    return Table(estimate, np.sqrt(squares), probe, between, overlap)
+
+
+def half_width(variance: MeanSquare, miss: float) -> Array:
+    """Student half-width of a two-sided interval that misses with probability ``miss``."""
+    quantile = stdtrit(variance.freedom, 1 - miss / 2)
+    return np.asarray(quantile * np.sqrt(variance.value))
+
+
+def _within(cells: Sequence[Array], share: Array) -> MeanSquare:
+    """Fresh probes: Σ w_b² s_b² / P_b, each batch's own variance over its own probes."""
+    pairs = zip(share, cells, strict=True)
+    parts = [(w**2 * cell.var(0, ddof=1) / len(cell), len(cell) - 1) for w, cell in pairs]
+    total = np.sum([value for value, _ in parts], axis=0)
+    return MeanSquare(total, _freedom(total, parts))
+
+
+def _shared(cells: Sequence[Array], share: Array) -> MeanSquare:
+    """Shared probes: the variance over probes of the weighted sum over batches."""
+    forms = np.einsum("b,bpc->pc", share, np.stack(cells))
+    return MeanSquare(forms.var(0, ddof=1) / len(forms), len(forms) - 1)
+
+
+def _interaction(cells: Sequence[Array], share: Array) -> MeanSquare:
+    """Shared probes: what is left of a cell after its batch's and its probe's mean."""
+    table = np.stack(cells)
+    batches, probes, _ = table.shape
+    inner = batches * share[:, None, None] * (table - table.mean(1, keepdims=True))
+    residual = inner - inner.mean(0)
+    freedom = (batches - 1) * (probes - 1)
+    return MeanSquare(np.square(residual).sum((0, 1)) / (freedom * batches * probes), freedom)
+
+
+def _freedom(total: Array, parts: Sequence[tuple[Array, Array | float]]) -> Array:
+    """Degrees of freedom of a sum of mean squares.
+
+    Satterthwaite 1946, with Welch's correction (1947, "The generalization of Student's problem
+    when several different population variances are involved") for squares that are themselves
+    estimated: without it, parts of one or two degrees of freedom look far worse than they are.
+    """
+    noise = np.sum([np.square(value) / (freedom + 2) for value, freedom in parts], axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.square(total) / noise - 2
+    return np.where(noise > 0, np.maximum(ratio, 1.0), _CERTAIN)
+
+
+_CERTAIN = 1e9
+"""Degrees of freedom of a variance that is zero."""

@@ -1,0 +1,1 @@
+"""Curvature matrices as operators: Hessian, Gauss-Newton, Fisher."""

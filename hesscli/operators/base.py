@@ -1,0 +1,158 @@
+"""Operators: curvature matrices as weighted means of batch terms, seen only through products."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesscli.errors import UsageError
+from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Mode, Tensors
+from hesscli.parameters import Parameters
+from hesscli.problem.problem import Problem, WeightedBatch
+
+BLOCK_BYTES = 1 << 26
+"""Bytes of probes that are held at once (and as many of products)."""
+
+
+@dataclass
+class Meter:
+    """Work so far, in full-data units: forward 1/3, backward 2/3, by its share of the data."""
+
+    products: float = 0.0
+    gradients: float = 0.0
+
+
+@dataclass
+class Term:
+    """One batch's matrix on one retained graph, which is made by the first product."""
+
+    batch: WeightedBatch
+    operator: Operator
+    _apply: Apply | None = field(default=None, repr=False)
+
+    @property
+    def index(self) -> int:
+        """The batch's number."""
+        return self.batch.index
+
+    @property
+    def weight(self) -> float:
+        """The batch's share of the weight mass."""
+        return self.batch.weight
+
+    def apply(self, block: Tensor) -> Tensor:
+        """Products with a block of vectors: ``(k, d)`` to ``(k, d)``, in the problem's dtype."""
+        operator, share = self.operator, self.batch.count / self.operator.problem.data.count
+        with operator.problem.forward_context():
+            if self._apply is None:
+                self._apply = operator.live(self.batch)
+                operator.meter.gradients += operator.cost[0] * share
+            product = self._apply(block)
+        operator.meter.products += len(block) * share
+        operator.meter.gradients += len(block) * operator.cost[1] * share
+        return product
+
+
+class Operator(ABC):
+    """A symmetric d × d matrix of a :class:`Problem`: Σ weight_b · A_b + decay · I.
+
+    Args:
+        problem: model, loss and frozen examples.
+        parameters: the rows and columns; default all trainable ones.
+        mode: autodiff mode of the products.
+
+    ``A @ V`` takes ``(d,)`` or ``(d, k)``, as a tensor or an array, and gives the same kind.
+    """
+
+    name: str
+    kind: Kind
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        parameters: Parameters | None = None,
+        mode: Mode = "double-backward",
+    ) -> None:
+        self.problem, self.mode = problem, mode
+        self.parameters = problem.parameters if parameters is None else parameters
+        self.meter = Meter()
+
+    @abstractmethod
+    def parts(self, batch: WeightedBatch) -> tuple[Any, ...]:
+        """One batch's function, the tensors, and what stands between J and Jᵀ if anything."""
+
+    def live(self, batch: WeightedBatch) -> Apply:
+        """Products with one batch's matrix, without weight decay, in this operator's mode."""
+        return BUILDERS[self.kind][self.mode](*self.parts(batch))
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """Gradients for a batch's graph, and for each product."""
+        return COST[self.kind][self.mode]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, d)."""
+        return self.parameters.size, self.parameters.size
+
+    @property
+    def decay(self) -> float:
+        """Weight decay: the multiple of the identity that is added to the mean."""
+        return self.problem.weight_decay
+
+    def batches(self) -> Iterator[Term]:
+        """The terms, one at a time: a term's graph is freed when the next is taken."""
+        for batch in self.problem.batches():
+            yield Term(batch, self)
+
+    def restrict(self, pattern: str) -> Operator:
+        """The diagonal block of the parameters that a glob selects.
+
+        Raises:
+            UsageError: no parameter or layer matches.
+        """
+        return type(self)(self.problem, parameters=self.parameters.select(pattern), mode=self.mode)
+
+    def __matmul__(self, vectors: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        if isinstance(vectors, np.ndarray):
+            return (self @ torch.from_numpy(vectors)).numpy()  # type: ignore[union-attr]
+        if vectors.dim() not in (1, 2) or len(vectors) != self.parameters.size:
+            raise UsageError(
+                f"the operator is {self.shape[0]} × {self.shape[1]}",
+                f"vectors of shape {tuple(vectors.shape)}",
+                f"({self.shape[0]},) or ({self.shape[0]}, k)",
+            )
+        block = vectors.reshape(len(vectors), -1).T
+        return self.apply(block).T.reshape(vectors.shape).to(vectors)
+
+    def apply(self, block: Tensor) -> Tensor:
+        """Products with rows ``(k, d)``, summed over the batches in float64."""
+        rows = block.to(self.problem.device, self.problem.dtype)
+        total = self.decay * rows.double()
+        for term in self.batches():
+            for start in range(0, len(rows), self.block_size):
+                part = slice(start, start + self.block_size)
+                total[part] += term.weight * term.apply(rows[part]).double()
+        return total
+
+    @property
+    def block_size(self) -> int:
+        """Vectors that are handed to a term at once."""
+        bytes_each = self.parameters.size * self.problem.dtype.itemsize
+        return max(1, min(32, BLOCK_BYTES // max(1, bytes_each)))
+
+    def to_dense(self) -> Tensor:
+        """The whole matrix from unit vectors, float64 ``(d, d)`` on the CPU; for small d."""
+        identity = torch.eye(self.parameters.size, dtype=self.problem.dtype)
+        return self.apply(identity).T.contiguous().cpu()
+
+    def named(self, theta: Tensors | None) -> dict[str, Tensor] | None:
+        """Tensors for this operator's parameters by name, as the problem's functions take them."""
+        return None if theta is None else dict(zip(self.parameters.names, theta, strict=True))

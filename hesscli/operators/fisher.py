@@ -1,0 +1,69 @@
+"""Fisher matrices as Jᵀ A J of per-example losses."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hesscli.errors import UsageError
+from hesscli.operators.base import Operator
+from hesscli.operators.gauss_newton import GaussNewton, require_outputs
+from hesscli.operators.products import Apply, Function, Tensors
+from hesscli.problem.problem import Problem, WeightedBatch
+
+
+class Fisher(GaussNewton):
+    """The Fisher matrix of the model's own label distribution, computed as the Gauss-Newton.
+
+    The two are one matrix when the loss is the negative log-likelihood of an exponential family
+    in its natural parameters (cross-entropy, bce_with_logits; mse up to the noise variance).
+    """
+
+    name = "fisher"
+
+
+class EmpiricalFisher(Operator):
+    """Σ m_i g_i g_iᵀ / Σ m_i over examples, g_i the gradient of example i's own mean loss.
+
+    An example of a language model is a sequence, its mass m_i its unmasked tokens. Labels are
+    the data's, so this is not the Fisher matrix (Kunstner et al. 2019, arXiv 1905.12558).
+
+    Raises:
+        UsageError: examples cannot be told apart: a step loss, batches that are no rows of
+            examples, or batch norm in train mode.
+    """
+
+    name = "empirical-fisher"
+    kind = "sandwich"
+
+    def __init__(self, problem: Problem, **options: object) -> None:
+        super().__init__(problem, **options)  # type: ignore[arg-type]
+        require_outputs(problem, self.name)
+        if (module := problem.couples_examples) is not None:
+            raise UsageError(
+                "per-example gradients do not exist here",
+                f"{module} mixes the examples of a batch",
+                "[model] training = false",
+            )
+        if not problem.data.sliceable:
+            raise UsageError(
+                "per-example gradients need batches with one row an example",
+                "batches whose tensors differ in length",
+                "--matrix ggn or hessian",
+            )
+
+    @property
+    def decay(self) -> float:
+        """None: weight decay is no example's loss."""
+        return 0.0
+
+    def parts(self, batch: WeightedBatch) -> tuple[Function, Tensors, Apply]:
+        """The examples' losses and weights: no per-example gradient is formed."""
+        loss = self.problem.loss
+        masses = loss.masses(batch.data).to(self.problem.device, self.problem.dtype)
+
+        def each(theta: Tensors | None) -> Tensor:
+            outputs = self.problem.outputs(batch.data, self.named(theta))
+            return loss.numerators(outputs, batch.data) / masses.clamp_min(1e-30)
+
+        weights = masses / masses.sum()
+        return each, self.parameters.tensors, lambda pushed: pushed * weights

@@ -1,0 +1,62 @@
+"""The generalised Gauss-Newton matrix Jᵀ A J, A the loss's Hessian in the model's outputs.
+
+Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent",
+section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import UsageError
+from hesscli.operators.base import Operator
+from hesscli.operators.products import Apply, Function, Tensors, gradient, vector_jacobian
+from hesscli.problem.problem import Problem, WeightedBatch
+
+
+class GaussNewton(Operator):
+    """Jᵀ (∂²ℓ/∂f²) J over the model's outputs f; positive semidefinite for convex ℓ.
+
+    For cross-entropy and the other log-likelihoods with natural parameters it is the Fisher
+    matrix (Martens 2020, arXiv 1412.1193, section 9.2).
+
+    Raises:
+        UsageError: the loss does not expose the model's outputs.
+    """
+
+    name = "ggn"
+    kind = "sandwich"
+
+    def __init__(self, problem: Problem, **options: object) -> None:
+        super().__init__(problem, **options)  # type: ignore[arg-type]
+        require_outputs(problem, self.name)
+
+    def parts(self, batch: WeightedBatch) -> tuple[Function, Tensors, Apply]:
+        """The batch's outputs, and the loss's Hessian in them."""
+        with torch.no_grad():
+            outputs = self.problem.outputs(batch.data)
+        outputs = outputs.detach().requires_grad_()
+        slope = gradient(self.problem.loss.mean(outputs, batch.data), [outputs], create_graph=True)
+
+        def middle(pushed: Tensor) -> Tensor:
+            return vector_jacobian(slope, [outputs], [pushed]).view_as(pushed)
+
+        def function(theta: Tensors | None) -> Tensor:
+            return self.problem.outputs(batch.data, self.named(theta))
+
+        return function, self.parameters.tensors, middle
+
+
+def require_outputs(problem: Problem, matrix: str) -> None:
+    """Refuse losses that do not say how they read the outputs.
+
+    Raises:
+        UsageError: the loss is a step.
+    """
+    if not problem.loss.exposes_outputs:
+        raise UsageError(
+            f"--matrix {matrix} needs the model's outputs",
+            f"[loss] step = {problem.loss.name!r}",
+            "--matrix hessian, or [loss] name or factory",
+        )

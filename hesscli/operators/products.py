@@ -1,0 +1,208 @@
+"""Autodiff modes: pure functions that turn a live graph into matrix-vector products.
+
+Each returns ``apply(V)`` for a block ``V`` of shape ``(k, d)`` (one probe a row) and keeps what
+the probes of one batch can share. Double backward on a retained graph costs 1 gradient for the
+graph and 2 for each probe; forward-over-reverse repeats the primal, 3 a probe; central
+differences are 2 gradients a probe, for operations that no autodiff mode gets through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Mode = Literal["double-backward", "forward-over-reverse", "finite-difference"]
+Kind = Literal["hessian", "sandwich"]
+MODES: tuple[Mode, ...] = ("double-backward", "forward-over-reverse", "finite-difference")
+
+Apply = Callable[[Tensor], Tensor]
+Tensors = Sequence[Tensor]
+Function = Callable[[Tensors | None], Tensor]
+"""A live function of the parameters: at given tensors, or where the model stands (None)."""
+
+COST: dict[Kind, dict[Mode, tuple[float, float]]] = {
+    "hessian": {
+        "double-backward": (1, 2),
+        "forward-over-reverse": (0, 3),
+        "finite-difference": (0, 2),
+    },
+    "sandwich": {
+        "double-backward": (1, 4 / 3),
+        "forward-over-reverse": (1 / 3, 4 / 3),
+        "finite-difference": (1 / 3, 5 / 3),
+    },
+}
+"""Gradients for a batch's graph and for each product (forward 1/3, backward 2/3)."""
+
+STEP = 1e-5
+"""Step of central differences along a unit direction, in float64: rounding and curvature of the
+gradient meet there, and longer steps cross more kinks."""
+
+
+def gradient(value: Tensor, tensors: Tensors, *, create_graph: bool = False) -> list[Tensor]:
+    """Gradient of a scalar, zeros where the parameter is not reached."""
+    parts = torch.autograd.grad(
+        value, tensors, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return [part.to_dense() if part.is_sparse else part for part in parts]
+
+
+def flatten(parts: Tensors) -> Tensor:
+    """One vector from the parts' entries."""
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def unflatten(vector: Tensor, like: Tensors) -> list[Tensor]:
+    """Views of a flat vector in the shapes of ``like``."""
+    pieces = vector.split([t.numel() for t in like])
+    return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
+
+
+def vector_jacobian(outputs: Tensors, tensors: Tensors, weights: Tensors) -> Tensor:
+    """Flat ``Σ weightsᵀ ∂outputs/∂tensors``, keeping the graph for the next call.
+
+    Outputs that depend on nothing, as the gradient of a last bias can, count as constant.
+    """
+    live = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    if not live:
+        return torch.zeros_like(flatten(tensors))
+    parts = torch.autograd.grad(
+        [o for o, _ in live],
+        tensors,
+        [w for _, w in live],
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return flatten(parts)
+
+
+# -- Hessian of a scalar -----------------------------------------------------------------------
+
+
+def hessian_double_backward(function: Function, tensors: Tensors) -> Apply:
+    """Hv as the gradient of ⟨gradient, v⟩; the gradient's graph serves all probes."""
+    graph = gradient(function(None), tensors, create_graph=True)
+
+    def apply(block: Tensor) -> Tensor:
+        products = [vector_jacobian(graph, tensors, unflatten(v, tensors)) for v in block]
+        return torch.stack(products)
+
+    return apply
+
+
+def hessian_forward_over_reverse(function: Function, tensors: Tensors) -> Apply:
+    """Hv as the directional derivative of the gradient, all probes in one vmap."""
+    primals = tuple(t.detach() for t in tensors)
+
+    def product(vector: Tensor) -> Tensor:
+        tangents = tuple(unflatten(vector, tensors))
+        slope = torch.func.grad(lambda theta: function(theta))
+        return flatten(torch.func.jvp(slope, (primals,), (tangents,))[1])
+
+    return lambda block: torch.func.vmap(product, randomness="same")(block).detach()
+
+
+def hessian_finite_difference(function: Function, tensors: Tensors, step: float = STEP) -> Apply:
+    """Hv by central differences of the gradient along the unit direction of v."""
+
+    def at_current() -> Tensor:
+        return flatten(gradient(function(None), tensors)).detach()
+
+    def product(vector: Tensor) -> Tensor:
+        return _central_difference(at_current, tensors, vector, step)
+
+    return lambda block: torch.stack([product(v) for v in block])
+
+
+# -- Jᵀ A J through an intermediate value -------------------------------------------------------
+
+
+def sandwich_double_backward(function: Function, tensors: Tensors, middle: Apply) -> Apply:
+    """Jᵀ A J v, with J v by differentiating u ↦ Jᵀu, which is linear in u."""
+    value = function(None)
+    dummy = torch.zeros_like(value, requires_grad=True)
+    pulled = torch.autograd.grad(
+        value, tensors, dummy, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+    def product(vector: Tensor) -> Tensor:
+        pushed = vector_jacobian(pulled, [dummy], unflatten(vector, tensors)).view_as(value)
+        return vector_jacobian([value], tensors, [middle(pushed)])
+
+    return lambda block: torch.stack([product(v) for v in block])
+
+
+def sandwich_forward_over_reverse(function: Function, tensors: Tensors, middle: Apply) -> Apply:
+    """Jᵀ A J v, with J v by forward mode."""
+    primals = tuple(t.detach() for t in tensors)
+    value = function(None)
+
+    def product(vector: Tensor) -> Tensor:
+        tangents = tuple(unflatten(vector, tensors))
+        pushed = torch.func.jvp(lambda theta: function(theta), (primals,), (tangents,))[1]
+        return vector_jacobian([value], tensors, [middle(pushed.detach())])
+
+    return lambda block: torch.stack([product(v) for v in block])
+
+
+def sandwich_finite_difference(
+    function: Function, tensors: Tensors, middle: Apply, step: float = STEP
+) -> Apply:
+    """Jᵀ A J v, with J v by central differences of the value."""
+    value = function(None)
+
+    def at_current() -> Tensor:
+        with torch.no_grad():
+            return function(None).reshape(-1)
+
+    def product(vector: Tensor) -> Tensor:
+        pushed = _central_difference(at_current, tensors, vector, step).view_as(value)
+        parts = torch.autograd.grad(
+            function(None), tensors, middle(pushed), allow_unused=True, materialize_grads=True
+        )
+        return flatten([p.to_dense() if p.is_sparse else p for p in parts])
+
+    return lambda block: torch.stack([product(v) for v in block])
+
+
+BUILDERS: dict[Kind, dict[Mode, Callable[..., Apply]]] = {
+    "hessian": {
+        "double-backward": hessian_double_backward,
+        "forward-over-reverse": hessian_forward_over_reverse,
+        "finite-difference": hessian_finite_difference,
+    },
+    "sandwich": {
+        "double-backward": sandwich_double_backward,
+        "forward-over-reverse": sandwich_forward_over_reverse,
+        "finite-difference": sandwich_finite_difference,
+    },
+}
+
+
+def _central_difference(
+    evaluate: Callable[[], Tensor], tensors: Tensors, vector: Tensor, step: float
+) -> Tensor:
+    """Directional derivative of ``evaluate`` along ``vector``; the tensors are put back."""
+    length = vector.norm()
+    if length == 0:
+        return torch.zeros_like(evaluate())
+    direction = unflatten(vector * (step / length), tensors)
+    originals = [t.detach().clone() for t in tensors]
+    try:
+        _write(tensors, [o + d for o, d in zip(originals, direction, strict=True)])
+        ahead = evaluate()
+        _write(tensors, [o - d for o, d in zip(originals, direction, strict=True)])
+        behind = evaluate()
+    finally:
+        _write(tensors, originals)
+    return (ahead - behind) * (length / (2 * step))
+
+
+def _write(tensors: Tensors, values: Tensors) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)

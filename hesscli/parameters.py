@@ -1,0 +1,129 @@
+"""Named parameters as one flat vector: offsets, layers, selection by glob."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from hesscli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor and its place in the flat vector of the whole network.
+
+    ``offset`` counts in the full vector whatever is selected, so that probes, which are keyed
+    by it, do not change when the matrix is restricted.
+    """
+
+    name: str
+    layer: str
+    tensor: Tensor
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return self.tensor.numel()
+
+
+class Parameters(Sequence[Parameter]):
+    """An ordered selection of a network's trainable parameters.
+
+    A layer is the module that owns the tensors; tensors owned by the root are layers of their
+    own, and tied ones belong to their first owner.
+    """
+
+    def __init__(self, items: Iterable[Parameter]) -> None:
+        self._items = tuple(items)
+        self.tensors = tuple(p.tensor for p in self._items)
+        self.sizes = tuple(p.numel for p in self._items)
+        self.size = sum(self.sizes)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Parameters:
+        """All parameters of ``model`` that require a gradient, in its own order."""
+        items: list[Parameter] = []
+        offset = 0
+        for name, tensor in model.named_parameters():
+            if tensor.requires_grad:
+                items.append(Parameter(name, name.rpartition(".")[0] or name, tensor, offset))
+                offset += tensor.numel()
+        return cls(items)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameter names as in the checkpoint."""
+        return tuple(p.name for p in self._items)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer names, each once, in order."""
+        return tuple(dict.fromkeys(p.layer for p in self._items))
+
+    def in_layer(self, layer: str) -> tuple[Parameter, ...]:
+        """The parameters that ``layer`` owns."""
+        return tuple(p for p in self._items if p.layer == layer)
+
+    def select(self, pattern: str) -> Parameters:
+        """The parameters whose layer or own name matches ``pattern``.
+
+        Raises:
+            UsageError: nothing matches; the nearest names are in the hint.
+        """
+        match_layers(pattern, self.layers, self.names)
+        return Parameters(
+            p for p in self._items if matches(pattern, p.layer) or matches(pattern, p.name)
+        )
+
+    def split(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Views of a flat vector ``(size,)`` in the parameters' shapes."""
+        parts = torch.split_with_sizes(vector, self.sizes)
+        return tuple(v.view(p.tensor.shape) for v, p in zip(parts, self._items, strict=True))
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The inverse of :meth:`split`: one vector ``(size,)``."""
+        if not tensors:
+            return torch.zeros(0)
+        return torch.cat([t.reshape(-1) for t in tensors])
+
+    def layer_index(self) -> Tensor:
+        """For each parameter tensor, the position of its layer in :attr:`layers`."""
+        position = {layer: i for i, layer in enumerate(self.layers)}
+        return torch.tensor([position[p.layer] for p in self._items], dtype=torch.long)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob means ``name``: as a whole, or as a module that ``name`` lies under."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
+
+
+def match_layers(
+    pattern: str, layer_names: Sequence[str], parameter_names: Sequence[str]
+) -> tuple[str, ...]:
+    """Layers that a ``--layer`` glob selects, by their own name or one of their parameters'.
+
+    Raises:
+        UsageError: nothing matches.
+    """
+    owners = {name.rpartition(".")[0] or name for name in parameter_names if matches(pattern, name)}
+    found = tuple(n for n in layer_names if matches(pattern, n) or n in owners)
+    if not found:
+        near = difflib.get_close_matches(pattern.strip("*?"), layer_names, n=3, cutoff=0.3)
+        raise UsageError(
+            "no layer matches the pattern",
+            f"--layer {pattern!r}",
+            f"one of {', '.join(near or layer_names[:5])} (of {len(layer_names)} layers)",
+        )
+    return found

@@ -1,0 +1,1 @@
+"""The user's problem: a trained model, its loss and frozen examples."""

@@ -1,0 +1,121 @@
+"""Batches as users make them: tensors in tuples, lists and dicts, counted along dimension 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import InputError
+
+Batch = Any
+"""A tensor, or a tuple, list or mapping of batches; other leaves stay as they are."""
+
+_TARGET_KEYS = ("targets", "labels", "target", "label", "y")
+
+
+def map_leaves(function: Callable[[Any], Any], batch: Batch) -> Batch:
+    """The same tree with ``function`` applied to each leaf; named tuples keep their names."""
+    if isinstance(batch, Mapping):
+        return {key: map_leaves(function, value) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        make = getattr(batch, "_make", type(batch))
+        return make([map_leaves(function, value) for value in batch])
+    return function(batch)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """The same tree with ``function`` applied to each tensor."""
+    return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def leaves_of(batch: Batch) -> Iterator[Any]:
+    """All leaves of a batch, in order."""
+    if isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from leaves_of(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from leaves_of(value)
+    else:
+        yield batch
+
+
+def tensors_of(batch: Batch) -> Iterator[Tensor]:
+    """All tensors of a batch, in order."""
+    return (leaf for leaf in leaves_of(batch) if isinstance(leaf, Tensor))
+
+
+def size_of(batch: Batch) -> int:
+    """Number of examples: the first tensor's dimension 0."""
+    first = next(tensors_of(batch), None)
+    return 1 if first is None or first.dim() == 0 else len(first)
+
+
+def is_sliceable(batch: Batch) -> bool:
+    """Whether all leaves are tensors with one row an example, so that rows can be taken apart."""
+    leaves = list(leaves_of(batch))
+    return all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves) and (
+        len({len(leaf) for leaf in leaves}) == 1
+    )
+
+
+def rows(batch: Batch, start: int, stop: int) -> Batch:
+    """Examples ``start … stop`` of a sliceable batch."""
+    return map_tensors(lambda t: t[start:stop], batch)
+
+
+def place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """The batch on ``device``, floating tensors in ``dtype``; other tensors as stored."""
+
+    def move(t: Tensor) -> Tensor:
+        return t.to(device, dtype if t.is_floating_point() else t.dtype, non_blocking=True)
+
+    return map_tensors(move, batch)
+
+
+def split_batch(batch: Batch) -> tuple[tuple[Any, ...] | Mapping[str, Any], Any]:
+    """Model inputs and targets: the last of a tuple, or a mapping's targets, labels, ...
+
+    Raises:
+        InputError: the batch has no two parts.
+    """
+    if isinstance(batch, Mapping):
+        target = next((k for k in _TARGET_KEYS if k in batch), None)
+        rest = {k: v for k, v in batch.items() if k != target}
+        inputs = tuple(rest.values()) if len(rest) == 1 else rest
+        if target is not None and rest:
+            return inputs, batch[target]
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return tuple(batch[:-1]), batch[-1]
+    raise InputError(
+        "a batch needs inputs and targets",
+        f"a batch of type {type(batch).__name__}",
+        "batches (inputs, targets), a dict with 'targets', or [loss] step = 'module:function'",
+    )
+
+
+def output_tensor(raw: Any) -> Tensor:
+    """The tensor a loss reads: the output itself, its ``.logits``, or its first entry.
+
+    Raises:
+        InputError: the output holds no tensor.
+    """
+    if isinstance(raw, Tensor):
+        return raw
+    first: Any = None
+    if hasattr(raw, "logits"):
+        first = raw.logits
+    elif isinstance(raw, Mapping):
+        first = raw.get("logits", next(iter(raw.values()), None))
+    elif isinstance(raw, (tuple, list)) and raw:
+        first = raw[0]
+    if isinstance(first, Tensor):
+        return first
+    raise InputError(
+        "the model's output holds no tensor",
+        type(raw).__name__,
+        "a model that returns a tensor or .logits, or [loss] step = 'module:function'",
+    )

@@ -1,0 +1,127 @@
+"""From a checkpoint and a spec to a Problem."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hesscli.errors import InputError
+from hesscli.problem.checkpoint import Checkpoint, floating_dtype, load_state, read_checkpoint
+from hesscli.problem.data import TensorRows
+from hesscli.problem.factory import blamed_on_user, call_user, load_factory
+from hesscli.problem.losses import NAMED, Loss, StepLoss, UserLoss
+from hesscli.problem.problem import Problem, resolve_device
+from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec
+from hesscli.results import CheckpointReport, Observe
+
+
+def load(
+    checkpoint: Path | str | None = None,
+    *,
+    spec: Path | str | None = None,
+    examples: str | int = "4096",
+    device: str = "auto",
+    dtype: str | None = None,
+    batch_size: int | None = None,
+    weight_decay: float | None = None,
+    trust: bool = False,
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Problem:
+    """Load a checkpoint and the data that its spec names.
+
+    Args:
+        checkpoint: weights; default the one that the spec names.
+        spec: default ``<checkpoint stem>.toml`` or ``hesscli.toml`` beside the checkpoint, or
+            ``hesscli.toml`` in the working folder.
+        examples: how many to keep at random: ``N``, ``"all"``, or ``"first:N"``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+        dtype: ``float32`` or ``float64``; default the checkpoint's (half types: float32).
+        batch_size: instead of the spec's.
+        weight_decay: instead of the spec's.
+        trust: let code in the checkpoint run.
+        seed: of the draw of examples.
+        observe: told of examples read.
+
+    Raises:
+        InputError: checkpoint, spec or data are missing, unreadable or do not match.
+        UnsoundError: weights that are not finite.
+    """
+    path = None if checkpoint is None else Path(checkpoint)
+    document = read_spec(find_spec(path, None if spec is None else Path(spec)))
+    weights = read_checkpoint(_checkpoint_path(path, document), trust=trust)
+    chosen = floating_dtype(weights.state) if dtype is None else getattr(torch, dtype)
+    model = _build_model(document, weights, chosen)
+    where = f"[data] {document.data.factory or document.data.file}"
+    with blamed_on_user(f"{where} failed", "data that can be read in full, in one type of batch"):
+        return Problem(
+            model,
+            _build_loss(document.loss, document.path.parent),
+            _build_data(document.data, document.path.parent),
+            weight_decay=document.loss.weight_decay if weight_decay is None else weight_decay,
+            examples=examples,
+            batch_size=document.data.batch_size if batch_size is None else batch_size,
+            unseen=document.data.unseen,
+            device=resolve_device(device),
+            dtype=chosen,
+            seed=seed,
+            checkpoint=CheckpointReport(path=str(weights.path), sha256=weights.sha256),
+            warnings=weights.notes,
+            observe=observe,
+        )
+
+
+def _checkpoint_path(path: Path | None, spec: Spec) -> Path:
+    if path is not None:
+        return path
+    if spec.checkpoint is not None:
+        return spec.checkpoint
+    raise InputError(
+        "no checkpoint given",
+        f"{spec.path} names none",
+        'an argument, as in `hesscli trace model.pt`, or checkpoint = "model.pt" in the spec',
+    )
+
+
+def _build_model(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    if spec.model is None:
+        if checkpoint.module is None:
+            raise InputError(
+                "the spec does not say how the model is built",
+                f"{spec.path} has no [model]; {checkpoint.path.name} holds weights alone",
+                'factory = "net:Net" under [model]',
+            )
+        return checkpoint.module
+    build = load_factory(spec.model.factory, spec.path.parent, "[model] factory")
+    model = call_user(partial(build, **spec.model.kwargs), where="[model] factory")
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "[model] factory must return a torch.nn.Module",
+            f"{spec.model.factory} returned {type(model).__name__}",
+            "a class or function that builds the network",
+        )
+    model.to(dtype)  # before the weights come, for float64 ones would be rounded to the factory's
+    load_state(model, checkpoint)
+    return model.train(spec.model.training)
+
+
+def _build_data(spec: DataSpec, folder: Path) -> Any:
+    if spec.file is not None:
+        inputs = [spec.inputs] if isinstance(spec.inputs, str) else (spec.inputs or [])
+        return TensorRows.from_file(spec.file, inputs, spec.targets)
+    build = load_factory(str(spec.factory), folder, "[data] factory")
+    return call_user(partial(build, **spec.kwargs), where="[data] factory")
+
+
+def _build_loss(spec: LossSpec, folder: Path) -> Loss:
+    if spec.name is not None:
+        chosen = {"label_smoothing", "ignore_index", "class_weights", "pos_weight"}
+        return NAMED[spec.name](**spec.model_dump(include=chosen & spec.model_fields_set))
+    kind, wrap = ("factory", UserLoss) if spec.factory is not None else ("step", StepLoss)
+    reference = str(spec.factory or spec.step)
+    function = load_factory(reference, folder, f"[loss] {kind}")
+    return wrap(partial(function, **spec.kwargs), reference)

@@ -1,0 +1,190 @@
+"""Checkpoints that are pickles: ``torch.save`` files and ``torch.export`` programs.
+
+Unpickling can run any code. Nothing here does so unless the caller says that the file is trusted.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import InputError
+from hesscli.problem.factory import blamed_on_user, importing_beside
+from hesscli.problem.weights import Found, find_weights
+
+
+class _Plain:
+    """Stands in for a value beside the weights: settings, dates, paths, numpy numbers.
+
+    Such values are never read, so none is built: there is nothing in them to attack, a Windows
+    path loads anywhere, and any version of numpy's pickles does.
+    """
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _plain_dict(*args: object) -> dict[Any, Any]:
+    """Stands in for `defaultdict`, whose items torch's safe unpickler does not set."""
+    return {}
+
+
+_NUMPY_FUNCTIONS = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+_NUMPY_VALUES = ("ndarray", "dtype", "bool", "bool_", "str_", "bytes_", "longdouble")
+_NUMPY_NUMBERS = {
+    "float": (16, 32, 64),
+    "complex": (64, 128),
+    "int": (8, 16, 32, 64),
+    "uint": (8, 16, 32, 64),
+}
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath")
+_PLAIN_NAMES = (
+    "argparse.Namespace",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in _NUMPY_FUNCTIONS),
+    *(f"numpy.{name}" for name in _NUMPY_VALUES),
+    *(f"numpy.{kind}{bits}" for kind, sizes in _NUMPY_NUMBERS.items() for bits in sizes),
+    # what a defaultdict makes its values with
+    *(f"builtins.{name}" for name in ("list", "dict", "tuple", "int", "float", "str", "bool")),
+)
+_SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *((_Plain, name) for name in _PLAIN_NAMES),
+    (_plain_dict, "collections.defaultdict"),
+]
+
+
+def is_program(path: Path) -> bool:
+    """Whether this is a torch.export program, by its name or by what is in the archive."""
+    if path.suffix == ".pt2":
+        return True
+    endings = ("/archive_format", "/models/model.json", "serialized_exported_program.json")
+    return zipfile.is_zipfile(path) and any(name.endswith(endings) for name in _members(path))
+
+
+def read_program(path: Path, *, trust: bool) -> Found:
+    """Load a torch.export program; its weights and sample inputs are unpickled in full."""
+    if not trust:
+        raise InputError(
+            "a torch.export program can run code when it is loaded",
+            str(path),
+            "give --trust if you trust whoever made it, or save model.state_dict() instead",
+        )
+    if not zipfile.is_zipfile(path):
+        hint = "write it with torch.export.save, or name a torch.save file .pt"
+        raise InputError("not a torch.export program", f"{path}: not a zip archive", hint)
+    hint = "write it again with torch.export.save, by the torch that is used here"
+    with _quietly(), blamed_on_user(f"the torch.export program cannot be loaded: {path}", hint):
+        program = torch.export.load(path)
+        module = program.module()
+    _require_free_batch(program, path)
+    return Found(module.state_dict(), module)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch.export's own warnings, which carry tracebacks."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _require_free_batch(program: torch.export.ExportedProgram, path: Path) -> None:
+    names = set(program.graph_signature.user_inputs)
+    inputs = {
+        node.name: node.meta["val"].shape
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in names
+        if isinstance(node.meta.get("val"), Tensor)
+    }
+    sizes = [shape[0] for shape in inputs.values() if shape]
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return
+    batch = '{0: torch.export.Dim("batch")}'
+    shapes = ", ".join(f'"{name}": {batch}' for name, shape in inputs.items() if shape)
+    raise InputError(
+        "the program was exported for one batch size",
+        f"{path}: " + ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items()),
+        f"export it again with dynamic_shapes={{{shapes}}}",
+    )
+
+
+def read_pickle(path: Path, *, trust: bool) -> Found:
+    """Load a ``torch.save`` file and pick the model's weights out of it."""
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _require_torch_zip(path)
+    with warnings.catch_warnings(action="ignore"):
+        payload = _trusted(path) if trust else _weights_only(path, is_zip)
+    return find_weights(payload, path)
+
+
+def _require_torch_zip(path: Path) -> None:
+    names = _members(path)
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise InputError(
+            "a TorchScript archive does not carry the Python model that derivatives need",
+            str(path),
+            f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pt'), "
+            "and name the model's class in the spec",
+        )
+    if not any(name.endswith("/data.pkl") for name in names):
+        got = f"{path}: a zip of {', '.join(names[:3]) or 'nothing'}"
+        raise InputError("a zip, but not a checkpoint", got, "give a file that torch.save wrote")
+
+
+def _members(path: Path) -> list[str]:
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
+def _trusted(path: Path) -> Any:
+    hint = "save model.state_dict() instead; a class must be importable from beside the file"
+    what = f"the checkpoint cannot be unpickled: {path}"
+    with importing_beside(path.parent), blamed_on_user(what, hint):
+        return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def _weights_only(path: Path, is_zip: bool) -> Any:
+    # Mapped, so that optimizer tensors cost no memory; packed members cannot be mapped.
+    mapped = is_zip and _is_unpacked(path)
+    try:
+        with torch.serialization.safe_globals(_SAFE):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        raise _refused(path, str(error)) from error
+
+
+def _is_unpacked(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+
+
+def _refused(path: Path, message: str) -> InputError:
+    trust = "give --trust if you trust whoever made it, or save model.state_dict() instead"
+    if match := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message):
+        return InputError(
+            f"the checkpoint needs code to load: {match[1]}", f"{path}: a pickle", trust
+        )
+    if "Unsupported operand" in message or "Can only" in message or "call reduce" in message:
+        return InputError("the checkpoint needs a full unpickling", f"{path}: a pickle", trust)
+    reason = next(iter(message.strip().splitlines()), "it ends too early")
+    hint = "copy or download it again: it is damaged, or torch.save did not write it"
+    return InputError("the checkpoint cannot be read", f"{path}: {reason}", hint)

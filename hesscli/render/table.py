@@ -1,0 +1,328 @@
+"""Results as people read them in a terminal, from the proof down to the cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from hesscli.render import words
+from hesscli.render.layout import Bar, Facts, Name, Plainable, facts
+from hesscli.results import (
+    Check,
+    CheckResult,
+    Cost,
+    LayerTrace,
+    Plan,
+    Preflight,
+    ProblemReport,
+    TraceResult,
+)
+
+_MANY_LAYERS = 40
+_LARGEST_LAYERS = 30
+_GAP = Text()
+# Called ascii so that rich leaves it alone: Plainable replaces the glyph where it must.
+_RULE = box.Box(str(box.SIMPLE_HEAD), ascii=True)
+
+
+def trace_table(
+    result: TraceResult, shown: tuple[str, ...] | None = None, full: bool = False
+) -> RenderableType:
+    """Lay out the answer of ``hesscli trace``.
+
+    Args:
+        result: the answer.
+        shown: the names of the layers to list; all where None. Totals stay those of the network.
+        full: list every layer, however many there are.
+
+    Returns:
+        Something that a rich console prints at any width and in any encoding.
+    """
+    layers = [layer for layer in result.layers if shown is None or layer.name in shown]
+    return Plainable(
+        Group(
+            _proof(result.problem),
+            _GAP,
+            *_headline(result),
+            *_noise_lines(result),
+            _GAP,
+            _layer_table(result, layers, full),
+            *_layer_notes(result, layers, full),
+            _GAP,
+            _status(result),
+            _cost(result.cost),
+            _method(result),
+        )
+    )
+
+
+def check_table(result: CheckResult) -> RenderableType:
+    """Lay out the answer of ``hesscli check``.
+
+    Args:
+        result: the answer.
+
+    Returns:
+        Something that a rich console prints at any width and in any encoding.
+    """
+    return Plainable(
+        Group(
+            _proof(result.problem),
+            _GAP,
+            _checks(result.preflight.checks),
+            _GAP,
+            _preflight(result.preflight),
+            _GAP,
+            _unit_costs(result.plan),
+            _GAP,
+            _planned_commands(result.plan),
+            *_plan_notes(result.plan),
+        )
+    )
+
+
+def _proof(problem: ProblemReport) -> Facts:
+    parameters = words.count(problem.num_parameters, "parameter")
+    aside = [
+        f"{words.count(number)} {what}"
+        for number, what in (
+            (problem.num_unreached, "unreached by the loss"),
+            (problem.num_frozen, "frozen"),
+        )
+        if number
+    ]
+    name = Path(problem.checkpoint.path).name if problem.checkpoint else "model in memory"
+    lines = [
+        parameters + (f" ({', '.join(aside)})" if aside else ""),
+        f"loss {words.number(problem.loss, 4)} ({problem.loss_name})",
+    ]
+    if problem.weight_decay:
+        lines.append(f"weight decay {words.number(problem.weight_decay, 2)}")
+    if problem.accuracy is not None:
+        lines.append(f"accuracy {100 * problem.accuracy:.1f}%")
+    lines += [
+        f"‖gradient‖ {words.number(problem.gradient_norm)}",
+        words.examples_used(problem),
+        f"{problem.dtype} on {problem.device}",
+    ]
+    if problem.training_mode:
+        lines.append("training mode")
+    checkpoint = Text(words.shorten(name, 48), style="bold")
+    return Facts((checkpoint, *(Text(line) for line in lines)))
+
+
+def _headline(result: TraceResult) -> tuple[RenderableType, ...]:
+    trace, problem = result.trace, result.problem
+    confidence = words.percent(trace.confidence)
+    value = words.with_error(trace.estimate, words.half_width(trace.interval))
+    line = Text(f"trace of the {words.matrix_name(problem)}  ")
+    line.append(value, style="bold").append(f" ({confidence})")
+    place = words.half_width(trace.interval)
+    low, high = (words.rounded_pair(end, place)[0] for end in trace.interval)
+    details = [f"between {low} and {high}"] if low != high else []
+    if trace.gauss_newton is not None and trace.residual is not None:
+        gauss_newton = words.rounded_pair(trace.gauss_newton, place)[0]
+        residual = words.rounded_pair(trace.residual, place)[0]
+        details.append(f"Gauss-Newton part {gauss_newton}, the rest {residual}")
+    details.append(f"{words.number(trace.estimate / problem.num_parameters)} per parameter")
+    if trace.population_interval is not None:
+        population = trace.population_interval
+        low, high = (words.rounded_pair(end, words.half_width(population))[0] for end in population)
+        details.append(f"for unseen examples between {low} and {high}")
+    return line, facts(details, indent=2, style="dim")
+
+
+def _noise_lines(result: TraceResult) -> Iterator[RenderableType]:
+    """Where the error comes from, the largest source first, and what would shrink that one."""
+    noises = words.noises(result)
+    if not noises:
+        return
+    table = Table.grid(padding=(0, 2))
+    for index, noise in enumerate(noises):
+        size = words.number(noise.size, 2)
+        remedy = f"largest; {noise.remedy}" if index == 0 else ""
+        table.add_row(Text(noise.source), Text(f"± {size}", justify="right"), Text(remedy))
+    yield _GAP
+    yield Text("error budget (one standard error each)", style="dim")
+    yield Padding(table, (0, 0, 0, 2), expand=False)
+    if result.trace.data_stderr and result.problem.num_examples_available is None:
+        size = words.number(result.trace.data_stderr, 2)
+        yield Text(
+            f"  data noise of ± {size} is left out: how many examples there are is not known",
+            style="dim",
+        )
+
+
+def _visible(layers: list[LayerTrace], full: bool) -> list[LayerTrace]:
+    """The layers to list, in model order."""
+    if full or len(layers) <= _MANY_LAYERS:
+        return layers
+    by_size = sorted(range(len(layers)), key=lambda index: -abs(layers[index].estimate))
+    return [layers[index] for index in sorted(by_size[:_LARGEST_LAYERS])]
+
+
+def _layer_table(result: TraceResult, layers: list[LayerTrace], full: bool) -> Table:
+    confidence = words.percent(result.trace.confidence)
+    table = _ruled_table()
+    table.add_column("layer")
+    for heading in ("parameters", "trace", f"± ({confidence})", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    table.add_column("per param.", justify="right", no_wrap=True)
+    largest = max((abs(layer.estimate) for layer in layers), default=0.0)
+    for layer in _visible(layers, full):
+        _add_layer(table, layer, result.trace.estimate, largest)
+    return table
+
+
+def _ruled_table() -> Table:
+    """A table with nothing but a rule below its head."""
+    return Table(
+        box=_RULE,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
+        header_style="dim",
+    )
+
+
+def _add_layer(table: Table, layer: LayerTrace, total: float, largest: float) -> None:
+    value, error = words.rounded_pair(layer.estimate, words.half_width(layer.interval))
+    uncertain = words.includes_zero(layer.interval)
+    table.add_row(
+        Name(layer.name),
+        Text(words.count(layer.num_parameters)),
+        Text(value),
+        Text(error),
+        Text(words.percent(layer.estimate / total) if total else ""),
+        Bar(_ratio(layer.estimate, largest)),
+        Text(words.number(layer.estimate / layer.num_parameters)),
+        style="dim" if uncertain else "",
+    )
+
+
+def _ratio(value: float, largest: float) -> float:
+    return value / largest if largest and math.isfinite(value / largest) else 0.0
+
+
+def _layer_notes(
+    result: TraceResult, layers: list[LayerTrace], full: bool
+) -> Iterator[RenderableType]:
+    visible = _visible(layers, full)
+    notes = []
+    if len(visible) < len(layers):
+        hidden = words.count(len(layers) - len(visible), "smaller layer")
+        notes.append(f"{hidden} not listed: see the JSON")
+    if len(layers) < len(result.layers):
+        every = words.count(len(result.layers), "layer")
+        notes.append(f"{words.count(len(layers))} of {every} selected, totals are of them all")
+    uncertain = sum(words.includes_zero(layer.interval) for layer in visible)
+    if uncertain:
+        rows = words.count(uncertain, "dim row")
+        notes.append(f"{rows}: the interval includes 0")
+    if notes:
+        yield facts(notes, style="dim")
+
+
+def _status(result: TraceResult) -> Text:
+    noises = words.noises(result)
+    largest = f" {noises[0].source} is largest: {noises[0].remedy};" if noises else ""
+    error = words.half_width(result.trace.interval)
+    accept = words.number(error, 2) if math.isfinite(error) else "any size"
+    meaning = {
+        "exact": "no probe noise, and every example was used",
+        "converged": "the interval is within the tolerance",
+        "budget": f"the tolerance was not reached in time;{largest} or accept ± {accept}",
+        "data-limited": "more probes cannot help, data noise is left; "
+        + words.more_examples(result.problem),
+        "interrupted": "stopped early; the interval is that of the work done so far",
+    }[result.status]
+    style = "green" if result.status in ("exact", "converged") else "yellow"
+    return Text.assemble((result.status, f"bold {style}"), f": {meaning}")
+
+
+def _cost(cost: Cost) -> Facts:
+    return facts(
+        (
+            f"{words.amount(cost.products)} products",
+            f"the work of {words.amount(cost.gradients)} full gradients",
+            words.human_seconds(cost.seconds),
+            f"{words.human_bytes(cost.peak_bytes)} peak memory",
+        )
+    )
+
+
+def _method(result: TraceResult) -> Facts:
+    method = result.method
+    items = [
+        method.name,
+        f"{words.count(method.num_probes)} {method.probe_distribution} probes",
+        f"{method.probe_design} design",
+        f"{method.mode} mode",
+        f"seed {method.seed}",
+    ]
+    return facts(items + ([method.note] if method.note else []), style="dim")
+
+
+def _checks(checks: tuple[Check, ...]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for check in checks:
+        mark = Text("pass", style="green") if check.passed else Text("FAIL", style="bold red")
+        measured = words.number(check.value, 2) if check.value is not None else ""
+        bound = f"bound {words.number(check.bound, 2)}" if check.bound is not None else ""
+        table.add_row(mark, Text(check.name), Text(measured), Text(bound), Text(check.detail))
+    return table
+
+
+def _preflight(preflight: Preflight) -> Facts:
+    items = [f"autodiff mode {preflight.mode}", f"attention kernel {preflight.attention_kernel}"]
+    if preflight.fallback is not None:
+        items.append(f"a faster mode was ruled out by {preflight.fallback}")
+    if preflight.relative_rounding is not None:
+        items.append(f"relative rounding error {words.number(preflight.relative_rounding, 2)}")
+    return facts(items)
+
+
+def _unit_costs(plan: Plan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for what, size in (
+        ("one full gradient", words.human_seconds(plan.gradient_seconds)),
+        (
+            "one full product",
+            f"{words.human_seconds(plan.product_seconds)}, "
+            f"{words.human_bytes(plan.product_bytes)} beyond model and examples",
+        ),
+        ("model parameters", words.human_bytes(plan.parameter_bytes)),
+        ("kept examples", words.human_bytes(plan.kept_bytes)),
+    ):
+        table.add_row(Text(what), Text(size))
+    return table
+
+
+def _planned_commands(plan: Plan) -> Table:
+    table = _ruled_table()
+    table.add_column("command", no_wrap=True)
+    for heading in ("products", "gradients", "time", "peak memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for planned in plan.commands:
+        table.add_row(
+            Text(planned.command),
+            Text(words.amount(planned.products)),
+            Text(words.amount(planned.gradients)),
+            Text(words.human_seconds(planned.seconds)),
+            Text(words.human_bytes(planned.peak_bytes)),
+        )
+    return table
+
+
+def _plan_notes(plan: Plan) -> Iterator[Text]:
+    for planned in plan.commands:
+        if planned.note:
+            yield Text(f"{planned.command}: {planned.note}", style="dim")

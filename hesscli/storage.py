@@ -1,0 +1,90 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from hesscli.errors import UsageError
+
+_PLAIN_WORDS = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the disk is read-only",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than allowed here",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "it is a file, not a folder",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.ENOENT: "its folder does not exist",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> Path:
+    """Write a file so that its name only ever stands for complete contents.
+
+    A reader, or a run that is cut off, finds either what was there before or all of the new
+    file. The file gets the permissions that the user's umask gives to any new file.
+
+    Args:
+        path: the file to make or replace.
+        write: called once with a binary stream, to which it writes the contents.
+
+    Returns:
+        The path, now written.
+
+    Raises:
+        UsageError: where the file cannot be written: no permission, no space, no such folder.
+    """
+    # Beside the target, because a rename is atomic within one file system only.
+    unfinished = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with unfinished.open("xb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+    return path
+
+
+def prepare_folder(path: Path) -> Path:
+    """Make a folder where there is none, and see that files can be made in it.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        The path, now a folder that can be written to.
+
+    Raises:
+        UsageError: where that cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # An attempt, since permission bits know nothing of read-only mounts and quotas.
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    reason = _PLAIN_WORDS.get(error.errno or 0) or error.strerror or str(error)
+    return UsageError(
+        what=f"cannot write {path}",
+        got=reason,
+        hint="another folder with --dir FOLDER, or --dir - to write no files",
+    )

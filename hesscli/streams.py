@@ -1,0 +1,82 @@
+"""Random probes as a pure function of (seed, batch, probe, entry).
+
+A counter-based hash instead of a generator: the same signs on any device, dtype, thread count
+and world size, in any order and after any resume, and nothing to store. The mixing function is
+splitmix64's finaliser (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
+OOPSLA 2014, section 3), with its state the keyed counter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Distribution = Literal["rademacher", "gaussian"]
+
+SHARED = (1 << 64) - 1
+"""The batch number that stands for all batches when they share their probes."""
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+def key(*words: int) -> int:
+    """One 64-bit key from any number of words, each mixed in turn."""
+    state = 0
+    for word in words:
+        state = _mix((state + (word & _MASK) + _GOLDEN) & _MASK)
+    return state
+
+
+def rademacher(
+    stream: int, offset: int, size: int, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Signs ``(size,)`` for entries ``offset … offset + size``; one hash gives 64 of them."""
+    first = offset // 64
+    words = (offset + size + 63) // 64 - first
+    hashed = _hash(stream, first, words, device).view(torch.uint8)
+    bits = (hashed[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    start = offset - 64 * first
+    return bits.view(-1)[start : start + size].to(dtype).mul_(2).sub_(1)
+
+
+def gaussian(
+    stream: int, offset: int, size: int, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Standard normal entries ``(size,)`` by Box-Muller, two hashes for each entry."""
+    hashed = _hash(stream, 2 * offset, 2 * size, device).view(-1, 2)
+    uniform = ((hashed >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53)
+    radius = uniform[:, 0].log_().mul_(-2).sqrt_()
+    return radius.mul_((2 * math.pi * uniform[:, 1]).cos_()).to(dtype)
+
+
+SAMPLERS = {"rademacher": rademacher, "gaussian": gaussian}
+
+
+def _mix(word: int) -> int:
+    word = ((word ^ (word >> 30)) * _MIX1) & _MASK
+    word = ((word ^ (word >> 27)) * _MIX2) & _MASK
+    return word ^ (word >> 31)
+
+
+def _hash(stream: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Splitmix64 of the counters ``first … first + count``: int64 ``(count,)``."""
+    word = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    word.mul_(_signed(_GOLDEN)).add_(_signed(stream))
+    word = (word ^ _shift(word, 30)).mul_(_signed(_MIX1))
+    word = (word ^ _shift(word, 27)).mul_(_signed(_MIX2))
+    return word ^ _shift(word, 31)
+
+
+def _shift(word: Tensor, bits: int) -> Tensor:
+    """Logical right shift: int64's own is arithmetic."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
