@@ -72,6 +72,8 @@ class Operator(ABC):
 
     name: str
     kind: Kind
+    per_example = False
+    """Whether it is made of the gradients of single examples, which coupled ones do not have."""
 
     def __init__(
         self,
@@ -122,15 +124,16 @@ class Operator(ABC):
 
     def __matmul__(self, vectors: Tensor | np.ndarray) -> Tensor | np.ndarray:
         if isinstance(vectors, np.ndarray):
-            return (self @ torch.from_numpy(vectors)).numpy()  # type: ignore[union-attr]
+            return (self @ torch.tensor(vectors)).numpy()  # type: ignore[union-attr]
         if vectors.dim() not in (1, 2) or len(vectors) != self.parameters.size:
             raise UsageError(
                 f"the operator is {self.shape[0]} × {self.shape[1]}",
                 f"vectors of shape {tuple(vectors.shape)}",
                 f"({self.shape[0]},) or ({self.shape[0]}, k)",
             )
-        block = vectors.reshape(len(vectors), -1).T
-        return self.apply(block).T.reshape(vectors.shape).to(vectors)
+        exact = vectors if vectors.is_floating_point() else vectors.double()
+        products = self.apply(exact.T if exact.dim() == 2 else exact[None])
+        return (products.T if exact.dim() == 2 else products[0]).to(exact)
 
     def apply(self, block: Tensor) -> Tensor:
         """Products with rows ``(k, d)``, summed over the batches in float64."""
@@ -145,7 +148,7 @@ class Operator(ABC):
     @property
     def block_size(self) -> int:
         """Vectors that are handed to a term at once."""
-        bytes_each = self.parameters.size * self.problem.dtype.itemsize
+        bytes_each: int = self.parameters.size * self.problem.dtype.itemsize
         return max(1, min(32, BLOCK_BYTES // max(1, bytes_each)))
 
     def to_dense(self) -> Tensor:

@@ -34,6 +34,7 @@ class EmpiricalFisher(Operator):
 
     name = "empirical-fisher"
     kind = "sandwich"
+    per_example = True
 
     def __init__(self, problem: Problem, **options: object) -> None:
         super().__init__(problem, **options)  # type: ignore[arg-type]

@@ -37,7 +37,8 @@ class GaussNewton(Operator):
         with torch.no_grad():
             outputs = self.problem.outputs(batch.data)
         outputs = outputs.detach().requires_grad_()
-        slope = gradient(self.problem.loss.mean(outputs, batch.data), [outputs], create_graph=True)
+        mean = self.problem.loss.natural.mean(outputs, batch.data)
+        slope = gradient(mean, [outputs], create_graph=True)
 
         def middle(pushed: Tensor) -> Tensor:
             return vector_jacobian(slope, [outputs], [pushed]).view_as(pushed)

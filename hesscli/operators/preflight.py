@@ -1,64 +1,68 @@
-"""Checks before any number is believed, and the choice of the autodiff mode.
-
-The products of a mode are tested in float64 on a few examples in two ways: symmetry, which a
-mode that differentiates the wrong function breaks, and a central difference, which also catches
-a matrix that is wrong but symmetric.
-"""
+"""Checks before any number is believed, and the choice of the autodiff mode."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hesscli import streams
-from hesscli.errors import UnsoundError
+from hesscli.errors import HesscliError, UnsoundError
 from hesscli.operators.base import Operator
-from hesscli.operators.blame import random_module, undifferentiable_module
-from hesscli.operators.products import BUILDERS, MODES, Mode, flatten, gradient
-from hesscli.parameters import Parameters
+from hesscli.operators.independence import check_independence
+from hesscli.operators.precision import doubled, tolerance, working_precision
+from hesscli.operators.products import MODES, Mode, flatten, gradient
+from hesscli.operators.verification import (
+    MismatchError,
+    check_difference,
+    check_symmetry,
+    quadratic_forms,
+)
+from hesscli.problem.blame import (
+    Attempt,
+    differentiate,
+    differentiate_forward,
+    differentiate_twice,
+    differing_module,
+    failing_module,
+    first_line,
+)
 from hesscli.problem.problem import Problem, WeightedBatch
 from hesscli.results import Check, Preflight
 
 SAMPLE = 8
 """Examples for the checks of products: few, so that few kinks lie within a difference step."""
 
-MakeOperator = Callable[..., Operator]
-
-_ATTEMPTS = ((1e-5, 0.0), (1e-6, 1e-3), (1e-7, 1e-3))
-"""Step along a unit direction, and relative shift of the weights: a kink that the weights sit
-on, or that a step crosses, says nothing about the mode."""
-
-_DIFFERENCE_BOUND = 1e-3
+_FLOOR = 100 * torch.finfo(torch.float64).eps
+"""Rounding of quadratic forms in float64 itself."""
 
 
-def preflight(problem: Problem, make: MakeOperator, mode: str = "auto") -> Preflight:
+def preflight(problem: Problem, make: type[Operator], mode: Mode | str = "auto") -> Preflight:
     """Check loss, determinism and products, and choose the mode.
 
     Args:
         problem: what is analysed.
-        make: ``make(problem, mode=...)`` gives the operator.
+        make: the operator's class.
         mode: a mode that must hold, or ``auto``: the first of double backward,
             forward-over-reverse and central differences (cheapest first, by counted cost)
-            that runs and passes.
+            that runs and passes. With central differences the operator has to run in float64.
 
     Raises:
         UnsoundError: a random or non-finite loss, or no mode passes; the module is named.
+        UsageError: a matrix of per-example gradients, of a model that mixes examples.
     """
     proof = problem.prove()
     sample = problem.sample(SAMPLE)
-    checks = [
-        Check(name="finite loss", passed=True, detail=f"{problem.loss.name}", value=proof.loss),
-        _determinism(problem, sample),
-        _independence(problem),
-    ]
+    determinism = _determinism(problem, sample)
+    precision = working_precision(problem, SAMPLE)
+    checks = (
+        Check(name="finite loss", passed=True, detail=problem.loss.name, value=proof.loss),
+        determinism,
+        check_independence(problem, make, precision),
+    )
     refusals: list[str] = []
     for candidate in MODES if mode == "auto" else (mode,):
-        outcome = _try(problem, make, candidate, sample)  # type: ignore[arg-type]
+        outcome = _try(problem, make, candidate, precision)  # type: ignore[arg-type]
         if isinstance(outcome, str):
             refusals.append(f"{candidate}: {outcome}")
             continue
@@ -78,32 +82,29 @@ def preflight(problem: Problem, make: MakeOperator, mode: str = "auto") -> Prefl
     )
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    checks: tuple[Check, ...]
-    rounding: float | None
-
-
 def _determinism(problem: Problem, sample: WeightedBatch) -> Check:
     """Loss and gradient twice on the same examples; equal but for the order of sums."""
-    tensors = problem.parameters.tensors
 
     def once() -> tuple[float, Tensor]:
         value = problem.evaluate(sample.data)
-        return float(value.detach()), flatten(gradient(value, tensors))
+        return float(value.detach()), flatten(gradient(value, problem.parameters.tensors))
 
     (first, slope), (second, again) = once(), once()
     difference = max(
         abs(first - second) / max(abs(first), 1e-30),
         float((slope - again).norm() / slope.norm().clamp_min(1e-30)),
     )
-    bound = 1e3 * torch.finfo(problem.dtype).eps
+    bound = tolerance(problem.dtype)
     if not difference <= bound:
-        culprit = random_module(problem.model, lambda: problem.evaluate(sample.data))
+
+        def run() -> object:
+            return problem.evaluate(sample.data)
+
+        culprit = differing_module(problem.model, run, run, torch.equal)
         raise UnsoundError(
             "the loss is random",
             f"{first:.6g}, then {second:.6g} on the same examples"
-            + (f"; {culprit} differs" if culprit else ""),
+            + (f"; {culprit} differs" if culprit else f"; look into the loss {problem.loss.name}"),
             "evaluation mode ([model] training = false), or no random operation in the forward",
         )
     return Check(
@@ -115,180 +116,79 @@ def _determinism(problem: Problem, sample: WeightedBatch) -> Check:
     )
 
 
-def _independence(problem: Problem) -> Check:
-    """Whether an example's output depends on its batch; it may, but then the batch is the unit."""
-    name = "independent examples"
-    if problem.couples_examples is not None:
-        detail = f"no: {problem.couples_examples}; the batch is the unit"
-    elif not problem.loss.exposes_outputs or not problem.data.sliceable:
-        detail = "not seen: the batch is the unit"
-    else:
-        detail = "outputs do not depend on the batch"
-    return Check(name=name, passed=True, detail=detail)
+@dataclass(frozen=True)
+class _Outcome:
+    """A mode that passed, and the relative error of its quadratic forms where that is known."""
+
+    checks: tuple[Check, ...]
+    rounding: float | None
 
 
-def _try(problem: Problem, make: MakeOperator, mode: Mode, sample: WeightedBatch) -> _Outcome | str:
+def _try(
+    problem: Problem, make: type[Operator], mode: Mode, precision: torch.dtype
+) -> _Outcome | str:
     """The checks of one mode, or why it cannot be used."""
     try:
-        native = _quadratic_forms(make(problem, mode=mode), problem, sample)
-        return _in_float64(problem, make, mode, native)
-    except _Mismatch as mismatch:
+        if precision != torch.float64:
+            return _in_own_type(problem, make, mode, precision)
+        if mode == "finite-difference":
+            return _by_differences(problem, make)
+        return _against_float64(problem, make, mode)
+    except MismatchError as mismatch:
         return str(mismatch)
-    except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        culprit = undifferentiable_module(
-            problem.model, lambda: problem.evaluate(problem.sample(2).data)
+    except (HesscliError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model ran before, so that whatever this is, it is the mode's
+        return f"{_obstacle(problem, mode)} ({first_line(error)})"
+
+
+def _against_float64(problem: Problem, make: type[Operator], mode: Mode) -> _Outcome:
+    """Quadratic forms in the problem's own type against float64, and float64 against truth."""
+    own = quadratic_forms(make(problem, mode=mode), problem.sample(SAMPLE))
+    with doubled(problem):
+        sample, operator = problem.sample(SAMPLE), make(problem, mode=mode)
+        exact = quadratic_forms(operator, sample)
+        symmetry = check_symmetry(operator, sample, torch.float64)
+        difference = check_difference(operator, sample)
+    rounding = float((own - exact).norm() / exact.norm().clamp_min(1e-300))
+    return _Outcome((symmetry, difference), max(rounding, _FLOOR))
+
+
+def _by_differences(problem: Problem, make: type[Operator]) -> _Outcome:
+    """Differences in float64 only, whose error is what another step makes of them."""
+    with doubled(problem):
+        sample, operator = problem.sample(SAMPLE), make(problem, mode="finite-difference")
+        quadratic_forms(operator, sample)
+        symmetry = check_symmetry(operator, sample, torch.float64)
+        difference = check_difference(operator, sample)
+    return _Outcome((symmetry, difference), max(difference.value or 0.0, _FLOOR))
+
+
+def _in_own_type(
+    problem: Problem, make: type[Operator], mode: Mode, precision: torch.dtype
+) -> _Outcome:
+    """Symmetry alone, of a model that does not compute in float64."""
+    narrow = f"the model computes in {str(precision).removeprefix('torch.')}"
+    if mode == "finite-difference":
+        raise MismatchError(f"central differences need float64, but {narrow}")
+    sample, operator = problem.sample(SAMPLE), make(problem, mode=mode)
+    quadratic_forms(operator, sample)
+    skipped = Check(name="central difference", passed=True, detail=f"skipped: {narrow}")
+    return _Outcome((check_symmetry(operator, sample, precision), skipped), None)
+
+
+_ATTEMPTS: dict[Mode, Attempt] = {
+    "double-backward": differentiate_twice,
+    "forward-over-reverse": differentiate_forward,
+    "finite-difference": differentiate,
+}
+
+
+def _obstacle(problem: Problem, mode: Mode) -> str:
+    """The module that a mode does not get through; the loss where it is no module."""
+    sample = problem.sample(2)
+    with problem.forward_context():
+        module = failing_module(
+            problem.model, lambda: problem.evaluate(sample.data), _ATTEMPTS[mode]
         )
-        reason = str(error).strip().splitlines()[0][:160]
-        return f"{culprit or problem.loss.name} ({reason})"
-
-
-class _Mismatch(Exception):
-    """A mode that runs and is wrong."""
-
-
-def _in_float64(problem: Problem, make: MakeOperator, mode: Mode, native: Tensor) -> _Outcome:
-    wide = problem.dtype != torch.float64
-    with problem.in_dtype(torch.float64) if wide else nullcontext():
-        sample = problem.sample(SAMPLE)
-        operator = make(problem, mode=mode)
-        try:
-            exact = _quadratic_forms(operator, problem, sample)
-        except RuntimeError:
-            if not wide:
-                raise
-            return _Outcome((_skipped(),), None)
-        checks = (_symmetry(operator, sample), _central_difference(operator, problem, sample))
-    rounding = float((native.double() - exact).norm() / exact.norm().clamp_min(1e-300))
-    floor = 100 * torch.finfo(torch.float64).eps
-    return _Outcome(checks, max(rounding, floor))
-
-
-def _skipped() -> Check:
-    return Check(
-        name="products in float64", passed=True, detail="the model does not run in float64"
-    )
-
-
-def _vectors(operator: Operator, count: int) -> Tensor:
-    parameters, problem = operator.parameters, operator.problem
-    rows = [
-        streams.rademacher(
-            streams.key(0x5EED, i),
-            0,
-            parameters.size,
-            dtype=problem.dtype,
-            device=problem.device,
-        )
-        for i in range(count)
-    ]
-    return torch.stack(rows)
-
-
-def _product(operator: Operator, sample: WeightedBatch, block: Tensor) -> Tensor:
-    with operator.problem.forward_context():
-        return operator.live(sample)(block)
-
-
-def _quadratic_forms(operator: Operator, problem: Problem, sample: WeightedBatch) -> Tensor:
-    block = _vectors(operator, 4)
-    forms = (block * _product(operator, sample, block)).sum(1, dtype=torch.float64)
-    if not torch.isfinite(forms).all():
-        raise _Mismatch("its products are not finite")
-    return forms
-
-
-def _symmetry(operator: Operator, sample: WeightedBatch) -> Check:
-    """|vᵀHw − wᵀHv| / ‖Hw‖ for Rademacher v, w: independent of d."""
-    block = _vectors(operator, 2)
-    hv, hw = _product(operator, sample, block)
-    scale = torch.maximum(hw.norm(), hv.norm()).clamp_min(1e-300)
-    value = float((block[0] @ hw - block[1] @ hv).abs() / scale)
-    bound = 1e4 * torch.finfo(operator.problem.dtype).eps
-    bound = max(bound, 1e-6) if operator.mode == "finite-difference" else bound
-    if not value <= bound:
-        raise _Mismatch(f"products are not symmetric: {value:.1e} above {bound:.0e}")
-    return Check(
-        name="symmetry",
-        passed=True,
-        detail="|vᵀHw − wᵀHv| / ‖Hw‖ in float64",
-        value=value,
-        bound=bound,
-    )
-
-
-def _central_difference(operator: Operator, problem: Problem, sample: WeightedBatch) -> Check:
-    """‖Hv − difference‖ / ‖Hv‖ along a unit direction; the best of a few points and steps."""
-    value = math.inf
-    for number, (step, shift) in enumerate(_ATTEMPTS):
-        with _shifted(operator.parameters, shift):
-            value = min(value, _difference(operator, sample, step, number))
-        if value <= _DIFFERENCE_BOUND:
-            break
-    else:
-        raise _Mismatch(
-            f"products disagree with central differences by {value:.0%}"
-            + _blamed_layers(operator, sample)
-        )
-    return Check(
-        name="central difference",
-        passed=True,
-        detail="‖Hv − difference‖ / ‖Hv‖ in float64",
-        value=value,
-        bound=_DIFFERENCE_BOUND,
-    )
-
-
-def _difference(operator: Operator, sample: WeightedBatch, step: float, number: int) -> float:
-    direction = _vectors(operator, number + 1)[-1:]
-    direction = direction / direction.norm()
-    product = _product(operator, sample, direction)
-    with operator.problem.forward_context():
-        build = BUILDERS[operator.kind]["finite-difference"]
-        difference = build(*operator.parts(sample), step=step)(direction)
-    slope = gradient(operator.problem.evaluate(sample.data), operator.parameters.tensors)
-    rounding = 1e2 * torch.finfo(torch.float64).eps / step * (1 + float(flatten(slope).norm()))
-    error = max(0.0, float((product - difference).norm()) - rounding)
-    return error / max(float(product.norm()), float(difference.norm()), 1e-300)
-
-
-def _blamed_layers(operator: Operator, sample: WeightedBatch) -> str:
-    """Layers along whose own directions the products are wrong."""
-    wrong = []
-    for layer in operator.parameters.layers:
-        part = type(operator)(
-            operator.problem,
-            parameters=Parameters(operator.parameters.in_layer(layer)),
-            mode=operator.mode,
-        )
-        step, _ = _ATTEMPTS[1]
-        if _difference(part, sample, step, 0) > _DIFFERENCE_BOUND:
-            wrong.append(layer)
-    return f", in {', '.join(wrong[:5])}" if wrong else ""
-
-
-@contextmanager
-def _shifted(parameters: Parameters, relative: float) -> Iterator[None]:
-    """Weights moved a little off where they are, and put back."""
-    originals = [t.detach().clone() for t in parameters.tensors]
-    try:
-        if relative:
-            with torch.no_grad():
-                for number, (tensor, original) in enumerate(
-                    zip(parameters.tensors, originals, strict=True)
-                ):
-                    noise = streams.gaussian(
-                        streams.key(0x5417, number),
-                        0,
-                        tensor.numel(),
-                        dtype=tensor.dtype,
-                        device=tensor.device,
-                    ).view(tensor.shape)
-                    scale = relative * (float(original.square().mean().sqrt()) + 0.1)
-                    tensor.add_(noise, alpha=scale)
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, original in zip(parameters.tensors, originals, strict=True):
-                tensor.copy_(original)
+    return module or f"the loss {problem.loss.name}"

@@ -7,16 +7,17 @@ ragged last batch is right.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hesscli.errors import InputError, UnsoundError
-from hesscli.problem.batches import Batch, output_tensor, size_of, split_batch
+from hesscli.problem.batches import Batch, output_tensor, rows, size_of, split_batch
 
 
 class Loss(ABC):
@@ -55,11 +56,16 @@ class Loss(ABC):
         """Forward pass and mean loss in one."""
         return self.mean(self.outputs(model, batch), batch)
 
+    @property
+    def natural(self) -> Loss:
+        """The same loss as a function of natural parameters, for the Gauss-Newton matrix."""
+        return self
+
     def mass(self, model: nn.Module, batch: Batch) -> float:
         """Weight mass of a whole batch; only a step loss needs the model for it."""
         return float(self.masses(batch).sum())
 
-    def check(self, outputs: Tensor, batch: Batch) -> None:
+    def check(self, outputs: Tensor, batch: Batch) -> None:  # noqa: B027  nothing by default
         """Raise a HesscliError where outputs and targets cannot be meant together."""
 
     def correct(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
@@ -79,7 +85,7 @@ class CrossEntropy(Loss):
         class_weights: list[float] | None = None,
     ) -> None:
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
-        self.class_weights = None if class_weights is None else torch.tensor(class_weights).double()
+        self.class_weights = _doubles(class_weights)
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Class scores with the classes along dimension 1."""
@@ -94,7 +100,7 @@ class CrossEntropy(Loss):
         """Unmasked targets, or the sum of their class weights, as torch divides by them."""
         targets = self.targets(batch)
         if targets.is_floating_point():
-            cells = targets[0, 0].numel()
+            cells = math.prod(targets.shape[2:])
             return targets.new_full((len(targets),), cells, dtype=torch.float64)
         kept = (targets != self.ignore_index).double()
         if self.class_weights is not None:
@@ -104,7 +110,7 @@ class CrossEntropy(Loss):
 
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target, weighted and not divided, in the shape of the targets."""
-        return F.cross_entropy(
+        return functional.cross_entropy(
             logits,
             targets.to(logits.dtype) if targets.is_floating_point() else targets,
             weight=None if self.class_weights is None else self.class_weights.to(logits),
@@ -121,6 +127,12 @@ class CrossEntropy(Loss):
     def check(self, outputs: Tensor, batch: Batch) -> None:
         """Shapes, then labels within 0 … K−1."""
         logits, targets = self.logits(outputs), self.targets(batch)
+        if logits.dim() < 2:
+            raise InputError(
+                f"{self.name} needs outputs (N, K)",
+                f"outputs of shape {tuple(logits.shape)}",
+                "[loss] name = 'bce_with_logits' for one output an example",
+            )
         if targets.is_floating_point():
             return _require_shape(self.name, logits.shape, targets.shape)
         _require_shape(self.name, logits[:, 0].shape, targets.shape)
@@ -151,10 +163,16 @@ class NegativeLogLikelihood(CrossEntropy):
     def __init__(self, ignore_index: int = -100, class_weights: list[float] | None = None) -> None:
         super().__init__(0.0, ignore_index, class_weights)
 
+    @property
+    def natural(self) -> Loss:
+        """Cross-entropy, since log-softmax leaves log-probabilities as they are."""
+        weights = None if self.class_weights is None else self.class_weights.tolist()
+        return CrossEntropy(0.0, self.ignore_index, weights)
+
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target, weighted and not divided."""
         weight = None if self.class_weights is None else self.class_weights.to(logits)
-        return F.nll_loss(
+        return functional.nll_loss(
             logits, targets, weight=weight, ignore_index=self.ignore_index, reduction="none"
         )
 
@@ -233,6 +251,12 @@ class HuggingFace(CrossEntropy):
     def targets(self, batch: Batch) -> Tensor:
         """Labels ``(N,)``, or ``(N, T − 1)`` without the first."""
         labels = torch.as_tensor(_mapping(batch)["labels"])
+        if labels.is_floating_point():
+            raise InputError(
+                "huggingface needs labels that are classes",
+                f"labels of type {labels.dtype}",
+                "[loss] step = 'module:function' that returns model(**batch).loss",
+            )
         return (labels[:, 1:] if labels.dim() == 2 else labels).long()
 
     def logits(self, outputs: Tensor) -> Tensor:
@@ -240,18 +264,16 @@ class HuggingFace(CrossEntropy):
         return outputs[:, :-1].transpose(1, 2) if outputs.dim() == 3 else outputs
 
 
-class MeanSquaredError(Loss):
-    """``F.mse_loss``: outputs and targets of one shape ``(N, ...)``, mean over all entries."""
-
-    name = "mse"
+class Entrywise(Loss):
+    """The mean over all entries of outputs and targets of one shape ``(N, ...)``."""
 
     def masses(self, batch: Batch) -> Tensor:
         """One an example."""
-        return torch.ones_like(self.targets(batch).reshape(size_of(batch), -1)[:, 0]).double()
+        return torch.ones(len(self.targets(batch)), dtype=torch.float64)
 
+    @abstractmethod
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each entry."""
-        return (outputs - targets).square()
 
     def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Mean over an example's entries."""
@@ -263,18 +285,28 @@ class MeanSquaredError(Loss):
         _require_shape(self.name, outputs.shape, self.targets(batch).shape)
 
 
-class BinaryCrossEntropy(MeanSquaredError):
-    """``F.binary_cross_entropy_with_logits``, mean over all entries."""
+class MeanSquaredError(Entrywise):
+    """``F.mse_loss``."""
+
+    name = "mse"
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each entry."""
+        return (outputs - targets).square()
+
+
+class BinaryCrossEntropy(Entrywise):
+    """``F.binary_cross_entropy_with_logits``."""
 
     name = "bce_with_logits"
 
     def __init__(self, pos_weight: list[float] | None = None) -> None:
-        self.pos_weight = None if pos_weight is None else torch.tensor(pos_weight).double()
+        self.pos_weight = _doubles(pos_weight)
 
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each entry."""
         pos_weight = None if self.pos_weight is None else self.pos_weight.to(outputs)
-        return F.binary_cross_entropy_with_logits(
+        return functional.binary_cross_entropy_with_logits(
             outputs, targets, pos_weight=pos_weight, reduction="none"
         )
 
@@ -296,13 +328,12 @@ class UserLoss(Loss):
 
     def mean(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The user's own mean."""
-        return self.function(outputs, self.targets(batch))
+        return self.function(outputs, split_batch(batch)[1])
 
     def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
         """By one call an example: the function is a black box."""
-        targets = self.targets(batch)
-        each = range(len(outputs))
-        return torch.stack([self.function(outputs[i : i + 1], targets[i : i + 1]) for i in each])
+        pairs = (rows((outputs, split_batch(batch)[1]), i, i + 1) for i in range(len(outputs)))
+        return torch.stack([self.function(*pair) for pair in pairs])
 
 
 class StepLoss(Loss):
@@ -319,9 +350,8 @@ class StepLoss(Loss):
 
     def mass(self, model: nn.Module, batch: Batch) -> float:
         """The weight that the step returns, else the number of examples."""
-        with torch.no_grad():
-            weight = self._call(model, batch)[1]
-        return float(size_of(batch) if weight is None else weight)
+        weight = self._call(model, batch)[1]  # with gradients on, for the step may take some
+        return float(size_of(batch) if weight is None else torch.as_tensor(weight).detach())
 
     def _call(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         result = self.function(model, batch)
@@ -385,6 +415,10 @@ def _from_criterion(loss: Any) -> Loss | None:
         pos_weight = loss.pos_weight
         return BinaryCrossEntropy(None if pos_weight is None else pos_weight.tolist())
     return None
+
+
+def _doubles(values: list[float] | None) -> Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.float64)
 
 
 def _first_two(batch: Batch) -> Batch:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hesscli.errors import InputError, UnsoundError, UsageError
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch, map_tensors, place, rows, tensors_of
+from hesscli.problem.blame import no_gradient
 from hesscli.problem.data import FrozenData, Selection, freeze
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.losses import Loss, StepLoss, as_loss
@@ -58,7 +59,7 @@ class Problem:
         model: analysed in the mode that it is in; its parameters and buffers end as they began.
         loss: a name (``"cross_entropy"``, ...), a torch criterion with mean reduction,
             ``fn(outputs, targets) -> mean loss``, or a :class:`Loss`.
-        data: a map-style dataset, a DataLoader or an iterable of batches.
+        data: a map-style dataset, a DataLoader, an iterable of batches, or frozen data as it is.
         weight_decay: coefficient of ½‖θ‖² over all trainable parameters.
         examples: how many to keep: ``N``, ``"all"`` or ``"first:N"``.
         batch_size: at most so many examples a batch.
@@ -106,13 +107,17 @@ class Problem:
         self._require_finite_weights()
         self.weight_decay, self.unseen = weight_decay, unseen
         self.checkpoint, self.warnings = checkpoint, warnings
-        self.data: FrozenData = freeze(
-            data,
-            Selection.parse(examples),
-            batch_size=batch_size,
-            seed=seed,
-            whole_batches=isinstance(self.loss, StepLoss),
-            observe=observe,
+        self.data = (
+            data
+            if isinstance(data, FrozenData)
+            else freeze(
+                data,
+                Selection.parse(examples),
+                batch_size=batch_size,
+                seed=seed,
+                whole_batches=isinstance(self.loss, StepLoss),
+                observe=observe,
+            )
         )
         self._batches = self._pinned(self.data.batches)
         with self.forward_context():
@@ -256,7 +261,13 @@ class Problem:
             self._require_finite_loss(value, batch)
             if not value.requires_grad:
                 raise _detached()
-            parts = torch.autograd.grad(value, tensors, allow_unused=True)
+            try:
+                parts = torch.autograd.grad(value, tensors, allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                data = batch.data
+                raise no_gradient(self.model, lambda: self.evaluate(data), error) from None
             reached = [r or p is not None for r, p in zip(reached, parts, strict=True)]
             dense = [
                 torch.zeros_like(t) if p is None else p.to_dense() if p.is_sparse else p
@@ -270,6 +281,7 @@ class Problem:
                         phase="loss and gradient", done=batch.index + 1, total=self.num_batches
                     )
                 )
+        self._require_finite_gradient(gradient)
         theta = self.parameters.flatten([t.detach() for t in tensors]).double()
         return Proof(
             loss=loss + 0.5 * self.weight_decay * float(theta @ theta),
@@ -311,6 +323,16 @@ class Problem:
                 f"{float(value.detach())} on batch {batch.index}"
                 + (" whose inputs hold NaN or infinity" if broken else ""),
                 "clean inputs" if broken else "--dtype float64, or a checkpoint that has converged",
+            )
+
+    def _require_finite_gradient(self, gradient: Tensor) -> None:
+        parts = zip(self.parameters, self.parameters.split(gradient), strict=True)
+        bad = [p.name for p, part in parts if not torch.isfinite(part).all()]
+        if bad:
+            raise UnsoundError(
+                "the gradient is not finite",
+                f"NaN or infinity in the gradient of {', '.join(bad[:5])} ({len(bad)} tensors)",
+                "a loss that is differentiable where it stands: no sqrt or norm of exactly 0",
             )
 
     # -- report --------------------------------------------------------------------------------

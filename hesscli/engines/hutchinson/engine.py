@@ -53,8 +53,8 @@ class Hutchinson:
 
     @property
     def num_probes(self) -> int:
-        """Probes that every batch has seen."""
-        return min(len(cell) for cell in self.cells.values())
+        """Probes that every batch in the table has seen."""
+        return min((len(self.cells[i]) for i in self._seen()), default=0)
 
     def extend(self, num_probes: int) -> Iterator[None]:
         """Bring every batch to ``num_probes``, yielding after each block of products.
@@ -90,7 +90,7 @@ class Hutchinson:
         Batches that a stopped round did not reach are left out; with shared probes, only the
         probes that all the others have seen count.
         """
-        seen = [i for i in self.indices if len(self.cells[i]) >= 2]
+        seen = self._seen()
         if len(seen) < min(2, len(self.indices)):
             return None
         cells: Sequence[Array] = [self.cells[i] for i in seen]
@@ -103,5 +103,7 @@ class Hutchinson:
     def coverage(self) -> float:
         """Share of the kept examples in the batches that :meth:`table` rests on."""
         counts = self.operator.problem.data.counts
-        seen = sum(counts[i] for i in self.indices if len(self.cells[i]) >= 2)
-        return seen / sum(counts[i] for i in self.indices)
+        return sum(counts[i] for i in self._seen()) / sum(counts[i] for i in self.indices)
+
+    def _seen(self) -> list[int]:
+        return [i for i in self.indices if len(self.cells[i]) >= 2]

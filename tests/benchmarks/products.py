@@ -1,0 +1,204 @@
+"""What a block of Hessian products costs, in plain gradients: ours and other libraries'.
+
+    pip install -e '.[bench]'
+    python tests/benchmarks/products.py [fashion text] [--rounds 15] [--peer-rounds 5]
+
+Everyone multiplies the Hessian of the same loss, over the same frozen batches, with the same 8
+vectors, in float32 on one thread, with the math attention kernel. Times are CPU times of full
+passes; each is divided by the mean of the two passes of plain gradients that it stands between,
+so that a machine that slows down or is shared slows both. Before it is timed, each answer is
+compared with a float64 product that uses nothing but torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import torch
+from peers import PEERS, Task, flatten
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hesscli
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+CHECKPOINTS = {"fashion": "model.pt", "text": "model.safetensors"}
+BLOCK = 8
+LIMIT = 1.25 * (3 + 2 * (BLOCK - 1))
+"""Gradients: a first product takes 3 by counted operations and each further one 2."""
+PEER_LIMIT = 1.1
+"""Times the cheapest peer."""
+TOLERANCE = 1e-4
+"""Relative; float32 products of these models are within 2e-6 of float64."""
+
+Block = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Row:
+    """A contestant and what became of it."""
+
+    title: str
+    block: Block
+    rounds: int
+    ratios: list[float] = field(default_factory=list)
+    error: float = float("nan")
+    failure: str | None = None
+
+    @property
+    def median(self) -> float:
+        """Gradients a block."""
+        return statistics.median(self.ratios)
+
+
+def main() -> None:
+    """Measure the chosen samples and print a table for each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("samples", nargs="*", default=list(CHECKPOINTS), choices=CHECKPOINTS)
+    parser.add_argument("--rounds", type=int, default=15, help="passes of ours")
+    parser.add_argument("--peer-rounds", type=int, default=5, help="passes of each peer")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console()
+    for sample in arguments.samples:
+        problem = hesscli.load(SAMPLES / sample / CHECKPOINTS[sample])
+        with sdpa_kernel(SDPBackend.MATH):
+            rows = run(problem, arguments.rounds, arguments.peer_rounds)
+        console.print(table(sample, problem, rows))
+        console.print(*verdicts(rows), sep="\n", end="\n\n")
+
+
+def run(problem: hesscli.Problem, rounds: int, peer_rounds: int) -> list[Row]:
+    """Check, then time all contestants in turn; ours is the first."""
+    task = Task.of(problem)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(BLOCK, problem.parameters.size, generator=generator)
+    rows = [Row("hesscli", hesscli.Hessian(problem).apply, rounds)]
+    rows += list(peer_rows(task, peer_rounds))
+    check(rows, vectors, product(task, vectors.sum(0)))
+    measure(rows, vectors, lambda: gradient(task))
+    return rows
+
+
+def peer_rows(task: Task, rounds: int) -> Iterator[Row]:
+    """A row for each peer; one that is not installed or does not start says so."""
+    for peer in PEERS:
+        try:
+            yield Row(peer.title(), peer(task).block, rounds)
+        except PackageNotFoundError:
+            title = f"{peer.distribution}, {peer.call}"
+            yield Row(title, torch.clone, 0, failure="not installed: pip install -e '.[bench]'")
+        except Exception as error:
+            yield Row(peer.title(), torch.clone, 0, failure=reason(error))
+
+
+def check(rows: list[Row], vectors: Tensor, truth: Tensor) -> None:
+    """Relative error of each; by linearity the rows' sum answers for all of them."""
+    for row in rows:
+        if row.failure is None:
+            try:
+                answer = row.block(vectors).sum(0).double()
+                row.error = float((answer - truth).norm() / truth.norm())
+            except Exception as error:  # a peer may fail in any way; its row says which
+                row.failure = reason(error)
+
+
+def measure(rows: list[Row], vectors: Tensor, gradient: Callable[[], None]) -> None:
+    """Time each contestant between two passes of gradients, round by round."""
+    before = seconds(gradient)
+    for turn in range(max(row.rounds for row in rows)):
+        for row in rows:
+            if row.failure is None and turn < row.rounds:
+                own = seconds(lambda block=row.block: block(vectors))
+                after = seconds(gradient)
+                row.ratios.append(2 * own / (before + after))
+                before = after
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """CPU time of a call."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def gradient(task: Task) -> None:
+    """One plain gradient of the whole loss."""
+    total = torch.zeros(sum(p.numel() for p in task.parameters))
+    for batch in task.batches:
+        total += flatten(list(torch.autograd.grad(task.loss(batch), task.parameters)))
+
+
+def product(task: Task, vector: Tensor) -> Tensor:
+    """Hv in float64 by differentiating the gradient twice, with nothing shared or reused."""
+    task = Task(task.model.double(), task.criterion, task.batches)
+    total = torch.zeros_like(vector, dtype=torch.float64)
+    for batch in task.batches:
+        slope = torch.autograd.grad(task.loss(batch), task.parameters, create_graph=True)
+        directional = flatten(list(slope)) @ vector.double()
+        total += flatten(list(torch.autograd.grad(directional, task.parameters)))
+    task.model.float()
+    return total / len(task.batches)
+
+
+def reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+
+
+def table(sample: str, problem: hesscli.Problem, rows: list[Row]) -> Table:
+    """Gradients a block, their spread, and the answer's error."""
+    grid = Table(
+        title=f"{BLOCK} Hessian products, samples/{sample}: d = {problem.parameters.size}, "
+        f"{problem.num_batches} batches of {problem.data.counts[0]}, float32, 1 thread, "
+        f"torch {torch.__version__}, Python {platform.python_version()}",
+    )
+    for heading in ("", "gradients", "quartiles", "passes", "relative error", ""):
+        grid.add_column(heading, justify="left" if not heading else "right")
+    for row in rows:
+        if row.failure is not None:
+            grid.add_row(row.title, "–", "–", "0", "–", row.failure)
+            continue
+        low, _, high = statistics.quantiles(row.ratios, n=4, method="inclusive")
+        wrong = "" if row.error <= TOLERANCE else "wrong value"
+        grid.add_row(
+            row.title,
+            f"{row.median:.2f}",
+            f"{low:.2f} – {high:.2f}",
+            str(len(row.ratios)),
+            f"{row.error:.1e}",
+            wrong,
+        )
+    return grid
+
+
+def verdicts(rows: list[Row]) -> Iterator[str]:
+    """The two limits that ours has to stay within."""
+    ours, *others = rows
+    yield f"at most {LIMIT:.2f} gradients: {ours.median:.2f}, {word(ours.median <= LIMIT)}"
+    timed = [row for row in others if row.ratios]
+    if timed:
+        best = min(timed, key=lambda row: row.median)
+        share = ours.median / best.median
+        yield (
+            f"at most {PEER_LIMIT} × the cheapest peer ({best.title}): "
+            f"{share:.2f}, {word(share <= PEER_LIMIT)}"
+        )
+
+
+def word(met: bool) -> str:
+    """How a limit was taken."""
+    return "met" if met else "MISSED"
+
+
+if __name__ == "__main__":
+    main()

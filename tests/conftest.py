@@ -1,0 +1,28 @@
+"""What several test modules share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import hesscli
+from hesscli.problem.problem import Problem
+
+torch.set_num_threads(1)
+
+SAMPLES = Path(__file__).resolve().parents[1] / "samples"
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """The folder of the sample problems."""
+    return SAMPLES
+
+
+@pytest.fixture
+def sunspots() -> Problem:
+    """315 parameters in float64 at a true minimum, all 256 examples in 16 batches."""
+    problem: Problem = hesscli.load(SAMPLES / "sunspots" / "model.pt")
+    return problem

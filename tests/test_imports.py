@@ -1,0 +1,117 @@
+"""Start-up stays fast, and the house keeps its floors: imports run downwards only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hesscli
+
+PACKAGE = Path(hesscli.__file__).parent
+HEAVY = {"torch", "numpy", "matplotlib", "scipy"}
+
+# From the street up to the roof; a room may import from the floors below it.
+FLOORS = [
+    {"errors"},
+    {"results"},
+    {"parameters", "streams", "storage"},
+    {"problem"},
+    {"operators"},
+    {"engines"},
+    {"diagnostics", "optim", "render"},
+    {"cli"},
+    {"__main__"},
+]
+RENDER_MAY_USE = {"render", "results", "errors", "storage"}
+WITHOUT_TORCH = ("cli", "render", "results.py", "errors.py")
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # ``from hesscli import x`` may name a room or a name that __init__ resolves.
+            yield from (
+                f"hesscli.{alias.name}" if node.module == "hesscli" else node.module
+                for alias in node.names
+            )
+
+
+def at_import_time(tree: ast.Module) -> Iterator[str]:
+    """What a module imports when it is imported: outside functions and TYPE_CHECKING."""
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported(node)
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def floor(name: str) -> int:
+    return next(level for level, rooms in enumerate(FLOORS) if name in rooms)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["trace", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(args: list[str]) -> None:
+    program = (
+        "import sys; from hesscli.cli.app import main; code = main(sys.argv[1:]);"
+        "print(code, *{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, *args], capture_output=True, text=True, check=True
+    )
+    code, *modules = run.stderr.split()
+    assert code == "0"
+    assert "hesscli" in run.stdout
+    assert "typer" in modules
+    assert not HEAVY & set(modules)
+
+
+def test_imports_run_downwards() -> None:
+    seen = 0
+    for path in sources():
+        here = room(module_name(path))
+        if here == "__init__":  # the Python API names every room, lazily
+            continue
+        for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            there = room(name) if name.startswith("hesscli.") else None
+            if there is None or there == "__version__":
+                continue
+            seen += 1
+            below = floor(there) < floor(here)
+            assert below or there == here, f"{path}: {here} imports {there}"
+            if here == "render":
+                assert there in RENDER_MAY_USE, f"{path}: render imports {there}"
+    assert seen > 20
+
+
+def test_torch_is_not_imported_where_results_are_shown() -> None:
+    for part in WITHOUT_TORCH:
+        place = PACKAGE / part
+        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            names = at_import_time(ast.parse(path.read_text(encoding="utf-8")))
+            assert "torch" not in {name.partition(".")[0] for name in names}, path
