@@ -21,8 +21,8 @@ def samples() -> Path:
     return SAMPLES
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sunspots() -> Problem:
-    """315 parameters in float64 at a true minimum, all 256 examples in 16 batches."""
+    """315 parameters in float64 at a true minimum, all 256 examples in 16 batches; read only."""
     problem: Problem = hesscli.load(SAMPLES / "sunspots" / "model.pt")
     return problem

@@ -85,9 +85,7 @@ def test_globs(parameters: Parameters, pattern: str, names: tuple[str, ...]) -> 
     ("pattern", "near"),
     [("conv11", "conv10"), ("heat", "head"), ("Conv10", "conv10"), ("?", "scale_weight")],
 )
-def test_unmatched_globs_name_what_is_near(
-    parameters: Parameters, pattern: str, near: str
-) -> None:
+def test_unmatched_globs_name_what_is_near(parameters: Parameters, pattern: str, near: str) -> None:
     with pytest.raises(UsageError) as caught:
         parameters.select(pattern)
     assert caught.value.exit_code == ExitCode.USAGE
@@ -100,9 +98,7 @@ def test_split_is_the_inverse_of_flatten(parameters: Parameters) -> None:
     vector = torch.arange(52.0)
     parts = parameters.split(vector)
     assert [tuple(part.shape) for part in parts] == [tuple(t.shape) for t in parameters.tensors]
-    assert all(
-        part.reshape(-1)[0] == p.offset for part, p in zip(parts, parameters, strict=True)
-    )
+    assert all(part.reshape(-1)[0] == p.offset for part, p in zip(parts, parameters, strict=True))
     assert torch.equal(parameters.flatten(parts), vector)
     columns: Tensor = vector[:, None].expand(52, 3).clone()
     assert torch.equal(parameters.flatten(parameters.split(columns[:, 1])), vector)

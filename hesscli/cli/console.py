@@ -17,7 +17,7 @@ from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.text import Text
 
-from hesscli.cli.progress import ProgressLine
+from hesscli.cli.progress import ProgressLine, describe_estimate
 from hesscli.errors import ExitCode, HesscliError
 from hesscli.results import Observe, Snapshot
 
@@ -104,12 +104,15 @@ class Console:
 
     def _announcing(self, observe: Observe) -> Observe:
         began = time.monotonic()
-        phases: list[str] = []
+        said: set[tuple[str, bool]] = set()
 
         def announce(snapshot: Snapshot) -> bool:
-            if snapshot.phase not in phases:
-                phases.append(snapshot.phase)
-                self.note(f"{time.monotonic() - began:8.1f} s  {snapshot.phase}")
+            """Say each phase as it begins, and the first estimate in it."""
+            news = (snapshot.phase, snapshot.estimate is not None)
+            if news not in said:
+                said.add(news)
+                seconds, estimate = time.monotonic() - began, describe_estimate(snapshot)
+                self.note(f"{seconds:8.1f} s  {snapshot.phase}  {estimate}".rstrip())
             return observe(snapshot)
 
         return announce

@@ -35,8 +35,6 @@ def init(
     verbose: options.Verbose = False,
 ) -> ExitCode:
     """Write a spec for a checkpoint: which model, which data, which loss."""
-    from hesscli.problem.template import write_template
-
     console = loudness(context, quiet=quiet, verbose=verbose)
     spec = spec_path(checkpoint)
     if spec.exists() and not (force or stdout):
@@ -45,6 +43,8 @@ def init(
             str(spec),
             "--force to replace it, or --stdout to print the new one",
         )
+    from hesscli.problem.template import write_template
+
     with console.working():
         text = write_template(checkpoint, trust=trust)
     if stdout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -122,9 +122,13 @@ class Operator(ABC):
         """
         return type(self)(self.problem, parameters=self.parameters.select(pattern), mode=self.mode)
 
+    @overload
+    def __matmul__(self, vectors: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, vectors: np.ndarray) -> np.ndarray: ...
     def __matmul__(self, vectors: Tensor | np.ndarray) -> Tensor | np.ndarray:
         if isinstance(vectors, np.ndarray):
-            return (self @ torch.tensor(vectors)).numpy()  # type: ignore[union-attr]
+            return (self @ torch.from_numpy(vectors.copy())).numpy()
         if vectors.dim() not in (1, 2) or len(vectors) != self.parameters.size:
             raise UsageError(
                 f"the operator is {self.shape[0]} × {self.shape[1]}",

@@ -49,11 +49,11 @@ def working_precision(problem: Problem, count: int) -> torch.dtype:
     return watch.narrowest
 
 
-class _Narrowing(TorchDispatchMode):
+class _Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches for operations that turn float64 values into a narrower type."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.narrowest = torch.float64
 
     def __torch_dispatch__(  # type: ignore[no-untyped-def]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli.errors import HesscliError, UnsoundError
+from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.independence import check_independence
 from hesscli.operators.precision import doubled, tolerance, working_precision
@@ -26,6 +26,7 @@ from hesscli.problem.blame import (
     differing_module,
     failing_module,
     first_line,
+    is_out_of_memory,
 )
 from hesscli.problem.problem import Problem, WeightedBatch
 from hesscli.results import Check, Preflight
@@ -37,7 +38,7 @@ _FLOOR = 100 * torch.finfo(torch.float64).eps
 """Rounding of quadratic forms in float64 itself."""
 
 
-def preflight(problem: Problem, make: type[Operator], mode: Mode | str = "auto") -> Preflight:
+def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Preflight:
     """Check loss, determinism and products, and choose the mode.
 
     Args:
@@ -49,8 +50,11 @@ def preflight(problem: Problem, make: type[Operator], mode: Mode | str = "auto")
 
     Raises:
         UnsoundError: a random or non-finite loss, or no mode passes; the module is named.
-        UsageError: a matrix of per-example gradients, of a model that mixes examples.
+        UsageError: no such mode, or a matrix of per-example gradients of a model that mixes
+            examples.
     """
+    if mode not in ("auto", *MODES):
+        raise UsageError("no such autodiff mode", repr(mode), f"auto, {', '.join(MODES)}")
     proof = problem.prove()
     sample = problem.sample(SAMPLE)
     determinism = _determinism(problem, sample)
@@ -136,9 +140,11 @@ def _try(
         return _against_float64(problem, make, mode)
     except MismatchError as mismatch:
         return str(mismatch)
-    except (HesscliError, torch.OutOfMemoryError):
+    except HesscliError:
         raise
     except Exception as error:  # the model ran before, so that whatever this is, it is the mode's
+        if is_out_of_memory(error):
+            raise
         return f"{_obstacle(problem, mode)} ({first_line(error)})"
 
 

@@ -47,17 +47,21 @@ def gradient(value: Tensor, tensors: Tensors, *, create_graph: bool = False) -> 
     parts = torch.autograd.grad(
         value, tensors, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
-    return [part.to_dense() if part.is_sparse else part for part in parts]
+    return [_dense(part) for part in parts]
 
 
 def flatten(parts: Tensors) -> Tensor:
-    """One vector from the parts' entries."""
-    return torch.cat([part.reshape(-1) for part in parts])
+    """One vector from the parts' entries, sparse parts made dense."""
+    return torch.cat([_dense(part).reshape(-1) for part in parts])
+
+
+def _dense(part: Tensor) -> Tensor:
+    return part.to_dense() if part.is_sparse else part
 
 
 def unflatten(vector: Tensor, like: Tensors) -> list[Tensor]:
     """Views of a flat vector in the shapes of ``like``."""
-    pieces = vector.split([t.numel() for t in like])
+    pieces = torch.split(vector, [t.numel() for t in like])
     return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
 
 
@@ -164,7 +168,7 @@ def sandwich_finite_difference(
         parts = torch.autograd.grad(
             function(None), tensors, middle(pushed), allow_unused=True, materialize_grads=True
         )
-        return flatten([p.to_dense() if p.is_sparse else p for p in parts])
+        return flatten(parts)
 
     return lambda block: torch.stack([product(v) for v in block])
 
@@ -199,7 +203,7 @@ def _central_difference(
         behind = evaluate()
     finally:
         _write(tensors, originals)
-    return (ahead - behind) * (length / (2 * step))
+    return (ahead - behind).mul_(length / (2 * step))
 
 
 def _write(tensors: Tensors, values: Tensors) -> None:

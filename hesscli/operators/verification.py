@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hesscli import streams
 from hesscli.operators.base import Operator
@@ -103,7 +103,7 @@ def check_difference(operator: Operator, sample: WeightedBatch) -> Check:
     """
     errors = []
     for number, (step, shift) in enumerate(_ATTEMPTS):
-        direction = vectors(operator, number + 1)[-1]
+        direction = vectors(operator, number + 1)[-1] * _moving(operator)
         with _shifted(operator.parameters, shift):
             value, bound = _difference(operator, sample, direction, step)
         if value <= bound:
@@ -132,6 +132,20 @@ def _product(operator: Operator, sample: WeightedBatch, block: Tensor) -> Tensor
 
 def _one(operator: Operator, sample: WeightedBatch, vector: Tensor) -> Tensor:
     return _product(operator, sample, vector[None])[0]
+
+
+def _moving(operator: Operator) -> Tensor:
+    """Zero at padding rows of embeddings, which no gradient reaches though outputs use them."""
+    rows = {
+        module.weight: module.padding_idx
+        for module in operator.problem.model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    masks = [torch.ones_like(t, requires_grad=False) for t in operator.parameters.tensors]
+    for tensor, mask in zip(operator.parameters.tensors, masks, strict=True):
+        if (row := rows.get(tensor)) is not None:
+            mask[row] = 0
+    return flatten(masks)
 
 
 def _difference(

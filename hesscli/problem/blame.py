@@ -54,6 +54,11 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0][:160]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is no fault of the model; on a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def no_gradient(model: nn.Module, run: Run, error: Exception) -> UnsoundError:
     """The refusal of a model whose loss has no gradient by autograd, its module named."""
     culprit = failing_module(model, run, differentiate) or label("", model)
@@ -108,7 +113,7 @@ def differentiate_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
 
 def _scalar(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[Tensor], Tensor]:
     """Inputs and parameters as leaves, and a number that depends on every output."""
-    leaves = [p for p in module.parameters() if p.requires_grad]
+    leaves: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
 
     def fresh(t: Tensor) -> Tensor:
         if not t.is_floating_point():

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hesscli.errors import InputError, UnsoundError, UsageError
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch, map_tensors, place, rows, tensors_of
-from hesscli.problem.blame import no_gradient
+from hesscli.problem.blame import is_out_of_memory, no_gradient
 from hesscli.problem.data import FrozenData, Selection, freeze
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.losses import Loss, StepLoss, as_loss
@@ -263,11 +263,11 @@ class Problem:
                 raise _detached()
             try:
                 parts = torch.autograd.grad(value, tensors, allow_unused=True)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
-                data = batch.data
-                raise no_gradient(self.model, lambda: self.evaluate(data), error) from None
+                if is_out_of_memory(error):
+                    raise
+                run = partial(self.evaluate, batch.data)
+                raise no_gradient(self.model, run, error) from None
             reached = [r or p is not None for r, p in zip(reached, parts, strict=True)]
             dense = [
                 torch.zeros_like(t) if p is None else p.to_dense() if p.is_sparse else p
@@ -332,7 +332,7 @@ class Problem:
             raise UnsoundError(
                 "the gradient is not finite",
                 f"NaN or infinity in the gradient of {', '.join(bad[:5])} ({len(bad)} tensors)",
-                "a loss that is differentiable where it stands: no sqrt or norm of exactly 0",
+                "inputs without infinities, and no sqrt or norm of exactly 0 in model or loss",
             )
 
     # -- report --------------------------------------------------------------------------------

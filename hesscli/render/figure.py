@@ -12,7 +12,7 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from hesscli.render import words
 from hesscli.results import Interval, LayerTrace, TraceResult
@@ -36,17 +36,18 @@ _STYLE: list[Any] = [
         "axes.spines.top": False,
         "grid.color": _LINE,
         "grid.linewidth": 0.6,
-        "xtick.color": _QUIET,
+        "xtick.color": _LINE,
+        "xtick.labelcolor": _QUIET,
         "xtick.labelsize": 9,
-        "ytick.labelsize": 10,
+        "ytick.labelcolor": _INK,
         "ytick.major.size": 0,
         "svg.hashsalt": "hesscli",
     },
 ]
 
-# The page in inches: margins, and the gaps that the columns of numbers need.
-_WIDTH, _SIDE, _TOP, _BOTTOM = 11.0, 0.35, 1.15, 0.95
-_NUMBERS, _PER_PARAMETER, _GAP = 1.5, 2.2, 0.18
+# The page in inches: margins, the second panel, and the gap between columns.
+_WIDTH, _SIDE, _TOP, _BOTTOM = 11.0, 0.4, 1.05, 0.95
+_PER_PARAMETER, _GAP = 2.1, 0.18
 
 
 def trace_figure(result: TraceResult) -> Figure:
@@ -134,7 +135,7 @@ def _headings(figure: Figure, result: TraceResult) -> None:
 
 
 def _draw_traces(axes: Axes, layers: list[LayerTrace]) -> None:
-    low, high = _limits([end for layer in layers for end in (0.0, *_ends(layer))])
+    low, high = _limits([0.0, *(end for layer in layers for end in _ends(layer))])
     axes.set_xlim(low, high)
     for row, layer in enumerate(layers):
         axes.barh(row, layer.estimate, height=0.62, color=_colour(layer))
@@ -146,49 +147,69 @@ def _draw_traces(axes: Axes, layers: list[LayerTrace]) -> None:
             (_GAP * 72, 0),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
-            va="center",
+            va="center_baseline",
             fontsize=9,
         )
     axes.axvline(0, color=_QUIET, linewidth=0.8)
     axes.set_ylim(len(layers) - 0.4, -0.6)
-    axes.set_yticks(range(len(layers)), [words.shorten(layer.name, 34) for layer in layers])
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_yticks(range(len(layers)), [words.shorten(layer.name, 44) for layer in layers])
+    _plain_ticks(axes, 5)
     axes.set_xlabel("trace")
     axes.grid(axis="x")
 
 
 def _draw_per_parameter(axes: Axes, layers: list[LayerTrace]) -> None:
-    density = [layer.estimate / layer.num_parameters for layer in layers]
-    _scale(axes, density)
-    for row, (layer, value) in enumerate(zip(layers, density, strict=True)):
-        low, high = layer.interval
-        _whisker(axes, row, (low / layer.num_parameters, high / layer.num_parameters))
+    values = [words.per_parameter(layer) for layer in layers]
+    shares = [max(layer.num_parameters, 1) for layer in layers]
+    ends = [end / n for layer, n in zip(layers, shares, strict=True) for end in _ends(layer)]
+    axes.set_xlabel("trace per parameter" + _scale(axes, values, ends))
+    for row, (layer, value, n) in enumerate(zip(layers, values, shares, strict=True)):
+        _whisker(axes, row, (layer.interval[0] / n, layer.interval[1] / n))
         axes.plot(value, row, "o", markersize=5.5, color=_colour(layer), zorder=3)
     axes.tick_params(labelleft=False)
-    axes.set_xlabel("trace per parameter")
     axes.grid(axis="x")
 
 
-def _scale(axes: Axes, values: list[float]) -> None:
-    """Linear where all values can be told apart on a line, else logarithmic, signs kept."""
+def _scale(axes: Axes, values: list[float], ends: list[float]) -> str:
+    """Linear where all values can be told apart on a line, else logarithmic, signs kept.
+
+    Returns:
+        What the axis label has to say about it.
+    """
     sizes = [abs(value) for value in values if value]
     if not sizes or max(sizes) / min(sizes) <= 30:
-        axes.set_xlim(*_limits([0.0, *values]))
-        axes.xaxis.set_major_locator(MaxNLocator(3))
-        return
-    first, last = math.floor(math.log10(min(sizes))), math.ceil(math.log10(max(sizes)))
-    step = max(math.ceil((last - first) / 3), 1)
-    powers = [10.0**power for power in range(last, first - 1, -step)]
+        axes.set_xlim(*_limits([0.0, *ends]))
+        _plain_ticks(axes, 3)
+        return ""
+    first, last = math.floor(math.log10(min(sizes))), math.floor(math.log10(2 * max(sizes)))
+    ticks = [10.0**power for power in range(last, first - 1, -1)]
     if min(values) > 0:
-        axes.set_xscale("log", nonpositive="clip")
-        axes.set_xlim(min(sizes) / 2, max(sizes) * 2)
-        axes.set_xticks(powers, [f"{power:.0e}" for power in powers])
+        axes.set_xscale("log")
+        axes.set_xlim(min(sizes) / 2, 2 * max(sizes))
     else:
-        axes.set_xscale("symlog", linthresh=10.0**first)
-        axes.set_xlim(min(2 * min(values), 0), max(2 * max(values), 0))
-        signed = [-powers[0], 0.0, powers[0]]
-        axes.set_xticks(signed, [f"{power:.0e}" if power else "0" for power in signed])
+        axes.set_xscale("symlog", linthresh=min(sizes))
+        axes.set_xlim(min(2 * min(values), 0.0), max(2 * max(values), 0.0))
+        ticks = [0.0, *(sign * tick for tick in ticks for sign in (1, -1))]
+    ticks = _apart(axes, ticks)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
+    return ", log scale"
+
+
+def _apart(axes: Axes, ticks: list[float]) -> list[float]:
+    """The ticks whose labels have room on a narrow axis; earlier ones come first."""
+    kept: dict[float, float] = {}
+    for tick in ticks:
+        place = (axes.transScale + axes.transLimits).transform((tick, 0.0))[0]
+        if 0 <= place <= 1 and all(abs(place - other) > 0.24 for other in kept.values()):
+            kept[tick] = place
+    return list(kept)
+
+
+def _plain_ticks(axes: Axes, most: int) -> None:
+    """Complete numbers at the ticks, not a power of ten set apart in a corner."""
+    axes.xaxis.set_major_locator(MaxNLocator(most))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
 
 
 def _whisker(axes: Axes, row: int, interval: Interval) -> None:
@@ -201,13 +222,13 @@ def _whisker(axes: Axes, row: int, interval: Interval) -> None:
 
 def _arrange(figure: Figure, bars: Axes, dots: Axes) -> None:
     """Give the names the room they need, and the bars what is left."""
-    names = max(label.get_window_extent().width for label in bars.get_yticklabels())
+    names = max((label.get_window_extent().width for label in bars.get_yticklabels()), default=0.0)
     left = _SIDE + names / figure.dpi + 0.1
     right = _WIDTH - _SIDE - _PER_PARAMETER
     height = figure.get_figheight()
     bottom, tall = _BOTTOM / height, 1 - (_TOP + _BOTTOM) / height
-    numbers = max(text.get_window_extent().width for text in bars.texts) / figure.dpi
-    width = right - left - numbers - 2.5 * _GAP
+    numbers = max((text.get_window_extent().width for text in bars.texts), default=0.0)
+    width = right - left - numbers / figure.dpi - 2.5 * _GAP
     bars.set_position((left / _WIDTH, bottom, width / _WIDTH, tall))
     dots.set_position((right / _WIDTH, bottom, _PER_PARAMETER / _WIDTH, tall))
 

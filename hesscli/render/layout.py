@@ -13,7 +13,7 @@ from rich.text import Text
 from hesscli.render.words import shorten
 
 # Of equal width, so that columns stay aligned.
-_ASCII = str.maketrans({"█": "#", "▌": "#", "░": "-", "·": "|", "…": "~", "‖": "|", "─": "-"})
+_ASCII = str.maketrans("█▌░·…‖─±", "##-|~|-~")
 
 
 @dataclass(frozen=True)

@@ -144,10 +144,11 @@ def _noise_lines(result: TraceResult) -> Iterator[RenderableType]:
     noises = words.noises(result)
     if not noises:
         return
+    largest = "largest; " if len(noises) > 1 else ""
     table = Table.grid(padding=(0, 2))
     for index, noise in enumerate(noises):
         size = words.number(noise.size, 2)
-        remedy = f"largest; {noise.remedy}" if index == 0 else ""
+        remedy = f"{largest}{noise.remedy}" if index == 0 else ""
         table.add_row(Text(noise.source), Text(f"± {size}", justify="right"), Text(remedy))
     yield _GAP
     yield Text("error budget (one standard error each)", style="dim")
@@ -203,7 +204,7 @@ def _add_layer(table: Table, layer: LayerTrace, total: float, largest: float) ->
         Text(error),
         Text(words.percent(layer.estimate / total) if total else ""),
         Bar(_ratio(layer.estimate, largest)),
-        Text(words.number(layer.estimate / layer.num_parameters)),
+        Text(words.number(words.per_parameter(layer))),
         style="dim" if uncertain else "",
     )
 
@@ -240,7 +241,7 @@ def _status(result: TraceResult) -> Text:
         "exact": "no probe noise, and every example was used",
         "converged": "the interval is within the tolerance",
         "budget": f"the tolerance was not reached in time;{largest} or accept ± {accept}",
-        "data-limited": "more probes cannot help, data noise is left; "
+        "data-limited": "data noise alone exceeds the tolerance; "
         + words.more_examples(result.problem),
         "interrupted": "stopped early; the interval is that of the work done so far",
     }[result.status]

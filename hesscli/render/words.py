@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hesscli.results import Interval, ProblemReport, TraceResult
+from hesscli.results import Interval, LayerTrace, ProblemReport, TraceResult
 
 _NO_PLACE = 400  # beyond the smallest float
 
@@ -98,7 +98,7 @@ def shorten(name: str, width: int) -> str:
     name = "".join(letter if letter.isprintable() else "?" for letter in name)
     if len(name) <= width:
         return name
-    tail = max(2 * width // 3, 1)
+    tail = max(3 * width // 4, 1)
     return f"{name[: max(width - tail - 1, 0)]}…{name[-tail:]}"
 
 
@@ -114,6 +114,11 @@ def examples_used(problem: ProblemReport) -> str:
     if problem.num_examples == problem.num_examples_available:
         return f"all {count(problem.num_examples, 'example')}"
     return f"{count(problem.num_examples)} of {count(problem.num_examples_available, 'example')}"
+
+
+def per_parameter(layer: LayerTrace) -> float:
+    """The trace of a layer, shared among its parameters; an empty layer has none."""
+    return layer.estimate / max(layer.num_parameters, 1)
 
 
 def half_width(interval: Interval) -> float:
@@ -143,7 +148,7 @@ def noises(result: TraceResult) -> list[Noise]:
         Noise("probe noise", trace.probe_stderr, f"{_more_work(result)} halves it"),
         Noise("data noise", _sampling_stderr(result), more_examples(result.problem)),
         Noise("label noise", trace.label_stderr or 0.0, "more --probes draw more labels"),
-        Noise("rounding", trace.rounding_error, "--dtype float64 removes most of it"),
+        Noise("rounding", trace.rounding_error, _more_precision(result.problem)),
     )
     return sorted((noise for noise in found if noise.size > 0), key=lambda noise: -noise.size)
 
@@ -154,6 +159,12 @@ def more_examples(problem: ProblemReport) -> str:
     if problem.num_examples_available is not None and wanted >= problem.num_examples_available:
         return "--examples all removes it"
     return f"--examples {wanted} (four times as many) halves it"
+
+
+def _more_precision(problem: ProblemReport) -> str:
+    if problem.dtype == "float64":
+        return "as small as float64 allows"
+    return "--dtype float64 removes most of it"
 
 
 def _sampling_stderr(result: TraceResult) -> float:
@@ -168,9 +179,12 @@ def _sampling_stderr(result: TraceResult) -> float:
 def _more_work(result: TraceResult) -> str:
     """The option that buys four times the probes."""
     error, size = half_width(result.trace.interval), abs(result.trace.estimate)
-    if result.status == "budget" or not math.isfinite(error):
+    if result.status == "budget":
         seconds = math.ceil(4 * result.cost.seconds)
         option = f"--budget {seconds}s" if seconds < 120 else f"--budget {math.ceil(seconds / 60)}m"
+    elif result.status != "converged" or not math.isfinite(error):
+        # The tolerance did not end the run, so a tighter one would change nothing.
+        option = f"--probes {4 * result.method.num_probes}"
     elif size > error:
         option = f"--rtol {percent(error / size / 2)}"
     else:

@@ -38,9 +38,10 @@ class Task:
         weighted = list(problem.batches())
         if max(b.weight for b in weighted) > (1 + 1e-9) * min(b.weight for b in weighted):
             raise ValueError("batches of unequal weight")
-        pairs = [
-            (inputs, targets.long().flatten()) for inputs, targets in (b.data for b in weighted)
-        ]
+        pairs = []
+        for batch in weighted:
+            inputs, targets = batch.data
+            pairs.append((inputs, targets.long().flatten()))
         model = copy.deepcopy(problem.model)
         flat = model if problem.loss.name == "cross_entropy" else OneRowAToken(model)
         return cls(flat, nn.CrossEntropyLoss(), pairs)
@@ -90,7 +91,7 @@ class Peer(ABC):
     def split(self, vector: Tensor) -> list[Tensor]:
         """A flat vector in the parameters' shapes."""
         parameters = self.task.parameters
-        pieces = vector.split([p.numel() for p in parameters])
+        pieces = torch.split(vector, [p.numel() for p in parameters])
         return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
 
 

@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def measure(rows: list[Row], vectors: Tensor, gradient: Callable[[], None]) -> N
     for turn in range(max(row.rounds for row in rows)):
         for row in rows:
             if row.failure is None and turn < row.rounds:
-                own = seconds(lambda block=row.block: block(vectors))
+                own = seconds(partial(row.block, vectors))
                 after = seconds(gradient)
                 row.ratios.append(2 * own / (before + after))
                 before = after

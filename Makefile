@@ -1,0 +1,47 @@
+# Everything runs from a virtual environment of its own, made on first use.
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SAMPLES := samples/fashion/model.pt samples/text/model.safetensors samples/sunspots/model.pt
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/demo  ## Install, and trace the Hessian of a small trained network
+	$(BIN)/hesscli trace samples/fashion/model.pt --rtol 15%
+
+test: $(VENV)/test  ## Run the test suite on two processes
+	$(BIN)/python -m pytest -n 2 $(PYTEST)
+
+lint: $(VENV)/test  ## Style, docstrings, imports and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(VENV)/bench  ## Compare products with PyHessian, curvlinops and hessian-eigenthings
+	$(BIN)/python tests/benchmarks/products.py
+
+gallery: $(VENV)/demo  ## Trace all samples; pictures go to hesscli-out/
+	for model in $(SAMPLES); do $(BIN)/hesscli trace $$model --rtol 15% || exit; done
+
+gpu: $(VENV)/test  ## Run the checks that need a CUDA device
+	$(BIN)/python -m pytest -m gpu -rs
+
+clean:  ## Remove the environment and what runs have left
+	rm -rf $(VENV) build *.egg-info hesscli-out .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	python3 -m venv $(VENV)
+
+$(VENV)/demo: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/test: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[bench]'
+	touch $@
+
+.PHONY: help demo test lint bench gallery gpu clean
+.DEFAULT_GOAL := help

@@ -1,0 +1,178 @@
+"""Documents keep the published schema and the promised keys, and hold no NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from example_results import LAYERS, check_result, estimate, problem, trace_result
+from jsonschema import Draft202012Validator
+
+from hesscli.render.document import schema, to_json
+from hesscli.results import CheckResult, TraceResult
+
+
+def keys(names: str) -> dict[str, Any]:
+    return {name: {} for name in names.split()}
+
+
+# What tests outside this repository rely on: keys may come, none may go.
+TRACE_CONTRACT: dict[str, Any] = {
+    **keys("schema_version command hesscli_version status files warnings"),
+    "problem": {
+        "checkpoint": keys("path sha256"),
+        **keys("num_parameters num_unreached num_examples total_weight loss accuracy"),
+        **keys("gradient_norm dtype device matrix manifest_sha256"),
+    },
+    "method": keys("name seed probe_design mode"),
+    "cost": keys("products gradients seconds peak_bytes"),
+    "trace": {
+        **keys("estimate probe_stderr data_stderr label_stderr degrees_of_freedom interval"),
+        **keys("population_interval confidence gauss_newton residual rounding_error"),
+    },
+    "layers": [
+        {
+            **keys("name num_parameters status estimate probe_stderr data_stderr interval"),
+            "parameters": [keys("name shape")],
+        }
+    ],
+    "environment": keys("python torch device_name threads tf32"),
+}
+
+INFINITE = (-math.inf, math.inf)
+
+
+def strictly(text: str) -> Any:
+    """Read JSON as the standard has it: Python's own NaN and Infinity are refused."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} in a document")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def assert_has(document: Any, contract: Any) -> None:
+    if isinstance(contract, list):
+        assert document
+        for item in document:
+            assert_has(item, contract[0])
+    elif contract:
+        assert set(contract) <= set(document)
+        for key, inner in contract.items():
+            assert_has(document[key], inner)
+
+
+@pytest.fixture(scope="module")
+def validator() -> Draft202012Validator:
+    Draft202012Validator.check_schema(schema())
+    return Draft202012Validator(schema())
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        trace_result(),
+        trace_result(problem=problem(checkpoint=None, accuracy=None, num_examples_available=None)),
+        trace_result(trace=estimate(data_stderr=None, gauss_newton=1200.0, residual=34.15)),
+        trace_result(trace=estimate(interval=INFINITE, population_interval=(0.5, math.inf))),
+        trace_result(layers=[replace(LAYERS[0], interval=INFINITE)], status="interrupted"),
+        check_result(),
+    ],
+)
+def test_documents_keep_the_schema(
+    validator: Draft202012Validator, result: TraceResult | CheckResult
+) -> None:
+    assert [error.message for error in validator.iter_errors(strictly(to_json(result)))] == []
+
+
+def without(document: dict[str, Any], *path: str) -> None:
+    for key in path[:-1]:
+        document = document[key]
+    del document[path[-1]]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda document: without(document, "status"),
+        lambda document: without(document, "warnings"),
+        lambda document: without(document, "schema_version"),
+        lambda document: without(document, "trace", "population_interval"),
+        lambda document: without(document, "problem", "checkpoint", "sha256"),
+        lambda document: document.update(command="check"),
+        lambda document: document.update(command="guess"),
+        lambda document: document.update(schema_version=2),
+        lambda document: document.update(status="fine"),
+        lambda document: document["trace"].update(estimate=None),
+        lambda document: document["trace"].update(estimate="1234"),
+        lambda document: document["trace"].update(interval=[1.0]),
+        lambda document: document["trace"].update(interval=[1.0, 2.0, 3.0]),
+        lambda document: document["layers"][1].update(interval=["low", "high"]),
+        lambda document: document["layers"][0]["parameters"][0].update(shape="3x3"),
+        lambda document: document["problem"].update(num_examples=1.5),
+    ],
+)
+def test_broken_documents_do_not(
+    validator: Draft202012Validator, spoil: Callable[[dict[str, Any]], None]
+) -> None:
+    document = json.loads(to_json(trace_result()))
+    spoil(document)
+    assert not validator.is_valid(document)
+
+
+def test_new_keys_may_come(validator: Draft202012Validator) -> None:
+    document = json.loads(to_json(trace_result()))
+    document["trace"]["median"] = 3.0
+    document["ledger"] = []
+    assert validator.is_valid(document)
+
+
+def test_promised_keys() -> None:
+    assert_has(json.loads(to_json(trace_result())), TRACE_CONTRACT)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_becomes_null(value: float) -> None:
+    trace = estimate(probe_stderr=value, interval=(value, 2.0), population_interval=(1.0, value))
+    document = strictly(to_json(trace_result(trace=trace, problem=problem(loss=value))))
+    assert document["problem"]["loss"] is None
+    assert document["trace"]["probe_stderr"] is None
+    assert document["trace"]["interval"] == [None, 2.0]
+    assert document["trace"]["population_interval"] == [1.0, None]
+
+
+def test_numbers_and_names_survive() -> None:
+    result = trace_result(
+        layers=[replace(LAYERS[0], name="größe\n\udc80", estimate=0.1 + 0.2, probe_stderr=5e-324)]
+    )
+    text = to_json(result)
+    text.encode("ascii")
+    (written,) = json.loads(text)["layers"]
+    assert written["name"] == "größe\n\udc80"
+    assert written["estimate"] == 0.1 + 0.2
+    assert written["probe_stderr"] == 5e-324
+    assert written["parameters"] == [{"name": "features.conv1.weight", "shape": [16, 10]}]
+
+
+def test_form() -> None:
+    text = to_json(trace_result())
+    assert text.endswith("}\n")
+    assert not text.endswith("\n\n")
+    assert text.splitlines()[1].startswith('  "')
+    assert list(json.loads(text)) == [field.name for field in fields(TraceResult)]
+
+
+def test_schema_describes_every_command() -> None:
+    described = schema()
+    commands = [
+        described["$defs"][entry["$ref"].rpartition("/")[2]] for entry in described["oneOf"]
+    ]
+    assert {command["properties"]["command"]["const"] for command in commands} == {"check", "trace"}
+    for definition in described["$defs"].values():
+        assert definition["description"]
+        assert definition["required"] == list(definition["properties"])
+    strictly(json.dumps(described))

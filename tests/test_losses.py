@@ -1,0 +1,432 @@
+"""Losses as weighted means: torch's own value and gradient, whole or cut into ragged batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hesscli.errors import ExitCode, HesscliError, InputError, UnsoundError
+from hesscli.problem.batches import Batch, rows
+from hesscli.problem.losses import (
+    NAMED,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    HuggingFace,
+    LanguageModel,
+    Loss,
+    MeanSquaredError,
+    NegativeLogLikelihood,
+    StepLoss,
+    UserLoss,
+    as_loss,
+)
+
+ROUNDING = 1e-12  # float64, sums of a few hundred terms
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def _classes(*shape: int, of: int, masked: int | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(of, shape, generator=generator)
+    if masked is not None:
+        labels[torch.rand(shape, generator=generator) < 0.3] = masked
+    return labels
+
+
+WEIGHTS = [0.1, 0.7, 3.3, 1.0]
+TENSOR = torch.tensor(WEIGHTS, dtype=torch.float64)
+SHARES = _draw(23, 4).softmax(1)
+
+
+@dataclass
+class Case:
+    """A loss, what it stands for in torch, and outputs and targets for both."""
+
+    loss: Loss
+    torch: Any
+    outputs: Tensor
+    targets: Tensor
+
+
+CASES = {
+    "classes": Case(CrossEntropy(), nn.CrossEntropyLoss(), _draw(23, 4), _classes(23, of=4)),
+    "classes with everything": Case(
+        CrossEntropy(0.1, 3, WEIGHTS),
+        nn.CrossEntropyLoss(TENSOR, ignore_index=3, label_smoothing=0.1),
+        _draw(23, 4),
+        _classes(23, of=4),
+    ),
+    "class weights and masked": Case(
+        CrossEntropy(class_weights=WEIGHTS),
+        nn.CrossEntropyLoss(TENSOR),
+        _draw(23, 4),
+        _classes(23, of=4, masked=-100),
+    ),
+    "smoothed": Case(
+        CrossEntropy(0.2),
+        nn.CrossEntropyLoss(label_smoothing=0.2),
+        _draw(23, 4),
+        _classes(23, of=4, masked=-100),
+    ),
+    "soft targets": Case(CrossEntropy(), nn.CrossEntropyLoss(), _draw(23, 4), SHARES),
+    "soft, weighted, smoothed": Case(
+        CrossEntropy(0.1, class_weights=WEIGHTS),
+        nn.CrossEntropyLoss(TENSOR, label_smoothing=0.1),
+        _draw(23, 4),
+        SHARES,
+    ),
+    "segmentation": Case(
+        CrossEntropy(0.1, 255, WEIGHTS),
+        nn.CrossEntropyLoss(TENSOR, ignore_index=255, label_smoothing=0.1),
+        _draw(23, 4, 3, 5),
+        _classes(23, 3, 5, of=4, masked=255),
+    ),
+    "soft segmentation": Case(
+        CrossEntropy(), nn.CrossEntropyLoss(), _draw(23, 4, 3, 5), _draw(23, 4, 3, 5).softmax(1)
+    ),
+    "nll": Case(
+        NegativeLogLikelihood(2, WEIGHTS),
+        nn.NLLLoss(TENSOR, ignore_index=2),
+        _draw(23, 4).log_softmax(1),
+        _classes(23, of=4),
+    ),
+    "nll of pixels": Case(
+        NegativeLogLikelihood(),
+        nn.NLLLoss(),
+        _draw(23, 4, 3, 5).log_softmax(1),
+        _classes(23, 3, 5, of=4, masked=-100),
+    ),
+    "mse": Case(MeanSquaredError(), nn.MSELoss(), _draw(23, 3, 2), 2 + _draw(23, 3, 2).cos()),
+    "mse of scalars": Case(MeanSquaredError(), nn.MSELoss(), _draw(23), _draw(23).cos()),
+    "bce": Case(BinaryCrossEntropy(), nn.BCEWithLogitsLoss(), _draw(23, 4), SHARES),
+    "bce with whole numbers": Case(
+        BinaryCrossEntropy(),
+        lambda outputs, targets: nn.BCEWithLogitsLoss()(outputs, targets.double()),
+        _draw(23, 4),
+        _classes(23, 4, of=2),
+    ),
+    "bce with pos_weight": Case(
+        BinaryCrossEntropy(WEIGHTS),
+        nn.BCEWithLogitsLoss(pos_weight=TENSOR),
+        _draw(23, 4),
+        SHARES.round(),
+    ),
+    "language": Case(
+        LanguageModel(0.1),
+        lambda outputs, targets: nn.CrossEntropyLoss(label_smoothing=0.1)(
+            outputs.reshape(-1, 6), targets.reshape(-1)
+        ),
+        _draw(23, 7, 6),
+        _classes(23, 7, of=6, masked=-100),
+    ),
+    "a user's own": Case(
+        UserLoss(functional.smooth_l1_loss, "huber"),
+        nn.SmoothL1Loss(),
+        _draw(23, 4),
+        SHARES,
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    chosen = CASES[request.param]
+    chosen.loss.check(chosen.outputs, (None, chosen.targets))
+    return chosen
+
+
+def _batch(targets: Tensor) -> Batch:
+    return (torch.zeros(len(targets), 1), targets)
+
+
+def _value_and_slope(function: Any, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = outputs.clone().requires_grad_()
+    value = function(outputs)
+    return value.detach(), torch.autograd.grad(value, outputs)[0]
+
+
+def test_value_and_gradient_are_torchs(case: Case) -> None:
+    batch = _batch(case.targets)
+    value, slope = _value_and_slope(lambda f: case.loss.mean(f, batch), case.outputs)
+    expected, expected_slope = _value_and_slope(lambda f: case.torch(f, case.targets), case.outputs)
+    torch.testing.assert_close(value, expected, rtol=ROUNDING, atol=0)
+    torch.testing.assert_close(slope, expected_slope, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_ragged_batches_weighted_by_mass_are_all_examples_at_once(case: Case) -> None:
+    masses, means = [], []
+    for start, stop in [(0, 10), (10, 20), (20, 23)]:
+        batch = _batch(case.targets[start:stop])
+        masses.append(case.loss.mass(nn.Identity(), batch))
+        means.append(float(case.loss.mean(case.outputs[start:stop], batch)))
+    together = sum(m * v for m, v in zip(masses, means, strict=True)) / sum(masses)
+    whole = float(case.torch(case.outputs, case.targets))
+    assert together == pytest.approx(whole, rel=ROUNDING)
+
+
+def test_numerators_and_masses_are_those_of_the_examples_alone(case: Case) -> None:
+    batch = _batch(case.targets)
+    masses, numerators = case.loss.masses(batch), case.loss.numerators(case.outputs, batch)
+    assert masses.dtype == torch.float64
+    assert masses.shape == numerators.shape == (23,)
+    for i in range(23):
+        one = rows(batch, i, i + 1)
+        assert float(case.loss.masses(one)) == float(masses[i])
+        if masses[i] == 0:  # torch's own mean of nothing is NaN
+            assert numerators[i] == 0
+            continue
+        alone = case.torch(case.outputs[i : i + 1], case.targets[i : i + 1])
+        assert float(numerators[i] / masses[i]) == pytest.approx(float(alone), rel=ROUNDING)
+
+
+def test_weights_are_not_rounded_to_single_precision() -> None:
+    batch = _batch(torch.tensor([0]))
+    assert float(CrossEntropy(class_weights=[0.1]).masses(batch)) == 0.1
+    loss = as_loss(nn.BCEWithLogitsLoss(pos_weight=TENSOR))
+    assert isinstance(loss, BinaryCrossEntropy)
+    assert torch.equal(loss.pos_weight, TENSOR)  # type: ignore[arg-type]
+
+
+# -- language models ---------------------------------------------------------------------------
+
+
+def test_token_weights() -> None:
+    outputs, targets = CASES["language"].outputs, CASES["language"].targets
+    weights = _draw(23, 7).square()
+    batch = (torch.zeros(23, 7), targets, weights)
+    terms = functional.cross_entropy(
+        outputs.reshape(-1, 6), targets.reshape(-1), reduction="none"
+    ).view(23, 7)
+    kept = weights * (targets != -100)
+    expected = (terms * kept).sum() / kept.sum()
+    value, slope = _value_and_slope(lambda f: LanguageModel().mean(f, batch), outputs)
+    _, expected_slope = _value_and_slope(
+        lambda f: (
+            (functional.cross_entropy(f.transpose(1, 2), targets, reduction="none") * kept).sum()
+            / kept.sum()
+        ),
+        outputs,
+    )
+    assert float(value) == pytest.approx(float(expected), rel=ROUNDING)
+    torch.testing.assert_close(slope, expected_slope, rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(LanguageModel().masses(batch), kept.sum(1))
+    seen: list[tuple[Any, ...]] = []
+
+    class Spy(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            seen.append(inputs)
+            return outputs
+
+    LanguageModel().outputs(Spy(), batch)
+    assert len(seen[0]) == 1, "the token weights are no input of the model"
+
+
+class Chat(nn.Module):
+    """Shifts its labels itself, as causal models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(6, 6).double()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> SimpleNamespace:
+        logits = self.table(input_ids)
+        loss = None
+        if labels is not None:
+            flat = logits[:, :-1].reshape(-1, 6), labels[:, 1:].reshape(-1)
+            loss = functional.cross_entropy(*flat)
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+def test_huggingface() -> None:
+    model, loss = Chat(), HuggingFace()
+    labels = _classes(23, 7, of=6, masked=-100)
+    batch = {"input_ids": _classes(23, 7, of=6), "labels": labels, "attention_mask": None}
+    own = model(**batch).loss.detach()
+    assert torch.equal(loss.evaluate(model, batch), own)
+    outputs = loss.outputs(model, batch).detach()
+    loss.check(outputs, batch)
+    assert float(loss.mean(outputs, batch)) == pytest.approx(float(own), rel=ROUNDING)
+    assert loss.masses(batch).tolist() == (labels[:, 1:] != -100).sum(1).tolist()
+    parts = [rows(batch, 0, 9), rows(batch, 9, 23)]
+    masses = [loss.mass(model, part) for part in parts]
+    values = [float(model(**part).loss.detach()) for part in parts]
+    together = sum(m * v for m, v in zip(masses, values, strict=True)) / sum(masses)
+    assert together == pytest.approx(float(own), rel=ROUNDING)
+    with pytest.raises(InputError, match="returned no loss"):
+        loss.evaluate(lambda **_: SimpleNamespace(logits=outputs), batch)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="dicts with 'labels'"):
+        loss.masses((labels, labels))
+    with pytest.raises(InputError, match="labels that are classes"):
+        loss.masses({"labels": torch.zeros(3)})
+
+
+def test_huggingface_classifiers_count_examples() -> None:
+    batch = {"labels": torch.tensor([0, 2, -100])}
+    assert HuggingFace().masses(batch).tolist() == [1, 1, 0]
+    right, of = HuggingFace().correct(torch.eye(3), batch)  # type: ignore[misc]
+    assert (int(right), int(of)) == (1, 2)
+
+
+# -- the user's own functions ------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[2.0]], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_batches_as_dicts() -> None:
+    x, y = _draw(5, 1), _draw(5, 1).cos()
+    for loss in (MeanSquaredError(), as_loss(lambda f, t: (f - t).square().mean())):
+        value = loss.evaluate(Linear(), {"x": x, "y": y})
+        assert float(value.detach()) == pytest.approx(float((2 * x - y).square().mean()))
+
+
+def test_step_losses_with_and_without_a_weight() -> None:
+    x, y = _draw(5, 1), _draw(5, 1).cos()
+
+    def step(model: nn.Module, batch: Batch) -> Tensor:
+        return functional.mse_loss(model(batch[0]), batch[1])
+
+    plain = StepLoss(step, "step")
+    assert plain.mass(Linear(), (x, y)) == 5.0
+    weighted = StepLoss(lambda model, batch: (step(model, batch), 2.5), "step")
+    assert weighted.mass(Linear(), (x, y)) == 2.5
+    mass = torch.tensor(3.0, requires_grad=True)
+    live = StepLoss(lambda model, batch: (step(model, batch), mass), "step")
+    assert live.mass(Linear(), (x, y)) == 3.0
+    for loss in (plain, weighted, live):
+        value = loss.evaluate(Linear(), (x, y))
+        assert torch.equal(value, functional.mse_loss(2 * x, y))
+        with pytest.raises(InputError, match="one loss an example"):
+            loss.numerators(x, (x, y))
+
+
+def test_a_step_may_differentiate() -> None:
+    """As the residual of a differential equation does."""
+
+    def step(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return (slope - 1).square().mean(), len(x)
+
+    loss = StepLoss(step, "residual")
+    assert loss.mass(Linear(), (_draw(5, 1),)) == 5.0
+    assert float(loss.evaluate(Linear(), (_draw(5, 1),)).detach()) == 1.0
+
+
+def test_a_users_loss_gets_its_targets_as_they_are() -> None:
+    targets = {"low": _draw(5, 1), "high": _draw(5, 1) + 1}
+    loss = as_loss(lambda f, t: ((f - t["low"]) * (f - t["high"])).mean())
+    batch = (torch.zeros(5, 1), targets)
+    outputs = _draw(5, 1)
+    expected = (outputs - targets["low"]) * (outputs - targets["high"])
+    torch.testing.assert_close(loss.mean(outputs, batch), expected.mean())
+    torch.testing.assert_close(loss.numerators(outputs, batch), expected[:, 0])
+
+
+# -- names and criteria ------------------------------------------------------------------------
+
+
+def test_names_and_criteria_become_losses() -> None:
+    for name, kind in NAMED.items():
+        assert type(as_loss(name)) is kind
+        assert as_loss(name).name == name
+    made = as_loss(nn.CrossEntropyLoss(TENSOR, ignore_index=7, label_smoothing=0.3))
+    assert isinstance(made, CrossEntropy)
+    assert (made.label_smoothing, made.ignore_index) == (0.3, 7)
+    assert torch.equal(made.class_weights, TENSOR)  # type: ignore[arg-type]
+    assert type(as_loss(nn.NLLLoss(TENSOR))) is NegativeLogLikelihood
+    assert type(as_loss(nn.MSELoss())) is MeanSquaredError
+    assert type(as_loss(nn.L1Loss())) is UserLoss
+    assert type(as_loss(nn.BCEWithLogitsLoss(weight=TENSOR))) is UserLoss
+    assert as_loss(made) is made
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.MSELoss, nn.L1Loss])
+def test_only_means_are_taken(kind: Any, reduction: str) -> None:
+    with pytest.raises(InputError) as caught:
+        as_loss(kind(reduction=reduction))
+    assert caught.value.what == "the loss must be a mean"
+    assert reduction in caught.value.got
+
+
+@pytest.mark.parametrize("wrong", ["crossentropy", 3, None])
+def test_unknown_losses(wrong: Any) -> None:
+    with pytest.raises(InputError, match="unknown loss"):
+        as_loss(wrong)
+
+
+# -- outputs and targets that cannot be meant together -----------------------------------------
+
+
+@pytest.mark.parametrize("label", [4, -1, 255])
+@pytest.mark.parametrize("name", ["cross_entropy", "nll"])
+def test_labels_out_of_range(name: str, label: int) -> None:
+    targets = torch.tensor([0, label, 3])
+    with pytest.raises(UnsoundError) as caught:
+        as_loss(name).check(torch.zeros(3, 4), _batch(targets))
+    assert caught.value.exit_code == ExitCode.UNSOUND
+    assert caught.value.got == f"label {label} for outputs of 4 classes"
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "targets"),
+    [
+        ("mse", (5, 1), (5,)),
+        ("mse", (5,), (5, 1)),
+        ("bce_with_logits", (5, 1), (5,)),
+        ("cross_entropy", (5, 4), (5, 1)),
+        ("cross_entropy", (5, 4), (6,)),
+        ("cross_entropy", (5, 4, 2, 2), (5,)),
+        ("cross_entropy", (5,), (5,)),
+        ("nll", (5, 4), (5, 4)),
+        ("language_model", (5, 4), (5,)),
+        ("language_model", (5, 3, 4), (5, 4)),
+    ],
+)
+def test_shapes_that_do_not_fit(
+    name: str, outputs: tuple[int, ...], targets: tuple[int, ...]
+) -> None:
+    classes = name not in ("mse", "bce_with_logits")
+    labels = torch.zeros(targets, dtype=torch.long if classes else torch.float32)
+    with pytest.raises(InputError) as caught:
+        as_loss(name).check(torch.zeros(outputs), _batch(labels))
+    assert caught.value.exit_code == ExitCode.INPUT
+    assert caught.value.got.endswith(f"of shape {targets}") or "outputs of" in caught.value.got
+
+
+def test_labels_in_floating_point_are_refused_plainly() -> None:
+    """Class numbers stored as floats look like probabilities to torch."""
+    batch = _batch(torch.tensor([0.0, 1.0, 2.0]))
+    loss = CrossEntropy()
+    assert loss.masses(batch).tolist() == [1, 1, 1]
+    with pytest.raises(HesscliError, match="needs targets of shape"):
+        loss.check(torch.zeros(3, 4), batch)
+
+
+def test_accuracy() -> None:
+    outputs = torch.tensor([[0.0, 2, 1], [3, 0, 0], [0, 0, 5], [9, 0, 0]])
+    pair = CrossEntropy().correct(outputs, _batch(torch.tensor([1, 1, 2, -100])))
+    assert [int(n) for n in pair or ()] == [2, 3]
+    pair = LanguageModel().correct(outputs[None], _batch(torch.tensor([[1, 1, 2, -100]])))
+    assert [int(n) for n in pair or ()] == [2, 3]
+    pair = BinaryCrossEntropy().correct(torch.tensor([[1.0, -1]]), _batch(torch.tensor([[1.0, 1]])))
+    assert [int(n) for n in pair or ()] == [1, 2]
+    assert MeanSquaredError().correct(outputs, _batch(outputs)) is None
+    assert CrossEntropy().correct(outputs, _batch(outputs.softmax(1))) is None

@@ -1,0 +1,278 @@
+"""hesscli.trace end to end: coverage against dense truth, stopping, interruption, memory."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+from torch import nn
+
+import hesscli
+from hesscli.errors import UsageError
+from hesscli.problem.data import TensorRows
+from hesscli.results import Snapshot, TraceResult
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+SEEDS = 200
+LEVEL = 1e-3
+
+
+@pytest.fixture(scope="module")
+def sunspots() -> hesscli.Problem:
+    return hesscli.load(SAMPLES / "sunspots" / "model.pt", examples="all")
+
+
+@pytest.fixture(scope="module")
+def relu() -> hesscli.Problem:
+    """A small ReLU classifier after a little training, whose 200 examples are all it has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(200, 6)
+    y = (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 1).long()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return hesscli.Problem(model, "cross_entropy", TensorRows(x, y))
+
+
+def layer_traces(problem: hesscli.Problem, matrix: type = hesscli.Hessian) -> dict[str, float]:
+    """By layer, from the dense float64 matrix."""
+    with problem.in_dtype(torch.float64):
+        diagonal = matrix(problem).to_dense().diagonal()
+    pieces = diagonal.split([p.numel for p in problem.parameters])
+    traces = dict.fromkeys(problem.layer_names, 0.0)
+    for parameter, piece in zip(problem.parameters, pieces, strict=True):
+        traces[parameter.layer] += float(piece.sum())
+    return traces
+
+
+@pytest.mark.parametrize(
+    ("name", "design", "probes"),
+    [("sunspots", "fresh", 2), ("relu", "fresh", 2), ("relu", "shared", 16)],
+)
+def test_coverage_end_to_end(
+    name: str, design: str, probes: int, request: pytest.FixtureRequest
+) -> None:
+    """93 to 97% of the intervals of 200 seeds hold the dense truth, pooled over layers and total.
+
+    Layers of one run share probes, so the pooled rate is as uncertain as one of 200 at most.
+    """
+    problem = request.getfixturevalue(name)
+    truth = layer_traces(problem)
+    hits = []
+    for seed in range(SEEDS):
+        result = hesscli.trace(problem, probes=probes, probe_design=design, seed=seed)
+        found = [
+            layer.interval[0] <= truth[layer.name] <= layer.interval[1] for layer in result.layers
+        ]
+        low, high = result.trace.interval
+        hits.append(np.mean([*found, low <= sum(truth.values()) <= high]))
+    tail = LEVEL / 3 / 2
+    assert np.mean(hits) >= binom.ppf(tail, SEEDS, 0.93) / SEEDS
+    assert np.mean(hits) <= binom.ppf(1 - tail, SEEDS, 0.97) / SEEDS
+
+
+def test_coverage_from_a_quarter_of_the_examples(relu: hesscli.Problem) -> None:
+    """The interval is for the whole loader: probe noise, and data noise of the 75% left out."""
+    truth = sum(layer_traces(relu).values())
+    rows = TensorRows(
+        torch.cat([b.data[0] for b in relu.batches()]),
+        torch.cat([b.data[1] for b in relu.batches()]),
+    )
+    hits, stderrs = 0, []
+    for seed in range(SEEDS):
+        part = hesscli.Problem(relu.model, "cross_entropy", rows, examples=50, seed=seed)
+        result = hesscli.trace(part, probes=2, seed=seed)
+        low, high = result.trace.interval
+        hits += low <= truth <= high
+        stderrs.append((result.trace.data_stderr, result.trace.probe_stderr))
+    assert hits / SEEDS >= binom.ppf(LEVEL / 2, SEEDS, 0.9) / SEEDS
+    data, probe = np.mean(stderrs, axis=0)
+    assert data > 0
+    assert probe > 0
+
+
+@pytest.mark.parametrize(
+    ("matrix", "operator"),
+    [
+        ("ggn", hesscli.GaussNewton),
+        ("fisher", hesscli.Fisher),
+        ("empirical-fisher", hesscli.EmpiricalFisher),
+    ],
+)
+def test_other_matrices(relu: hesscli.Problem, matrix: str, operator: type) -> None:
+    truth = layer_traces(relu, operator)
+    result = hesscli.trace(relu, matrix=matrix, rtol=0.2, seed=1)
+    assert result.status == "converged"
+    assert result.problem.matrix == matrix
+    # Ten standard errors: a test of the right matrix, not of luck.
+    assert abs(result.trace.estimate - sum(truth.values())) < 10 * result.trace.probe_stderr
+
+
+def test_tolerance_is_met_and_said(sunspots: hesscli.Problem) -> None:
+    result = hesscli.trace(sunspots, rtol=0.1, seed=3)
+    truth = sum(layer_traces(sunspots).values())
+    low, high = result.trace.interval
+    assert result.status == "converged"
+    assert high - low <= 2 * 0.1 * abs(truth)
+    assert low <= truth <= high
+    assert result.method.probe_design == "fresh"
+    assert result.trace.data_stderr is not None
+    assert result.trace.population_interval is None
+    assert str(result).startswith("trace(hessian) = ")
+
+
+def test_weight_decay_is_added_exactly(relu: hesscli.Problem) -> None:
+    rows = TensorRows(*next(relu.batches()).data)
+    plain = hesscli.trace(hesscli.Problem(relu.model, "cross_entropy", rows), probes=2)
+    decayed = hesscli.trace(
+        hesscli.Problem(relu.model, "cross_entropy", rows, weight_decay=0.5), probes=2
+    )
+    added = 0.5 * relu.parameters.size
+    assert decayed.trace.estimate - plain.trace.estimate == pytest.approx(added, rel=1e-12)
+    assert decayed.trace.probe_stderr == plain.trace.probe_stderr
+
+
+def test_probe_ranges_join(relu: hesscli.Problem) -> None:
+    """Probes a:b are the same probes that one long run would have drawn."""
+    whole = hesscli.trace(relu, probes=8).trace.estimate
+    parts = [hesscli.trace(relu, probes=(a, a + 4)).trace.estimate for a in (0, 4)]
+    assert np.mean(parts) == pytest.approx(whole, rel=1e-12)
+    assert parts[0] != parts[1]
+
+
+def test_seeds_differ_and_repeat(relu: hesscli.Problem) -> None:
+    runs = [hesscli.trace(relu, probes=2, seed=seed).trace for seed in (5, 5, 6)]
+    assert runs[0] == runs[1]
+    assert runs[0].estimate != runs[2].estimate
+
+
+def test_budget_ends_a_run(relu: hesscli.Problem) -> None:
+    result = hesscli.trace(relu, rtol=1e-6, budget=0.5)
+    assert result.status == "budget"
+    assert result.cost.seconds < 5
+    assert all(layer.status == "budget" for layer in result.layers)
+
+
+def test_data_limited(relu: hesscli.Problem) -> None:
+    """A tenth of the examples cannot give 1%, and no probe will: the run says so and stops."""
+    rows = TensorRows(
+        torch.cat([b.data[0] for b in relu.batches()]),
+        torch.cat([b.data[1] for b in relu.batches()]),
+    )
+    part = hesscli.Problem(relu.model, "cross_entropy", rows, examples=32)
+    result = hesscli.trace(part, rtol=0.01, budget=60)
+    assert result.status == "data-limited"
+    assert any("--examples" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("after", [1, 6, 40])
+def test_the_observer_can_stop_a_run(relu: hesscli.Problem, after: int) -> None:
+    """In the middle of the first round, that is a sample of the batches; none yet: no result."""
+    seen: list[Snapshot] = []
+
+    def observe(snapshot: Snapshot) -> bool:
+        seen.append(snapshot)
+        return sum(s.phase == "probing" for s in seen) >= after
+
+    if after == 1:
+        with pytest.raises(KeyboardInterrupt):
+            hesscli.trace(relu, rtol=1e-6, observe=observe)
+        return
+    result = hesscli.trace(relu, rtol=1e-6, observe=observe)
+    assert result.status == "interrupted"
+    truth = sum(layer_traces(relu).values())
+    low, high = result.trace.interval
+    assert low <= truth <= high
+    assert [s.phase for s in seen if s.phase != "probing"][-1] == "pilot"
+
+
+def test_progress_tells_the_truth(relu: hesscli.Problem) -> None:
+    """What is done never exceeds what is expected by the end, and the end is where it was said."""
+    seen: list[Snapshot] = []
+    hesscli.trace(relu, rtol=0.05, observe=lambda s: bool(seen.append(s)))
+    probing = [s for s in seen if s.phase == "probing"]
+    done = [s.done for s in probing]
+    assert done == sorted(done)
+    assert all(s.total is None or s.done <= s.total for s in probing)
+    assert probing[-1].total is not None
+    assert probing[-1].interval is not None
+
+
+def test_a_stream_that_was_not_read_to_its_end(relu: hesscli.Problem) -> None:
+    batches = [b.data for b in relu.batches()]
+    part = hesscli.Problem(relu.model, "cross_entropy", iter(batches), examples="first:64")
+    result = hesscli.trace(part, probes=2)
+    assert result.problem.num_examples_available is None
+    assert result.trace.data_stderr is None
+    assert any("kept" in warning for warning in result.warnings)
+
+
+def test_population_interval_needs_unseen_examples(relu: hesscli.Problem) -> None:
+    rows = TensorRows(*next(relu.batches()).data)
+    result = hesscli.trace(
+        hesscli.Problem(relu.model, "cross_entropy", rows, unseen=True), probes=4
+    )
+    assert result.trace.population_interval is not None
+    inner, outer = result.trace.interval, result.trace.population_interval
+    assert outer[0] < inner[0] < inner[1] < outer[1]
+
+
+def test_one_probe_is_no_error_bar(relu: hesscli.Problem) -> None:
+    with pytest.raises(UsageError, match="two probes"):
+        hesscli.trace(relu, probes=1)
+
+
+def test_nothing_of_the_model_changes(relu: hesscli.Problem) -> None:
+    before = {name: t.clone() for name, t in relu.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    hesscli.trace(relu, probes=2)
+    assert all(torch.equal(t, before[name]) for name, t in relu.model.state_dict().items())
+    assert all(p.grad is None for p in relu.model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+MEMORY = """
+import resource, sys, torch, hesscli
+from hesscli.problem.data import TensorRows
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = torch.nn.Sequential(*[torch.nn.Linear(256, 256), torch.nn.Tanh()] * 4, torch.nn.Linear(256, 2))
+count = 64 * int(sys.argv[1])
+rows = TensorRows(torch.randn(count, 256), torch.randint(2, (count,)))
+problem = hesscli.Problem(model, "cross_entropy", rows, examples="all", batch_size=64)
+result = hesscli.trace(problem, probes=2)
+unit = 1 if sys.platform == "darwin" else 1024
+print(result.problem.num_batches, problem.data.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+"""
+
+
+def test_memory_is_flat_in_the_number_of_batches() -> None:
+    """160 batches more, each with a graph of over 1 MB, cost no more than their examples.
+
+    The source and the kept copy both count (they are two); 24 MB are left to the allocator.
+    """
+    readings = []
+    for batches in (16, 176):
+        command = [sys.executable, "-c", MEMORY, str(batches)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        readings.append([int(word) for word in output.split()])
+    (few, kept_few, peak_few), (many, kept_many, peak_many) = readings
+    assert (few, many) == (16, 176)
+    assert peak_many - peak_few < 2 * (kept_many - kept_few) + 24e6
+
+
+def test_result_is_frozen_and_plain(relu: hesscli.Problem) -> None:
+    result = hesscli.trace(relu, probes=2)
+    assert isinstance(result, TraceResult)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 <= result.cost.peak_bytes * 1.5
+    with pytest.raises(AttributeError):
+        result.status = "exact"  # type: ignore[misc]
