@@ -13,6 +13,7 @@ from typing import Literal
 SCHEMA_VERSION = 1
 
 Interval = tuple[float, float]
+Mode = Literal["double-backward", "forward-over-reverse", "finite-difference"]
 Status = Literal["exact", "converged", "budget", "data-limited", "interrupted"]
 
 
@@ -206,7 +207,7 @@ class Preflight:
     the model does not run in float64).
     """
 
-    mode: str
+    mode: Mode
     attention_kernel: str
     fallback: str | None
     relative_rounding: float | None

@@ -245,13 +245,15 @@ import resource, sys, torch, hesscli
 from hesscli.problem.data import TensorRows
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = torch.nn.Sequential(*[torch.nn.Linear(256, 256), torch.nn.Tanh()] * 4, torch.nn.Linear(256, 2))
+hidden = [torch.nn.Linear(256, 256), torch.nn.Tanh()] * 4
+model = torch.nn.Sequential(*hidden, torch.nn.Linear(256, 2))
 count = 64 * int(sys.argv[1])
 rows = TensorRows(torch.randn(count, 256), torch.randint(2, (count,)))
 problem = hesscli.Problem(model, "cross_entropy", rows, examples="all", batch_size=64)
 result = hesscli.trace(problem, probes=2)
 unit = 1 if sys.platform == "darwin" else 1024
-print(result.problem.num_batches, problem.data.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+print(result.problem.num_batches, problem.data.nbytes, peak)
 """
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import UsageError
-from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Mode, Tensors
+from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Tensors
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.results import Mode
 
 BLOCK_BYTES = 1 << 26
 """Bytes of probes that are held at once (and as many of products)."""

@@ -11,7 +11,7 @@ from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.independence import check_independence
 from hesscli.operators.precision import doubled, tolerance, working_precision
-from hesscli.operators.products import MODES, Mode, flatten, gradient
+from hesscli.operators.products import MODES, flatten, gradient
 from hesscli.operators.verification import (
     MismatchError,
     check_difference,
@@ -29,7 +29,7 @@ from hesscli.problem.blame import (
     is_out_of_memory,
 )
 from hesscli.problem.problem import Problem, WeightedBatch
-from hesscli.results import Check, Preflight
+from hesscli.results import Check, Mode, Preflight
 
 SAMPLE = 8
 """Examples for the checks of products: few, so that few kinks lie within a difference step."""
@@ -65,8 +65,8 @@ def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Pre
         check_independence(problem, make, precision),
     )
     refusals: list[str] = []
-    for candidate in MODES if mode == "auto" else (mode,):
-        outcome = _try(problem, make, candidate, precision)  # type: ignore[arg-type]
+    for candidate in [known for known in MODES if mode in ("auto", known)]:
+        outcome = _try(problem, make, candidate, precision)
         if isinstance(outcome, str):
             refusals.append(f"{candidate}: {outcome}")
             continue

@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Mode = Literal["double-backward", "forward-over-reverse", "finite-difference"]
+from hesscli.results import Mode
+
 Kind = Literal["hessian", "sandwich"]
 MODES: tuple[Mode, ...] = ("double-backward", "forward-over-reverse", "finite-difference")
 

@@ -78,11 +78,12 @@ class Hutchinson:
     def _forms(self, term: Term, first: int, count: int) -> Tensor:
         """Quadratic forms of a block, float64 ``(count, L + 1)`` on the device."""
         block = self.probes.block(term.index, first, count)
-        terms = (block * term.apply(block)).split(self.operator.parameters.sizes, dim=1)
-        sums = torch.stack([part.sum(1, dtype=torch.float64) for part in terms], dim=1)
-        forms = sums.new_zeros(count, len(self.operator.parameters.layers))
-        forms.index_add_(1, self._layers, sums)
-        return torch.cat([forms, forms.sum(1, keepdim=True)], dim=1)
+        forms = block * term.apply(block)
+        parts = torch.split(forms, list(self.operator.parameters.sizes), dim=1)
+        sums = torch.stack([part.sum(1, dtype=torch.float64) for part in parts], dim=1)
+        layers = sums.new_zeros(count, len(self.operator.parameters.layers))
+        layers.index_add_(1, self._layers, sums)
+        return torch.cat([layers, layers.sum(1, keepdim=True)], dim=1)
 
     def table(self) -> Table | None:
         """What the table says so far, or None before two probes on two batches (if there are two).
