@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 Interval = tuple[float, float]
 Mode = Literal["double-backward", "forward-over-reverse", "finite-difference"]
@@ -163,6 +163,9 @@ class Environment:
 class TraceResult:
     """The answer of ``hesscli trace``."""
 
+    schema_version: Literal[1] = SCHEMA_VERSION
+    command: Literal["trace"] = "trace"
+    hesscli_version: str
     status: Status
     problem: ProblemReport
     method: MethodReport
@@ -170,11 +173,8 @@ class TraceResult:
     trace: Estimate
     layers: tuple[LayerTrace, ...]
     environment: Environment
-    hesscli_version: str
     files: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    schema_version: Literal[1] = 1
-    command: Literal["trace"] = "trace"
 
     def __str__(self) -> str:
         """One honest line."""
@@ -231,7 +231,7 @@ class Plan:
     """Time and memory of one full-data product, and of the commands.
 
     ``product_bytes`` is what one product of one batch holds beyond model and examples;
-    ``kept_bytes`` the frozen examples; ``table_bytes`` the quadratic forms at the planned end.
+    ``kept_bytes`` the frozen examples.
     """
 
     gradient_seconds: float
@@ -246,13 +246,13 @@ class Plan:
 class CheckResult:
     """The answer of ``hesscli check``."""
 
+    schema_version: Literal[1] = SCHEMA_VERSION
+    command: Literal["check"] = "check"
+    hesscli_version: str
+    status: Literal["ok"] = "ok"
     problem: ProblemReport
     preflight: Preflight
     plan: Plan
     environment: Environment
-    hesscli_version: str
     files: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    schema_version: Literal[1] = 1
-    command: Literal["check"] = "check"
-    status: Literal["ok"] = "ok"

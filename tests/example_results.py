@@ -99,7 +99,7 @@ def trace_result(layers: Sequence[LayerTrace] = LAYERS, **changes: Any) -> Trace
             probe_design="nested",
             num_probes=64,
             looks=4,
-            mode="reverse-over-reverse",
+            mode="double-backward",
             attention_kernel="math",
         ),
         "cost": Cost(products=64.0, gradients=192.7, seconds=12.34, peak_bytes=512 * 2**20),
@@ -117,7 +117,7 @@ def check_result() -> CheckResult:
     return CheckResult(
         problem=problem(),
         preflight=Preflight(
-            mode="reverse-over-reverse",
+            mode="double-backward",
             attention_kernel="math",
             fallback="encoder.pool (MaxPool3d)",
             relative_rounding=2.3e-7,

@@ -157,7 +157,7 @@ def test_the_model_is_described_only_as_it_is() -> None:
         (trace_result(), "probe noise ± 25 largest; --rtol 2.3% (four times the work)"),
         (
             trace_result(status="budget"),
-            "probe noise ± 25 largest; --budget 50s (four times the work) halves it",
+            "probe noise ± 25 largest; --probes 256 --budget 50s (four times the work) halves it",
         ),
         (
             trace_result(status="interrupted"),
@@ -208,7 +208,10 @@ def test_unknown_number_of_examples_is_said() -> None:
     ("status", "words"),
     [
         ("exact", "exact: no probe noise, and every example was used"),
-        ("budget", "budget: the tolerance was not reached in time; probe noise is largest"),
+        (
+            "budget",
+            "budget: the tolerance was not reached within the limits; probe noise is largest",
+        ),
         ("data-limited", "data-limited: data noise alone exceeds the tolerance; --examples"),
         ("interrupted", "interrupted: stopped early"),
     ],
@@ -296,7 +299,7 @@ def test_check_table() -> None:
     for words in (
         "pass finite",
         "FAIL symmetry 0.032 bound 1.0e-04",
-        "autodiff mode reverse-over-reverse · attention kernel math",
+        "autodiff mode double-backward · attention kernel math",
         "ruled out by encoder.pool (MaxPool3d)",
         "one full gradient 0.42 s",
         "one full product 1.0 s, 180 MiB",

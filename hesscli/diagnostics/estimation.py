@@ -82,7 +82,8 @@ class Estimation:
     def _verdict(self, reading: Reading) -> Status | None:
         if self._is_narrow(reading):
             return "converged"
-        return "data-limited" if reading.data_half_width() > self._wanted(reading) else None
+        hopeless = reading.data_half_width() > self._wanted(reading)
+        return "data-limited" if hopeless and reading.is_data_dominated() else None
 
     def _extend(self, probes: int, miss: float) -> Status | None:
         """Bring the engine to so many probes; a status where it had to stop on the way."""

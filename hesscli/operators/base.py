@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import UsageError
+from hesscli.operators.kernels import twice_differentiable
 from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Tensors
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem, WeightedBatch
@@ -93,7 +94,17 @@ class Operator(ABC):
 
     def live(self, batch: WeightedBatch) -> Apply:
         """Products with one batch's matrix, without weight decay, in this operator's mode."""
-        return BUILDERS[self.kind][self.mode](*self.parts(batch))
+        build = BUILDERS[self.kind][self.mode]
+        if self.mode != "double-backward":
+            return build(*self.parts(batch))
+        with twice_differentiable():
+            apply = build(*self.parts(batch))
+
+        def under_the_same_kernels(block: Tensor) -> Tensor:
+            with twice_differentiable():  # activation checkpointing runs the forward again
+                return apply(block)
+
+        return under_the_same_kernels
 
     @property
     def cost(self) -> tuple[float, float]:

@@ -240,7 +240,7 @@ def _status(result: TraceResult) -> Text:
     meaning = {
         "exact": "no probe noise, and every example was used",
         "converged": "the interval is within the tolerance",
-        "budget": f"the tolerance was not reached in time;{largest} or accept ± {accept}",
+        "budget": f"the tolerance was not reached within the limits;{largest} or accept ± {accept}",
         "data-limited": "data noise alone exceeds the tolerance; "
         + words.more_examples(result.problem),
         "interrupted": "stopped early; the interval is that of the work done so far",

@@ -179,12 +179,15 @@ def _sampling_stderr(result: TraceResult) -> float:
 def _more_work(result: TraceResult) -> str:
     """The option that buys four times the probes."""
     error, size = half_width(result.trace.interval), abs(result.trace.estimate)
+    more_probes = f"--probes {4 * result.method.num_probes}"
     if result.status == "budget":
+        # Time or a given number of probes ended the run; these two together lift both limits.
         seconds = math.ceil(4 * result.cost.seconds)
-        option = f"--budget {seconds}s" if seconds < 120 else f"--budget {math.ceil(seconds / 60)}m"
+        time = f"{seconds}s" if seconds < 120 else f"{math.ceil(seconds / 60)}m"
+        option = f"{more_probes} --budget {time}"
     elif result.status != "converged" or not math.isfinite(error):
         # The tolerance did not end the run, so a tighter one would change nothing.
-        option = f"--probes {4 * result.method.num_probes}"
+        option = more_probes
     elif size > error:
         option = f"--rtol {percent(error / size / 2)}"
     else:

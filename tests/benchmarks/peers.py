@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +28,17 @@ class Task:
     batches: list[tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(cls, problem: Problem) -> Task:
+    def of(cls, problem: Problem, count: int | None = None) -> Task:
         """The same loss as a classification; tokens become examples of their own.
+
+        ``count`` keeps the first batches only.
 
         Raises:
             ValueError: another loss, or batches of unequal weight, which some peers count equally.
         """
         if problem.loss.name not in ("cross_entropy", "language_model"):
             raise ValueError(f"no criterion for {problem.loss.name}")
-        weighted = list(problem.batches())
+        weighted = list(islice(problem.batches(), count))
         if max(b.weight for b in weighted) > (1 + 1e-9) * min(b.weight for b in weighted):
             raise ValueError("batches of unequal weight")
         pairs = []

@@ -46,6 +46,11 @@ class Reading:
         noise = MeanSquare((1 - self.fraction) * data, self.table.between.freedom)
         return float(half_width(noise, self.miss)[-1] + self.rounding[-1])
 
+    def is_data_dominated(self) -> bool:
+        """Whether the examples left out add more to the total's variance than the probes."""
+        sampling = self.variance.value[-1] - self.table.probe.value[-1]
+        return bool(sampling > self.table.probe.value[-1])
+
     def probes_for(self, wanted: float, probes: int) -> float | None:
         """Probes that would give half-width ``wanted``, from the ``probes`` seen so far.
 

@@ -1,0 +1,163 @@
+"""Convolution and batch norm with a cheap second derivative.
+
+torch's own double backward of a convolution makes the second weight gradient by a convolution
+with kernels as large as the image, and that of batch norm in evaluation mode treats a fixed
+affine map as if its statistics could move. Both are right, and together they cost a third of a
+convolutional network's product. Inside :func:`twice_differentiable` a convolution's backward is
+made of the three kernels that training uses, and batch norm in evaluation mode is the scale and
+shift that it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_convolve = torch.ops.aten.convolution
+_backward = torch.ops.aten.convolution_backward
+
+Geometry = tuple[list[int], list[int], list[int], int]
+"""Stride, padding, dilation, groups."""
+
+
+class twice_differentiable(TorchFunctionMode):  # noqa: N801 (used as a context manager)
+    """Meanwhile, convolutions and evaluation-mode batch norms are those of this module.
+
+    Forward mode does not go through them, and a third derivative does not either.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replace what is known and pass on the rest."""
+        kwargs = kwargs or {}
+        if function in _CONVOLUTIONS:
+            return _convolution(function, *args, **kwargs)
+        if function is F.batch_norm:
+            return _batch_norm(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _convolution(
+    function: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    dims = _CONVOLUTIONS[function]
+    if isinstance(padding, str) or input.dim() != dims + 2:
+        result: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
+        return result
+    stride, padding, dilation = (_each(value, dims) for value in (stride, padding, dilation))
+    geometry = (stride, padding, dilation, groups)
+    output: Tensor = _Convolution.apply(input, weight, geometry)  # type: ignore[no-untyped-call]
+    return output if bias is None else output + bias.view(-1, *[1] * dims)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    shape = (1, -1, *[1] * (input.dim() - 2))
+    return input * scale.view(shape) + shift.view(shape)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution without bias; saved are its input and weight."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.geometry = geometry
+        return _forward(input, weight, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        needed = tuple(ctx.needs_input_grad[:2])
+        arguments = (*slopes, *ctx.saved_tensors, ctx.geometry, needed)
+        return *_ConvolutionBackward.apply(*arguments), None  # type: ignore[no-untyped-call]
+
+
+class _ConvolutionBackward(torch.autograd.Function):
+    """(slope, input, weight) to the gradients in input and weight: bilinear in each pair."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        slope: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        needed: tuple[bool, bool],
+    ) -> Any:
+        ctx.save_for_backward(slope, input, weight)
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        return _gradients(slope, input, weight, geometry, needed)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> Any:
+        slope, input, weight = ctx.saved_tensors
+        along_input, along_weight = tangents
+        for_slope = for_input = for_weight = None
+        if along_input is not None:
+            for_slope = _forward(along_input, weight, ctx.geometry)
+            only_weight = (False, ctx.needs_input_grad[2])
+            for_weight = _gradients(slope, along_input, weight, ctx.geometry, only_weight)[1]
+        if along_weight is not None:
+            pushed = _forward(input, along_weight, ctx.geometry)
+            for_slope = pushed if for_slope is None else for_slope + pushed
+            only_input = (ctx.needs_input_grad[1], False)
+            for_input = _gradients(slope, input, along_weight, ctx.geometry, only_input)[0]
+        return for_slope, for_input, for_weight, None, None
+
+
+def _forward(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    zeros = [0] * len(stride)
+    output: Tensor = _convolve(input, weight, None, stride, padding, dilation, False, zeros, groups)
+    return output
+
+
+def _gradients(
+    slope: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients in input and weight, None where not needed."""
+    if not any(needed):
+        return None, None
+    stride, padding, dilation, groups = geometry
+    zeros = [0] * len(stride)
+    mask = [*needed, False]
+    in_input, in_weight, _ = _backward(
+        slope, input, weight, None, stride, padding, dilation, False, zeros, groups, mask
+    )
+    return in_input, in_weight
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
