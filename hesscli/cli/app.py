@@ -20,6 +20,7 @@ from hesscli import __version__
 from hesscli.cli import check, init, schema, trace
 from hesscli.cli.command import Command
 from hesscli.cli.console import Console, first_line, interrupts
+from hesscli.cli.memory import keep_freed_memory
 from hesscli.errors import ExitCode, HesscliError, UnsoundError, UsageError
 
 EXAMPLES = """\
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     program = typer.main.get_command(app)
     if "_HESSCLI_COMPLETE" in os.environ:
         program.main(prog_name="hesscli")  # answers the shell that completes, and exits
+    keep_freed_memory()
     console = Console.open()
     code = int(ExitCode.OK)
     try:

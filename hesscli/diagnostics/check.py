@@ -10,7 +10,7 @@ import torch
 from scipy.special import ndtri
 
 import hesscli
-from hesscli.diagnostics.clock import Clock, Stopped
+from hesscli.diagnostics.clock import Clock
 from hesscli.diagnostics.pilot import Pilot, run_pilot
 from hesscli.diagnostics.surroundings import environment, peak_bytes
 from hesscli.diagnostics.trace import PROOF_GRADIENTS, working_dtype
@@ -56,22 +56,18 @@ def check(
         KeyboardInterrupt: the observer wanted no more.
     """
     clock = Clock(None, observe)
-    try:
-        build = matrix_named(matrix)
-        problem.prove(observe)
-        clock.tell("preflight")
-        flight = preflight(problem, build, mode)
-        with problem.in_dtype(working_dtype(problem, flight)):
-            operator = build(problem, mode=flight.mode)
-            gradient_seconds, product_seconds, product_bytes = _measure(operator)
-            pilot = run_pilot(
-                operator,
-                seed=seed,
-                distribution="rademacher",
-                on_step=lambda: clock.tell("pilot", done=operator.meter.products),
-            )
-    except Stopped:
-        raise KeyboardInterrupt from None
+    build = matrix_named(matrix)
+    problem.prove(observe)
+    clock.tell("preflight")
+    flight = preflight(problem, build, mode)
+    with problem.in_dtype(working_dtype(problem, flight)):
+        operator = build(problem, mode=flight.mode)
+        gradient_seconds, product_seconds, product_bytes = _measure(operator)
+        pilot = run_pilot(
+            operator,
+            seed=seed,
+            on_step=lambda: clock.tell("pilot", done=operator.meter.products),
+        )
     planned = _plan_trace(
         operator, pilot, Tolerance(rtol, atol), 1 - confidence, budget, product_seconds
     )
@@ -146,14 +142,14 @@ def _plan_trace(
 ) -> PlannedCommand:
     """The look at which the pilot's variance would meet the tolerance."""
     problem = operator.problem
-    wanted = tolerance.half_width(pilot.estimate + operator.decay * operator.parameters.size)
-    probes, look = first_look(pilot.design, problem.num_batches), 1
+    wanted = tolerance.half_width(pilot.estimate)
+    probes, look = first_look("fresh", problem.num_batches), 1
     while wanted and _normal_half_width(pilot, probes, miss, look) > wanted and look < 40:
         probes, look = 2 * probes, look + 1
     graphs = look * operator.cost[0]
     gradients = PROOF_GRADIENTS + graphs + probes * operator.cost[1]
     seconds = product_seconds * probes
-    note = f"{pilot.design} probes; ± {wanted:.3g} at look {look}"
+    note = f"± {wanted:.3g} expected at look {look}"
     if budget is not None and seconds > budget:
         note += f"; beyond --budget {budget:.0f}s, which ends it at its result so far"
     return PlannedCommand(

@@ -9,8 +9,8 @@ from typing import Any
 from hesscli.results import Observe, Snapshot
 
 
-class Stopped(Exception):  # noqa: N818 (no error: somebody wants the result so far)
-    """The observer wants no more."""
+class Stopped(KeyboardInterrupt):
+    """The observer wants no more: to everyone else, as if Ctrl-C had been pressed."""
 
 
 @dataclass

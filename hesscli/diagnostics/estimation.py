@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from hesscli.diagnostics.clock import Clock, Stopped
+from hesscli.diagnostics.clock import Clock
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.reading import Reading, read
 from hesscli.engines.stopping import Tolerance, first_look, miss_probability
@@ -92,9 +92,9 @@ class Estimation:
                 self._show(probes, miss)
                 if self.clock.out_of_time and self.engine.table() is not None:
                     return "converged" if self._is_narrow(self._read(miss)) else "budget"
-        except (KeyboardInterrupt, Stopped):
+        except KeyboardInterrupt:
             if self.engine.table() is None:
-                raise KeyboardInterrupt from None
+                raise
             return "interrupted"
         return None
 

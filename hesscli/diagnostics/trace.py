@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 import hesscli
-from hesscli.diagnostics.clock import Clock, Stopped
+from hesscli.diagnostics.clock import Clock
 from hesscli.diagnostics.estimation import Estimation, Outcome
-from hesscli.diagnostics.pilot import run_pilot
 from hesscli.diagnostics.surroundings import environment, peak_bytes
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.reading import Reading
@@ -49,7 +48,7 @@ def trace(
     confidence: float = 0.95,
     budget: float | None = 600.0,
     probes: int | tuple[int, int] | None = None,
-    probe_design: Design | None = None,
+    probe_design: Design = "fresh",
     probe_distribution: Distribution = "rademacher",
     seed: int = 0,
     mode: str = "auto",
@@ -65,7 +64,9 @@ def trace(
         confidence: probability with which the interval is to hold, looks included.
         budget: seconds; None for no limit.
         probes: a fixed number ``N`` instead of a tolerance, or probes ``(a, b)`` of the stream.
-        probe_design: ``fresh`` probes for each batch or ``shared`` ones; None lets a pilot say.
+        probe_design: ``fresh`` probes for each batch, or ``shared`` ones. Fresh ones are never
+            worse unless the batches' matrices cancel in their mean, which those of a loss with a
+            positive semidefinite part do not: tr A_a A_b ≥ 0.
         probe_distribution: ``rademacher`` or ``gaussian``.
         seed: of the probes.
         mode: autodiff mode; ``auto`` takes the cheapest that passes the preflight.
@@ -87,20 +88,10 @@ def trace(
     flight = preflight(problem, build, mode)
     with problem.in_dtype(working_dtype(problem, flight)):
         operator = build(problem, mode=flight.mode)
-        try:
-            if probe_design is None and fixed is None:
-                probe_design = run_pilot(
-                    operator,
-                    seed=seed,
-                    distribution=probe_distribution,
-                    on_step=lambda: clock.tell("pilot", done=operator.meter.products),
-                ).design
-        except Stopped:
-            raise KeyboardInterrupt from None
         engine = Hutchinson(
             operator,
             seed=seed,
-            design=probe_design or "fresh",
+            design=probe_design,
             distribution=probe_distribution,
             first_probe=first,
         )

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscli
+from hesscli.cli.memory import keep_freed_memory
 from hesscli.operators.base import Term
 from hesscli.operators.hessian import Hessian
 
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=None, help="only the first so many")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
+    keep_freed_memory()  # as the command does
     torch.set_num_threads(1)
     console = Console()
     for sample in arguments.samples:
