@@ -352,6 +352,11 @@ def test_a_terminal_without_unicode(tmp_path: Path) -> None:
     assert "hidden1" in run.stdout
 
 
+def heed_ctrl_c() -> None:
+    """Background jobs inherit an ignored SIGINT, and the suite may run as one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_prints_the_result_so_far(tmp_path: Path) -> None:
     line = ["trace", str(SUNSPOTS), "--rtol", "0.0001%", "--budget", "none", "--out", "json", "-v"]
     with subprocess.Popen(
@@ -361,6 +366,7 @@ def test_ctrl_c_prints_the_result_so_far(tmp_path: Path) -> None:
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=heed_ctrl_c,
     ) as run:
         assert run.stdout is not None
         assert run.stderr is not None
@@ -390,7 +396,12 @@ def test_a_second_ctrl_c_quits_at_once(tmp_path: Path) -> None:
         "        pass\n"
     )
     with subprocess.Popen(
-        [*HESSCLI, "trace"], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+        [*HESSCLI, "trace"],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
     ) as run:
         assert run.stderr is not None
         for _ in range(2):
