@@ -22,6 +22,9 @@ bench: $(VENV)/bench  ## Compare products with PyHessian, curvlinops and hessian
 gallery: $(VENV)/demo  ## Trace all samples; pictures go to hesscli-out/
 	for model in $(SAMPLES); do $(BIN)/hesscli trace $$model --rtol 15% || exit; done
 
+coverage: $(VENV)/demo  ## How often intervals from a quarter of the examples hold (half an hour)
+	$(BIN)/python tests/benchmarks/coverage.py
+
 gpu: $(VENV)/test  ## Run the checks that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -rs
 
@@ -43,5 +46,5 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[bench]'
 	touch $@
 
-.PHONY: help demo test lint bench gallery gpu clean
+.PHONY: help demo test lint bench coverage gallery gpu clean
 .DEFAULT_GOAL := help

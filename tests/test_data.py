@@ -27,7 +27,9 @@ from torch.utils.data import (
 
 from hesscli.errors import InputError, UsageError
 from hesscli.problem.batches import output_tensor, split_batch, tensors_of
-from hesscli.problem.data import MIN_GROUPS, FrozenData, Selection, TensorRows, freeze
+from hesscli.problem.data import FrozenData, Selection
+from hesscli.problem.freezing import MIN_GROUPS, freeze
+from hesscli.problem.sources import TensorRows
 from hesscli.results import Snapshot
 
 ALL = Selection(None)
@@ -285,6 +287,15 @@ def test_groups_are_many_and_nearly_equal(count: int, streamed: bool) -> None:
         assert _kept(data) != list(range(count))
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_exact_size_is_kept_however_few_batches_that_makes(streamed: bool) -> None:
+    source: Any = [_numbers(100)] if streamed else TensorRows(_numbers(100))
+    data = _freeze(source, batch_size=48, exact_size=True)
+    assert data.counts == (48, 48, 4)
+    assert sorted(_kept(data)) == list(range(100))
+    assert _kept(data) != list(range(100))
+
+
 def test_the_hash_names_content_order_and_seed() -> None:
     rows = TensorRows(_numbers(64))
     assert _freeze(rows).sha256 == _freeze(rows).sha256
@@ -311,6 +322,20 @@ def test_progress_counts_examples() -> None:
     seen.clear()
     _freeze([_numbers(5)] * 3, observe=observe)
     assert [s.done for s in seen] == [5, 10, 15]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_observer_can_stop_the_reading(streamed: bool) -> None:
+    seen: list[float | None] = []
+
+    def observe(snapshot: Snapshot) -> bool:
+        seen.append(snapshot.done)
+        return len(seen) == 2
+
+    source: Any = [_numbers(4)] * 9 if streamed else TensorRows(_numbers(64))
+    with pytest.raises(KeyboardInterrupt):
+        _freeze(source, observe=observe)
+    assert len(seen) == 2
 
 
 # -- refusals ----------------------------------------------------------------------------------

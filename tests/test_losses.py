@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,19 +14,11 @@ from torch.nn import functional
 
 from hesscli.errors import ExitCode, HesscliError, InputError, UnsoundError
 from hesscli.problem.batches import Batch, rows
-from hesscli.problem.losses import (
-    NAMED,
-    BinaryCrossEntropy,
-    CrossEntropy,
-    HuggingFace,
-    LanguageModel,
-    Loss,
-    MeanSquaredError,
-    NegativeLogLikelihood,
-    StepLoss,
-    UserLoss,
-    as_loss,
-)
+from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
+from hesscli.problem.criteria import NAMED, as_loss
+from hesscli.problem.entrywise import BinaryCrossEntropy, MeanSquaredError
+from hesscli.problem.huggingface import HuggingFace
+from hesscli.problem.losses import Loss, StepLoss, UserLoss
 
 ROUNDING = 1e-12  # float64, sums of a few hundred terms
 
@@ -355,6 +348,23 @@ def test_names_and_criteria_become_losses() -> None:
     assert type(as_loss(nn.L1Loss())) is UserLoss
     assert type(as_loss(nn.BCEWithLogitsLoss(weight=TENSOR))) is UserLoss
     assert as_loss(made) is made
+
+
+def test_torchs_functions_become_losses() -> None:
+    assert type(as_loss(functional.cross_entropy)) is CrossEntropy
+    assert type(as_loss(functional.nll_loss)) is NegativeLogLikelihood
+    assert type(as_loss(functional.mse_loss)) is MeanSquaredError
+    assert type(as_loss(functional.binary_cross_entropy_with_logits)) is BinaryCrossEntropy
+    assert type(as_loss(functional.l1_loss)) is UserLoss
+    made = as_loss(partial(functional.cross_entropy, weight=TENSOR, ignore_index=2))
+    assert isinstance(made, CrossEntropy)
+    assert torch.equal(made.class_weights, TENSOR)  # type: ignore[arg-type]
+    assert made.ignore_index == 2
+    weighted = partial(functional.mse_loss, weight=torch.ones(3))
+    assert type(as_loss(weighted)) is UserLoss
+    for function in (functional.cross_entropy, functional.l1_loss):
+        with pytest.raises(InputError, match="the loss must be a mean"):
+            as_loss(partial(function, reduction="sum"))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

@@ -18,8 +18,9 @@ from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.products import MODES
 from hesscli.problem.batches import Batch
+from hesscli.problem.classification import LanguageModel
 from hesscli.problem.data import FrozenData
-from hesscli.problem.losses import LanguageModel, StepLoss
+from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
 
 OPERATORS: dict[str, Callable[..., Operator]] = {

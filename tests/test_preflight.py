@@ -109,7 +109,7 @@ def test_wrong_products_are_refused(
 def test_right_products_pass_with_a_margin() -> None:
     flight = preflight(problem_of(tanh_net()), Hessian)
     assert (flight.mode, flight.fallback) == ("double-backward", None)
-    for name in ("symmetry", "central difference"):
+    for name in ("gradient", "symmetry", "central difference"):
         check = check_of(flight, name)
         assert check.value is not None
         assert check.bound is not None
@@ -143,6 +143,74 @@ def test_a_mode_that_was_asked_for_is_refused_by_name() -> None:
 def test_an_unknown_mode() -> None:
     with pytest.raises(UsageError, match="no such autodiff mode"):
         preflight(problem_of(tanh_net()), Hessian, "backward")
+
+
+# -- gradients that are not the loss's ----------------------------------------------------------
+
+
+class Doubled(torch.autograd.Function):
+    """The identity with another's backward: symmetric and consistent curvature, twice too large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return 2 * slope
+
+
+class Louder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tanh_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(self.net(x))
+
+
+class Penalised(nn.Module):
+    """Its second layer's weights are decayed, but autograd is kept from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tanh_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        penalty = 0.1 * self.net[2].weight.data.square().sum()
+        return nn.functional.cross_entropy(outputs, targets) + penalty
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("matrix", [Hessian, GaussNewton])
+def test_gradients_that_are_not_the_loss_are_refused(
+    matrix: type[Operator], dtype: torch.dtype
+) -> None:
+    louder, penalised = Louder().to(dtype), Penalised().to(dtype)
+    for problem, layers in (
+        (problem_of(louder), ", in net.0, net.2"),
+        (problem_of(penalised, loss=penalised.loss), ", in net.2"),
+    ):
+        with pytest.raises(UnsoundError) as refused:
+            preflight(problem, matrix)
+        assert refused.value.what == "the gradient is not that of the loss"
+        assert refused.value.got.endswith(layers)
+
+
+@pytest.mark.parametrize("margin", [10, 20, 30])
+@pytest.mark.parametrize("matrix", [Hessian, GaussNewton])
+def test_a_network_that_is_sure_of_its_labels(matrix: type[Operator], margin: float) -> None:
+    """Loss, gradient and curvature of e^-margin are differences of probabilities near 1."""
+    model = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        model.weight.copy_(margin * torch.eye(3, 4))
+    targets = torch.randint(3, (EXAMPLES,))
+    problem = problem_of(model, torch.eye(4)[targets], targets)
+    assert problem.prove().loss < 20 * torch.tensor(-float(margin)).exp()
+    assert preflight(problem, matrix).mode == "double-backward"
 
 
 # -- kinks ---------------------------------------------------------------------------------------
@@ -211,6 +279,7 @@ def test_models_that_compute_in_float32(model: type[nn.Module], matrix: type[Ope
     flight = preflight(problem_of(model()), matrix)
     assert (flight.mode, flight.relative_rounding) == ("double-backward", None)
     assert "skipped: the model computes in float32" in check_of(flight, "central difference").detail
+    assert "skipped" in check_of(flight, "gradient").detail
     symmetry = check_of(flight, "symmetry")
     assert symmetry.bound == pytest.approx(7e-5, rel=0.01)
     with pytest.raises(UnsoundError, match="central differences need float64"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from torch.nn import functional
 
 import hesscli
 from hesscli.errors import ExitCode, HesscliError, InputError, UnsoundError, UsageError
-from hesscli.problem.data import FrozenData, freeze
-from hesscli.problem.problem import Problem, resolve_device
+from hesscli.problem.data import FrozenData, Selection
+from hesscli.problem.freezing import freeze
+from hesscli.problem.loading import resolve_device
+from hesscli.problem.problem import Problem
+from hesscli.results import Snapshot
 
 ROUNDING = 1e-12  # float64, sums of a few hundred terms
 
@@ -136,6 +140,26 @@ def test_train_mode_is_analysed_as_it_is() -> None:
     assert Problem(bare, "cross_entropy", [DATA]).couples_examples == "0 (BatchNorm1d)"
 
 
+def test_batch_norm_gets_batches_of_the_size_that_was_asked_for() -> None:
+    """On smaller ones, as error bars would like them, it is another function."""
+    assert _problem(Net().train(), batch_size=32).data.counts == (32, 32, 32, 4)
+    assert len(_problem(Net().eval(), batch_size=32).data.counts) == 16
+
+
+def test_an_observer_can_stop_the_proof() -> None:
+    seen: list[float | None] = []
+
+    def observe(snapshot: Snapshot) -> bool:
+        seen.append(snapshot.done)
+        return True
+
+    problem = _problem()
+    with pytest.raises(KeyboardInterrupt):
+        problem.prove(observe)
+    assert seen == [1]
+    assert problem.prove().accuracy is not None
+
+
 def test_report() -> None:
     report = _problem(weight_decay=0.5, examples=60).report("ggn")
     assert report.num_parameters == 20 + 5 + 10 + 15 + 8
@@ -200,6 +224,58 @@ def test_a_sample_starts_where_something_weighs() -> None:
     assert torch.isfinite(problem.evaluate(sample.data))
 
 
+# -- losses that the model computes itself -------------------------------------------------------
+
+
+class Chat(nn.Module):
+    """Computes its own loss: of the next token, or of each token where ``shift`` is 0."""
+
+    def __init__(self, shift: int, extra: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.shift, self.extra = nn.Embedding(6, 6), shift, extra
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        logits = self.table(input_ids)
+        pair = logits[:, : 5 - self.shift].reshape(-1, 6), labels[:, self.shift :].reshape(-1)
+        loss = functional.cross_entropy(*pair) + self.extra * self.table.weight.square().sum()
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+def _chat(shift: int, extra: float = 0.0, dtype: torch.dtype = torch.float64) -> Problem:
+    tokens, labels = _labels(200, of=6).view(40, 5), _labels(200, of=6).view(40, 5)
+    labels[::3, 3:] = -100
+    data = [{"input_ids": tokens, "labels": labels}]
+    return Problem(Chat(shift, extra).to(dtype), "huggingface", data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_models_own_loss_that_is_that_of_its_outputs(dtype: torch.dtype) -> None:
+    problem = _chat(1, dtype=dtype)
+    assert problem.hidden_outputs is None
+    assert problem.prove().accuracy is not None
+    assert problem.prove().warnings == ()
+    assert hesscli.GaussNewton(problem).shape == (36, 36)
+
+
+@pytest.mark.parametrize(("shift", "extra"), [(0, 0.0), (1, 1e-3)], ids=["unshifted", "router"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_models_own_loss_that_is_another(shift: int, extra: float, dtype: torch.dtype) -> None:
+    problem = _chat(shift, extra, dtype)
+    for matrix in (hesscli.GaussNewton, hesscli.Fisher, hesscli.EmpiricalFisher):
+        with pytest.raises(UsageError) as caught:
+            matrix(problem)
+        assert f"--matrix {matrix.name} needs" in caught.value.what
+        assert ".loss is not" in caught.value.got
+    proof = problem.prove()
+    assert proof.accuracy is None
+    assert len(proof.warnings) == 1
+    assert ".loss is not" in proof.warnings[0]
+    assert problem.total_weight == 40 * 4 - 14 * 2
+    assert hesscli.check(problem, rtol=1.0).warnings[-1] == proof.warnings[0]
+    assert hesscli.trace(problem, probes=2).warnings[0] == proof.warnings[0]
+
+
 # -- evaluation --------------------------------------------------------------------------------
 
 
@@ -262,7 +338,7 @@ def test_step_losses_keep_the_users_batches() -> None:
 
 
 def test_frozen_data_is_taken_as_it_is() -> None:
-    data = freeze([DATA], hesscli.problem.data.Selection(), batch_size=128, seed=5)
+    data = freeze([DATA], Selection(), batch_size=128, seed=5)
     assert _problem(seed=5).data.sha256 == data.sha256
     assert Problem(Net().eval(), "cross_entropy", data).data is data
 
@@ -309,7 +385,9 @@ def test_problems_without_a_gradient() -> None:
     error = _refused(UnsoundError, Net().eval(), lambda f, t: f.detach().mean(), [DATA])
     assert error.what == "the loss does not depend on any parameter through autograd"
     error = _refused(InputError, Net().eval(), lambda f, t: f.sum(1), [DATA])
-    assert error.what == "the loss must be one number"
+    assert error.what == "the loss must be one number in a tensor"
+    error = _refused(InputError, Net().eval(), lambda f, t: float(f.detach().sum()), [DATA])
+    assert error.got.endswith("gave a float")
     error = _refused(UnsoundError, Net().eval(), "cross_entropy", [(DATA[0], DATA[1] + 1)])
     assert error.what == "a label lies outside the model's classes"
     error = _refused(InputError, Net().eval(), "cross_entropy", [(_draw(10, 5), _labels(10))])
@@ -338,6 +416,22 @@ def test_a_sample_is_loaded_as_its_readme_says(sunspots: Problem) -> None:
     assert report.gradient_norm < 1e-10
     assert report.checkpoint is not None
     assert report.checkpoint.path.endswith("model.pt")
+
+
+@pytest.mark.parametrize(
+    "reference", ["torch.nn:CrossEntropyLoss", "torch.nn.functional:cross_entropy"]
+)
+def test_torchs_own_losses_in_a_spec_count_as_torch_does(reference: str, tmp_path: Path) -> None:
+    torch.save({"weight": _draw(3, 4), "bias": _draw(3)}, tmp_path / "model.pt")
+    save_file({"x": DATA[0], "y": DATA[1]}, tmp_path / "data.safetensors")
+    (tmp_path / "hesscli.toml").write_text(
+        '[model]\nfactory = "torch.nn:Linear"\nkwargs = { in_features = 4, out_features = 3 }\n'
+        '[data]\nfile = "data.safetensors"\ninputs = "x"\ntargets = "y"\n'
+        f'[loss]\nfactory = "{reference}"\nkwargs = {{ ignore_index = 1 }}\n'
+    )
+    problem = hesscli.load(tmp_path / "model.pt")
+    assert problem.loss.name == "cross_entropy"
+    assert problem.total_weight == int((DATA[1] != 1).sum())
 
 
 def test_double_precision_weights_are_not_rounded_on_the_way(tmp_path: Path) -> None:

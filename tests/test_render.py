@@ -20,8 +20,9 @@ from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console, RenderableType
 
+from hesscli.render.check_table import check_table
 from hesscli.render.figure import save_figure, trace_figure
-from hesscli.render.table import check_table, trace_table
+from hesscli.render.table import trace_table
 from hesscli.render.words import human_bytes, human_seconds, shorten, with_error
 from hesscli.results import LayerTrace, TraceResult
 
@@ -396,7 +397,8 @@ def test_the_users_style_changes_nothing_and_is_left_alone(tmp_path: Path) -> No
 
 def test_no_pyplot_no_torch() -> None:
     program = (
-        "import sys, hesscli.render.figure, hesscli.render.table, hesscli.render.document;"
+        "import sys, hesscli.render.figure, hesscli.render.document;"
+        "import hesscli.render.table, hesscli.render.check_table;"
         "print(*{'matplotlib.pyplot', 'torch'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)

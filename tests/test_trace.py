@@ -15,7 +15,7 @@ from torch import nn
 
 import hesscli
 from hesscli.errors import UsageError
-from hesscli.problem.data import TensorRows
+from hesscli.problem.sources import TensorRows
 from hesscli.results import Snapshot, TraceResult
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -242,7 +242,7 @@ def test_nothing_of_the_model_changes(relu: hesscli.Problem) -> None:
 
 MEMORY = """
 import resource, sys, torch, hesscli
-from hesscli.problem.data import TensorRows
+from hesscli.problem.sources import TensorRows
 torch.set_num_threads(1)
 torch.manual_seed(0)
 hidden = [torch.nn.Linear(256, 256), torch.nn.Tanh()] * 4

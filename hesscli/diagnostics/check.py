@@ -84,7 +84,7 @@ def check(
         ),
         environment=environment(problem.device),
         hesscli_version=hesscli.__version__,
-        warnings=problem.warnings,
+        warnings=(*problem.warnings, *problem.prove().warnings),
     )
 
 

@@ -186,6 +186,7 @@ def _warnings(
     problem: Problem, flight: Preflight, outcome: Outcome, tolerance: Tolerance
 ) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
+    yield from problem.prove().warnings
     if flight.fallback is not None:
         yield f"slower {flight.mode} products, for {flight.fallback}"
     if flight.mode == "finite-difference":

@@ -53,11 +53,11 @@ def require_outputs(problem: Problem, matrix: str) -> None:
     """Refuse losses that do not say how they read the outputs.
 
     Raises:
-        UsageError: the loss is a step.
+        UsageError: the loss is a step, or the model's own and not that of its outputs.
     """
-    if not problem.loss.exposes_outputs:
+    if (reason := problem.hidden_outputs) is not None:
         raise UsageError(
             f"--matrix {matrix} needs the model's outputs",
-            f"[loss] step = {problem.loss.name!r}",
+            reason,
             "--matrix hessian, or [loss] name or factory",
         )

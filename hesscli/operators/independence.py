@@ -60,8 +60,8 @@ def _check(detail: str, value: float | None = None, bound: float | None = None) 
 
 
 def _why_unseen(problem: Problem) -> str | None:
-    if not problem.loss.exposes_outputs:
-        return "a step shows no outputs"
+    if problem.hidden_outputs is not None:
+        return problem.hidden_outputs
     if not problem.data.sliceable:
         return "a batch's tensors are no rows of examples"
     if problem.sample(_SAMPLE).count == 1:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.operators.base import Operator
+from hesscli.operators.directions import MismatchError
 from hesscli.operators.independence import check_independence
 from hesscli.operators.precision import doubled, tolerance, working_precision
 from hesscli.operators.products import MODES, flatten, gradient
 from hesscli.operators.verification import (
-    MismatchError,
     check_difference,
+    check_gradient,
     check_symmetry,
     quadratic_forms,
 )
@@ -49,7 +50,8 @@ def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Pre
             that runs and passes. With central differences the operator has to run in float64.
 
     Raises:
-        UnsoundError: a random or non-finite loss, or no mode passes; the module is named.
+        UnsoundError: a random or non-finite loss, a gradient that is not the loss's, or no mode
+            passes; module or layers are named.
         UsageError: no such mode, or a matrix of per-example gradients of a model that mixes
             examples.
     """
@@ -62,6 +64,7 @@ def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Pre
     checks = (
         Check(name="finite loss", passed=True, detail=problem.loss.name, value=proof.loss),
         determinism,
+        _gradient(problem, precision),
         check_independence(problem, make, precision),
     )
     refusals: list[str] = []
@@ -120,6 +123,26 @@ def _determinism(problem: Problem, sample: WeightedBatch) -> Check:
     )
 
 
+def _gradient(problem: Problem, precision: torch.dtype) -> Check:
+    """Autograd's gradient against the loss, where that computes in float64."""
+    if precision != torch.float64:
+        return _skipped("gradient", precision)
+    try:
+        with doubled(problem):
+            return check_gradient(problem, problem.sample(SAMPLE))
+    except MismatchError as mismatch:
+        raise UnsoundError(
+            "the gradient is not that of the loss",
+            str(mismatch),
+            "no .data, .detach(), torch.no_grad() or backward of another function on its path",
+        ) from None
+
+
+def _skipped(name: str, precision: torch.dtype) -> Check:
+    narrow = str(precision).removeprefix("torch.")
+    return Check(name=name, passed=True, detail=f"skipped: the model computes in {narrow}")
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """A mode that passed, and the relative error of its quadratic forms where that is known."""
@@ -174,12 +197,11 @@ def _in_own_type(
     problem: Problem, make: type[Operator], mode: Mode, precision: torch.dtype
 ) -> _Outcome:
     """Symmetry alone, of a model that does not compute in float64."""
-    narrow = f"the model computes in {str(precision).removeprefix('torch.')}"
+    skipped = _skipped("central difference", precision)
     if mode == "finite-difference":
-        raise MismatchError(f"central differences need float64, but {narrow}")
+        raise MismatchError(f"central differences need float64: {skipped.detail}")
     sample, operator = problem.sample(SAMPLE), make(problem, mode=mode)
     quadratic_forms(operator, sample)
-    skipped = Check(name="central difference", passed=True, detail=f"skipped: {narrow}")
     return _Outcome((check_symmetry(operator, sample, precision), skipped), None)
 
 

@@ -118,7 +118,7 @@ def hessian_finite_difference(function: Function, tensors: Tensors, step: float 
         return flatten(gradient(function(None), tensors)).detach()
 
     def product(vector: Tensor) -> Tensor:
-        return _central_difference(at_current, tensors, vector, step)
+        return central_difference(at_current, tensors, vector, step)
 
     return lambda block: torch.stack([product(v) for v in block])
 
@@ -165,7 +165,7 @@ def sandwich_finite_difference(
             return function(None).reshape(-1)
 
     def product(vector: Tensor) -> Tensor:
-        pushed = _central_difference(at_current, tensors, vector, step).view_as(value)
+        pushed = central_difference(at_current, tensors, vector, step).view_as(value)
         parts = torch.autograd.grad(
             function(None), tensors, middle(pushed), allow_unused=True, materialize_grads=True
         )
@@ -188,7 +188,7 @@ BUILDERS: dict[Kind, dict[Mode, Callable[..., Apply]]] = {
 }
 
 
-def _central_difference(
+def central_difference(
     evaluate: Callable[[], Tensor], tensors: Tensors, vector: Tensor, step: float
 ) -> Tensor:
     """Directional derivative of ``evaluate`` along ``vector``; the tensors are put back."""

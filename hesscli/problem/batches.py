@@ -76,6 +76,15 @@ def place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     return map_tensors(move, batch)
 
 
+def owned(batch: Batch) -> Batch:
+    """A copy on the CPU that nobody else writes to."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+    return map_tensors(own, batch)
+
+
 def split_batch(batch: Batch) -> tuple[tuple[Any, ...] | Mapping[str, Any], Any]:
     """Model inputs and targets: the last of a tuple, or a mapping's targets, labels, ...
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hesscli.errors import InputError
+from hesscli.errors import InputError, UsageError
 from hesscli.problem.checkpoint import Checkpoint, floating_dtype, load_state, read_checkpoint
-from hesscli.problem.data import TensorRows
+from hesscli.problem.criteria import NAMED, as_loss
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
-from hesscli.problem.losses import NAMED, Loss, StepLoss, UserLoss
-from hesscli.problem.problem import Problem, resolve_device
+from hesscli.problem.losses import Loss, StepLoss
+from hesscli.problem.problem import Problem
+from hesscli.problem.sources import TensorRows
 from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec
 from hesscli.results import CheckpointReport, Observe
 
@@ -75,6 +76,23 @@ def load(
         )
 
 
+def resolve_device(name: str) -> torch.device:
+    """A device from ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+
+    Raises:
+        UsageError: that device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise UsageError(
+            "no such device", f"--device {name}; {count} CUDA devices are visible", "--device auto"
+        )
+    return device
+
+
 def _checkpoint_path(path: Path | None, spec: Spec) -> Path:
     if path is not None:
         return path
@@ -121,7 +139,11 @@ def _build_loss(spec: LossSpec, folder: Path) -> Loss:
     if spec.name is not None:
         chosen = {"label_smoothing", "ignore_index", "class_weights", "pos_weight"}
         return NAMED[spec.name](**spec.model_dump(include=chosen & spec.model_fields_set))
-    kind, wrap = ("factory", UserLoss) if spec.factory is not None else ("step", StepLoss)
-    reference = str(spec.factory or spec.step)
-    function = load_factory(reference, folder, f"[loss] {kind}")
-    return wrap(partial(function, **spec.kwargs), reference)
+    if spec.step is not None:
+        step = load_factory(spec.step, folder, "[loss] step")
+        return StepLoss(partial(step, **spec.kwargs), spec.step)
+    loss = load_factory(str(spec.factory), folder, "[loss] factory")
+    bound = partial(loss, **spec.kwargs)
+    if isinstance(loss, type):  # a criterion, which is built first
+        return as_loss(call_user(bound, where="[loss] factory"), spec.factory)
+    return as_loss(bound, spec.factory)

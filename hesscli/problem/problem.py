@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hesscli.errors import InputError, UnsoundError, UsageError
+from hesscli.errors import InputError, UnsoundError
 from hesscli.parameters import Parameters
-from hesscli.problem.batches import Batch, map_tensors, place, rows, tensors_of
-from hesscli.problem.blame import is_out_of_memory, no_gradient
-from hesscli.problem.data import FrozenData, Selection, freeze
-from hesscli.problem.factory import blamed_on_user
-from hesscli.problem.losses import Loss, StepLoss, as_loss
-from hesscli.results import CheckpointReport, Observe, ProblemReport, Snapshot
+from hesscli.problem.batches import Batch, map_tensors, place, rows
+from hesscli.problem.criteria import as_loss
+from hesscli.problem.data import FrozenData, Selection
+from hesscli.problem.forward import Run, retyped, run_with, undisturbed
+from hesscli.problem.freezing import freeze
+from hesscli.problem.losses import Loss, StepLoss
+from hesscli.problem.proof import UNEXPLAINED, Proof, prove
+from hesscli.results import CheckpointReport, Observe, ProblemReport
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,6 @@ class WeightedBatch:
     count: int
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What shows that this is the user's model on the user's data.
-
-    ``gradient`` is of the whole loss, float64 ``(d,)``; ``unreached`` names the parameters that
-    the loss of no batch depends on.
-    """
-
-    loss: float
-    accuracy: float | None
-    gradient: Tensor
-    unreached: tuple[str, ...]
-
-    @property
-    def gradient_norm(self) -> float:
-        """Euclidean norm of the gradient."""
-        return float(self.gradient.norm())
-
-
 class Problem:
     """A weighted mean loss over frozen examples, plus ½·weight_decay·‖θ‖².
 
@@ -62,7 +44,7 @@ class Problem:
         data: a map-style dataset, a DataLoader, an iterable of batches, or frozen data as it is.
         weight_decay: coefficient of ½‖θ‖² over all trainable parameters.
         examples: how many to keep: ``N``, ``"all"`` or ``"first:N"``.
-        batch_size: at most so many examples a batch.
+        batch_size: at most so many examples a batch; just so many where batch norm mixes them.
         unseen: the examples were not trained on, so that error bars may speak of new ones.
         device: where to compute; default where the model is.
         dtype: floating type to compute in; default the model's own.
@@ -115,6 +97,7 @@ class Problem:
                 Selection.parse(examples),
                 batch_size=batch_size,
                 seed=seed,
+                exact_size=self.couples_examples is not None,
                 whole_batches=isinstance(self.loss, StepLoss),
                 observe=observe,
             )
@@ -123,6 +106,7 @@ class Problem:
         with self.forward_context():
             self.masses = [self.loss.mass(self.model, self._placed(b)) for b in self._batches]
         self.total_weight = sum(self.masses)
+        self._proof: Proof | None = None
         if not self.total_weight > 0:
             raise UnsoundError(
                 "the examples weigh nothing", f"weight mass {self.total_weight}", "unmasked targets"
@@ -175,19 +159,9 @@ class Problem:
 
     # -- the function --------------------------------------------------------------------------
 
-    @contextmanager
-    def forward_context(self) -> Iterator[None]:
-        """Kernels that can be differentiated twice, and buffers that no forward pass changes.
-
-        Fused attention has neither double backward nor forward mode, and neither has cuDNN's
-        recurrent kernel a double backward.
-        """
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if self.device.type == "cuda" and _has_recurrent(self.model):
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(_unchanged_buffers(self.model))
-            yield
+    def forward_context(self) -> AbstractContextManager[None]:
+        """What every forward and backward pass runs in; no buffer of the model changes."""
+        return undisturbed(self.model, self.device)
 
     def evaluate(self, batch: Batch, theta: Mapping[str, Tensor] | None = None) -> Tensor:
         """Mean loss of a batch, without weight decay, as a live scalar.
@@ -200,30 +174,19 @@ class Problem:
         """Model outputs of a batch as a live tensor."""
         return self._run(lambda model: self.loss.outputs(model, batch), theta)
 
-    def _run(
-        self, run: Callable[[nn.Module], Tensor], theta: Mapping[str, Tensor] | None
-    ) -> Tensor:
+    def _run(self, run: Run, theta: Mapping[str, Tensor] | None) -> Tensor:
         with self.forward_context():
-            if theta is None:
-                return run(self.model)
-            named = {f"model.{name}": tensor for name, tensor in theta.items()}
-            value: Tensor = torch.func.functional_call(_Caller(self.model), named, (run,))
-            return value
+            return run(self.model) if theta is None else run_with(self.model, theta, run)
 
     @contextmanager
     def in_dtype(self, dtype: torch.dtype) -> Iterator[None]:
         """Compute in another floating type meanwhile; the original tensors come back untouched."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        originals = [(t, t.data) for t in tensors if t.is_floating_point()]
         previous = self.dtype
         try:
-            for tensor, data in originals:
-                tensor.data = data.to(dtype)
-            self.dtype = dtype
-            yield
+            with retyped(self.model, dtype):
+                self.dtype = dtype
+                yield
         finally:
-            for tensor, data in originals:
-                tensor.data = data
             self.dtype = previous
 
     @cached_property
@@ -243,62 +206,19 @@ class Problem:
 
         Raises:
             UnsoundError: a non-finite loss or gradient, or labels out of range.
+            KeyboardInterrupt: the observer wanted no more.
         """
-        if "_proof" not in self.__dict__:
-            self._proof = self._prove(observe)
+        if self._proof is None:
+            self._proof = prove(self, observe)
         return self._proof
 
-    def _prove(self, observe: Observe | None) -> Proof:
-        tensors = self.parameters.tensors
-        gradient = torch.zeros(self.parameters.size, dtype=torch.float64, device=self.device)
-        reached = [False] * len(tensors)
-        loss = correct = possible = 0.0
-        for batch in self.batches():
-            with blamed_on_user("the model or its loss raised an error", _FIT):
-                right, of = self._count_correct(batch)
-                value = self.evaluate(batch.data)
-            correct, possible = correct + right, possible + of
-            self._require_finite_loss(value, batch)
-            if not value.requires_grad:
-                raise _detached()
-            try:
-                parts = torch.autograd.grad(value, tensors, allow_unused=True)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                run = partial(self.evaluate, batch.data)
-                raise no_gradient(self.model, run, error) from None
-            reached = [r or p is not None for r, p in zip(reached, parts, strict=True)]
-            dense = [
-                torch.zeros_like(t) if p is None else p.to_dense() if p.is_sparse else p
-                for p, t in zip(parts, tensors, strict=True)
-            ]
-            gradient += batch.weight * self.parameters.flatten(dense).double()
-            loss += batch.weight * float(value.detach())
-            if observe is not None:
-                observe(
-                    Snapshot(
-                        phase="loss and gradient", done=batch.index + 1, total=self.num_batches
-                    )
-                )
-        self._require_finite_gradient(gradient)
-        theta = self.parameters.flatten([t.detach() for t in tensors]).double()
-        return Proof(
-            loss=loss + 0.5 * self.weight_decay * float(theta @ theta),
-            accuracy=correct / possible if possible else None,
-            gradient=gradient + self.weight_decay * theta,
-            unreached=tuple(p.name for p, r in zip(self.parameters, reached, strict=True) if not r),
-        )
-
-    @torch.no_grad()
-    def _count_correct(self, batch: WeightedBatch) -> tuple[float, float]:
-        """Right and possible predictions; labels are checked before the loss reads them."""
+    @property
+    def hidden_outputs(self) -> str | None:
+        """Why the loss is no known function of the model's outputs; None where it is one."""
         if not self.loss.exposes_outputs:
-            return 0.0, 0.0
-        outputs = self.outputs(batch.data)
-        self.loss.check(outputs, batch.data)
-        pair = self.loss.correct(outputs, batch.data)
-        return (0.0, 0.0) if pair is None else (float(pair[0]), float(pair[1]))
+            return f"[loss] step = {self.loss.name!r}"
+        unproven = self.loss.computed_by_model and not self.prove().explained
+        return UNEXPLAINED if unproven else None
 
     def _require_finite_weights(self) -> None:
         bad = [n for n, t in self.model.named_parameters() if not torch.isfinite(t).all()]
@@ -307,32 +227,6 @@ class Problem:
                 "the weights are not finite",
                 f"NaN or infinity in {', '.join(bad[:5])} ({len(bad)} tensors)",
                 "a checkpoint from before the run diverged",
-            )
-
-    def _require_finite_loss(self, value: Tensor, batch: WeightedBatch) -> None:
-        if value.numel() != 1:
-            raise InputError(
-                "the loss must be one number",
-                f"{self.loss.name} gave shape {tuple(value.shape)}",
-                "a mean over the batch",
-            )
-        if not torch.isfinite(value):
-            broken = [t for t in tensors_of(batch.data) if not torch.isfinite(t).all()]
-            raise UnsoundError(
-                "the loss is not finite",
-                f"{float(value.detach())} on batch {batch.index}"
-                + (" whose inputs hold NaN or infinity" if broken else ""),
-                "clean inputs" if broken else "--dtype float64, or a checkpoint that has converged",
-            )
-
-    def _require_finite_gradient(self, gradient: Tensor) -> None:
-        parts = zip(self.parameters, self.parameters.split(gradient), strict=True)
-        bad = [p.name for p, part in parts if not torch.isfinite(part).all()]
-        if bad:
-            raise UnsoundError(
-                "the gradient is not finite",
-                f"NaN or infinity in the gradient of {', '.join(bad[:5])} ({len(bad)} tensors)",
-                "inputs without infinities, and no sqrt or norm of exactly 0 in model or loss",
             )
 
     # -- report --------------------------------------------------------------------------------
@@ -376,63 +270,3 @@ class Problem:
             matrix=matrix,
             manifest_sha256=self.manifest_sha256,
         )
-
-
-_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
-
-
-def resolve_device(name: str) -> torch.device:
-    """A device from ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
-
-    Raises:
-        UsageError: that device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count:
-        raise UsageError(
-            "no such device", f"--device {name}; {count} CUDA devices are visible", "--device auto"
-        )
-    return device
-
-
-class _Caller(nn.Module):
-    """Lets a function of a model run under ``functional_call``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, run: Callable[[nn.Module], Tensor]) -> Tensor:
-        return run(self.model)
-
-
-@contextmanager
-def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Let modules in train mode write their running statistics into copies."""
-    swapped: list[tuple[nn.Module, str, Tensor]] = []
-    for module in model.modules():
-        if module.training:
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    swapped.append((module, name, buffer))
-                    module._buffers[name] = buffer.clone()
-    try:
-        yield
-    finally:
-        for module, name, buffer in swapped:
-            module._buffers[name] = buffer
-
-
-def _has_recurrent(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.RNNBase) for module in model.modules())
-
-
-def _detached() -> UnsoundError:
-    return UnsoundError(
-        "the loss does not depend on any parameter through autograd",
-        "a loss without a gradient",
-        "no torch.no_grad(), .detach() or .item() between parameters and loss",
-    )

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from hesscli.render.words import shorten
 
 # Of equal width, so that columns stay aligned.
 _ASCII = str.maketrans("█▌░·…‖─±", "##-|~|-~")
+# Called ascii so that rich leaves it alone: Plainable replaces the glyph where it must.
+_RULE = box.Box(str(box.SIMPLE_HEAD), ascii=True)
+GAP = Text()
 
 
 @dataclass(frozen=True)
@@ -87,3 +92,14 @@ class Bar:
             yield Text("░" * ((halves + 1) // 2), style=self.style, no_wrap=True)
         else:
             yield Text("█" * (halves // 2) + "▌" * (halves % 2), style=self.style, no_wrap=True)
+
+
+def ruled_table() -> Table:
+    """A table with nothing but a rule below its head."""
+    return Table(
+        box=_RULE,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
+        header_style="dim",
+    )

@@ -1,35 +1,22 @@
-"""Results as people read them in a terminal, from the proof down to the cost."""
+"""A trace as people read it in a terminal, from the proof down to the cost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.layout import Bar, Facts, Name, Plainable, facts
-from hesscli.results import (
-    Check,
-    CheckResult,
-    Cost,
-    LayerTrace,
-    Plan,
-    Preflight,
-    ProblemReport,
-    TraceResult,
-)
+from hesscli.render.layout import GAP, Bar, Facts, Name, Plainable, facts, ruled_table
+from hesscli.render.proof import proof_line
+from hesscli.results import Cost, LayerTrace, TraceResult
 
 _MANY_LAYERS = 40
 _LARGEST_LAYERS = 30
-_GAP = Text()
-# Called ascii so that rich leaves it alone: Plainable replaces the glyph where it must.
-_RULE = box.Box(str(box.SIMPLE_HEAD), ascii=True)
 
 
 def trace_table(
@@ -48,74 +35,19 @@ def trace_table(
     layers = [layer for layer in result.layers if shown is None or layer.name in shown]
     return Plainable(
         Group(
-            _proof(result.problem),
-            _GAP,
+            proof_line(result.problem),
+            GAP,
             *_headline(result),
             *_noise_lines(result),
-            _GAP,
+            GAP,
             _layer_table(result, layers, full),
             *_layer_notes(result, layers, full),
-            _GAP,
+            GAP,
             _status(result),
             _cost(result.cost),
             _method(result),
         )
     )
-
-
-def check_table(result: CheckResult) -> RenderableType:
-    """Lay out the answer of ``hesscli check``.
-
-    Args:
-        result: the answer.
-
-    Returns:
-        Something that a rich console prints at any width and in any encoding.
-    """
-    return Plainable(
-        Group(
-            _proof(result.problem),
-            _GAP,
-            _checks(result.preflight.checks),
-            _GAP,
-            _preflight(result.preflight),
-            _GAP,
-            _unit_costs(result.plan),
-            _GAP,
-            _planned_commands(result.plan),
-            *_plan_notes(result.plan),
-        )
-    )
-
-
-def _proof(problem: ProblemReport) -> Facts:
-    parameters = words.count(problem.num_parameters, "parameter")
-    aside = [
-        f"{words.count(number)} {what}"
-        for number, what in (
-            (problem.num_unreached, "unreached by the loss"),
-            (problem.num_frozen, "frozen"),
-        )
-        if number
-    ]
-    name = Path(problem.checkpoint.path).name if problem.checkpoint else "model in memory"
-    lines = [
-        parameters + (f" ({', '.join(aside)})" if aside else ""),
-        f"loss {words.number(problem.loss, 4)} ({problem.loss_name})",
-    ]
-    if problem.weight_decay:
-        lines.append(f"weight decay {words.number(problem.weight_decay, 2)}")
-    if problem.accuracy is not None:
-        lines.append(f"accuracy {100 * problem.accuracy:.1f}%")
-    lines += [
-        f"‖gradient‖ {words.number(problem.gradient_norm)}",
-        words.examples_used(problem),
-        f"{problem.dtype} on {problem.device}",
-    ]
-    if problem.training_mode:
-        lines.append("training mode")
-    checkpoint = Text(words.shorten(name, 48), style="bold")
-    return Facts((checkpoint, *(Text(line) for line in lines)))
 
 
 def _headline(result: TraceResult) -> tuple[RenderableType, ...]:
@@ -150,7 +82,7 @@ def _noise_lines(result: TraceResult) -> Iterator[RenderableType]:
         size = words.number(noise.size, 2)
         remedy = f"{largest}{noise.remedy}" if index == 0 else ""
         table.add_row(Text(noise.source), Text(f"± {size}", justify="right"), Text(remedy))
-    yield _GAP
+    yield GAP
     yield Text("error budget (one standard error each)", style="dim")
     yield Padding(table, (0, 0, 0, 2), expand=False)
     if result.trace.data_stderr and result.problem.num_examples_available is None:
@@ -171,7 +103,7 @@ def _visible(layers: list[LayerTrace], full: bool) -> list[LayerTrace]:
 
 def _layer_table(result: TraceResult, layers: list[LayerTrace], full: bool) -> Table:
     confidence = words.percent(result.trace.confidence)
-    table = _ruled_table()
+    table = ruled_table()
     table.add_column("layer")
     for heading in ("parameters", "trace", f"± ({confidence})", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -181,17 +113,6 @@ def _layer_table(result: TraceResult, layers: list[LayerTrace], full: bool) -> T
     for layer in _visible(layers, full):
         _add_layer(table, layer, result.trace.estimate, largest)
     return table
-
-
-def _ruled_table() -> Table:
-    """A table with nothing but a rule below its head."""
-    return Table(
-        box=_RULE,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 0, 0, 1),
-        header_style="dim",
-    )
 
 
 def _add_layer(table: Table, layer: LayerTrace, total: float, largest: float) -> None:
@@ -270,60 +191,3 @@ def _method(result: TraceResult) -> Facts:
         f"seed {method.seed}",
     ]
     return facts(items + ([method.note] if method.note else []), style="dim")
-
-
-def _checks(checks: tuple[Check, ...]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for check in checks:
-        mark = Text("pass", style="green") if check.passed else Text("FAIL", style="bold red")
-        measured = words.number(check.value, 2) if check.value is not None else ""
-        bound = f"bound {words.number(check.bound, 2)}" if check.bound is not None else ""
-        table.add_row(mark, Text(check.name), Text(measured), Text(bound), Text(check.detail))
-    return table
-
-
-def _preflight(preflight: Preflight) -> Facts:
-    items = [f"autodiff mode {preflight.mode}", f"attention kernel {preflight.attention_kernel}"]
-    if preflight.fallback is not None:
-        items.append(f"a faster mode was ruled out by {preflight.fallback}")
-    if preflight.relative_rounding is not None:
-        items.append(f"relative rounding error {words.number(preflight.relative_rounding, 2)}")
-    return facts(items)
-
-
-def _unit_costs(plan: Plan) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for what, size in (
-        ("one full gradient", words.human_seconds(plan.gradient_seconds)),
-        (
-            "one full product",
-            f"{words.human_seconds(plan.product_seconds)}, "
-            f"{words.human_bytes(plan.product_bytes)} beyond model and examples",
-        ),
-        ("model parameters", words.human_bytes(plan.parameter_bytes)),
-        ("kept examples", words.human_bytes(plan.kept_bytes)),
-    ):
-        table.add_row(Text(what), Text(size))
-    return table
-
-
-def _planned_commands(plan: Plan) -> Table:
-    table = _ruled_table()
-    table.add_column("command", no_wrap=True)
-    for heading in ("products", "gradients", "time", "peak memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for planned in plan.commands:
-        table.add_row(
-            Text(planned.command),
-            Text(words.amount(planned.products)),
-            Text(words.amount(planned.gradients)),
-            Text(words.human_seconds(planned.seconds)),
-            Text(words.human_bytes(planned.peak_bytes)),
-        )
-    return table
-
-
-def _plan_notes(plan: Plan) -> Iterator[Text]:
-    for planned in plan.commands:
-        if planned.note:
-            yield Text(f"{planned.command}: {planned.note}", style="dim")

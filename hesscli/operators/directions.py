@@ -1,0 +1,126 @@
+"""Where operators are put to the test: along which vectors, at which weights, by which steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hesscli import streams
+from hesscli.operators.products import STEP, flatten
+from hesscli.parameters import Parameters
+from hesscli.problem.problem import Problem
+
+_ATTEMPTS = ((STEP / 2, 0.0), (STEP / 10, 1e-3), (STEP / 100, 1e-3))
+"""Step along a unit direction, and relative shift of the weights: a kink that the weights sit
+on, or that a step crosses, says nothing about the mode. No step is that of the mode of central
+differences, which would be compared with itself."""
+
+Measure = Callable[[Tensor, float], tuple[float, float]]
+"""A relative error along a unit direction with a step, and what is allowed."""
+
+
+class MismatchError(Exception):
+    """Something that runs and is wrong."""
+
+
+def vectors(problem: Problem, count: int) -> Tensor:
+    """The first Rademacher rows ``(count, d)`` of a fixed stream."""
+    rows = [
+        streams.rademacher(
+            streams.key(0x5EED, i),
+            0,
+            problem.parameters.size,
+            dtype=problem.dtype,
+            device=problem.device,
+        )
+        for i in range(count)
+    ]
+    return torch.stack(rows)
+
+
+def within_bound(problem: Problem, measure: Measure, what: str) -> tuple[float, float]:
+    """An error within what is allowed, at one of a few points and steps.
+
+    Args:
+        problem: what is analysed, in float64.
+        measure: what compares with a difference.
+        what: what a mismatch is called.
+
+    Raises:
+        MismatchError: there is none; the layers are named.
+    """
+    errors = []
+    for number, (step, shift) in enumerate(_ATTEMPTS):
+        direction = vectors(problem, number + 1)[-1] * _moving(problem)
+        with _shifted(problem.parameters, shift):
+            value, bound = measure(direction / direction.norm(), step)
+        if value <= bound:
+            return value, bound
+        errors.append(value)
+
+    def is_wrong(mask: Tensor) -> bool:
+        part = mask * direction
+        value, bound = measure(part / part.norm(), step)
+        return not value <= bound
+
+    with _shifted(problem.parameters, shift):
+        layers = layers_where(problem.parameters, is_wrong)
+    raise MismatchError(f"{what} by {min(errors):.2%}{layers}")
+
+
+def layers_where(parameters: Parameters, is_wrong: Callable[[Tensor], bool]) -> str:
+    """Names the layers along whose own directions something is wrong, given as masks (d,)."""
+    wrong = []
+    for layer in parameters.layers:
+        mask = [
+            torch.full_like(p.tensor, p.layer == layer, requires_grad=False) for p in parameters
+        ]
+        if is_wrong(flatten(mask)):
+            wrong.append(layer)
+    more = ", ..." if len(wrong) > 5 else ""
+    return f", in {', '.join(wrong[:5])}{more}" if wrong else ""
+
+
+def _moving(problem: Problem) -> Tensor:
+    """Zero at padding rows of embeddings, which no gradient reaches though outputs use them."""
+    rows = {
+        module.weight: module.padding_idx
+        for module in problem.model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    masks = [torch.ones_like(t, requires_grad=False) for t in problem.parameters.tensors]
+    for tensor, mask in zip(problem.parameters.tensors, masks, strict=True):
+        if (row := rows.get(tensor)) is not None:
+            mask[row] = 0
+    return flatten(masks)
+
+
+@contextmanager
+def _shifted(parameters: Parameters, relative: float) -> Iterator[None]:
+    """Weights moved a little off where they are, and put back."""
+    originals = [t.detach().clone() for t in parameters.tensors]
+    try:
+        if relative:
+            _shift(parameters, relative)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, original in zip(parameters.tensors, originals, strict=True):
+                tensor.copy_(original)
+
+
+@torch.no_grad()
+def _shift(parameters: Parameters, relative: float) -> None:
+    for number, tensor in enumerate(parameters.tensors):
+        noise = streams.gaussian(
+            streams.key(0x5417, number),
+            0,
+            tensor.numel(),
+            dtype=tensor.dtype,
+            device=tensor.device,
+        )
+        scale = relative * (float(tensor.square().mean().sqrt()) + 0.1)
+        tensor.add_(noise.view(tensor.shape), alpha=scale)

@@ -1,0 +1,93 @@
+"""A loss from what a user has: a name, one of torch's criteria, or a function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn import functional
+
+from hesscli.errors import InputError
+from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
+from hesscli.problem.entrywise import BinaryCrossEntropy, MeanSquaredError
+from hesscli.problem.huggingface import HuggingFace
+from hesscli.problem.losses import Loss, UserLoss
+
+NAMED: dict[str, type[Loss]] = {
+    loss.name: loss
+    for loss in (
+        CrossEntropy,
+        NegativeLogLikelihood,
+        LanguageModel,
+        HuggingFace,
+        MeanSquaredError,
+        BinaryCrossEntropy,
+    )
+}
+
+
+_CRITERIA = (
+    (functional.cross_entropy, nn.CrossEntropyLoss),
+    (functional.nll_loss, nn.NLLLoss),
+    (functional.mse_loss, nn.MSELoss),
+    (functional.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
+)
+
+
+def as_loss(loss: Any, name: str | None = None) -> Loss:
+    """A Loss from a name, a torch criterion, or ``fn(outputs, targets) -> mean loss``.
+
+    Torch's own criteria and functions become the named losses that they are, so that class
+    weights and ignored targets are counted as torch does.
+
+    Args:
+        loss: what the user has; a function's options may be bound by ``functools.partial``.
+        name: of a function in reports; default its own.
+
+    Raises:
+        InputError: an unknown name, or a reduction that is not ``"mean"``.
+    """
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, str) and loss in NAMED:
+        return NAMED[loss]()
+    if isinstance(loss, str) or not callable(loss):
+        known = ", ".join(NAMED)
+        raise InputError("unknown loss", repr(loss), f"{known}, or fn(outputs, targets)")
+    function, options = _unbound(loss)
+    own_name = getattr(function, "__name__", type(function).__name__)
+    reduction = options.get("reduction", getattr(loss, "reduction", "mean"))
+    if reduction != "mean":
+        raise InputError(
+            "the loss must be a mean", f"{own_name}(reduction={reduction!r})", "reduction='mean'"
+        )
+    criterion = next((kind for known, kind in _CRITERIA if known is function), None)
+    if criterion and options.keys() <= inspect.signature(criterion).parameters.keys():
+        loss = criterion(**options)
+    return _from_criterion(loss) or UserLoss(loss, name or own_name)
+
+
+def _unbound(loss: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A function, and the options that are bound to it."""
+    if isinstance(loss, partial) and not loss.args:
+        return loss.func, loss.keywords
+    return loss, {}
+
+
+def _from_criterion(loss: Any) -> Loss | None:
+    """The named loss that a torch criterion is, so that its weights are counted right."""
+    weight = getattr(loss, "weight", None)
+    weights = None if weight is None else weight.tolist()
+    if type(loss) is nn.CrossEntropyLoss:
+        return CrossEntropy(loss.label_smoothing, loss.ignore_index, weights)
+    if type(loss) is nn.NLLLoss:
+        return NegativeLogLikelihood(loss.ignore_index, weights)
+    if type(loss) is nn.MSELoss:
+        return MeanSquaredError()
+    if type(loss) is nn.BCEWithLogitsLoss and weights is None:
+        pos_weight = loss.pos_weight
+        return BinaryCrossEntropy(None if pos_weight is None else pos_weight.tolist())
+    return None

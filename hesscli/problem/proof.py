@@ -1,0 +1,164 @@
+"""The proof that this is the user's model on the user's data: one pass over what was kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import InputError, UnsoundError
+from hesscli.problem.batches import tensors_of
+from hesscli.problem.blame import is_out_of_memory, no_gradient
+from hesscli.problem.factory import blamed_on_user
+from hesscli.results import Observe, Snapshot
+
+if TYPE_CHECKING:
+    from hesscli.problem.problem import Problem, WeightedBatch
+
+UNEXPLAINED = "the model's own .loss is not the cross-entropy of its .logits and shifted labels"
+_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What shows that this is the user's model on the user's data.
+
+    ``gradient`` is of the whole loss, float64 ``(d,)``; ``unreached`` names the parameters that
+    the loss of no batch depends on. ``explained`` says that a loss which the model computed
+    itself is the mean that its outputs give.
+    """
+
+    loss: float
+    accuracy: float | None
+    gradient: Tensor
+    unreached: tuple[str, ...]
+    explained: bool
+
+    @property
+    def gradient_norm(self) -> float:
+        """Euclidean norm of the gradient."""
+        return float(self.gradient.norm())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What its reader should be told."""
+        return () if self.explained else (f"{UNEXPLAINED}: no accuracy, and no matrix but hessian",)
+
+
+def prove(problem: Problem, observe: Observe | None = None) -> Proof:
+    """Loss, accuracy, gradient and reach over all kept examples.
+
+    Raises:
+        UnsoundError: a non-finite loss or gradient, or labels out of range.
+        KeyboardInterrupt: the observer wanted no more.
+    """
+    parameters, decay = problem.parameters, problem.weight_decay
+    gradient = torch.zeros(parameters.size, dtype=torch.float64, device=problem.device)
+    reached = [False] * len(parameters)
+    loss = correct = possible = 0.0
+    explained = True
+    for batch in problem.batches():
+        with blamed_on_user("the model or its loss raised an error", _FIT):
+            right, of, expected = _read_outputs(problem, batch)
+            value = problem.evaluate(batch.data)
+        correct, possible = correct + right, possible + of
+        _require_finite_loss(problem, value, batch)
+        explained = explained and (expected is None or _same(value, expected))
+        parts = _gradient(problem, value, batch)
+        reached = [r or p is not None for r, p in zip(reached, parts, strict=True)]
+        dense = [
+            torch.zeros_like(t) if p is None else p.to_dense() if p.is_sparse else p
+            for p, t in zip(parts, parameters.tensors, strict=True)
+        ]
+        gradient += batch.weight * parameters.flatten(dense).double()
+        loss += batch.weight * float(value.detach())
+        snapshot = Snapshot(
+            phase="loss and gradient", done=batch.index + 1, total=problem.num_batches
+        )
+        if observe is not None and observe(snapshot):
+            raise KeyboardInterrupt
+    _require_finite_gradient(problem, gradient)
+    theta = parameters.flatten([t.detach() for t in parameters.tensors]).double()
+    return Proof(
+        loss=loss + 0.5 * decay * float(theta @ theta),
+        accuracy=correct / possible if possible and explained else None,
+        gradient=gradient + decay * theta,
+        unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
+        explained=explained,
+    )
+
+
+@torch.no_grad()
+def _read_outputs(problem: Problem, batch: WeightedBatch) -> tuple[float, float, float | None]:
+    """Right and possible predictions, and the mean of a loss that the model computes itself.
+
+    Labels are checked here, before the loss reads them.
+    """
+    loss = problem.loss
+    if not loss.exposes_outputs:
+        return 0.0, 0.0, None
+    outputs = problem.outputs(batch.data)
+    loss.check(outputs, batch.data)
+    right, of = loss.correct(outputs, batch.data) or (0.0, 0.0)
+    expected = float(loss.mean(outputs, batch.data)) if loss.computed_by_model else None
+    return float(right), float(of), expected
+
+
+def _same(value: Tensor, expected: float) -> bool:
+    """Up to rounding of sums of logarithms, which are of order 1 though their mean may be tiny.
+
+    Sums in another order err by a few eps, other functions by percents (auxiliary losses of
+    routers by 1e-3 of 1).
+    """
+    bound = torch.finfo(value.dtype).eps ** 0.6
+    return bool(abs(float(value.detach()) - expected) <= bound * (1 + abs(expected)))
+
+
+def _gradient(problem: Problem, value: Tensor, batch: WeightedBatch) -> tuple[Tensor | None, ...]:
+    """The batch's gradient as autograd gives it, None where a parameter is not reached."""
+    if not value.requires_grad:
+        raise UnsoundError(
+            "the loss does not depend on any parameter through autograd",
+            "a loss without a gradient",
+            "no torch.no_grad(), .detach() or .item() between parameters and loss",
+        )
+    try:
+        return torch.autograd.grad(value, problem.parameters.tensors, allow_unused=True)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        run = partial(problem.evaluate, batch.data)
+        raise no_gradient(problem.model, run, error) from None
+
+
+def _require_finite_loss(problem: Problem, value: Tensor, batch: WeightedBatch) -> None:
+    tensor = isinstance(value, Tensor)
+    if not tensor or value.numel() != 1:
+        given = f"shape {tuple(value.shape)}" if tensor else f"a {type(value).__name__}"
+        raise InputError(
+            "the loss must be one number in a tensor",
+            f"{problem.loss.name} gave {given}",
+            "a mean over the batch",
+        )
+    if not torch.isfinite(value):
+        broken = [t for t in tensors_of(batch.data) if not torch.isfinite(t).all()]
+        raise UnsoundError(
+            "the loss is not finite",
+            f"{float(value.detach())} on batch {batch.index}"
+            + (" whose inputs hold NaN or infinity" if broken else ""),
+            "clean inputs" if broken else "--dtype float64, or a checkpoint that has converged",
+        )
+
+
+def _require_finite_gradient(problem: Problem, gradient: Tensor) -> None:
+    parts = zip(problem.parameters, problem.parameters.split(gradient), strict=True)
+    bad = [p.name for p, part in parts if not torch.isfinite(part).all()]
+    if bad:
+        raise UnsoundError(
+            "the gradient is not finite",
+            f"NaN or infinity in the gradient of {', '.join(bad[:5])} ({len(bad)} tensors)",
+            "inputs without infinities, and no sqrt or norm of exactly 0 in model or loss",
+        )

@@ -1,0 +1,50 @@
+"""What README shows is what happens."""
+
+from __future__ import annotations
+
+import doctest
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hesscli.problem.spec import read_spec
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert doctest.testfile(str(ROOT / "README.md"), module_relative=False).failed == 0
+
+
+def test_docstring_examples() -> None:
+    import hesscli.operators.hessian
+
+    result = doctest.testmod(hesscli.operators.hessian)
+    assert result.attempted
+    assert not result.failed
+
+
+def test_the_spec_shown_is_the_samples() -> None:
+    shown = tomllib.loads(README.split("```toml\n")[1].split("```")[0])
+    spec = ROOT / "samples" / "fashion" / "hesscli.toml"
+    shipped = tomllib.loads(spec.read_text(encoding="utf-8"))
+    assert shown == {key: value for key, value in shipped.items() if key != "held_out"}
+    assert read_spec(spec).model is not None
+
+
+def test_every_exit_code_is_named() -> None:
+    from hesscli.errors import ExitCode
+
+    told = README.split("Exit codes:")[1]
+    assert all(f"{code:d} " in told for code in ExitCode)
+
+
+def test_every_command_is_named() -> None:
+    from hesscli.cli.app import app
+
+    names = [str(c.name or getattr(c.callback, "__name__", "")) for c in app.registered_commands]
+    assert names
+    assert all(f"hesscli {name}" in README for name in names)
