@@ -1,0 +1,46 @@
+"""On a CUDA device the numbers are those of the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import hesscli
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+CHECKPOINTS = ["fashion/model.pt", "text/model.safetensors", "sunspots/model.pt"]
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "empirical-fisher"])
+def test_the_same_probes_give_the_same_trace(checkpoint: str, matrix: str) -> None:
+    """To what the run itself says of its rounding, on both devices, and a margin of ten."""
+    found = []
+    for device in ("cpu", "cuda"):
+        problem = hesscli.load(SAMPLES / checkpoint, device=device, examples=64)
+        found.append(hesscli.trace(problem, matrix=matrix, probes=2))
+    cpu, cuda = (result.trace for result in found)
+    bound = 10 * (cpu.rounding_error + cuda.rounding_error)
+    assert abs(cpu.estimate - cuda.estimate) <= bound
+    assert found[0].problem.manifest_sha256 == found[1].problem.manifest_sha256
+    assert found[1].environment.device_name != found[0].environment.device_name
+
+
+def test_no_stray_synchronisation_between_probes() -> None:
+    """Products of one batch after its graph is made, without the host waiting for the device."""
+    problem = hesscli.load(SAMPLES / "text/model.safetensors", device="cuda", examples=32)
+    term = next(hesscli.Hessian(problem).batches())
+    block = torch.randn(4, problem.parameters.size, device="cuda")
+    term.apply(block)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        term.apply(block)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
