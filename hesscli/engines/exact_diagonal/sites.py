@@ -1,0 +1,260 @@
+"""Per-example parameter gradients of known modules, from their inputs and output gradients.
+
+A site stands for a module on one batch. A module that is called several times has the
+positions of all its calls in a row, since an example's gradient sums over them. Whether a site
+tells the truth of a module (which may be of a subclass, or used in other ways too) is for its
+caller to check.
+
+Shapes: N examples, G groups, P positions, J inputs and O outputs of a product, W or D features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
+
+from hesscli.engines.exact_diagonal.contraction import pairs_are_cheaper, room, squared_products
+
+Sums = dict[str, Tensor]
+"""Float64 sums for a module's parameters, by their names in it."""
+
+
+class Site(ABC):
+    """A module and its inputs.
+
+    Args:
+        module: of a kind that the class knows.
+        inputs: of each call, ``(N·m, ...)``: m rows an example, one after the other.
+        count: N.
+    """
+
+    def __init__(self, module: Any, inputs: Sequence[Tensor], count: int) -> None:
+        self.module, self.count = module, count
+        self.inputs = self.by_example([self.prepare(x) for x in inputs])
+
+    def squares(self, columns: Sequence[Sequence[Tensor]]) -> Sums:
+        """Σ over examples and columns of squared gradients, a few examples at a time.
+
+        Args:
+            columns: for each the gradients of every call's output, in the output's shape.
+        """
+        split = [self.by_example(column) for column in columns]
+        sums: Sums = {}
+        size = max(1, room(columns[0][0]) // self.numbers_each(split))
+        for start in range(0, self.count, size):
+            part = slice(start, start + size)
+            inputs = self.read([x[part] for x in self.inputs])
+            gradients = [self.read_gradients([g[part] for g in column]) for column in split]
+            for name, value in self.squares_of(inputs, gradients).items():
+                sums[name] = sums[name] + value if name in sums else value.double()
+        return sums
+
+    def totals(self, column: Sequence[Tensor]) -> Sums:
+        """Σ over examples of gradients: what autograd makes of a batch."""
+        return self.totals_of(self.read(self.inputs), self.read_gradients(self.by_example(column)))
+
+    def by_example(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Views ``(N, m, ...)``."""
+        return [v.reshape(self.count, -1, *v.shape[1:]) for v in values]
+
+    def prepare(self, values: Tensor) -> Tensor:
+        """What of an input is kept."""
+        return values
+
+    @abstractmethod
+    def numbers_each(self, columns: Sequence[Sequence[Tensor]]) -> int:
+        """Numbers that are made for one example while it is squared."""
+
+    @abstractmethod
+    def read(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Inputs of all calls, each ``(n, m, ...)``, in this kind's own layout."""
+
+    @abstractmethod
+    def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Output gradients of all calls, each ``(n, m, ...)``, in that layout."""
+
+    @abstractmethod
+    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
+        """Σ over some examples, and over columns, of squared gradients."""
+
+    @abstractmethod
+    def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
+        """Σ over some examples of gradients."""
+
+
+class Product(Site):
+    """y = W a + b at every position: inputs (n, G, P, J), gradients (n, G, O, P)."""
+
+    def numbers_each(self, columns: Sequence[Sequence[Tensor]]) -> int:
+        """The windows of the input, the gradients, and what is made of the two."""
+        first = [x[:1] for x in self.inputs]
+        _, groups, positions, width = self.read(first).shape
+        outputs, many = len(self.module.weight) // groups, len(columns)
+        numbers = groups * positions * (width + many * outputs)
+        if pairs_are_cheaper(many, outputs, positions, width):
+            return positions * numbers
+        return numbers + groups * many * outputs * width
+
+    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
+        """Of the weight by the cheaper order of sums, of the bias directly."""
+        gradients = torch.stack(list(columns), 1)
+        bias = gradients.sum(4).square_().sum((0, 1))
+        return {"weight": squared_products(gradients, inputs), "bias": bias}
+
+    def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
+        """As autograd makes them."""
+        weight = torch.einsum("ngop,ngpj->goj", gradients, inputs)
+        return {"weight": weight, "bias": gradients.sum((0, 3))}
+
+
+class LinearSite(Product):
+    """``nn.Linear``; whatever stands between examples and features is a position."""
+
+    def read(self, inputs: Sequence[Tensor]) -> Tensor:
+        """(n, 1, P, J)."""
+        return _joined([x.flatten(1, -2)[:, None] for x in inputs], 2)
+
+    def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+        """(n, 1, O, P)."""
+        return self.read(gradients).transpose(2, 3)
+
+
+class ConvolutionSite(Product):
+    """``nn.Conv1d``, ``2d`` and ``3d``: a product with every window of the padded input."""
+
+    def prepare(self, values: Tensor) -> Tensor:
+        """The padded input."""
+        mode = self.module.padding_mode
+        padding = self.module._reversed_padding_repeated_twice
+        return functional.pad(values, padding, "constant" if mode == "zeros" else mode)
+
+    def read(self, inputs: Sequence[Tensor]) -> Tensor:
+        """(n, G, P, J)."""
+        return _joined([self._grouped(self._windows(x)) for x in inputs], 3).transpose(2, 3)
+
+    def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+        """(n, G, O, P)."""
+        return _joined([self._grouped(g.flatten(3)) for g in gradients], 3)
+
+    def _grouped(self, values: Tensor) -> Tensor:
+        """From (n, m, G·X, P) to (n, G, X, m·P)."""
+        groups, (channels, positions) = self.module.groups, values.shape[2:]
+        split = values.reshape(*values.shape[:2], groups, channels // groups, positions)
+        return split.movedim(1, 3).flatten(3)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """Copies of what lies under each position of the kernel, (n, m, G·J, P)."""
+        conv, dims = self.module, len(self.module.kernel_size)
+        for axis in range(dims):
+            size, stride, step = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
+            x = x.unfold(3 + axis, (size - 1) * step + 1, stride)[..., ::step]
+        kernel_first = [0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims)]
+        return x.permute(kernel_first).flatten(2, 2 + dims).flatten(3)
+
+
+class ScaleSite(Site):
+    """y = w x̂ + b of affine norms: inputs x̂ (n, P, W), gradients (n, P, W)."""
+
+    def prepare(self, values: Tensor) -> Tensor:
+        """The normalised input: what the module makes with w = 1 and b = 0."""
+        plain = {name: _constant(name, p) for name, p in self.module.named_parameters()}
+        result: Tensor = torch.func.functional_call(self.module, plain, (values,))
+        return result
+
+    def numbers_each(self, columns: Sequence[Sequence[Tensor]]) -> int:
+        """The input, one gradient at a time, and their product."""
+        return 3 * sum(x[0].numel() for x in self.inputs)
+
+    def read(self, inputs: Sequence[Tensor]) -> Tensor:
+        """(n, P, W)."""
+        return _joined([self._by_position(x) for x in inputs], 1)
+
+    def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+        """(n, P, W)."""
+        return self.read(gradients)
+
+    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
+        """Sums over positions, squared."""
+        weight = torch.stack([(column * inputs).sum(1) for column in columns])
+        bias = torch.stack([column.sum(1) for column in columns])
+        return {"weight": weight.square_().sum((0, 1)), "bias": bias.square_().sum((0, 1))}
+
+    def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
+        """As autograd makes them."""
+        return {"weight": (gradients * inputs).sum((0, 1)), "bias": gradients.sum((0, 1))}
+
+    def _by_position(self, values: Tensor) -> Tensor:
+        """From (n, m, ...) to (n, P, W)."""
+        if isinstance(self.module, (nn.LayerNorm, nn.RMSNorm)):
+            return values.reshape(len(values), -1, self.module.weight.numel())
+        if values.dim() == 3:
+            return values
+        return values.flatten(3).transpose(2, 3).flatten(1, 2)
+
+
+class LookupSite(Site):
+    """``nn.Embedding``: inputs (n, P) of row numbers, gradients (n, P, D)."""
+
+    def numbers_each(self, columns: Sequence[Sequence[Tensor]]) -> int:
+        """One gradient at a time, and its sums."""
+        return 2 * sum(g[0].numel() for g in columns[0])
+
+    def read(self, inputs: Sequence[Tensor]) -> Tensor:
+        """(n, P)."""
+        return _joined([x.flatten(1) for x in inputs], 1).long()
+
+    def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+        """(n, P, D)."""
+        return _joined([g.flatten(1, -2) for g in gradients], 1)
+
+    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
+        """Positions of one example that look up one row are summed before they are squared."""
+        table, counted = self.module.weight, self._counted(inputs)
+        example = torch.arange(len(inputs), device=inputs.device)[:, None]
+        places = (example * len(table) + inputs)[counted]
+        found, owner = torch.unique(places, return_inverse=True)
+        total = torch.zeros_like(table, requires_grad=False)
+        for column in columns:
+            sums = column.new_zeros(len(found), table.shape[1])
+            sums.index_add_(0, owner, column[counted])
+            total.index_add_(0, found % len(table), sums.square_())
+        return {"weight": total}
+
+    def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
+        """As autograd makes them."""
+        counted = self._counted(inputs)
+        total = torch.zeros_like(self.module.weight, requires_grad=False)
+        return {"weight": total.index_add_(0, inputs[counted], gradients[counted])}
+
+    def _counted(self, inputs: Tensor) -> Tensor:
+        """Positions that do not look up the padding row, whose gradient is zero by decree."""
+        padding = self.module.padding_idx
+        return torch.ones_like(inputs, dtype=torch.bool) if padding is None else inputs != padding
+
+
+def site_class(module: nn.Module) -> type[Site] | None:
+    """The kind of site that fits a module, if any does."""
+    if isinstance(module, nn.Linear):
+        return LinearSite
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return ConvolutionSite
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)):
+        return ScaleSite
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
+        return LookupSite
+    return None
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """All calls' positions in a row, without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _constant(name: str, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if name == "bias" else torch.ones_like(like)
