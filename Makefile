@@ -1,7 +1,7 @@
 # Everything runs from a virtual environment of its own, made on first use.
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 SAMPLES := samples/fashion/model.pt samples/text/model.safetensors samples/sunspots/model.pt
 
 help:  ## Show this list
