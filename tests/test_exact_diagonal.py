@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from hesscli import GaussNewton
-from hesscli.engines.exact_diagonal import ExactDiagonal, GaussNewtonDiagonal
+from hesscli.engines.entries import Entries, Part
+from hesscli.engines.exact_diagonal import ExactDiagonal
 from hesscli.engines.exact_diagonal.contraction import _by_gradients, _by_pairs
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.problem.data import FrozenData
@@ -38,16 +40,33 @@ def _cut(data: tuple[Tensor, ...], sizes: list[int]) -> FrozenData:
     return FrozenData(tuple(pieces), tuple(sizes), sum(sizes), True, "by hand")
 
 
-def _run(problem: Problem, **options: Any) -> GaussNewtonDiagonal:
-    engine = ExactDiagonal(problem, **options)
-    for _ in engine.run():
+@dataclass
+class Found:
+    """What an engine and its stream say."""
+
+    engine: ExactDiagonal
+    diagonal: Tensor
+    stderr: Tensor | None
+
+    @property
+    def cells(self) -> list[np.ndarray]:
+        return list(self.engine.cells.values())
+
+
+def _run(problem: Problem, draws: int | None = None, **options: Any) -> Found:
+    parameters = options.get("parameters", problem.parameters)
+    entries = Entries(parameters, problem.device)
+    stream = entries.stream(parameters, exact=draws is None)
+    engine = ExactDiagonal(problem, sampled=draws is not None, stream=stream, **options)
+    for _ in engine.extend(draws or 1):
         pass
-    result = engine.result()
-    assert result is not None
-    return result
+    found = entries.diagonal([Part(stream, 1.0, engine.count)], problem.weight_decay)
+    exact = found.noise is None or (draws or 0) < 2
+    stderr = None if exact else found.noise.double().square().mean(0).sqrt()
+    return Found(engine, found.values, stderr)
 
 
-def _error(problem: Problem, result: GaussNewtonDiagonal) -> float:
+def _error(problem: Problem, result: Found) -> float:
     """The worst relative error of an entry, small entries by the mean.
 
     The dense matrix is made of one batch, since its many products make all batches slow.
@@ -263,10 +282,8 @@ def test_the_diagonal_is_the_dense_matrix_s(name: str) -> None:
     problem = Problem(build().double(), loss, _cut(data, [10, 1, 8, 4]), weight_decay=0.125)
     result = _run(problem)
     assert _error(problem, result) < ROUNDING
-    assert set(result.generic) == generic
-    assert result.exact
+    assert set(result.engine.generic) == generic
     assert result.stderr is None
-    assert result.coverage == 1
 
 
 @pytest.mark.parametrize("name", ["images", "text", "functional"])
@@ -278,8 +295,8 @@ def test_every_parameter_by_single_examples_gives_the_same(
     by_module = _run(problem)
     monkeypatch.setattr("hesscli.engines.exact_diagonal.squares.site_class", lambda module: None)
     alone = _run(problem)
-    assert set(alone.generic) == set(problem.parameter_names)
-    assert set(by_module.generic) < set(alone.generic)
+    assert set(alone.engine.generic) == set(problem.parameter_names)
+    assert set(by_module.engine.generic) < set(alone.engine.generic)
     torch.testing.assert_close(alone.diagonal, by_module.diagonal, rtol=1e-10, atol=1e-14)
 
 
@@ -295,12 +312,12 @@ def test_both_orders_of_sums_agree() -> None:
 def test_the_sunspots_sample(sunspots: Problem) -> None:
     result = _run(sunspots)
     assert _error(sunspots, result) < ROUNDING
-    assert result.generic == ()
+    assert result.engine.generic == ()
     # One output: a forward pass and a backward pass over the data, and the check of 16 of 256.
-    assert result.gradients == pytest.approx(1, abs=0.2)
+    assert result.engine.gradients == pytest.approx(1, abs=0.2)
     table = np.stack(result.cells)
     assert table.shape == (16, 1, 4)
-    share = np.asarray(result.masses) / sum(result.masses)
+    share = np.asarray(sunspots.masses) / sum(sunspots.masses)
     mean = (share[:, None] * table[:, 0]).sum(0)
     parts = sunspots.parameters.split(result.diagonal - sunspots.weight_decay)
     layers = [float(sum(p.sum() for p in parts[i : i + 2])) for i in (0, 2, 4)]
@@ -353,13 +370,12 @@ def test_draws_are_unbiased_and_know_their_error(name: str) -> None:
     stated = torch.stack([r.stderr.square() for r in results if r.stderr is not None]).mean(0)
     assert float(stated.sum() / spread.square().sum()) == pytest.approx(1, abs=0.6)
     totals = np.array([[cell[:, -1].mean() for cell in r.cells] for r in results])
-    share = np.asarray(results[0].masses) / sum(results[0].masses)
+    share = np.asarray(problem.masses) / sum(problem.masses)
     np.testing.assert_allclose(totals @ share, found.sum(1).numpy(), rtol=1e-12)
 
 
 def test_with_one_output_a_draw_is_exact(sunspots: Problem) -> None:
     drawn = _run(sunspots, draws=2, seed=5)
-    assert not drawn.exact
     torch.testing.assert_close(drawn.diagonal, _run(sunspots).diagonal, rtol=1e-12, atol=0)
     assert drawn.stderr is not None
     assert float(drawn.stderr.max()) < 1e-12
@@ -393,23 +409,18 @@ def test_a_large_vocabulary_is_drawn_and_never_enumerated() -> None:
 
 def test_a_stopped_run_speaks_for_its_batches_and_goes_on(sunspots: Problem) -> None:
     engine = ExactDiagonal(sunspots)
-    assert engine.result() is None
-    steps = engine.run()
+    steps = engine.extend()
     for _ in range(5):
         next(steps)
     steps.close()
-    result = engine.result()
-    assert result is not None
-    assert len(result.cells) == 4  # the fifth was added to only after its step
-    assert result.coverage == pytest.approx(4 / 16)
-    first = FrozenData(sunspots.data.batches[:4], (16,) * 4, 64, True, "by hand")
-    part = Problem(sunspots.model, "mse", first, weight_decay=sunspots.weight_decay)
-    torch.testing.assert_close(result.diagonal, _run(part).diagonal, rtol=1e-12, atol=0)
-    for _ in engine.run():
+    assert len(engine.seen) == 4  # the fifth was added to only after its step
+    whole = _run(sunspots)
+    for batch in engine.seen:
+        np.testing.assert_array_equal(engine.cells[batch], whole.engine.cells[batch])
+    for _ in engine.extend():
         pass
-    whole = engine.result()
-    assert whole is not None
-    torch.testing.assert_close(whole.diagonal, _run(sunspots).diagonal, rtol=1e-12, atol=0)
+    assert [len(cells) for cells in engine.cells.values()] == [1] * 16
+    np.testing.assert_array_equal(list(engine.cells.values()), whole.cells)
 
 
 # -- refusals ----------------------------------------------------------------------------------

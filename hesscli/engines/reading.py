@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from hesscli.engines.hutchinson.engine import Hutchinson
+from hesscli.engines.estimator import Estimator
 from hesscli.engines.hutchinson.statistics import Array, MeanSquare, Table, half_width
 
 
@@ -46,58 +44,37 @@ class Reading:
         noise = MeanSquare((1 - self.fraction) * data, self.table.between.freedom)
         return float(half_width(noise, self.miss)[-1] + self.rounding[-1])
 
-    def is_data_dominated(self) -> bool:
-        """Whether the examples left out add more to the total's variance than the probes."""
-        sampling = self.variance.value[-1] - self.table.probe.value[-1]
-        return bool(sampling > self.table.probe.value[-1])
-
-    def probes_for(self, wanted: float, probes: int) -> float | None:
-        """Probes that would give half-width ``wanted``, from the ``probes`` seen so far.
-
-        None where data noise alone is wider.
-        """
-        quantile = float(self.half_width[-1] - self.rounding[-1])
-        spread = float(np.sqrt(self.variance.value[-1]))
-        if spread == 0 or quantile == 0:
-            return float(probes)
-        allowed = (max(wanted - float(self.rounding[-1]), 0.0) * spread / quantile) ** 2
-        fixed = max(float(self.variance.value[-1] - self.table.probe.value[-1]), 0.0)
-        if allowed <= fixed:
-            return None
-        return probes * float(self.table.probe.value[-1]) / (allowed - fixed)
+    @property
+    def random_share(self) -> float:
+        """Share of the total's variance that more probes and drawn columns would shrink."""
+        variance = float(self.variance.value[-1])
+        return float(self.table.within.value[-1]) / variance if variance else 0.0
 
 
-def read(engine: Hutchinson, miss: float, relative_rounding: float) -> Reading | None:
-    """What an engine's table says with intervals that miss with probability ``miss``.
+def read(estimator: Estimator, miss: float, relative_rounding: float) -> Reading | None:
+    """What an estimator's table says with intervals that miss with probability ``miss``.
 
     Args:
-        engine: rounds so far; a first round that was stopped counts as a sample of the batches.
+        estimator: rounds so far; a first one that was stopped counts as a sample of the batches.
         miss: probability.
         relative_rounding: error of a quadratic form relative to its size, root mean square.
 
     Returns:
         None before there is anything to read.
     """
-    table = engine.table()
+    table = estimator.table()
     if table is None:
         return None
     # Where the loader's size is not known, intervals are about the kept examples.
-    fraction = (engine.operator.problem.sampling_fraction or 1.0) * engine.coverage()
+    fraction = (estimator.problem.sampling_fraction or 1.0) * estimator.coverage()
     variance = table.variance(fraction)
     rounding = relative_rounding * table.root_mean_square
     return Reading(
         table=table,
-        estimate=table.estimate + _decay(engine),
+        estimate=table.estimate + estimator.decay_traces(),
         variance=variance,
         half_width=half_width(variance, miss) + rounding,
         rounding=rounding,
         fraction=fraction,
         miss=miss,
     )
-
-
-def _decay(engine: Hutchinson) -> Array:
-    """Weight decay's own share: its coefficient times the number of parameters, exactly."""
-    parameters = engine.operator.parameters
-    sizes = [sum(p.numel for p in parameters.in_layer(layer)) for layer in parameters.layers]
-    return engine.operator.decay * np.array([*sizes, parameters.size], dtype=np.float64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hesscli.engines.hutchinson.statistics import Design
+from hesscli.engines.hutchinson.statistics import Sharing
 
 FIRST_CELLS = 32
 """Independent quadratic forms at the first look: they are skewed, and Student's interval is not."""
@@ -37,9 +37,9 @@ def miss_probability(total: float, look: int) -> float:
     return total / (look * (look + 1))
 
 
-def first_look(design: Design, num_batches: int) -> int:
+def first_look(sharing: Sharing, num_batches: int) -> int:
     """Probes for each batch at the first look.
 
     Fresh probes are independent from batch to batch, so a look at two of each can rest on many.
     """
-    return FIRST_CELLS if design == "shared" else max(2, -(-FIRST_CELLS // num_batches))
+    return FIRST_CELLS if sharing == "shared" else max(2, -(-FIRST_CELLS // num_batches))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
-from hesscli.operators.gauss_newton import GaussNewton, require_outputs
+from hesscli.operators.gauss_newton import GaussNewton, require_examples
 from hesscli.operators.products import Apply, Function, Tensors
 from hesscli.problem.problem import Problem, WeightedBatch
 
@@ -38,19 +37,7 @@ class EmpiricalFisher(Operator):
 
     def __init__(self, problem: Problem, **options: object) -> None:
         super().__init__(problem, **options)  # type: ignore[arg-type]
-        require_outputs(problem, self.name)
-        if (module := problem.couples_examples) is not None:
-            raise UsageError(
-                "per-example gradients do not exist here",
-                f"{module} mixes the examples of a batch",
-                "[model] training = false",
-            )
-        if not problem.data.sliceable:
-            raise UsageError(
-                "per-example gradients need batches with one row an example",
-                "batches whose tensors differ in length",
-                "--matrix ggn or hessian",
-            )
+        require_examples(problem, self.name)
 
     @property
     def decay(self) -> float:

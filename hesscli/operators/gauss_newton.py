@@ -61,3 +61,24 @@ def require_outputs(problem: Problem, matrix: str) -> None:
             reason,
             "--matrix hessian, or [loss] name or factory",
         )
+
+
+def require_examples(problem: Problem, matrix: str) -> None:
+    """Refuse problems whose single examples have no gradient of their own.
+
+    Raises:
+        UsageError: a step loss, batch norm in train mode, or batches that are no rows of examples.
+    """
+    require_outputs(problem, matrix)
+    if (module := problem.couples_examples) is not None:
+        raise UsageError(
+            "per-example gradients do not exist here",
+            f"{module} mixes the examples of a batch",
+            "[model] training = false",
+        )
+    if not problem.data.sliceable:
+        raise UsageError(
+            "per-example gradients need batches with one row an example",
+            "batches whose tensors differ in length",
+            "--matrix hessian --method hutchinson",
+        )

@@ -139,6 +139,36 @@ class EntrywiseFactor(Factor):
         return self._root * _signs(stream, first, self._root)
 
 
+class ScoreFactor(Factor):
+    """The one column ∂ℓ_i/∂f_i, whose square is the empirical Fisher matrix's in the outputs.
+
+    As a factor of the numerator's: an example's mass times the square of its own mean loss's
+    slope (Kunstner et al. 2019, arXiv 1905.12558, section 2).
+    """
+
+    num_columns = 1
+
+    def __init__(self, loss: Loss, outputs: Tensor, batch: Batch) -> None:
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            slope = torch.autograd.grad(loss.numerators(outputs, batch).sum(), outputs)[0]
+        masses = loss.masses(batch).to(slope).clamp_min(torch.finfo(slope.dtype).tiny)
+        self._slope = slope / masses.sqrt().view(-1, *[1] * (slope.dim() - 1))
+
+    def column(self, index: int) -> Tensor:
+        """Every example's slope over the root of its mass."""
+        return self._slope
+
+    def draw(self, stream: int, first: int = 0) -> Tensor:
+        """The column: there is but one."""
+        return self._slope
+
+
+def score_of(loss: Loss, outputs: Tensor, batch: Batch) -> Factor:
+    """The empirical Fisher matrix's factor at a batch's outputs."""
+    return ScoreFactor(loss, outputs, batch)
+
+
 def _target_weights(loss: CrossEntropy, logits: Tensor, batch: Batch) -> Tensor:
     """Σ_k t_k of each target ``(N, ...)``: 0 where masked."""
     targets, smoothing = loss.targets(batch), loss.label_smoothing

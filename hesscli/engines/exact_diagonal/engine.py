@@ -7,62 +7,51 @@ columns, whatever the number of parameters. A random column in their place is un
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hesscli import streams
+from hesscli.engines.entries import Stream
 from hesscli.engines.exact_diagonal.squares import Pass, SquaredJacobian
 from hesscli.engines.hutchinson.statistics import Array
+from hesscli.engines.layers import LayerSums
 from hesscli.errors import UsageError
-from hesscli.operators.gauss_newton import require_outputs
+from hesscli.operators.base import BLOCK_BYTES
+from hesscli.operators.gauss_newton import require_examples
+from hesscli.operators.precision import doubled, working_precision
 from hesscli.parameters import Parameters
-from hesscli.problem.factors import factor_of, has_factor
+from hesscli.problem.batches import Batch
+from hesscli.problem.factors import Factor, factor_of
+from hesscli.problem.losses import Loss
 from hesscli.problem.problem import Problem, WeightedBatch
+
+MakeFactor = Callable[[Loss, Tensor, Batch], Factor]
 
 MAX_COLUMNS = 1024
 """Columns up to which the exact diagonal is made."""
+_SAMPLE = 16
 _DRAWS = 0xD4A35
 """Separates label streams from other uses of a seed."""
 
 
-@dataclass(frozen=True)
-class GaussNewtonDiagonal:
-    """What the batches seen so far say.
-
-    Attributes:
-        diagonal: float64 ``(d,)`` on the CPU, weight decay included.
-        stderr: of each entry, from the draws alone; None when exact or from a single draw.
-        cells: for each batch the traces of its own matrix, without weight decay: ``(draws, L +
-            1)``, by layer and in the last column their sum, as Hutchinson's tables have them;
-            one row when exact.
-        masses: weight mass of each of these batches.
-        exact: no draw is in it.
-        coverage: share of the kept examples, in batches that weigh something, that it rests on.
-        gradients: work so far in full-data gradients.
-        generic: parameters whose per-example gradients were made one example at a time.
-    """
-
-    diagonal: Tensor
-    stderr: Tensor | None
-    cells: tuple[Array, ...]
-    masses: tuple[float, ...]
-    exact: bool
-    coverage: float
-    gradients: float
-    generic: tuple[str, ...]
-
-
 class ExactDiagonal:
-    """Accumulates diag G over a problem's batches.
+    """diag G over a problem's batches: a table of traces, and the entries if they are wanted.
 
     Args:
         problem: its loss's output Hessian must be known and its examples independent.
         parameters: the entries; default all trainable ones.
-        draws: random columns for each batch, or None for all columns and the exact diagonal.
-        seed: of the draws.
+        sampled: random columns, as many as are asked for, in place of all of them.
+        factor: the factor at a batch's outputs; default that of the loss's output Hessian.
+        seed: of the random columns.
+        batches: only so many of the first batches (a pilot), default all.
+        stream: takes the estimates of single entries, where they are wanted.
+
+    ``cells[b]`` is ``(draws, L + 1)``, as Hutchinson's tables have it: a batch's traces by layer
+    and in the last column their sum, without weight decay; one row where they are exact.
 
     Raises:
         UsageError: the loss's output Hessian is not known, an example's gradient does not
@@ -74,113 +63,119 @@ class ExactDiagonal:
         problem: Problem,
         *,
         parameters: Parameters | None = None,
-        draws: int | None = None,
+        sampled: bool = False,
+        factor: MakeFactor = factor_of,
         seed: int = 0,
+        batches: int | None = None,
+        stream: Stream | None = None,
     ) -> None:
-        _require_examples(problem)
-        self.problem, self.draws, self.seed = problem, draws, seed
+        require_examples(problem, "ggn")
+        self.problem, self.sampled, self.seed = problem, sampled, seed
         self.parameters = problem.parameters if parameters is None else parameters
-        self.num_columns = columns_of(problem)
-        if draws is None and self.num_columns > MAX_COLUMNS:
+        self._factor = factor
+        self.num_columns = columns_of(problem, factor)
+        if not sampled and self.num_columns > MAX_COLUMNS:
             raise UsageError(
                 "the exact diagonal takes one backward pass for each column of the outputs",
                 f"{self.num_columns} columns",
-                "random columns: draws=1",
+                "--method split, which draws columns",
             )
         self._jacobian = SquaredJacobian(problem, self.parameters)
-        self._layers = self.parameters.layer_index().to(problem.device)
-        self._cells: dict[int, Array] = {}
-        self._sum = torch.zeros(self.parameters.size, dtype=torch.float64, device=problem.device)
-        self._variance = torch.zeros_like(self._sum)
-
-    def run(self) -> Generator[None, None, None]:
-        """Visit the batches that were not visited, yielding after each block of columns.
-
-        Stopping within a batch loses that batch.
-        """
-        for batch in self.problem.batches():
-            if batch.index not in self._cells:
-                yield from self._visit(batch)
-
-    def result(self) -> GaussNewtonDiagonal | None:
-        """What is known so far, or None before the first batch is complete."""
-        if not self._cells:
-            return None
-        masses = tuple(self.problem.masses[index] for index in self._cells)
-        counts = self.problem.data.counts
-        weighty = [n for n, m in zip(counts, self.problem.masses, strict=True) if m > 0]
-        stderr = self._variance.sqrt().cpu() / sum(masses) if (self.draws or 1) > 1 else None
-        return GaussNewtonDiagonal(
-            diagonal=self._sum.cpu() / sum(masses) + self.problem.weight_decay,
-            stderr=stderr,
-            cells=tuple(self._cells.values()),
-            masses=masses,
-            exact=self.draws is None,
-            coverage=sum(counts[index] for index in self._cells) / sum(weighty),
-            gradients=self._jacobian.gradients,
-            generic=tuple(self.parameters[i].name for i in sorted(self._jacobian.generic)),
-        )
-
-    def _visit(self, batch: WeightedBatch) -> Iterator[None]:
-        """Add a batch; its parts have draws of their own, so that their variances add up."""
-        rows = torch.zeros(self.draws or 1, len(self.parameters.layers) + 1, dtype=torch.float64)
-        mean, variance = torch.zeros_like(self._sum), torch.zeros_like(self._sum)
-        for first, live in self._jacobian.passes(batch):
-            moments = _Moments(self._sum)
-            for blocks in self._estimates(live, first):
-                estimate = torch.zeros_like(mean)
-                for columns in blocks:
-                    estimate += live.squares(columns)
-                    yield
-                rows[moments.count] += self._by_layer(estimate).cpu()
-                moments.add(estimate)
-            mean += moments.mean
-            variance += moments.variance_of_mean
-        self._sum += mean
-        self._variance += variance
-        self._cells[batch.index] = rows.numpy() / self.problem.masses[batch.index]
-
-    def _estimates(self, live: Pass, first: int) -> Iterator[Iterator[list[Tensor]]]:
-        """For each estimate of a part's diagonal, the columns that it sums over, in blocks.
-
-        One estimate from all columns of the factor, or one from every random column.
-        """
-        factor = factor_of(self.problem.loss, live.outputs, live.batch.data)
-        if self.draws is None:
-            size, count = live.block_size, factor.num_columns
-            starts = range(0, count, size)
-            yield ([factor.column(j) for j in range(s, min(s + size, count))] for s in starts)
-            return
-        for draw in range(self.draws):
-            stream = streams.key(_DRAWS, self.seed, live.batch.index, draw)
-            yield iter([[factor.draw(stream, first)]])
-
-    def _by_layer(self, squares: Tensor) -> Tensor:
-        """Sums over each layer's entries, and over all: ``(L + 1,)``."""
-        sums = torch.stack([part.sum() for part in self.parameters.split(squares)])
-        layers = sums.new_zeros(len(self.parameters.layers)).index_add_(0, self._layers, sums)
-        return torch.cat([layers, layers.sum(0, keepdim=True)])
-
-
-class _Moments:
-    """Mean of equally distributed vectors, and its variance (Welford's recurrence)."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.count, self.mean, self._scatter = 0, torch.zeros_like(like), torch.zeros_like(like)
-
-    def add(self, value: Tensor) -> None:
-        self.count += 1
-        change = value - self.mean
-        self.mean += change / self.count
-        self._scatter += change * (value - self.mean)
+        self._sums, self.stream = LayerSums(self.parameters), stream
+        self.indices = [i for i, mass in enumerate(problem.masses) if mass > 0][:batches]
+        empty: Array = np.empty((0, self._sums.num_layers + 1))
+        self.cells = dict.fromkeys(self.indices, empty)
 
     @property
-    def variance_of_mean(self) -> Tensor:
-        """Zero for a single vector, which tells nothing of its variance."""
-        return self._scatter / (self.count * max(1, self.count - 1))
+    def gradients(self) -> float:
+        """Work so far in full-data gradients."""
+        return self._jacobian.gradients
+
+    @property
+    def generic(self) -> tuple[str, ...]:
+        """Parameters whose per-example gradients are made one example at a time."""
+        return tuple(self.parameters[i].name for i in sorted(self._jacobian.generic))
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Where single entries are kept, if they are."""
+        return [] if self.stream is None else [self.stream]
+
+    @property
+    def count(self) -> int:
+        """Random columns that every batch in the table has had; 1 where it is exact."""
+        return min((len(self.cells[i]) for i in self.seen), default=0)
+
+    @property
+    def seen(self) -> list[int]:
+        """Batches that are complete; random columns need two for their error bar."""
+        return [i for i in self.indices if len(self.cells[i]) >= (2 if self.sampled else 1)]
+
+    def extend(self, draws: int = 1) -> Iterator[None]:
+        """Bring every batch to so many random columns, or to its exact diagonal.
+
+        Yields after each block of columns; stopping within a batch loses that batch.
+        """
+        wanted = draws if self.sampled else 1
+        began = min(len(cells) for cells in self.cells.values())
+        most = max(2, BLOCK_BYTES // (8 * max(1, self.parameters.size)))
+        rounds = max(1, (wanted - began) // most) if wanted > began else 0
+        bounds = np.linspace(began, wanted, rounds + 1).astype(int).tolist()
+        for start, stop in itertools.pairwise(bounds):
+            for batch in map(self.problem.batch, self.indices):
+                if len(self.cells[batch.index]) < stop:
+                    yield from self._visit(batch, len(self.cells[batch.index]), stop)
+            if self.stream is not None:
+                self.stream.close_round(stop - start)
+
+    def verify(self) -> None:
+        """Put the problem to the test on a few examples.
+
+        Raises:
+            UnsoundError: examples depend on each other.
+        """
+        next(self._jacobian.passes(next(self.problem.batches())))
+
+    def traces_of(self, batch: WeightedBatch) -> Array:
+        """Traces ``(L + 1,)`` of a few examples by one column, for comparisons."""
+        live = Pass(self._jacobian, batch)
+        column = self._factor(self.problem.loss, live.outputs, batch.data).draw(0)
+        return np.asarray(self._sums(live.squares([column])[None])[0].cpu().numpy())
+
+    def _visit(self, batch: WeightedBatch, done: int, wanted: int) -> Iterator[None]:
+        """Add a batch: its parts, on one graph each, and on that all its columns."""
+        size = self.parameters.size
+        kept = torch.zeros(wanted - done, size, dtype=torch.float64, device=self.problem.device)
+        for first, live in self._jacobian.passes(batch):
+            for row, columns in self._estimates(live, first, done, wanted):
+                kept[row] += live.squares(columns)
+                yield
+        kept /= self.problem.masses[batch.index]
+        if self.stream is not None and self.sampled:
+            entries = self.stream.of_batch(batch.index, batch.weight)
+            self.stream.add(entries, kept, done)
+            self.stream.keep(entries)
+        elif self.stream is not None:
+            self.stream.add_exact(batch.index, batch.weight, kept[0])
+        rows = self._sums(kept).cpu().numpy()
+        self.cells[batch.index] = np.concatenate([self.cells[batch.index], rows])
+
+    def _estimates(
+        self, live: Pass, first: int, done: int, wanted: int
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Columns in blocks, each with the row of the estimate that it is a part of."""
+        factor = self._factor(self.problem.loss, live.outputs, live.batch.data)
+        if not self.sampled:
+            size, count = live.block_size, factor.num_columns
+            for start in range(0, count, size):
+                yield 0, [factor.column(j) for j in range(start, min(start + size, count))]
+            return
+        for draw in range(done, wanted):
+            stream = streams.key(_DRAWS, self.seed, live.batch.index, draw)
+            yield draw - done, [factor.draw(stream, first)]
 
 
-def columns_of(problem: Problem) -> int:
+def columns_of(problem: Problem, factor: MakeFactor = factor_of) -> int:
     """Backward passes that the exact diagonal takes for each batch.
 
     Raises:
@@ -190,27 +185,19 @@ def columns_of(problem: Problem) -> int:
     with torch.no_grad():
         outputs = problem.outputs(example.data)
     problem.loss.check(outputs, example.data)
-    return factor_of(problem.loss, outputs, example.data).num_columns
+    return factor(problem.loss, outputs, example.data).num_columns
 
 
-def _require_examples(problem: Problem) -> None:
-    """Refuse problems whose per-example gradients do not exist or cannot be told apart."""
-    require_outputs(problem, "ggn")
-    if not has_factor(problem.loss):
-        raise UsageError(
-            "the loss's Hessian in the model's outputs is not known",
-            f"[loss] {problem.loss.name!r}",
-            "a named loss, or --method hutchinson",
-        )
-    if (module := problem.couples_examples) is not None:
-        raise UsageError(
-            "per-example gradients do not exist here",
-            f"{module} mixes the examples of a batch",
-            "[model] training = false",
-        )
-    if not problem.data.sliceable:
-        raise UsageError(
-            "per-example gradients need batches with one row an example",
-            "batches whose tensors differ in length",
-            "--method hutchinson",
-        )
+def relative_rounding(engine: ExactDiagonal) -> float | None:
+    """Error of a layer's traces relative to their size, at most, on a few examples.
+
+    None where the model does not run in float64.
+    """
+    problem = engine.problem
+    if working_precision(problem, _SAMPLE) != torch.float64:
+        return None
+    rough = engine.traces_of(problem.sample(_SAMPLE))
+    with doubled(problem):
+        fine = engine.traces_of(problem.sample(_SAMPLE))
+    size = np.abs(fine).clip(min=np.finfo(float).tiny)
+    return float(np.max(np.abs(rough - fine) / size)) + float(np.finfo(float).eps)

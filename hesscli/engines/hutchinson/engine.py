@@ -2,20 +2,26 @@
 
 E[vᵀAv] = tr A for probes of independent entries of mean 0 and variance 1 (Hutchinson 1990, "A
 stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines"), and
-E[v_lᵀ(Av)_l] = tr A_ll for the entries of one layer, from the same product.
+E[v ⊙ Av] = diag A from the same product (Bekas, Kokiopoulou & Saad 2007, "An estimator for the
+diagonal of a matrix"), so that layers and single entries come with the total.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.engines.entries import Stream
+from hesscli.engines.hutchinson.designs import Design, Plain
 from hesscli.engines.hutchinson.probes import Probes
-from hesscli.engines.hutchinson.statistics import Array, Design, Table, reduce_table
+from hesscli.engines.hutchinson.statistics import Array, Sharing, Table, reduce_table
+from hesscli.engines.layers import LayerSums
 from hesscli.operators.base import Operator, Term
+from hesscli.parameters import Parameters
 from hesscli.streams import Distribution
 
 
@@ -25,10 +31,14 @@ class Hutchinson:
     Args:
         operator: the matrix.
         seed: of the probes.
-        design: ``fresh`` probes for every batch, or one set ``shared`` by all.
+        sharing: ``fresh`` probes for every batch, or one set ``shared`` by all.
         distribution: of the probes' entries.
         first_probe: number of the first probe, so that runs can be split by probes.
         batches: only so many of the first batches (a pilot), default all.
+        whole: the network's parameters where the operator has but some of them; the table's
+            columns are the whole's layers.
+        design: from probes to estimates of a batch's diagonal; default one product each.
+        stream: takes the estimates of single entries, where they are wanted.
 
     ``cells[b]`` is ``(P_b, L + 1)``: vᵀAv by layer, and in the last column their sum.
     """
@@ -38,23 +48,34 @@ class Hutchinson:
         operator: Operator,
         *,
         seed: int,
-        design: Design,
+        sharing: Sharing = "fresh",
         distribution: Distribution = "rademacher",
         first_probe: int = 0,
         batches: int | None = None,
+        whole: Parameters | None = None,
+        design: Design | None = None,
+        stream: Stream | None = None,
     ) -> None:
-        self.operator, self.design, self.first_probe = operator, design, first_probe
-        self.probes = Probes(operator, seed, design, distribution)
+        self.operator, self.sharing, self.first_probe = operator, sharing, first_probe
+        self.distribution = distribution
+        self.probes = Probes(operator, seed, sharing, distribution)
+        self.design = Plain() if design is None else design
         masses = operator.problem.masses
         self.indices = [i for i, mass in enumerate(masses) if mass > 0][:batches]
-        self._layers = operator.parameters.layer_index().to(operator.problem.device)
-        columns = len(operator.parameters.layers) + 1
+        self._sums = LayerSums(operator.parameters, whole)
+        self.stream = stream
+        columns = self._sums.num_layers + 1
         self.cells = {index: np.empty((0, columns)) for index in self.indices}
 
     @property
-    def num_probes(self) -> int:
+    def count(self) -> int:
         """Probes that every batch in the table has seen."""
-        return min((len(self.cells[i]) for i in self._seen()), default=0)
+        return min((len(self.cells[i]) for i in self.seen), default=0)
+
+    @property
+    def seen(self) -> list[int]:
+        """Batches with the two probes that an error bar needs."""
+        return [i for i in self.indices if len(self.cells[i]) >= 2]
 
     def extend(self, num_probes: int) -> Iterator[None]:
         """Bring every batch to ``num_probes``, yielding after each block of products.
@@ -62,28 +83,38 @@ class Hutchinson:
         A batch's graph is made once and serves all its probes of this round. Stopping between
         blocks loses only the batch at hand.
         """
+        yield from self.design.prepare()
+        began = self.count
         for term in self.operator.batches():
             if term.index not in self.cells:
                 break
             done = len(self.cells[term.index])
-            blocks: list[Tensor] = []
-            for start in range(done, num_probes, self.operator.block_size):
-                count = min(self.operator.block_size, num_probes - start)
-                blocks.append(self._forms(term, self.first_probe + start, count))
-                yield
-            if blocks:
-                new = torch.cat(blocks).cpu().numpy()
-                self.cells[term.index] = np.concatenate([self.cells[term.index], new])
+            if done < num_probes:
+                yield from self._visit(term, done, num_probes)
+        if self.stream is not None and num_probes > began:
+            self.stream.close_round(num_probes - began)
 
-    def _forms(self, term: Term, first: int, count: int) -> Tensor:
-        """Quadratic forms of a block, float64 ``(count, L + 1)`` on the device."""
-        block = self.probes.block(term.index, first, count)
-        forms = block * term.apply(block)
-        parts = torch.split(forms, list(self.operator.parameters.sizes), dim=1)
-        sums = torch.stack([part.sum(1, dtype=torch.float64) for part in parts], dim=1)
-        layers = sums.new_zeros(count, len(self.operator.parameters.layers))
-        layers.index_add_(1, self._layers, sums)
-        return torch.cat([layers, layers.sum(1, keepdim=True)], dim=1)
+    def _visit(self, term: Term, done: int, wanted: int) -> Iterator[None]:
+        forms: list[Tensor] = []
+        entries = None if self.stream is None else self.stream.of_batch(term.index, term.weight)
+        for start, stop in self._blocks(done, wanted):
+            block = self.probes.block(term.index, self.first_probe + start, stop - start)
+            estimates = self.design.estimates(term, block)
+            forms.append(self._sums(estimates))
+            if self.stream is not None and entries is not None:
+                self.stream.add(entries, estimates, start)
+            yield
+        if self.stream is not None and entries is not None:
+            self.stream.keep(entries)
+        new = torch.cat(forms).cpu().numpy() + self.design.offset(term.index)
+        self.cells[term.index] = np.concatenate([self.cells[term.index], new])
+
+    def _blocks(self, done: int, wanted: int) -> Iterator[tuple[int, int]]:
+        """Blocks that memory allows, of two and more where they are to be centred."""
+        least = 1 if self.stream is None else 2
+        count = -(-max(wanted - done, 0) // max(least, self.operator.block_size))
+        bounds = np.linspace(done, wanted, count + 1).astype(int).tolist()
+        yield from itertools.pairwise(bounds)
 
     def table(self) -> Table | None:
         """What the table says so far, or None before two probes on two batches (if there are two).
@@ -91,20 +122,18 @@ class Hutchinson:
         Batches that a stopped round did not reach are left out; with shared probes, only the
         probes that all the others have seen count.
         """
-        seen = self._seen()
-        if len(seen) < min(2, len(self.indices)):
+        if len(self.seen) < min(2, len(self.indices)):
             return None
-        cells: Sequence[Array] = [self.cells[i] for i in seen]
-        if self.design == "shared":
-            common = min(len(cell) for cell in cells)
-            cells = [cell[:common] for cell in cells]
         masses = self.operator.problem.masses
-        return reduce_table(cells, [masses[i] for i in seen], self.design)
+        return reduce_table(self.aligned(self.seen), [masses[i] for i in self.seen], self.sharing)
 
-    def coverage(self) -> float:
-        """Share of the kept examples in the batches that :meth:`table` rests on."""
-        counts = self.operator.problem.data.counts
-        return sum(counts[i] for i in self._seen()) / sum(counts[i] for i in self.indices)
+    @property
+    def streams(self) -> list[Stream]:
+        """Where single entries are kept, if they are."""
+        return [s for s in (self.stream, self.design.stream) if s is not None]
 
-    def _seen(self) -> list[int]:
-        return [i for i in self.indices if len(self.cells[i]) >= 2]
+    def aligned(self, indices: Sequence[int]) -> list[Array]:
+        """The cells of some batches, of equal length where probes are shared."""
+        cells = [self.cells[i] for i in indices]
+        common = min(len(cell) for cell in cells) if self.sharing == "shared" else None
+        return [cell[:common] for cell in cells]

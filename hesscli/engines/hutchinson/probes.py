@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hesscli import streams
-from hesscli.engines.hutchinson.statistics import Design
+from hesscli.engines.hutchinson.statistics import Sharing
 from hesscli.operators.base import Operator
 from hesscli.parameters import Parameters
 from hesscli.streams import Distribution
@@ -19,9 +19,9 @@ class Probes:
     """Rows of probes for an operator's parameters."""
 
     def __init__(
-        self, operator: Operator, seed: int, design: Design, distribution: Distribution
+        self, operator: Operator, seed: int, sharing: Sharing, distribution: Distribution
     ) -> None:
-        self.operator, self.seed, self.design = operator, seed, design
+        self.operator, self.seed, self.sharing = operator, seed, sharing
         self._sample = streams.SAMPLERS[distribution]
         self._runs = _contiguous_runs(operator.parameters)
 
@@ -30,7 +30,7 @@ class Probes:
         return torch.stack([self._vector(batch, probe) for probe in range(first, first + count)])
 
     def _vector(self, batch: int, probe: int) -> Tensor:
-        owner = streams.SHARED if self.design == "shared" else batch
+        owner = streams.SHARED if self.sharing == "shared" else batch
         stream = streams.key(_PROBES, self.seed, owner, probe)
         problem = self.operator.problem
         parts = [

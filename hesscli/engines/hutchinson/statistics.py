@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-Design = Literal["fresh", "shared"]
+Sharing = Literal["fresh", "shared"]
+"""Whether batches have probes of their own."""
 Array = NDArray[np.float64]
 
 
@@ -33,60 +34,90 @@ class MeanSquare:
 class Table:
     """A table reduced to its mean and mean squares.
 
-    ``probe`` is the variance that more probes shrink. ``between`` is that of the batch means,
-    which holds a part ``overlap`` of probe noise; both are None for a single batch.
+    ``probe`` is the variance that more probes shrink, ``label`` the one that more drawn columns
+    of the output Hessian shrink; ``within`` is their sum. ``between`` is the variance of the
+    batch means, None for a single batch, which holds a part ``overlap`` of noise from within.
     """
 
     estimate: Array
     root_mean_square: Array
     probe: MeanSquare
+    label: MeanSquare | None
+    within: MeanSquare
     between: MeanSquare | None
-    overlap: MeanSquare | None
+    overlap: MeanSquare
 
     @property
     def data_variance(self) -> Array | None:
         """Variance that more examples shrink, without the finite-population factor."""
-        if self.between is None or self.overlap is None:
+        if self.between is None:
             return None
         return np.maximum(self.between.value - self.overlap.value, 0.0)
 
     def variance(self, fraction: float) -> MeanSquare:
         """Variance of the estimate when the examples are a share ``fraction`` of all.
 
-        probe + (1 − f)(between − overlap). At f = 1 only probe noise is left; f = 0 is the
-        variance for unseen examples.
+        within + (1 − f)(between − overlap). At f = 1 only noise from within is left; f = 0 is
+        the variance for unseen examples.
         """
-        if self.between is None or self.overlap is None or fraction == 1:
-            return self.probe
-        if self.overlap is self.probe:
-            parts = [(fraction, self.probe), (1 - fraction, self.between)]
+        if self.between is None or fraction == 1:
+            return self.within
+        if self.overlap is self.within:
+            parts = [(fraction, self.within), (1 - fraction, self.between)]
         else:
             sampled = 1 - fraction
-            parts = [(1.0, self.probe), (sampled, self.between), (-sampled, self.overlap)]
+            parts = [(1.0, self.within), (sampled, self.between), (-sampled, self.overlap)]
         total = sum((c * part.value for c, part in parts), np.zeros_like(self.estimate))
-        total = np.maximum(total, fraction * self.probe.value)
+        total = np.maximum(total, fraction * self.within.value)
         return MeanSquare(total, _freedom(total, [(c * m.value, m.freedom) for c, m in parts]))
 
 
-def reduce_table(cells: Sequence[Array], weights: Sequence[float], design: Design) -> Table:
+def reduce_table(
+    cells: Sequence[Array],
+    weights: Sequence[float],
+    sharing: Sharing,
+    added: Sequence[Array] | None = None,
+) -> Table:
     """Reduce a table of quadratic forms.
 
     Args:
-        cells: for each batch ``(P_b, C)``; at least two probes, shared ones in equal number.
+        cells: for each batch ``(P_b, C)``: at least two probes, shared ones in equal number, or
+            one row that is exact.
         weights: the batches' shares of the weight mass.
-        design: whether batches have probes of their own.
+        sharing: whether batches have probes of their own.
+        added: a second table, of traces without probes: one exact row, or some drawn ones.
     """
     share = np.asarray(weights, dtype=np.float64) / np.sum(weights)
     means = np.stack([cell.mean(0) for cell in cells])
+    size = _root_mean_square(cells, share)
+    shared = sharing == "shared" and len(cells[0]) > 1
+    within = probe = _shared(cells, share) if shared else _within(cells, share)
+    overlap = _interaction(cells, share) if shared and len(cells) > 1 else probe
+    label = None
+    if added is not None:
+        means = means + np.stack([cell.mean(0) for cell in added])
+        size = size + _root_mean_square(added, share)
+        if len(added[0]) > 1:
+            label = _within(added, share)
+            within, overlap = _sum(probe, label), _sum(overlap, label)
+            overlap = overlap if shared else within
     estimate = share @ means
-    squares = share @ np.stack([np.square(cell).mean(0) for cell in cells])
-    probe = _within(cells, share) if design == "fresh" else _shared(cells, share)
-    between = overlap = None
+    between = None
     if (count := len(cells)) > 1:
         residual = count * share[:, None] * (means - estimate)
         between = MeanSquare(np.square(residual).sum(0) / (count * (count - 1)), count - 1)
-        overlap = probe if design == "fresh" else _interaction(cells, share)
-    return Table(estimate, np.sqrt(squares), probe, between, overlap)
+    return Table(estimate, size, probe, label, within, between, overlap)
+
+
+def _sum(one: MeanSquare, other: MeanSquare) -> MeanSquare:
+    """Of independent sources."""
+    total = one.value + other.value
+    parts = [(one.value, one.freedom), (other.value, other.freedom)]
+    return MeanSquare(total, _freedom(total, parts))
+
+
+def _root_mean_square(cells: Sequence[Array], share: Array) -> Array:
+    return np.asarray(np.sqrt(share @ np.stack([np.square(cell).mean(0) for cell in cells])))
 
 
 def half_width(variance: MeanSquare, miss: float) -> Array:
@@ -97,7 +128,9 @@ def half_width(variance: MeanSquare, miss: float) -> Array:
 
 def _within(cells: Sequence[Array], share: Array) -> MeanSquare:
     """Fresh probes: Σ w_b² s_b² / P_b, each batch's own variance over its own probes."""
-    pairs = zip(share, cells, strict=True)
+    pairs = [(w, cell) for w, cell in zip(share, cells, strict=True) if len(cell) > 1]
+    if not pairs:
+        return MeanSquare(np.zeros(cells[0].shape[1]), _CERTAIN)
     parts = [(w**2 * cell.var(0, ddof=1) / len(cell), len(cell) - 1) for w, cell in pairs]
     total = np.sum([value for value, _ in parts], axis=0)
     return MeanSquare(total, _freedom(total, parts))

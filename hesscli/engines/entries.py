@@ -1,0 +1,260 @@
+"""Entrywise estimates of a diagonal, summed over sources, with replicates of their joint error.
+
+An error bar for each entry would not do: what is made of many entries (block means, quantiles,
+norms) needs to know how their errors go together. So the engine keeps a few replicates of the
+whole error vector: the residuals of every probe around its batch's mean, and of every batch
+around the mean of all, summed with random signs (the multiplier bootstrap: Wu 1986, "Jackknife,
+bootstrap and other resampling methods in regression analysis", section 7; Liu 1988). Given the
+probes, a replicate has mean zero and exactly the covariance that the usual variance estimate
+has, and it is made in one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesscli import streams
+from hesscli.engines.diagonal import Diagonal
+from hesscli.parameters import Parameters
+
+MOST_REPLICATES, FEWEST_REPLICATES = 16, 4
+REPLICATE_BYTES = 1 << 30
+"""Bytes of replicates up to which there are as many as there may be."""
+_WITHIN, _BETWEEN = 0x517, 0xBE7
+"""Separate the signs of replicates from other uses of a seed."""
+
+
+def replicates_for(size: int) -> int:
+    """Replicates of a vector of so many entries: float32, within and between batches."""
+    return max(FEWEST_REPLICATES, min(MOST_REPLICATES, REPLICATE_BYTES // max(1, 8 * size)))
+
+
+@dataclass
+class _Round:
+    """Sums over batches and their estimates; each batch's weight is counted once."""
+
+    total: Tensor
+    within: Tensor | None
+    between: Tensor
+    weights: dict[int, float]
+    count: int = 0
+    freedom: int = 0
+
+    def add(self, other: _Round) -> None:
+        self.total += other.total
+        self.between += other.between
+        if self.within is not None and other.within is not None:
+            self.within += other.within
+        self.weights |= other.weights
+        self.count += other.count
+        self.freedom += other.freedom
+
+
+@dataclass
+class BatchSum:
+    """A batch's estimates in a round: their sum, and replicates of its error."""
+
+    batch: int
+    weight: float
+    total: Tensor
+    within: Tensor | None
+    freedom: int = 0
+
+
+class Stream:
+    """One source's estimates of the diagonal on some parameters.
+
+    Rounds that are not complete count only where there is no other: a batch with more estimates
+    than the rest would weigh more than its share.
+
+    Args:
+        parameters: the entries of each row.
+        number: tells the sources of one diagonal apart.
+        exact: rows have no noise of their own, and any number of them add up for a batch.
+        replicates: of the error.
+        device: where to accumulate.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        number: int,
+        *,
+        exact: bool,
+        replicates: int,
+        device: torch.device,
+    ) -> None:
+        self.parameters, self.number, self.exact = parameters, number, exact
+        self.replicates, self.device = replicates, device
+        self._done: _Round | None = None
+        self._open: _Round | None = None
+
+    def add_exact(self, batch: int, weight: float, row: Tensor) -> None:
+        """Add a batch's own part of the diagonal, ``(d,)``."""
+        self.keep(BatchSum(batch, weight, row.double(), None))
+
+    def of_batch(self, batch: int, weight: float) -> BatchSum:
+        """An empty sum for a batch's estimates in this round, to be filled and then kept."""
+        size = self.parameters.size
+        return BatchSum(
+            batch,
+            weight,
+            torch.zeros(size, dtype=torch.float64, device=self.device),
+            torch.zeros(self.replicates, size, device=self.device),
+        )
+
+    def add(self, into: BatchSum, block: Tensor, first: int) -> None:
+        """Add independent estimates ``(P, d)``, best two or more; ``first`` numbers them."""
+        assert into.within is not None
+        count = len(block)
+        into.total += block.sum(0, dtype=torch.float64)
+        if count == 1:  # tells nothing of its error
+            return
+        signs = self._signs((_WITHIN, self.number, into.batch, first), count)
+        scale = into.weight * math.sqrt(count / (count - 1))
+        into.within.addmm_(signs, (block - block.mean(0)).float(), alpha=scale)
+        into.freedom += count - 1
+
+    def keep(self, found: BatchSum) -> None:
+        """Add what a batch has given."""
+        if self._open is None:
+            self._open = self._empty()
+        now = self._open
+        now.total.add_(found.total, alpha=found.weight)
+        signs = self._signs((_BETWEEN, found.batch), 1)
+        now.between.addmm_(signs, found.total.float()[None], alpha=found.weight)
+        if found.within is not None and now.within is not None:
+            now.within += found.within
+        now.weights[found.batch] = found.weight
+        now.freedom += found.freedom
+
+    def close_round(self, count: int) -> None:
+        """Every batch has had ``count`` more estimates (1 where they are exact)."""
+        if self._open is None:
+            return
+        self._open.count = count
+        if self._done is None:
+            self._done = self._open
+        else:
+            self._done.add(self._open)
+        self._open = None
+
+    def drop_round(self) -> None:
+        """Forget a round that was broken off."""
+        self._open = None
+
+    def snapshot(self, fraction: float, open_count: int) -> tuple[Tensor, Tensor | None, float]:
+        """The diagonal ``(d,)``, replicates of its error ``(G, d)`` and their freedom.
+
+        Args:
+            fraction: share of all examples that the batches seen make up.
+            open_count: estimates of each batch in a round that was broken off.
+        """
+        now = self._done or self._open
+        assert now is not None  # asked for only once there is something
+        count, mass = now.count or open_count, sum(now.weights.values())
+        values = now.total / (count * mass)
+        noise = None if now.within is None else now.within * (math.sqrt(fraction) / (count * mass))
+        batches = len(now.weights)
+        freedom = float(now.freedom) if not self.exact else math.inf
+        if fraction < 1 and batches > 1:
+            signs = torch.cat([self._signs((_BETWEEN, b), 1) for b in now.weights], dim=1)
+            weights = torch.tensor(list(now.weights.values()), device=self.device)
+            drift = (signs @ weights)[:, None] * values.float()
+            scale = math.sqrt((1 - fraction) * batches / (batches - 1)) / mass
+            between = (now.between / count - drift) * scale
+            noise = between if noise is None else noise + between
+            freedom = min(freedom, batches - 1)
+        return values, noise, freedom
+
+    def _empty(self) -> _Round:
+        found = self.of_batch(0, 1.0)
+        assert found.within is not None  # an empty sum has room for all
+        return _Round(
+            total=found.total,
+            within=None if self.exact else found.within,
+            between=torch.zeros_like(found.within),
+            weights={},
+        )
+
+    def _signs(self, words: tuple[int, ...], count: int) -> Tensor:
+        """Signs ``(G, count)``."""
+        size = self.replicates * count
+        flat = streams.rademacher(
+            streams.key(*words), 0, size, dtype=torch.float32, device=self.device
+        )
+        return flat.view(self.replicates, count)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stream, the share of all examples that it has seen, and its estimates of each batch.
+
+    The last counts only where a first round was broken off.
+    """
+
+    stream: Stream
+    fraction: float
+    count: int
+
+
+class Entries:
+    """A diagonal as a sum of streams.
+
+    Args:
+        parameters: whose entries.
+        device: where to accumulate.
+    """
+
+    def __init__(self, parameters: Parameters, device: torch.device) -> None:
+        self.parameters, self.device = parameters, device
+        self.replicates = replicates_for(parameters.size)
+        self._count = 0
+
+    def stream(self, parameters: Parameters, *, exact: bool) -> Stream:
+        """A new source, on some of the parameters."""
+        self._count += 1
+        return Stream(
+            parameters,
+            self._count,
+            exact=exact,
+            replicates=self.replicates,
+            device=self.device,
+        )
+
+    def diagonal(self, parts: Sequence[Part], shift: float) -> Diagonal:
+        """The sum of some streams, and of a number that every entry has besides."""
+        values = torch.full((self.parameters.size,), shift, dtype=torch.float64)
+        noise: Tensor | None = None
+        freedom = math.inf
+        for part in parts:
+            value, error, own = part.stream.snapshot(part.fraction, part.count)
+            _embed(values[None], value[None], self.parameters, part.stream.parameters)
+            if error is not None:
+                noise = torch.zeros(self.replicates, len(values)) if noise is None else noise
+                _embed(noise, error, self.parameters, part.stream.parameters)
+            freedom = min(freedom, own)
+        freedom = 1 / (1 / self.replicates + 1 / max(freedom, 1))
+        return Diagonal(values=values, noise=noise, freedom=freedom)
+
+
+def _embed(into: Tensor, rows: Tensor, whole: Parameters, part: Parameters) -> None:
+    """Add rows over some parameters to rows over all of them."""
+    rows = rows.to(into.device)
+    places = {p.name: start for p, start in zip(whole, _starts(whole), strict=True)}
+    for parameter, start in zip(part, _starts(part), strict=True):
+        place = places[parameter.name]
+        into[:, place : place + parameter.numel] += rows[:, start : start + parameter.numel]
+
+
+def _starts(parameters: Parameters) -> list[int]:
+    starts, offset = [], 0
+    for parameter in parameters:
+        starts.append(offset)
+        offset += parameter.numel
+    return starts

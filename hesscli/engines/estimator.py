@@ -1,0 +1,161 @@
+"""One matrix from up to two sources: its Gauss-Newton part without probes, and what is probed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from hesscli.engines.diagonal import Diagonal
+from hesscli.engines.entries import Entries, Part
+from hesscli.engines.exact_diagonal.engine import ExactDiagonal
+from hesscli.engines.hutchinson.engine import Hutchinson
+from hesscli.engines.hutchinson.statistics import Array, Sharing, Table, reduce_table
+from hesscli.parameters import Parameters
+from hesscli.problem.problem import Problem
+
+Source = ExactDiagonal | Hutchinson
+
+
+class Estimator:
+    """Tables and entries of a matrix, from whichever sources add up to it.
+
+    ``tr H = tr G + tr R``: with the Gauss-Newton matrix G from per-example gradients and the
+    residual R from probes, where it is not zero; or all of the matrix from either.
+
+    Args:
+        problem: model, loss and examples.
+        decay: weight decay's multiple of the identity, which neither source has.
+        gauss_newton: the source without probes, if any.
+        probes: the source with, if any; at least one of the two.
+        entries: where the sources' streams keep single entries, if they do.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        decay: float,
+        gauss_newton: ExactDiagonal | None = None,
+        probes: Hutchinson | None = None,
+        entries: Entries | None = None,
+    ) -> None:
+        self.problem, self.decay, self.entries = problem, decay, entries
+        self.gauss_newton, self.probes = gauss_newton, probes
+        self._sources: list[Source] = [s for s in (gauss_newton, probes) if s is not None]
+
+    @property
+    def parameters(self) -> Parameters:
+        """The rows of the matrix."""
+        return self.problem.parameters
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is drawn at random."""
+        return self.probes is None and self.gauss_newton is not None and not self.sampled
+
+    @property
+    def sampled(self) -> bool:
+        """Whether columns of the output Hessian are drawn at random."""
+        return self.gauss_newton is not None and self.gauss_newton.sampled
+
+    @property
+    def sharing(self) -> Sharing:
+        """Whether batches have probes of their own."""
+        return "fresh" if self.probes is None else self.probes.sharing
+
+    @property
+    def indices(self) -> list[int]:
+        """The batches that there are."""
+        return self._sources[0].indices
+
+    @property
+    def num_probes(self) -> int:
+        """Probes that every batch has seen, or columns where there are no probes."""
+        return 0 if self.probes is None else self.probes.count
+
+    @property
+    def products(self) -> float:
+        """Matrix-vector products so far, over all kept examples."""
+        return 0.0 if self.probes is None else self.probes.operator.meter.products
+
+    @property
+    def gradients(self) -> float:
+        """Work so far in full-data gradients."""
+        squares = 0.0 if self.gauss_newton is None else self.gauss_newton.gradients
+        return squares + (0.0 if self.probes is None else self.probes.operator.meter.gradients)
+
+    def extend(self, count: int) -> Iterator[None]:
+        """Bring every batch to so many probes, and as many random columns."""
+        for source in self._sources:
+            yield from source.extend(count)
+
+    def table(self) -> Table | None:
+        """What the sources say together of the batches that all of them have seen."""
+        seen = self._seen()
+        if len(seen) < min(2, len(self.indices)):
+            return None
+        masses = [self.problem.masses[i] for i in seen]
+        known = None if self.gauss_newton is None else [self.gauss_newton.cells[i] for i in seen]
+        if self.probes is not None:
+            return reduce_table(self.probes.aligned(seen), masses, self.sharing, known)
+        assert known is not None  # or there is no source
+        return reduce_table([0 * rows[:1] for rows in known], masses, "fresh", known)
+
+    def gauss_newton_traces(self) -> Array | None:
+        """By layer and in all, weight decay included, over the batches of :meth:`table`."""
+        seen = self._seen()
+        if self.gauss_newton is None or not seen:
+            return None
+        masses = np.array([self.problem.masses[i] for i in seen])
+        means = np.stack([self.gauss_newton.cells[i].mean(0) for i in seen])
+        return np.asarray(masses @ means / masses.sum() + self.decay_traces())
+
+    def decay_traces(self) -> Array:
+        """Weight decay's own share: its coefficient times the number of parameters, exactly."""
+        parameters = self.parameters
+        sizes = [sum(p.numel for p in parameters.in_layer(name)) for name in parameters.layers]
+        return self.decay * np.array([*sizes, parameters.size], dtype=np.float64)
+
+    def diagonal(self, fraction: float) -> Diagonal:
+        """The entries, weight decay included.
+
+        Args:
+            fraction: share of all examples that the kept ones make up.
+        """
+        assert self.entries is not None  # asked for only of estimators that keep them
+        return self.entries.diagonal(self._parts(self._sources, fraction), self.decay)
+
+    def known_diagonal(self) -> Tensor | None:
+        """The entries of the part that has no probes, weight decay included."""
+        if self.gauss_newton is None or self.entries is None:
+            return None
+        return self.entries.diagonal(self._parts([self.gauss_newton], 1.0), self.decay).values
+
+    def probed_diagonal(self, fraction: float) -> Diagonal | None:
+        """The entries of the part that is probed, without weight decay."""
+        if self.probes is None or self.entries is None:
+            return None
+        return self.entries.diagonal(self._parts([self.probes], fraction), 0.0)
+
+    def _parts(self, sources: Sequence[Source], fraction: float) -> list[Part]:
+        """Streams, with the share of all examples and the estimates that each rests on."""
+        return [
+            Part(stream, fraction * self._share(source.seen), source.count)
+            for source in sources
+            for stream in source.streams
+            if source.seen
+        ]
+
+    def coverage(self) -> float:
+        """Share of the kept examples in the batches that :meth:`table` rests on."""
+        return self._share(self._seen())
+
+    def _share(self, batches: Sequence[int]) -> float:
+        counts = self.problem.data.counts
+        return sum(counts[i] for i in batches) / sum(counts[i] for i in self.indices)
+
+    def _seen(self) -> list[int]:
+        """Batches that every source has seen."""
+        return [i for i in self.indices if all(i in s.seen for s in self._sources)]

@@ -1,0 +1,204 @@
+"""Lanczos' method: a growing orthonormal basis in which a symmetric matrix is tridiagonal.
+
+Every new vector is orthogonalised against all others, twice, which keeps the basis orthonormal to
+rounding (Giraud, Langou, Rozložník & van den Eshof 2005, "Rounding error analysis of the
+classical Gram-Schmidt orthogonalization process"), so that no eigenvalue comes again as a ghost.
+Where the basis has become invariant, a new segment begins with a random vector orthogonal to it:
+that finds eigenvalues of any multiplicity, and after d steps the decomposition is complete.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hesscli import streams
+from hesscli.errors import UnsoundError
+
+Array = NDArray[np.float64]
+
+ROUNDING = 16.0
+"""Error of a product in units of eps times the largest product: 2 to 18 were seen in networks."""
+_START = 0x1A2C05
+"""Separates start vectors from other uses of a seed."""
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """What k steps tell of the eigenvalues, in ascending order.
+
+    An eigenvalue lies within ``residuals[i]`` of ``values[i]``; ``rounding`` is the part of each
+    residual that more steps do not shrink. ``weights`` sum to 1: Σ weights · f(values) is the
+    Gauss quadrature of vᵀ f(A) v for the start vector v, in which what was found after a
+    breakdown has no part. Columns of ``coordinates`` are the Ritz vectors in the basis.
+    """
+
+    values: Array
+    residuals: Array
+    weights: Array
+    coordinates: Array
+    rounding: float
+
+
+class Lanczos:
+    """A fixed symmetric matrix, seen only through products, one a step.
+
+    Args:
+        product: ``(d,)`` to ``(d,)``; called once for each vector of the basis, in order.
+        size: d.
+        seed: of the start vector, which is uniform on the sphere.
+        dtype: in which the product computes: its rounding is part of every residual.
+        device: of the vectors; default the CPU.
+        reserve: steps to make room for at first; where there are more, room doubles.
+
+    The basis is float64 whatever the product computes in, ``8 d`` bytes a step.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        size: int,
+        *,
+        seed: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | None = None,
+        reserve: int = 16,
+    ) -> None:
+        self.size, self.seed = size, seed
+        self._product = product
+        self._unit = ROUNDING * torch.finfo(dtype).eps
+        self._rows = torch.empty(min(reserve, size), size, dtype=torch.float64, device=device)
+        self._starts: list[int] = []
+        self._diagonal: list[float] = []
+        self._left: list[float] = []  # norms after each step: the off-diagonal, or a segment's end
+        self._largest = self._asymmetry = 0.0
+        self._next = self._fresh()
+
+    @property
+    def count(self) -> int:
+        """Steps made."""
+        return len(self._diagonal)
+
+    @property
+    def done(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return self.count == self.size
+
+    @property
+    def basis(self) -> Tensor:
+        """Orthonormal rows ``(k, d)``, all with their products made; a view, not to be changed."""
+        return self._rows[: self.count]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the basis takes, room for more included."""
+        return self._rows.nbytes
+
+    def step(self) -> None:
+        """Make one more product; none once the basis spans the whole space.
+
+        Whatever the product raises, nothing has changed, and the step can be made again.
+
+        Raises:
+            UnsoundError: the product is not finite.
+        """
+        if self.done:
+            return
+        image = self._product(self._next).to(torch.float64, copy=True)
+        rows = self._rows_with(self._next)
+        largest = torch.linalg.vector_norm(image)
+        overlaps = _orthogonalise(image, rows)
+        if self.count > self._starts[-1]:
+            overlaps[-2] -= self._left[-1]
+        asymmetry = torch.linalg.vector_norm(overlaps[:-1])
+        left = torch.linalg.vector_norm(image)
+        self._record(*torch.stack([overlaps[-1], left, largest, asymmetry]).tolist())
+        if not self.done:
+            invariant = self._left[-1] <= self._unit * self._largest
+            self._next = self._fresh() if invariant else image.div_(self._left[-1])
+
+    def ritz(self) -> Ritz:
+        """Eigenvalues of the tridiagonal matrix, and how far they are from the true ones at most.
+
+        A Ritz pair's residual has length β|s|, with β what was left at its segment's end and s
+        its vector's last coordinate there; the product's own error comes on top. That error
+        shows where it breaks symmetry, and is taken as ``ROUNDING`` · eps besides.
+        """
+        rounding = self._asymmetry + self._unit * self._largest
+        values, residuals, weights = (np.empty(self.count) for _ in range(3))
+        coordinates = np.zeros((self.count, self.count))
+        for start, stop in self._segments():
+            part = slice(start, stop)
+            values[part], vectors = np.linalg.eigh(self._tridiagonal(start, stop))
+            coordinates[part, part] = vectors
+            residuals[part] = self._left[stop - 1] * np.abs(vectors[-1]) + rounding
+            weights[part] = vectors[0] ** 2 if start == 0 else 0.0
+        order = np.argsort(values, kind="stable")
+        return Ritz(
+            values[order], residuals[order], weights[order], coordinates[:, order], rounding
+        )
+
+    def vectors(self, ritz: Ritz, which: slice | Sequence[int]) -> Tensor:
+        """Some of the Ritz vectors, as orthonormal rows ``(m, d)``."""
+        chosen = torch.tensor(ritz.coordinates[:, which].T, device=self._rows.device)
+        return chosen @ self._rows[: len(ritz.values)]
+
+    def _record(self, diagonal: float, left: float, largest: float, asymmetry: float) -> None:
+        if not math.isfinite(left):
+            raise UnsoundError(
+                "a curvature product is not finite",
+                f"NaN or infinity in product {self.count + 1} of Lanczos' method",
+                "--dtype float64, or a checkpoint from before the run diverged",
+            )
+        self._diagonal.append(diagonal)
+        self._left.append(left)
+        self._largest = max(self._largest, largest)
+        self._asymmetry = math.hypot(self._asymmetry, asymmetry)
+
+    def _rows_with(self, vector: Tensor) -> Tensor:
+        """The basis and one vector more."""
+        if self.count == len(self._rows):
+            grown = self._rows.new_empty(min(max(1, 2 * self.count), self.size), self.size)
+            grown[: self.count] = self._rows
+            self._rows = grown
+        self._rows[self.count] = vector
+        return self._rows[: self.count + 1]
+
+    def _fresh(self) -> Tensor:
+        """A random unit vector orthogonal to the basis, with which a segment begins."""
+        stream = streams.key(_START, self.seed, len(self._starts))
+        vector = streams.gaussian(
+            stream, 0, self.size, dtype=torch.float64, device=self._rows.device
+        )
+        _orthogonalise(vector, self.basis)
+        self._starts.append(self.count)
+        return vector.div_(torch.linalg.vector_norm(vector))
+
+    def _segments(self) -> Iterator[tuple[int, int]]:
+        """Where each begins and ends, of the steps that have been made."""
+        starts = [start for start in self._starts if start < self.count]
+        return itertools.pairwise([*starts, self.count])
+
+    def _tridiagonal(self, start: int, stop: int) -> Array:
+        beside = self._left[start : stop - 1]
+        return np.diag(self._diagonal[start:stop]) + np.diag(beside, 1) + np.diag(beside, -1)
+
+
+def _orthogonalise(vector: Tensor, rows: Tensor) -> Tensor:
+    """Take orthonormal rows out of a vector, in place, and say how much of each it had.
+
+    Twice: the second pass removes what rounding in the first has left.
+    """
+    overlaps = torch.zeros(len(rows), dtype=vector.dtype, device=vector.device)
+    for _ in range(2):
+        part = rows @ vector
+        vector.addmv_(rows.T, part, alpha=-1)
+        overlaps += part
+    return overlaps
