@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from hesscli.results import (
+    BlockReport,
     Check,
     CheckpointReport,
     CheckResult,
     Cost,
+    DiagonalReport,
+    DiagResult,
+    Entry,
     Environment,
     Estimate,
+    Histogram,
+    LayerDiagonal,
     LayerTrace,
     MethodReport,
     ParameterReport,
@@ -19,6 +26,7 @@ from hesscli.results import (
     PlannedCommand,
     Preflight,
     ProblemReport,
+    Quantile,
     TraceResult,
 )
 
@@ -146,3 +154,133 @@ def check_result() -> CheckResult:
         environment=ENVIRONMENT,
         hesscli_version="0.1.0",
     )
+
+
+# Two bins to a decade from 1e-6 to 10 on either side of the bin around zero.
+_SIZES = tuple(10 ** (half / 2) for half in range(-12, 3))
+EDGES = (*(-size for size in reversed(_SIZES)), *_SIZES)
+
+
+def histogram(negative: int, zero: int, positive: int, size: float) -> Histogram:
+    """On either side of zero half of the entries lie about a size, and a quarter on each side."""
+    middle, peak = len(_SIZES) - 1, min(max(math.floor(2 * math.log10(size)) + 13, 2), 13)
+    counts = [0] * (len(EDGES) - 1)
+    counts[middle] = zero
+    for side, number in ((-1, negative), (1, positive)):
+        for step in (-1, 1):
+            counts[middle + side * (peak + step)] = number // 4
+        counts[middle + side * peak] = number - 2 * (number // 4)
+    return Histogram(edges=EDGES, counts=tuple(counts))
+
+
+def block(**changes: Any) -> BlockReport:
+    usual: dict[str, Any] = {
+        "rule": "kernel",
+        "count": 16,
+        "between_variance": 4.3e-5,
+        "between_interval": (3.5e-5, 5.1e-5),
+        "within_variance": 5.7e-5,
+        "within_interval": (5.0e-5, 6.4e-5),
+        "noise_variance": 1.2e-6,
+        "noise_reduction": 8.1,
+        "explained": 0.43,
+        "explained_interval": (0.38, 0.48),
+        "verdict": "harmful: averaging keeps 43.0% of the structure, and removes less noise",
+    }
+    return BlockReport(**(usual | changes))
+
+
+NO_BLOCKS = block(
+    rule="none",
+    count=100,
+    within_variance=0.0,
+    within_interval=(0.0, 0.0),
+    noise_reduction=1.0,
+    explained=1.0,
+    explained_interval=(1.0, 1.0),
+    verdict="nothing to average: one entry per block",
+)
+
+
+def diagonal(
+    name: str, mean: float, num_parameters: int = 1000, negative: int = 0, **changes: Any
+) -> LayerDiagonal:
+    """A layer with entries about the size of their mean, all known to a tenth."""
+    size, total = abs(mean), mean * num_parameters
+    parameters = (
+        ParameterReport(name=f"{name}.weight", shape=(num_parameters // 9, 1, 3, 3)),
+        ParameterReport(name=f"{name}.bias", shape=(num_parameters % 9,)),
+    )
+    usual: dict[str, Any] = {
+        "name": name,
+        "num_parameters": num_parameters,
+        "parameters": parameters,
+        "status": "converged",
+        "estimate": total,
+        "probe_stderr": abs(total) / 20,
+        "data_stderr": abs(total) / 40,
+        "interval": (total - abs(total) / 10, total + abs(total) / 10),
+        "mean": mean,
+        "mean_stderr": size / 20,
+        "std": 2 * size,
+        "std_stderr": size / 10,
+        "negative_fraction": negative / max(num_parameters, 1),
+        "negative_stderr": 0.001 if negative else 0.0,
+        "quantiles": tuple(
+            Quantile(level=level, value=factor * mean, stderr=factor * size / 20)
+            for level, factor in ((0.05, 0.1), (0.25, 0.4), (0.5, 0.7), (0.75, 1.2), (0.95, 3.0))
+        ),
+        "histogram": (
+            histogram(negative, 0, num_parameters - negative, size)
+            if mean
+            else histogram(0, num_parameters, 0, 1.0)
+        ),
+        "largest": (
+            Entry(parameter=f"{name}.weight", index=(3, 0, 1, 2), estimate=9 * mean, stderr=size),
+            Entry(parameter=f"{name}.bias", index=(7,), estimate=-4 * mean, stderr=size / 2),
+        ),
+        "block": block(),
+    }
+    return LayerDiagonal(**(usual | changes))
+
+
+DIAGONALS = (
+    diagonal("features.conv1", 0.21, 160),
+    diagonal("features.norm1", 0.0135, 32, negative=1, block=NO_BLOCKS),
+    diagonal("classifier", 0.00123, 7850, negative=120),
+)
+
+
+def diagonal_report(layers: Sequence[LayerDiagonal], **changes: Any) -> DiagonalReport:
+    """Of the whole network: the sum of the layers' histograms."""
+    number = max(sum(layer.num_parameters for layer in layers), 1)
+    negative = sum(layer.negative_fraction * layer.num_parameters for layer in layers)
+    counts = zip(*(layer.histogram.counts for layer in layers), strict=True)
+    total = tuple(map(sum, counts)) or (0,) * (len(EDGES) - 1)
+    usual: dict[str, Any] = {
+        "norm": 12.34,
+        "relative_error": 0.031,
+        "relative_error_bound": 0.036,
+        "confidence": 0.95,
+        "negative_fraction": negative / number,
+        "histogram": Histogram(edges=EDGES, counts=total),
+        "shrinkage": None,
+    }
+    return DiagonalReport(**(usual | changes))
+
+
+def diag_result(layers: Sequence[LayerDiagonal] = DIAGONALS, **changes: Any) -> DiagResult:
+    like = trace_result()
+    usual: dict[str, Any] = {
+        "status": "converged",
+        "problem": problem(),
+        "method": like.method,
+        "cost": like.cost,
+        "trace": estimate(gauss_newton=1200.0, residual=34.15),
+        "diagonal": diagonal_report(layers),
+        "layers": tuple(layers),
+        "environment": ENVIRONMENT,
+        "hesscli_version": "0.1.0",
+        "files": {"json": "hesscli-out/fashion-model/diag.json"},
+    }
+    return DiagResult(**(usual | changes))

@@ -8,12 +8,23 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
-from example_results import LAYERS, check_result, estimate, problem, trace_result
+from example_results import (
+    DIAGONALS,
+    LAYERS,
+    block,
+    check_result,
+    diag_result,
+    diagonal_report,
+    estimate,
+    problem,
+    trace_result,
+)
 from jsonschema import Draft202012Validator
 
 from hesscli.render.document import schema, to_json
-from hesscli.results import CheckResult, TraceResult
+from hesscli.results import CheckResult, DiagonalRun, DiagResult, TraceResult
 
 
 def keys(names: str) -> dict[str, Any]:
@@ -43,7 +54,26 @@ TRACE_CONTRACT: dict[str, Any] = {
     "environment": keys("python torch device_name threads tf32"),
 }
 
+DIAG_CONTRACT: dict[str, Any] = {
+    **TRACE_CONTRACT,
+    "diagonal": keys("norm relative_error relative_error_bound negative_fraction histogram"),
+    "layers": [
+        {
+            **TRACE_CONTRACT["layers"][0],
+            **keys("mean mean_stderr std std_stderr negative_fraction negative_stderr"),
+            "quantiles": [keys("level value stderr")],
+            "histogram": keys("edges counts"),
+            "largest": [keys("parameter index estimate stderr")],
+            "block": {
+                **keys("rule count between_variance between_interval within_variance"),
+                **keys("within_interval noise_variance explained explained_interval verdict"),
+            },
+        }
+    ],
+}
+
 INFINITE = (-math.inf, math.inf)
+NOISELESS = block(noise_variance=None, noise_reduction=None, within_interval=INFINITE)
 
 
 def strictly(text: str) -> Any:
@@ -81,10 +111,13 @@ def validator() -> Draft202012Validator:
         trace_result(trace=estimate(interval=INFINITE, population_interval=(0.5, math.inf))),
         trace_result(layers=[replace(LAYERS[0], interval=INFINITE)], status="interrupted"),
         check_result(),
+        diag_result(),
+        diag_result(diagonal=diagonal_report(DIAGONALS, shrinkage=(0.4, 0.9, 1.0))),
+        diag_result([replace(DIAGONALS[0], block=NOISELESS)]),
     ],
 )
 def test_documents_keep_the_schema(
-    validator: Draft202012Validator, result: TraceResult | CheckResult
+    validator: Draft202012Validator, result: TraceResult | CheckResult | DiagResult
 ) -> None:
     assert [error.message for error in validator.iter_errors(strictly(to_json(result)))] == []
 
@@ -124,6 +157,26 @@ def test_broken_documents_do_not(
     assert not validator.is_valid(document)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda document: document.update(command="spectrum"),
+        lambda document: without(document, "diagonal"),
+        lambda document: document["layers"][0].pop("estimate"),
+        lambda document: document["layers"][0].pop("block"),
+        lambda document: document["layers"][0]["block"].update(explained=None),
+        lambda document: document["layers"][0]["histogram"].update(counts=[0.5]),
+        lambda document: document["layers"][0]["largest"][0].update(index=3),
+    ],
+)
+def test_broken_diagonals_do_not(
+    validator: Draft202012Validator, spoil: Callable[[dict[str, Any]], None]
+) -> None:
+    document = json.loads(to_json(diag_result()))
+    spoil(document)
+    assert not validator.is_valid(document)
+
+
 def test_new_keys_may_come(validator: Draft202012Validator) -> None:
     document = json.loads(to_json(trace_result()))
     document["trace"]["median"] = 3.0
@@ -133,6 +186,15 @@ def test_new_keys_may_come(validator: Draft202012Validator) -> None:
 
 def test_promised_keys() -> None:
     assert_has(json.loads(to_json(trace_result())), TRACE_CONTRACT)
+    assert_has(json.loads(to_json(diag_result())), DIAG_CONTRACT)
+
+
+def test_arrays_are_left_to_files() -> None:
+    result = diag_result()
+    shared = {field.name: getattr(result, field.name) for field in fields(result)}
+    weight = {"features.conv1.weight": np.ones((16, 1, 3, 3))}
+    run = DiagonalRun(**shared, entries=weight, stderr=weight)
+    assert to_json(run) == to_json(result)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -171,7 +233,11 @@ def test_schema_describes_every_command() -> None:
     commands = [
         described["$defs"][entry["$ref"].rpartition("/")[2]] for entry in described["oneOf"]
     ]
-    assert {command["properties"]["command"]["const"] for command in commands} == {"check", "trace"}
+    assert {command["properties"]["command"]["const"] for command in commands} == {
+        "check",
+        "trace",
+        "diag",
+    }
     for definition in described["$defs"].values():
         assert definition["description"]
         assert definition["required"] == list(definition["properties"])

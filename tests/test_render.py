@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import math
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import pytest
 from example_results import LAYERS, check_result, estimate, layer, problem, trace_result
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
-from rich.console import Console, RenderableType
+from shown import assert_tidy, drawn_texts, on_one_line, printed
 
+from hesscli.render.canvas import save_figure
 from hesscli.render.check_table import check_table
-from hesscli.render.figure import save_figure, trace_figure
+from hesscli.render.figure import trace_figure
 from hesscli.render.table import trace_table
 from hesscli.render.words import human_bytes, human_seconds, shorten, with_error
 from hesscli.results import LayerTrace, TraceResult
-
-
-def printed(
-    content: RenderableType, width: int = 80, encoding: str = "utf-8", terminal: bool = False
-) -> str:
-    """What a stream of that encoding receives; a glyph that it cannot carry raises."""
-    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
-    colours: Literal["256"] | None = "256" if terminal else None
-    Console(file=stream, width=width, force_terminal=terminal, color_system=colours).print(content)
-    stream.flush()
-    return stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
-
-
-def on_one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def many_layers(number: int) -> list[LayerTrace]:
@@ -312,10 +293,6 @@ def test_check_table() -> None:
     assert max(map(len, printed(check_table(check_result()), 80, "ascii").splitlines())) <= 80
 
 
-def drawn_texts(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
-
-
 def test_figure_shows_every_layer_in_model_order() -> None:
     figure = trace_figure(trace_result())
     bars, dots = figure.axes
@@ -349,20 +326,10 @@ def test_figure_sums_what_it_leaves_out() -> None:
 @pytest.mark.parametrize("name", ODD_RESULTS)
 def test_nothing_in_the_figure_overlaps_or_is_cut_off(name: str) -> None:
     figure = trace_figure(ODD_RESULTS[name])
-    figure.draw_without_rendering()
-    drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
-    assert 0 <= drawn.x0 <= drawn.x1 <= width
-    assert 0 <= drawn.y0 <= drawn.y1 <= height
+    assert_tidy(figure)
     for axes in figure.axes:
         low, high = axes.get_xlim()
-        ticks = sorted(
-            (tick, label.get_window_extent())
-            for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
-            if low <= tick <= high
-        )
-        assert len(ticks) > 1
-        for (_, left), (_, right) in pairwise(ticks):
-            assert left.x1 < right.x0
+        assert sum(low <= tick <= high for tick in axes.get_xticks()) > 1
     bars, dots = (axes.get_window_extent() for axes in figure.axes)
     for number in figure.axes[0].texts:
         assert bars.x1 < number.get_window_extent().x0

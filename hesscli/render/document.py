@@ -11,11 +11,11 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from hesscli.results import CheckResult, TraceResult
+from hesscli.results import CheckResult, DiagResult, TraceResult
 
-Result = TraceResult | CheckResult
+Result = TraceResult | DiagResult | CheckResult
 
-_COMMANDS = (CheckResult, TraceResult)
+_COMMANDS = (CheckResult, TraceResult, DiagResult)
 
 
 def to_json(result: Result) -> str:
@@ -55,7 +55,11 @@ def schema() -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {
+            field.name: _plain(getattr(value, field.name))
+            for field in fields(value)
+            if field.metadata.get("document", True)
+        }
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

@@ -15,7 +15,7 @@ from rich.text import Text
 from hesscli.render.words import shorten
 
 # Of equal width, so that columns stay aligned.
-_ASCII = str.maketrans("█▌░·…‖─±", "##-|~|-~")
+_ASCII = str.maketrans("█▌░·…‖─±×▁▂▃▄▅▆▇", "##-|~|-~x.:-=+*%")
 # Called ascii so that rich leaves it alone: Plainable replaces the glyph where it must.
 _RULE = box.Box(str(box.SIMPLE_HEAD), ascii=True)
 GAP = Text()

@@ -1,11 +1,25 @@
-"""Numbers, names and causes as people read them; shared by tables and pictures."""
+"""Numbers and names as people read them; shared by tables and pictures."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import TypeVar
 
-from hesscli.results import Interval, LayerTrace, ProblemReport, TraceResult
+from hesscli.results import (
+    BlockReport,
+    DiagResult,
+    Interval,
+    LayerTrace,
+    ProblemReport,
+    TraceResult,
+)
+
+Estimated = TraceResult | DiagResult
+"""The answers that hold an estimate of the trace."""
+
+LayerT = TypeVar("LayerT", bound=LayerTrace)
 
 _NO_PLACE = 400  # beyond the smallest float
 
@@ -102,6 +116,15 @@ def shorten(name: str, width: int) -> str:
     return f"{name[: max(width - tail - 1, 0)]}…{name[-tail:]}"
 
 
+def shorten_all(names: Sequence[str], width: int) -> list[str]:
+    """Shorten names where one is too long, first by the modules that all of them lie in."""
+    if len(names) > 1 and max(map(len, names)) > width:
+        modules = zip(*(name.split(".")[:-1] for name in names), strict=False)
+        shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, modules))
+        names = ["…" * (shared > 0) + ".".join(name.split(".")[shared:]) for name in names]
+    return [shorten(name, width) for name in names]
+
+
 def matrix_name(problem: ProblemReport) -> str:
     """Name the matrix that was analysed."""
     return _MATRIX_NAMES.get(problem.matrix, problem.matrix)
@@ -121,78 +144,32 @@ def per_parameter(layer: LayerTrace) -> float:
     return layer.estimate / max(layer.num_parameters, 1)
 
 
+def largest(layers: Sequence[LayerT], most: int) -> list[LayerT]:
+    """The layers of largest trace by size, at most so many, in their own order."""
+    by_size = sorted(range(len(layers)), key=lambda index: -abs(layers[index].estimate))
+    return [layers[index] for index in sorted(by_size[:most])]
+
+
 def half_width(interval: Interval) -> float:
     """Half the width of an interval."""
     return (interval[1] - interval[0]) / 2
+
+
+def is_averaged(block: BlockReport) -> bool:
+    """Tell whether a layer has blocks at all: vectors alone have none."""
+    return block.rule != "none"
+
+
+def share_within(share: float, interval: Interval) -> str:
+    """Write a share and its interval, as in ``43% (38% to 48%)``."""
+    low, high = map(percent, interval)
+    return percent(share) + (f" ({low} to {high})" if low != high else "")
 
 
 def includes_zero(interval: Interval) -> bool:
     """Tell whether not even the sign is known; an exact zero is known."""
     low, high = interval
     return low <= 0 <= high and low < high
-
-
-@dataclass(frozen=True)
-class Noise:
-    """One source of error in the interval: its size (one sigma) and what would shrink it."""
-
-    source: str
-    size: float
-    remedy: str
-
-
-def noises(result: TraceResult) -> list[Noise]:
-    """List the sources of error that the interval of the trace holds, the largest first."""
-    trace = result.trace
-    found = (
-        Noise("probe noise", trace.probe_stderr, f"{_more_work(result)} halves it"),
-        Noise("data noise", _sampling_stderr(result), more_examples(result.problem)),
-        Noise("label noise", trace.label_stderr or 0.0, "more --probes draw more labels"),
-        Noise("rounding", trace.rounding_error, _more_precision(result.problem)),
-    )
-    return sorted((noise for noise in found if noise.size > 0), key=lambda noise: -noise.size)
-
-
-def more_examples(problem: ProblemReport) -> str:
-    """Say which option would shrink the data noise, and by how much."""
-    wanted = 4 * problem.num_examples
-    if problem.num_examples_available is not None and wanted >= problem.num_examples_available:
-        return "--examples all removes it"
-    return f"--examples {wanted} (four times as many) halves it"
-
-
-def _more_precision(problem: ProblemReport) -> str:
-    if problem.dtype == "float64":
-        return "as small as float64 allows"
-    return "--dtype float64 removes most of it"
-
-
-def _sampling_stderr(result: TraceResult) -> float:
-    """The part of ``data_stderr`` that is in the interval: what the unused examples could add."""
-    available = result.problem.num_examples_available
-    if available is None or result.trace.data_stderr is None:
-        return 0.0
-    unused = 1 - result.problem.num_examples / available
-    return result.trace.data_stderr * math.sqrt(max(unused, 0.0))
-
-
-def _more_work(result: TraceResult) -> str:
-    """The option that buys four times the probes."""
-    error, size = half_width(result.trace.interval), abs(result.trace.estimate)
-    more_probes = f"--probes {4 * result.method.num_probes}"
-    if result.status == "budget":
-        # Time or a given number of probes ended the run; these two together lift both limits.
-        seconds = math.ceil(4 * result.cost.seconds)
-        time = f"{seconds}s" if seconds < 120 else f"{math.ceil(seconds / 60)}m"
-        option = f"{more_probes} --budget {time}"
-    elif result.status != "converged" or not math.isfinite(error):
-        # The tolerance did not end the run, so a tighter one would change nothing.
-        option = more_probes
-    elif size > error:
-        option = f"--rtol {percent(error / size / 2)}"
-    else:
-        option = f"--atol {error / 2:.2g}"
-    return f"{option} (four times the work)"
 
 
 def _is_scientific(magnitude: float) -> bool:

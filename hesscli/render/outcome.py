@@ -1,0 +1,130 @@
+"""What the tables of all estimates have in common: the trace, its errors, and what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from hesscli.render import words
+from hesscli.render.layout import GAP, Facts, facts
+from hesscli.render.noises import more_examples, noises
+from hesscli.results import Cost, LayerTrace
+
+_MANY_LAYERS = 40
+_LARGEST_LAYERS = 30
+
+
+def trace_lines(result: words.Estimated) -> tuple[RenderableType, ...]:
+    """The trace with its interval, and under it what it is made of."""
+    trace, problem = result.trace, result.problem
+    confidence = words.percent(trace.confidence)
+    value = words.with_error(trace.estimate, words.half_width(trace.interval))
+    line = Text(f"trace of the {words.matrix_name(problem)}  ")
+    line.append(value, style="bold").append(f" ({confidence})")
+    place = words.half_width(trace.interval)
+    low, high = (words.rounded_pair(end, place)[0] for end in trace.interval)
+    details = [f"between {low} and {high}"] if low != high else []
+    if trace.gauss_newton is not None and trace.residual is not None:
+        gauss_newton = words.rounded_pair(trace.gauss_newton, place)[0]
+        residual = words.rounded_pair(trace.residual, place)[0]
+        details.append(f"Gauss-Newton part {gauss_newton}, the rest {residual}")
+    details.append(f"{words.number(trace.estimate / problem.num_parameters)} per parameter")
+    if trace.population_interval is not None:
+        population = trace.population_interval
+        low, high = (words.rounded_pair(end, words.half_width(population))[0] for end in population)
+        details.append(f"for unseen examples between {low} and {high}")
+    return line, facts(details, indent=2, style="dim")
+
+
+def error_budget(result: words.Estimated, heading: str) -> Iterator[RenderableType]:
+    """Where the trace's error comes from, the largest source first, and what would shrink it."""
+    found = noises(result)
+    if not found:
+        return
+    largest = "largest; " if len(found) > 1 else ""
+    table = Table.grid(padding=(0, 2))
+    for index, noise in enumerate(found):
+        size = words.number(noise.size, 2)
+        remedy = f"{largest}{noise.remedy}" if index == 0 else ""
+        table.add_row(Text(noise.source), Text(f"± {size}", justify="right"), Text(remedy))
+    yield GAP
+    yield Text(f"{heading} (one standard error each)", style="dim")
+    yield Padding(table, (0, 0, 0, 2), expand=False)
+    if result.trace.data_stderr and result.problem.num_examples_available is None:
+        size = words.number(result.trace.data_stderr, 2)
+        yield Text(
+            f"  data noise of ± {size} is left out: how many examples there are is not known",
+            style="dim",
+        )
+
+
+def listed(layers: list[words.LayerT], full: bool) -> list[words.LayerT]:
+    """The layers that get a row: all in full detail or where they are few, else the largest."""
+    if full or len(layers) <= _MANY_LAYERS:
+        return layers
+    return words.largest(layers, _LARGEST_LAYERS)
+
+
+def listing_notes(
+    visible: list[words.LayerT], selected: list[words.LayerT], every: tuple[LayerTrace, ...]
+) -> list[str]:
+    """Say which layers have no row, and which rows are uncertain."""
+    notes = []
+    if len(visible) < len(selected):
+        hidden = words.count(len(selected) - len(visible), "smaller layer")
+        notes.append(f"{hidden} not listed: see the JSON")
+    if len(selected) < len(every):
+        total = words.count(len(every), "layer")
+        notes.append(f"{words.count(len(selected))} of {total} selected, totals are of them all")
+    uncertain = sum(words.includes_zero(layer.interval) for layer in visible)
+    if uncertain:
+        notes.append(f"{words.count(uncertain, 'dim row')}: the interval includes 0")
+    return notes
+
+
+def status_line(result: words.Estimated, subject: str, shortfall: str) -> Text:
+    """How the run ended, in words.
+
+    Args:
+        result: the answer.
+        subject: what is compared with the tolerance.
+        shortfall: what would reach the tolerance where time or probes ran out first.
+    """
+    meaning = {
+        "exact": "no probe noise, and every example was used",
+        "converged": f"{subject} is within the tolerance",
+        "budget": f"the tolerance was not reached within the limits; {shortfall}",
+        "data-limited": "data noise alone exceeds the tolerance; " + more_examples(result.problem),
+        "interrupted": f"stopped early; {subject} is that of the work done so far",
+    }[result.status]
+    style = "green" if result.status in ("exact", "converged") else "yellow"
+    return Text.assemble((result.status, f"bold {style}"), f": {meaning}")
+
+
+def cost_line(cost: Cost) -> Facts:
+    """What the run took."""
+    return facts(
+        (
+            f"{words.amount(cost.products)} products",
+            f"the work of {words.amount(cost.gradients)} full gradients",
+            words.human_seconds(cost.seconds),
+            f"{words.human_bytes(cost.peak_bytes)} peak memory",
+        )
+    )
+
+
+def method_line(result: words.Estimated) -> Facts:
+    """How the numbers were made, for whoever wants them again."""
+    method = result.method
+    items = [method.name]
+    if method.num_probes:
+        items.append(f"{words.count(method.num_probes)} {method.probe_distribution} probes")
+        items.append(f"{method.probe_design} design")
+    else:
+        items.append("no probes")
+    items += [f"{method.mode} mode", f"seed {method.seed}"]
+    return facts(items + ([method.note] if method.note else []), style="dim")

@@ -1,0 +1,56 @@
+"""What people get to see of a result, for tests of it."""
+
+from __future__ import annotations
+
+import io
+from itertools import pairwise
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from rich.console import Console, RenderableType
+
+
+def printed(
+    content: RenderableType, width: int = 80, encoding: str = "utf-8", terminal: bool = False
+) -> str:
+    """What a stream of that encoding receives; a glyph that it cannot carry raises."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    colours: Literal["256"] | None = "256" if terminal else None
+    Console(file=stream, width=width, force_terminal=terminal, color_system=colours).print(content)
+    stream.flush()
+    return stream.buffer.getvalue().decode(encoding)
+
+
+def on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def drawn_texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def assert_tidy(figure: Figure) -> None:
+    """Nothing is cut off at the page's edge, and no two labels of an axis overlap."""
+    figure.draw_without_rendering()
+    drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert 0 <= drawn.x0 <= drawn.x1 <= width
+    assert 0 <= drawn.y0 <= drawn.y1 <= height
+    for axes in figure.axes:
+        assert_labels_apart(axes)
+
+
+def assert_labels_apart(axes: Axes) -> None:
+    low, high = axes.get_xlim()
+    ticks = sorted(
+        (tick, label.get_window_extent())
+        for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        if low <= tick <= high
+    )
+    for (_, left), (_, right) in pairwise(ticks):
+        assert left.x1 < right.x0
+    names = [label for label in axes.get_yticklabels() if label.get_visible()]
+    heights = sorted((name.get_window_extent() for name in names), key=lambda extent: extent.y0)
+    for below, above in pairwise(heights):
+        assert below.y1 <= above.y0
