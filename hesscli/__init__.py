@@ -19,6 +19,7 @@ _HOMES = {
     "Fisher": "hesscli.operators.fisher",
     "EmpiricalFisher": "hesscli.operators.fisher",
     "trace": "hesscli.diagnostics.trace",
+    "diagonal": "hesscli.diagnostics.diagonal",
     "check": "hesscli.diagnostics.check",
 }
 

@@ -1,10 +1,11 @@
-"""hesscli.trace end to end: coverage against dense truth, stopping, interruption, memory."""
+"""hesscli.trace by probes end to end: coverage, stopping, interruption, memory."""
 
 from __future__ import annotations
 
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from hesscli.results import Snapshot, TraceResult
 SAMPLES = Path(__file__).parents[1] / "samples"
 SEEDS = 200
 LEVEL = 1e-3
+
+probed = partial(hesscli.trace, method="hutchinson")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_coverage_end_to_end(
     truth = layer_traces(problem)
     hits = []
     for seed in range(SEEDS):
-        result = hesscli.trace(problem, probes=probes, probe_design=design, seed=seed)
+        result = probed(problem, probes=probes, probe_design=design, seed=seed)
         found = [
             layer.interval[0] <= truth[layer.name] <= layer.interval[1] for layer in result.layers
         ]
@@ -96,7 +99,7 @@ def test_coverage_from_a_quarter_of_the_examples(relu: hesscli.Problem) -> None:
     hits, stderrs = 0, []
     for seed in range(SEEDS):
         part = hesscli.Problem(relu.model, "cross_entropy", rows, examples=50, seed=seed)
-        result = hesscli.trace(part, probes=2, seed=seed)
+        result = probed(part, probes=2, seed=seed)
         low, high = result.trace.interval
         hits += low <= truth <= high
         stderrs.append((result.trace.data_stderr, result.trace.probe_stderr))
@@ -116,14 +119,14 @@ def test_coverage_from_a_quarter_of_the_examples(relu: hesscli.Problem) -> None:
 )
 def test_other_matrices(relu: hesscli.Problem, matrix: str, operator: type) -> None:
     truth = layer_traces(relu, operator)
-    result = hesscli.trace(relu, matrix=matrix, probes=8, seed=1)
+    result = probed(relu, matrix=matrix, probes=8, seed=1)
     assert result.problem.matrix == matrix
     # Ten standard errors: a test of the right matrix, not of luck.
     assert abs(result.trace.estimate - sum(truth.values())) < 10 * result.trace.probe_stderr
 
 
 def test_tolerance_is_met_and_said(sunspots: hesscli.Problem) -> None:
-    result = hesscli.trace(sunspots, rtol=0.2, seed=3)
+    result = probed(sunspots, rtol=0.2, seed=3)
     truth = sum(layer_traces(sunspots).values())
     low, high = result.trace.interval
     assert result.status == "converged"
@@ -137,10 +140,8 @@ def test_tolerance_is_met_and_said(sunspots: hesscli.Problem) -> None:
 
 def test_weight_decay_is_added_exactly(relu: hesscli.Problem) -> None:
     rows = TensorRows(*next(relu.batches()).data)
-    plain = hesscli.trace(hesscli.Problem(relu.model, "cross_entropy", rows), probes=2)
-    decayed = hesscli.trace(
-        hesscli.Problem(relu.model, "cross_entropy", rows, weight_decay=0.5), probes=2
-    )
+    plain = probed(hesscli.Problem(relu.model, "cross_entropy", rows), probes=2)
+    decayed = probed(hesscli.Problem(relu.model, "cross_entropy", rows, weight_decay=0.5), probes=2)
     added = 0.5 * relu.parameters.size
     assert decayed.trace.estimate - plain.trace.estimate == pytest.approx(added, rel=1e-12)
     assert decayed.trace.probe_stderr == plain.trace.probe_stderr
@@ -148,20 +149,20 @@ def test_weight_decay_is_added_exactly(relu: hesscli.Problem) -> None:
 
 def test_probe_ranges_join(relu: hesscli.Problem) -> None:
     """Probes a:b are the same probes that one long run would have drawn."""
-    whole = hesscli.trace(relu, probes=8).trace.estimate
-    parts = [hesscli.trace(relu, probes=(a, a + 4)).trace.estimate for a in (0, 4)]
+    whole = probed(relu, probes=8).trace.estimate
+    parts = [probed(relu, probes=(a, a + 4)).trace.estimate for a in (0, 4)]
     assert np.mean(parts) == pytest.approx(whole, rel=1e-12)
     assert parts[0] != parts[1]
 
 
 def test_seeds_differ_and_repeat(relu: hesscli.Problem) -> None:
-    runs = [hesscli.trace(relu, probes=2, seed=seed).trace for seed in (5, 5, 6)]
+    runs = [probed(relu, probes=2, seed=seed).trace for seed in (5, 5, 6)]
     assert runs[0] == runs[1]
     assert runs[0].estimate != runs[2].estimate
 
 
 def test_budget_ends_a_run(relu: hesscli.Problem) -> None:
-    result = hesscli.trace(relu, rtol=1e-6, budget=0.5)
+    result = probed(relu, rtol=1e-6, budget=0.5)
     assert result.status == "budget"
     assert result.cost.seconds < 5
     assert all(layer.status == "budget" for layer in result.layers)
@@ -174,7 +175,7 @@ def test_data_limited(relu: hesscli.Problem) -> None:
         torch.cat([b.data[1] for b in relu.batches()]),
     )
     part = hesscli.Problem(relu.model, "cross_entropy", rows, examples=32)
-    result = hesscli.trace(part, rtol=0.01, budget=60)
+    result = probed(part, rtol=0.01, budget=60)
     assert result.status == "data-limited"
     assert any("--examples" in warning for warning in result.warnings)
 
@@ -190,9 +191,9 @@ def test_the_observer_can_stop_a_run(relu: hesscli.Problem, after: int) -> None:
 
     if after == 1:
         with pytest.raises(KeyboardInterrupt):
-            hesscli.trace(relu, rtol=1e-6, observe=observe)
+            probed(relu, rtol=1e-6, observe=observe)
         return
-    result = hesscli.trace(relu, rtol=1e-6, observe=observe)
+    result = probed(relu, rtol=1e-6, observe=observe)
     assert result.status == "interrupted"
     truth = sum(layer_traces(relu).values())
     low, high = result.trace.interval
@@ -203,7 +204,7 @@ def test_the_observer_can_stop_a_run(relu: hesscli.Problem, after: int) -> None:
 def test_progress_tells_the_truth(relu: hesscli.Problem) -> None:
     """What is done never exceeds what is expected by the end, and the end is where it was said."""
     seen: list[Snapshot] = []
-    hesscli.trace(relu, rtol=0.05, observe=lambda s: bool(seen.append(s)))
+    probed(relu, rtol=0.05, observe=lambda s: bool(seen.append(s)))
     probing = [s for s in seen if s.phase == "probing"]
     done = [s.done for s in probing]
     assert done == sorted(done)
@@ -215,7 +216,7 @@ def test_progress_tells_the_truth(relu: hesscli.Problem) -> None:
 def test_a_stream_that_was_not_read_to_its_end(relu: hesscli.Problem) -> None:
     batches = [b.data for b in relu.batches()]
     part = hesscli.Problem(relu.model, "cross_entropy", iter(batches), examples="first:64")
-    result = hesscli.trace(part, probes=2)
+    result = probed(part, probes=2)
     assert result.problem.num_examples_available is None
     assert result.trace.data_stderr is None
     assert any("kept" in warning for warning in result.warnings)
@@ -223,9 +224,7 @@ def test_a_stream_that_was_not_read_to_its_end(relu: hesscli.Problem) -> None:
 
 def test_population_interval_needs_unseen_examples(relu: hesscli.Problem) -> None:
     rows = TensorRows(*next(relu.batches()).data)
-    result = hesscli.trace(
-        hesscli.Problem(relu.model, "cross_entropy", rows, unseen=True), probes=4
-    )
+    result = probed(hesscli.Problem(relu.model, "cross_entropy", rows, unseen=True), probes=4)
     assert result.trace.population_interval is not None
     inner, outer = result.trace.interval, result.trace.population_interval
     assert outer[0] < inner[0] < inner[1] < outer[1]
@@ -233,13 +232,13 @@ def test_population_interval_needs_unseen_examples(relu: hesscli.Problem) -> Non
 
 def test_one_probe_is_no_error_bar(relu: hesscli.Problem) -> None:
     with pytest.raises(UsageError, match="two probes"):
-        hesscli.trace(relu, probes=1)
+        probed(relu, probes=1)
 
 
 def test_nothing_of_the_model_changes(relu: hesscli.Problem) -> None:
     before = {name: t.clone() for name, t in relu.model.state_dict().items()}
     state = torch.random.get_rng_state()
-    hesscli.trace(relu, probes=2)
+    probed(relu, probes=2)
     assert all(torch.equal(t, before[name]) for name, t in relu.model.state_dict().items())
     assert all(p.grad is None for p in relu.model.parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -255,7 +254,7 @@ model = torch.nn.Sequential(*hidden, torch.nn.Linear(256, 2))
 count = 64 * int(sys.argv[1])
 rows = TensorRows(torch.randn(count, 256), torch.randint(2, (count,)))
 problem = hesscli.Problem(model, "cross_entropy", rows, examples="all", batch_size=64)
-result = hesscli.trace(problem, probes=2)
+result = hesscli.trace(problem, probes=2, method="hutchinson")
 unit = 1 if sys.platform == "darwin" else 1024
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 print(result.problem.num_batches, problem.data.nbytes, peak)
@@ -278,7 +277,7 @@ def test_memory_is_flat_in_the_number_of_batches() -> None:
 
 
 def test_result_is_frozen_and_plain(relu: hesscli.Problem) -> None:
-    result = hesscli.trace(relu, probes=2)
+    result = probed(relu, probes=2)
     assert isinstance(result, TraceResult)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 <= result.cost.peak_bytes * 1.5
     with pytest.raises(AttributeError):

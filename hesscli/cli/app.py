@@ -17,7 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from hesscli import __version__
-from hesscli.cli import check, init, schema, trace
+from hesscli.cli import check, diag, init, schema, trace
 from hesscli.cli.command import Command
 from hesscli.cli.console import Console, first_line, interrupts
 from hesscli.cli.memory import keep_freed_memory
@@ -29,6 +29,7 @@ Examples:
   hesscli init model.pt                  write a spec to fill in
   hesscli check model.pt                 is it sound, and what will a run cost?
   hesscli trace model.pt --rtol 2%       the Hessian's trace, with error bars
+  hesscli diag model.pt                  its diagonal, layer by layer and in pictures
   hesscli trace --out json | jq .trace   for scripts
 """
 
@@ -42,6 +43,7 @@ COMMANDS: dict[str, tuple[Callable[..., ExitCode], str]] = {
     "check": (check.check, check.EXAMPLES),
     "init": (init.init, init.EXAMPLES),
     "trace": (trace.trace, trace.EXAMPLES),
+    "diag": (diag.diag, diag.EXAMPLES),
     "schema": (schema.schema, schema.EXAMPLES),
 }
 for name, (function, examples) in COMMANDS.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from hesscli.cli import options
-from hesscli.cli.command import loudness
+from hesscli.cli.command import load_problem, loudness
 from hesscli.cli.delivery import deliver, prepare_output
 from hesscli.errors import ExitCode
 
@@ -31,6 +31,7 @@ def check(
     atol: options.AbsoluteTolerance = None,
     confidence: options.Confidence = 0.95,
     budget: options.Budget = 600.0,
+    method: options.Method = "auto",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -42,32 +43,20 @@ def check(
 ) -> ExitCode:
     """Check that checkpoint, spec and loss are sound, and plan what a run will take."""
     from hesscli.diagnostics.check import check as inspect
-    from hesscli.problem.loading import load
     from hesscli.render.check_table import check_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)
     with console.working() as observe:
-        problem = load(
-            checkpoint,
-            spec=spec,
-            examples=examples,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            weight_decay=weight_decay,
-            trust=trust,
-            seed=seed,
-            observe=observe,
-        )
-        console.warn(*problem.warnings)
+        problem = load_problem(context, console, observe)
         folder = prepare_output(directory, problem.checkpoint)
         result = inspect(
             problem,
             matrix=matrix,
-            rtol=options.relative_tolerance(rtol, atol),
+            rtol=rtol,
             atol=atol,
             confidence=confidence,
             budget=budget,
+            method=method,
             seed=seed,
             mode=mode,
             observe=observe,

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand
 
 from hesscli.cli.console import Console
+from hesscli.errors import ExitCode
+from hesscli.results import Observe, Status
+
+if TYPE_CHECKING:
+    from hesscli.problem.problem import Problem
 
 EVERY_LAYER = "*"
 
@@ -38,6 +43,36 @@ def fill_bare_layers(args: Sequence[str]) -> list[str]:
         for arg, after in zip(args[:end], following, strict=False)
     ]
     return [*filled, *args[end:]]
+
+
+_LOADING = (
+    "spec",
+    "examples",
+    "device",
+    "dtype",
+    "batch_size",
+    "weight_decay",
+    "trust",
+    "seed",
+)
+
+
+def load_problem(context: typer.Context, console: Console, observe: Observe) -> Problem:
+    """The problem that the options of a command name; its warnings are said at once."""
+    from hesscli.problem.loading import load
+
+    chosen = {name: context.params[name] for name in _LOADING}
+    problem = load(context.params["checkpoint"], observe=observe, **chosen)
+    console.warn(*problem.warnings)
+    return problem
+
+
+def exit_code(status: Status, *, asked: bool) -> ExitCode:
+    """What a run that ended so tells the shell; a tolerance counts if it was ``asked`` for."""
+    if status == "interrupted":
+        return ExitCode.INTERRUPTED
+    missed = status not in ("exact", "converged")
+    return ExitCode.TOLERANCE if missed and asked else ExitCode.OK
 
 
 def loudness(context: typer.Context, *, quiet: bool, verbose: bool) -> Console:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from hesscli.cli.console import Console
 from hesscli.errors import InputError, UsageError
-from hesscli.results import CheckpointReport, CheckResult, TraceResult
+from hesscli.results import CheckpointReport, CheckResult, DiagonalRun, TraceResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
     from hesscli.problem.problem import Problem
 
-ResultT = TypeVar("ResultT", TraceResult, CheckResult)
+ResultT = TypeVar("ResultT", TraceResult, CheckResult, DiagonalRun)
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors")
 NO_FILES = Path("-")
@@ -66,7 +68,8 @@ def deliver(
     out: str,
     folder: Path | None,
     table: Callable[[], RenderableType],
-    figure: Callable[[ResultT], Figure] | None = None,
+    figures: Mapping[str, Callable[[], Figure]] = NOTHING,
+    tensors: Mapping[str, Mapping[str, Any]] = NOTHING,
 ) -> None:
     """Write a result's files and print it.
 
@@ -76,13 +79,14 @@ def deliver(
         out: what stdout carries, ``table`` or ``json``.
         folder: where files go; None for none.
         table: makes what people read.
-        figure: draws the picture, where the command has one.
+        figures: draw pictures, by the name of their files.
+        tensors: numpy arrays by name, by the name of their file.
     """
     from hesscli.render.document import to_json
 
     try:
         if folder is not None:
-            result = _save(result, console, folder, figure)
+            result = _save(result, console, folder, figures, tensors)
     finally:  # a full disk must not cost the user the numbers
         if out == "json":
             console.write(to_json(result))
@@ -94,15 +98,19 @@ def _save(
     result: ResultT,
     console: Console,
     folder: Path,
-    figure: Callable[[ResultT], Figure] | None,
+    figures: Mapping[str, Callable[[], Figure]],
+    tensors: Mapping[str, Mapping[str, Any]],
 ) -> ResultT:
     from hesscli.render.document import to_json
 
     files = {"json": folder / f"{result.command}.json"}
-    if figure is not None:
-        from hesscli.render.figure import save_figure
+    for name, arrays in tensors.items():
+        files[_kind(result, name, "tensors")] = _write_tensors(folder, name, arrays)
+    for name, draw in figures.items():
+        from hesscli.render.canvas import save_figure
 
-        files |= save_figure(figure(result), folder, result.command)
+        saved = save_figure(draw(), folder, name)
+        files |= {_kind(result, name, kind): path for kind, path in saved.items()}
     result = replace(result, files={kind: str(path) for kind, path in files.items()})
     write_text(files["json"], to_json(result))
     for path in files.values():
@@ -110,11 +118,27 @@ def _save(
     return result
 
 
+def _kind(result: ResultT, name: str, kind: str) -> str:
+    """What ``files`` calls a file: the command's main ones by their kind alone."""
+    extra = name.removeprefix(result.command).strip("-_")
+    return f"{kind}_{extra}" if extra else kind
+
+
+def _write_tensors(folder: Path, name: str, arrays: Mapping[str, Any]) -> Path:
+    from safetensors.numpy import save
+
+    from hesscli.storage import write_atomically
+
+    contents = save(dict(arrays))
+    return write_atomically(folder / f"{name}.safetensors", lambda stream: _put(stream, contents))
+
+
+def _put(stream: BinaryIO, contents: bytes) -> None:
+    stream.write(contents)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write or replace a text file, whole or not at all."""
     from hesscli.storage import write_atomically
 
-    def write(stream: BinaryIO) -> None:
-        stream.write(text.encode())
-
-    write_atomically(path, write)
+    write_atomically(path, lambda stream: _put(stream, text.encode()))

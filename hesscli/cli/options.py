@@ -13,6 +13,7 @@ from hesscli.cli import reading
 from hesscli.errors import UsageError
 
 MATRICES = ("hessian", "ggn", "fisher", "empirical-fisher")
+METHODS = ("auto", "exact", "split", "deflated", "stratified", "hutchinson")
 MODES = ("auto", "double-backward", "forward-over-reverse", "finite-difference")
 DTYPES = ("float32", "float64")
 OUTPUTS = ("table", "json")
@@ -20,9 +21,9 @@ OUTPUTS = ("table", "json")
 PROBLEM, ACCURACY, COMPUTE, OUTPUT = "Problem", "Accuracy", "Computation", "Output"
 
 
-def relative_tolerance(rtol: float | None, atol: float | None) -> float | None:
-    """5% unless a tolerance was asked for; an absolute one alone is the only one that counts."""
-    return 0.05 if rtol is None and atol is None else rtol
+def relative_tolerance(rtol: float | None, atol: float | None, usual: float = 0.05) -> float | None:
+    """As usual unless one was asked for; an absolute one alone is the only one that counts."""
+    return usual if rtol is None and atol is None else rtol
 
 
 def _option(
@@ -144,6 +145,19 @@ Trust = Annotated[
         help="Let the checkpoint run code as it loads. Only for files whose maker you trust.",
     ),
 ]
+DiagonalTolerance = Annotated[
+    float | None,
+    _option(
+        "--rtol",
+        read=reading.fraction,
+        must="a percentage, or a fraction, above 0",
+        example="--rtol 10% or --rtol 0.1",
+        metavar="PERCENT",
+        rich_help_panel=ACCURACY,
+        help="Stop once the norm of the error is this small beside that of the diagonal; exit 5 "
+        "if that was not reached. Default: 10%, and no exit 5.",
+    ),
+]
 RelativeTolerance = Annotated[
     float | None,
     _option(
@@ -204,6 +218,42 @@ Probes = Annotated[
         rich_help_panel=ACCURACY,
         help="Use exactly these random probes, whatever the tolerance. Default: as many as it "
         "takes.",
+    ),
+]
+Method = Annotated[
+    str,
+    _choice(
+        "--method",
+        choices=METHODS,
+        rich_help_panel=COMPUTE,
+        help="How it is estimated: auto takes the Gauss-Newton part without probes where the loss "
+        "allows it, and probes for the rest. exact, split, deflated, stratified or hutchinson "
+        "insist. Default: auto.",
+    ),
+]
+Block = Annotated[
+    str,
+    _option(
+        "--block",
+        read=reading.block,
+        must="auto, row, kernel, channel, head:N or a number of entries",
+        example="--block 32 or --block head:4",
+        autocompletion=lambda: ["auto", "row", "kernel", "channel"],
+        metavar="NAME|head:N|N",
+        rich_help_panel=COMPUTE,
+        help="AdaHessian's blocks: auto (kernels of convolutions, 32 entries of a matrix's row), "
+        "row, kernel, channel, head:N or N entries. Default: auto.",
+    ),
+]
+HeatMap = Annotated[
+    str | None,
+    typer.Option(
+        "--heatmap",
+        metavar="TENSOR",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+        help="The matrix or kernel tensor whose entries are drawn as a map. Default: the one with "
+        "the largest entry.",
     ),
 ]
 Seed = Annotated[

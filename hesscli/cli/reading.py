@@ -77,6 +77,13 @@ def probes(text: str) -> ProbeRange:
     return probes
 
 
+def block(text: str) -> str:
+    """A named rule, ``head:N`` or ``N``, as it was typed."""
+    if text not in ("auto", "row", "kernel", "channel"):
+        count(text.removeprefix("head:"))
+    return text
+
+
 def examples(text: str) -> str:
     """``N``, ``all`` or ``first:N``, as it was typed."""
     if text != "all":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from hesscli.cli import options
-from hesscli.cli.command import EVERY_LAYER, loudness
+from hesscli.cli.command import EVERY_LAYER, exit_code, load_problem, loudness
 from hesscli.cli.delivery import deliver, prepare_output, select_layers
 from hesscli.errors import ExitCode
 from hesscli.results import TraceResult
@@ -23,6 +23,7 @@ Examples:
   hesscli trace model.pt --rtol 1% --budget 1h
   hesscli trace --layer 'conv*' --layer head   only these layers
   hesscli trace --layer                        every layer, in full detail
+  hesscli trace --method hutchinson --probes 64
   hesscli trace --matrix ggn --out json --dir - > trace.json
 """
 
@@ -41,6 +42,7 @@ def trace(
     confidence: options.Confidence = 0.95,
     budget: options.Budget = 600.0,
     probes: options.Probes = None,
+    method: options.Method = "auto",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -56,24 +58,11 @@ def trace(
     Ctrl-C ends the run with the result so far; a second one quits at once.
     """
     from hesscli.diagnostics.trace import trace as estimate
-    from hesscli.problem.loading import load
     from hesscli.render.table import trace_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)
     with console.working() as observe:
-        problem = load(
-            checkpoint,
-            spec=spec,
-            examples=examples,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            weight_decay=weight_decay,
-            trust=trust,
-            seed=seed,
-            observe=observe,
-        )
-        console.warn(*problem.warnings)
+        problem = load_problem(context, console, observe)
         shown = select_layers(layers or (), problem)
         folder = prepare_output(directory, problem.checkpoint)
         result = estimate(
@@ -84,6 +73,7 @@ def trace(
             confidence=confidence,
             budget=budget,
             probes=probes,
+            method=method,
             seed=seed,
             mode=mode,
             observe=observe,
@@ -96,12 +86,9 @@ def trace(
         out=out,
         folder=folder,
         table=lambda: trace_table(result, shown=shown, full=EVERY_LAYER in (layers or ())),
-        figure=draw,
+        figures={"trace": lambda: draw(result)},
     )
-    if result.status == "interrupted":
-        return ExitCode.INTERRUPTED
-    missed = result.status not in ("exact", "converged")
-    return ExitCode.TOLERANCE if missed and (rtol or atol) else ExitCode.OK
+    return exit_code(result.status, asked=bool(rtol or atol))
 
 
 def draw(result: TraceResult) -> Figure:

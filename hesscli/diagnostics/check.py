@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
 import torch
-from scipy.special import ndtri
 
 import hesscli
 from hesscli.diagnostics.clock import Clock
-from hesscli.diagnostics.pilot import Pilot, run_pilot
-from hesscli.diagnostics.surroundings import environment, peak_bytes
-from hesscli.diagnostics.trace import PROOF_GRADIENTS, working_dtype
+from hesscli.diagnostics.opening import opened
+from hesscli.diagnostics.pilot import run_pilot
+from hesscli.diagnostics.surroundings import environment
 from hesscli.engines.hutchinson.probes import Probes
-from hesscli.engines.stopping import Tolerance, first_look, miss_probability
+from hesscli.engines.stopping import Tolerance
 from hesscli.operators.base import Operator
-from hesscli.operators.matrices import matrix_named
-from hesscli.operators.preflight import preflight
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.problem import Problem
-from hesscli.results import CheckResult, Observe, Plan, PlannedCommand
+from hesscli.results import CheckResult, Observe, Plan
 
 _REPEATS = 3
 
@@ -30,10 +26,11 @@ def check(
     problem: Problem,
     *,
     matrix: str = "hessian",
-    rtol: float | None = 0.05,
+    rtol: float | None = None,
     atol: float | None = None,
     confidence: float = 0.95,
     budget: float | None = 600.0,
+    method: str = "auto",
     seed: int = 0,
     mode: str = "auto",
     observe: Observe | None = None,
@@ -43,10 +40,11 @@ def check(
     Args:
         problem: model, loss and frozen examples.
         matrix: as for :func:`hesscli.trace`, and so the other arguments.
-        rtol: relative tolerance that is planned for.
+        rtol: relative tolerance that is planned for; default each command's own.
         atol: absolute tolerance that is planned for.
         confidence: of the planned interval.
         budget: seconds that the planned commands would be given.
+        method: as for :func:`hesscli.trace`.
         seed: of the pilot's probes.
         mode: autodiff mode.
         observe: told of the phases.
@@ -56,21 +54,17 @@ def check(
         KeyboardInterrupt: the observer wanted no more.
     """
     clock = Clock(None, observe)
-    build = matrix_named(matrix)
-    problem.prove(observe)
-    clock.tell("preflight")
-    flight = preflight(problem, build, mode)
-    with problem.in_dtype(working_dtype(problem, flight)):
-        operator = build(problem, mode=flight.mode)
-        gradient_seconds, product_seconds, product_bytes = _measure(operator)
-        pilot = run_pilot(
-            operator,
-            seed=seed,
-            on_step=lambda: clock.tell("pilot", done=operator.meter.products),
-        )
-    planned = _plan_trace(
-        operator, pilot, Tolerance(rtol, atol), 1 - confidence, budget, product_seconds
+    with opened(problem, matrix, mode, clock) as opening:
+        flight = opening.flight
+        measured = _measure(opening.operator)
+        clock.tell("pilot")
+        pilot = run_pilot(opening.operator, method, seed, lambda: clock.tell("pilot"))
+    miss = 1 - confidence
+    commands = (
+        pilot.plan("trace", Tolerance(_usual(rtol, atol, 0.05), atol), miss, budget),
+        pilot.plan("diag", Tolerance(_usual(rtol, atol, 0.1), atol), miss, budget),
     )
+    gradient_seconds, product_seconds, product_bytes = measured
     return CheckResult(
         problem=problem.report(matrix),
         preflight=flight,
@@ -80,12 +74,16 @@ def check(
             product_bytes=product_bytes,
             parameter_bytes=problem.parameters.size * problem.dtype.itemsize,
             kept_bytes=problem.data.nbytes,
-            commands=(planned,),
+            commands=commands,
         ),
         environment=environment(problem.device),
         hesscli_version=hesscli.__version__,
         warnings=(*problem.warnings, *problem.prove().warnings),
     )
+
+
+def _usual(rtol: float | None, atol: float | None, usual: float) -> float | None:
+    return usual if rtol is None and atol is None else rtol
 
 
 def _measure(operator: Operator) -> tuple[float, float, int]:
@@ -130,38 +128,3 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
     return sorted(times)[_REPEATS // 2]
-
-
-def _plan_trace(
-    operator: Operator,
-    pilot: Pilot,
-    tolerance: Tolerance,
-    miss: float,
-    budget: float | None,
-    product_seconds: float,
-) -> PlannedCommand:
-    """The look at which the pilot's variance would meet the tolerance."""
-    problem = operator.problem
-    wanted = tolerance.half_width(pilot.estimate)
-    probes, look = first_look("fresh", problem.num_batches), 1
-    while wanted and _normal_half_width(pilot, probes, miss, look) > wanted and look < 40:
-        probes, look = 2 * probes, look + 1
-    graphs = look * operator.cost[0]
-    gradients = PROOF_GRADIENTS + graphs + probes * operator.cost[1]
-    seconds = product_seconds * probes
-    note = f"± {wanted:.3g} expected at look {look}"
-    if budget is not None and seconds > budget:
-        note += f"; beyond --budget {budget:.0f}s, which ends it at its result so far"
-    return PlannedCommand(
-        command="trace",
-        products=float(probes),
-        gradients=gradients,
-        seconds=seconds,
-        peak_bytes=peak_bytes(problem.device),
-        note=note,
-    )
-
-
-def _normal_half_width(pilot: Pilot, probes: int, miss: float, look: int) -> float:
-    quantile = float(ndtri(1 - miss_probability(miss, look) / 2))
-    return quantile * math.sqrt(pilot.variance / probes)

@@ -1,15 +1,16 @@
-"""The loop that asks an engine for more probes until the interval is narrow enough."""
+"""The loop that asks an estimator for more until its error is small enough."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hesscli.diagnostics.clock import Clock
-from hesscli.engines.hutchinson.engine import Hutchinson
-from hesscli.engines.hutchinson.reading import Reading, read
-from hesscli.engines.stopping import Tolerance, first_look, miss_probability
+from hesscli.engines.estimator import Estimator
+from hesscli.engines.reading import Reading, read
+from hesscli.engines.stopping import first_look, miss_probability
 from hesscli.results import Status
 
 _SHOW_EVERY = 0.3
@@ -17,39 +18,81 @@ _SHOW_EVERY = 0.3
 
 
 @dataclass(frozen=True)
+class Standing:
+    """How far off the goal is.
+
+    ``error`` is what is to come down to ``wanted``; ``floor`` the part of it that no number of
+    probes takes away; ``share`` the part of its square that probes do take away.
+    """
+
+    error: float
+    wanted: float
+    floor: float
+    share: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether the error is small enough."""
+        return self.error <= self.wanted
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether more probes cannot help, and do not add the most to the error any more."""
+        return self.floor > self.wanted and self.share < 0.5
+
+    def factor(self) -> float | None:
+        """How many times the probes would do; None where no number would."""
+        if self.error == 0 or not math.isfinite(self.error):
+            return 1.0
+        shrinking = self.share * self.error**2
+        allowed = self.wanted**2 - (self.error**2 - shrinking)
+        return shrinking / allowed if allowed > 0 else None
+
+
+Goal = Callable[[Estimator, Reading], Standing]
+Rethink = Callable[[Estimator, float], tuple[Estimator, str] | None]
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """How an estimation ended, and with what."""
+    """How an estimation ended, and with what; ``turn`` is why its estimator was changed."""
 
     status: Status
+    estimator: Estimator
     reading: Reading
     looks: int
+    turn: str | None = None
 
 
 class Estimation:
-    """One engine's way to a tolerance, or through a fixed number of probes.
+    """An estimator's way to a goal, or through a fixed number of probes.
 
     Args:
-        engine: to be extended.
-        tolerance: the half-width that is wanted.
+        estimator: to be extended.
+        goal: how far a reading is from what is wanted.
         miss: probability with which the interval may miss, all looks together.
         relative_rounding: error of a quadratic form relative to its size.
         clock: the time limit, and whom to tell.
+        rethink: is given the estimator after a first look and the probes that it would take;
+            may have a better one.
     """
 
     def __init__(
         self,
-        engine: Hutchinson,
-        tolerance: Tolerance,
+        estimator: Estimator,
+        goal: Goal,
         miss: float,
         relative_rounding: float,
         clock: Clock,
+        rethink: Rethink | None = None,
     ) -> None:
-        self.engine, self.tolerance, self.miss, self.clock = engine, tolerance, miss, clock
-        self.relative_rounding = relative_rounding
+        self.estimator, self.goal, self.miss, self.clock = estimator, goal, miss, clock
+        self.relative_rounding, self.rethink = relative_rounding, rethink
         self._looks = 0
+        self._turn: str | None = None
         self._shown: Reading | None = None
         self._shown_at = -math.inf
-        self._start = engine.operator.meter.products
+        self._start = estimator.products
 
     def fixed(self, probes: int) -> Outcome:
         """One look, after a number of probes that was set beforehand.
@@ -59,66 +102,89 @@ class Estimation:
         """
         stopped = self._extend(probes, self.miss)
         reading = self._read(self.miss)
-        reached: Status = "converged" if self._is_narrow(reading) else "budget"
-        return Outcome(stopped or reached, reading, 1)
+        return self._outcome(stopped or self._settled(reading) or "budget", reading, 1)
 
     def to_tolerance(self) -> Outcome:
         """Looks at doubling numbers of probes, each with its share of the error budget.
 
+        What has no noise of its own is looked at once.
+
         Raises:
             KeyboardInterrupt: stopped before there was any estimate.
         """
-        probes = first_look(self.engine.design, len(self.engine.indices))
+        if self.estimator.exact:
+            return self.fixed(1)
+        probes = first_look(self.estimator.sharing, len(self.estimator.indices))
         while True:
             miss = miss_probability(self.miss, self._looks + 1)
             stopped = self._extend(probes, miss)
             self._looks += 1
             reading = self._read(miss)
-            status = stopped or self._verdict(reading)
+            status = stopped or self._settled(reading)
             if status is not None:
-                return Outcome(status, reading, self._looks)
-            probes *= 2
+                return self._outcome(status, reading, self._looks)
+            if self._turns(reading):
+                probes = first_look(self.estimator.sharing, len(self.estimator.indices))
+            else:
+                probes *= 2
 
-    def _verdict(self, reading: Reading) -> Status | None:
-        if self._is_narrow(reading):
+    def _outcome(self, status: Status, reading: Reading, looks: int) -> Outcome:
+        return Outcome(status, self.estimator, reading, looks, self._turn)
+
+    def _turns(self, reading: Reading) -> bool:
+        """Whether there is a better estimator for the way that is left; asked once."""
+        if self.rethink is None:
+            return False
+        needed = (self._standing(reading).factor() or math.inf) * self.estimator.num_probes
+        better = self.rethink(self.estimator, needed)
+        self.rethink = None
+        if better is None:
+            return False
+        self.estimator, self._turn = better
+        return True
+
+    def _settled(self, reading: Reading) -> Status | None:
+        """What a look decides."""
+        standing = self._standing(reading)
+        if self.estimator.exact and reading.fraction == 1:
+            return "exact"
+        if standing.reached:
             return "converged"
-        hopeless = reading.data_half_width() > self._wanted(reading)
-        return "data-limited" if hopeless and reading.is_data_dominated() else None
+        return "data-limited" if standing.hopeless else None
+
+    def _standing(self, reading: Reading) -> Standing:
+        return self.goal(self.estimator, reading)
 
     def _extend(self, probes: int, miss: float) -> Status | None:
-        """Bring the engine to so many probes; a status where it had to stop on the way."""
+        """Bring the estimator to so many probes; a status where it had to stop on the way."""
         try:
-            for _ in self.engine.extend(probes):
+            for _ in self.estimator.extend(probes):
                 self._show(probes, miss)
-                if self.clock.out_of_time and self.engine.table() is not None:
-                    return "converged" if self._is_narrow(self._read(miss)) else "budget"
+                if self.clock.out_of_time and self.estimator.table() is not None:
+                    reached = self._standing(self._read(miss)).reached
+                    return "converged" if reached else "budget"
         except KeyboardInterrupt:
-            if self.engine.table() is None:
+            if self.estimator.table() is None:
                 raise
             return "interrupted"
         return None
 
     def _read(self, miss: float) -> Reading:
-        reading = read(self.engine, miss, self.relative_rounding)
+        reading = read(self.estimator, miss, self.relative_rounding)
         assert reading is not None  # a round is over, or _extend has seen a table
         return reading
-
-    def _wanted(self, reading: Reading) -> float:
-        return self.tolerance.half_width(float(reading.estimate[-1]))
-
-    def _is_narrow(self, reading: Reading) -> bool:
-        return float(reading.half_width[-1]) <= self._wanted(reading)
 
     def _show(self, probes: int, miss: float) -> None:
         """Tell the observer what is done, what is expected, and the estimate so far."""
         if (now := time.monotonic()) - self._shown_at > _SHOW_EVERY:
             self._shown_at = now
-            self._shown = read(self.engine, miss, self.relative_rounding)
+            self._shown = read(self.estimator, miss, self.relative_rounding)
         reading = self._shown
+        probing = self.estimator.probes is not None
         self.clock.tell(
-            "probing",
-            done=self.engine.operator.meter.products - self._start,
-            total=self._expected(reading, probes),
+            "probing" if probing else "squaring gradients",
+            done=self.estimator.products - self._start if probing else self.estimator.coverage(),
+            total=self._expected(reading, probes) if probing else 1.0,
             estimate=None if reading is None else float(reading.estimate[-1]),
             interval=None if reading is None else reading.interval(),
         )
@@ -127,8 +193,9 @@ class Estimation:
         """Products at the look that is expected to be the last."""
         if reading is None or self._looks == 0:
             return None
-        needed = reading.probes_for(self._wanted(reading), self.engine.num_probes)
-        if needed is None:
+        factor = self._standing(reading).factor()
+        if factor is None:
             return float(probes)
+        needed = factor * self.estimator.num_probes
         doublings = max(0, math.ceil(math.log2(max(needed, 1.0) / probes)))
         return probes * 2.0**doublings

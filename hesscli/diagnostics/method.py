@@ -1,0 +1,231 @@
+"""Which engine answers: chosen by what the problem allows, and said in one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from hesscli.diagnostics.estimation import Rethink
+from hesscli.engines.entries import Entries, Stream
+from hesscli.engines.estimator import Estimator
+from hesscli.engines.exact_diagonal.engine import ExactDiagonal, columns_of
+from hesscli.engines.hutchinson.deflation import Deflated
+from hesscli.engines.hutchinson.designs import Design, Stratified, stratified_ratio
+from hesscli.engines.hutchinson.engine import Hutchinson
+from hesscli.engines.hutchinson.statistics import Sharing
+from hesscli.errors import HesscliError, UsageError
+from hesscli.operators.base import Operator
+from hesscli.operators.exactness import Exactness, exact_parameters
+from hesscli.operators.fisher import EmpiricalFisher
+from hesscli.operators.gauss_newton import require_examples
+from hesscli.operators.hessian import Hessian
+from hesscli.operators.residual import Residual
+from hesscli.parameters import Parameters
+from hesscli.problem.factors import factor_of, score_of
+from hesscli.streams import Distribution, key
+
+METHODS = ("auto", "exact", "split", "deflated", "stratified", "hutchinson")
+
+EXACTNESS_GRADIENTS = 1 / 3
+"""A forward pass over the data, which looks for curved operations."""
+AFFORDABLE_COLUMNS = 32
+"""Backward passes that the exact diagonal may take where it was not asked for."""
+_MANY_PROBES = 64
+"""Probes ahead from which a better design is looked for."""
+DEFLATION_STEPS = 16
+"""Lanczos steps: half of the 32 products from which on deflation was seen to win."""
+BASIS_BYTES = 1 << 31
+"""Bytes that a float64 basis may take."""
+_TURN = 0x7042
+"""Separates the probes after a change of design from those that led to it."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How probes are drawn, and where single entries are kept if they are wanted.
+
+    ``batches`` takes only so many of the first batches, for a pilot.
+    """
+
+    seed: int = 0
+    sharing: Sharing = "fresh"
+    distribution: Distribution = "rademacher"
+    first: int = 0
+    entries: Entries | None = None
+    batches: int | None = None
+
+    def stream(self, parameters: Parameters, *, exact: bool) -> Stream | None:
+        """A new stream of entries, or None."""
+        return None if self.entries is None else self.entries.stream(parameters, exact=exact)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An estimator, what it is called and why it was chosen.
+
+    ``exactness`` says of each parameter whether its part of R is zero, where that was asked;
+    ``splits`` that the estimator knows the Hessian's Gauss-Newton part by itself, and
+    ``gradients`` is what the choice has cost.
+    """
+
+    estimator: Estimator
+    name: str
+    note: str
+    exactness: tuple[Exactness, ...] = ()
+    rethink: Rethink | None = None
+    gradients: float = 0.0
+    splits: bool = False
+
+
+def choose(operator: Operator, method: str, draw: Draw) -> Choice:
+    """The estimator of a matrix.
+
+    Args:
+        operator: the matrix.
+        method: by name, or ``auto``: the Gauss-Newton part without probes wherever the loss's
+            output Hessian is known, and probes for the rest.
+        draw: of the probes.
+
+    Raises:
+        UsageError: no such method, or one that this problem does not allow.
+    """
+    if method not in METHODS:
+        raise UsageError("no such method", repr(method), f"one of {', '.join(METHODS)}")
+    if method in ("deflated", "stratified", "hutchinson"):
+        return _probed(operator, method, draw)
+    try:
+        return _split(operator, method, draw)
+    except HesscliError as error:
+        if method != "auto":
+            raise
+        reason = f"probes of the whole matrix: {error.what}, {error.got}"
+        return _probed(operator, "auto", draw, reason)
+
+
+def _split(operator: Operator, method: str, draw: Draw) -> Choice:
+    """The Gauss-Newton part from gradients, the rest of the Hessian from probes.
+
+    Raises:
+        UsageError: the problem does not allow it, or ``exact`` is not to be had.
+    """
+    problem = operator.problem
+    require_examples(problem, operator.name)
+    factor = score_of if isinstance(operator, EmpiricalFisher) else factor_of
+    columns = columns_of(problem, factor)
+    sampled = method != "exact" and columns > AFFORDABLE_COLUMNS
+    gauss_newton = ExactDiagonal(
+        problem,
+        sampled=sampled,
+        factor=factor,
+        seed=draw.seed,
+        batches=draw.batches,
+        stream=draw.stream(problem.parameters, exact=not sampled),
+    )
+    gauss_newton.verify()
+    make = partial(
+        Estimator,
+        problem,
+        decay=operator.decay,
+        gauss_newton=gauss_newton,
+        entries=draw.entries,
+    )
+    passes = "one backward pass" if columns == 1 else f"{columns} backward passes"
+    if not isinstance(operator, Hessian):
+        note = "random columns of the output Hessian" if sampled else f"{passes}, no probes"
+        return Choice(make(), "split" if sampled else "exact", note)
+    exactness = exact_parameters(problem, mode=operator.mode)
+    curved = [e for e in exactness if not e.exact]
+    left = Parameters(p for p, e in zip(problem.parameters, exactness, strict=True) if not e.exact)
+    if curved and method == "exact":
+        raise _not_exact(curved)
+    name, probes, rethink = "split", None, None
+    if curved:
+        residual = Residual(problem, parameters=left, mode=operator.mode)
+        probes = _hutchinson(residual, draw, whole=problem.parameters)
+        note = (
+            f"Gauss-Newton part from {'random columns' if sampled else passes}; probes for the "
+            f"rest in {len(curved)} of {len(exactness)} tensors: {curved[0].reason}"
+        )
+        rethink = partial(_better, draw=draw) if method == "auto" else None
+    elif sampled:
+        note = "random columns of the output Hessian; the rest of the diagonal is zero"
+    else:
+        name, note = "exact", f"{passes}; the model is piecewise linear in each tensor alone"
+    estimator = make(probes=probes)
+    return Choice(estimator, name, note, exactness, rethink, EXACTNESS_GRADIENTS, splits=True)
+
+
+def _probed(operator: Operator, method: str, draw: Draw, reason: str = "as asked for") -> Choice:
+    """All of the matrix from probes."""
+    estimator = Estimator(
+        operator.problem,
+        decay=operator.decay,
+        probes=_hutchinson(operator, draw, design=_designed(operator, method, draw)),
+        entries=draw.entries,
+    )
+    name = "hutchinson" if method == "auto" else method
+    rethink = partial(_better, draw=draw) if method == "auto" else None
+    return Choice(estimator, name, reason, rethink=rethink)
+
+
+def _hutchinson(
+    operator: Operator, draw: Draw, whole: Parameters | None = None, design: Design | None = None
+) -> Hutchinson:
+    return Hutchinson(
+        operator,
+        seed=draw.seed,
+        sharing=draw.sharing,
+        distribution=draw.distribution,
+        first_probe=draw.first,
+        batches=draw.batches,
+        whole=whole,
+        design=design,
+        stream=draw.stream(operator.parameters, exact=False),
+    )
+
+
+def _better(estimator: Estimator, needed: float, draw: Draw) -> tuple[Estimator, str] | None:
+    """A design that needs fewer products than the many that plain probes still would."""
+    probes = estimator.probes
+    if probes is None or needed <= _MANY_PROBES:
+        return None
+    operator = probes.operator
+    layers = len(operator.parameters.layers)
+    design: Design
+    if 1 < layers <= _MANY_PROBES and (ratio := stratified_ratio(operator, draw.seed)) < 0.5:
+        design = Stratified(operator)
+        why = f"probes by layer, which take {ratio:.0%} of the work"
+    else:
+        steps = min(DEFLATION_STEPS, BASIS_BYTES // (8 * operator.parameters.size))
+        if steps < 2:
+            return None
+        stream = draw.stream(operator.parameters, exact=True)
+        design = Deflated(operator, steps, draw.seed, stream, estimator.parameters)
+        why = f"the top {steps} Krylov directions exactly, probes for the rest"
+    fresh = replace(draw, seed=key(_TURN, draw.seed), first=0)
+    better = Estimator(
+        estimator.problem,
+        decay=estimator.decay,
+        gauss_newton=estimator.gauss_newton,
+        probes=_hutchinson(operator, fresh, whole=estimator.parameters, design=design),
+        entries=estimator.entries,
+    )
+    return better, f"a first look foretold {needed:.0f} probes, so {why}"
+
+
+def _designed(operator: Operator, method: str, draw: Draw) -> Design | None:
+    if method == "stratified":
+        return Stratified(operator)
+    if method == "deflated":
+        stream = draw.stream(operator.parameters, exact=True)
+        return Deflated(operator, DEFLATION_STEPS, draw.seed, stream, operator.parameters)
+    return None
+
+
+def _not_exact(curved: list[Exactness]) -> UsageError:
+    named = ", ".join(f"{e.name} ({e.reason})" for e in curved[:3])
+    return UsageError(
+        "the Hessian's diagonal is not the Gauss-Newton matrix's everywhere",
+        f"{len(curved)} tensors: {named}",
+        "--method split, or --matrix ggn",
+    )

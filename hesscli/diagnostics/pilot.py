@@ -1,0 +1,121 @@
+"""What a tolerance will cost, from an estimator's first steps on a few batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from scipy.special import ndtri
+
+from hesscli.diagnostics.method import Choice, Draw, choose
+from hesscli.diagnostics.opening import PROOF_GRADIENTS
+from hesscli.diagnostics.surroundings import peak_bytes
+from hesscli.engines.diagonal import Diagonal
+from hesscli.engines.entries import Entries
+from hesscli.engines.hutchinson.statistics import Table
+from hesscli.engines.stopping import Tolerance, first_look, miss_probability
+from hesscli.operators.base import Operator
+from hesscli.results import PlannedCommand
+from hesscli.streams import key
+
+PILOT_BATCHES = 16
+PILOT_PROBES = 2
+_PILOT_SEED = 0x91707
+"""The pilot's probes are its own: a plan must not be made of the numbers that it plans."""
+_MOST_LOOKS = 40
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """An estimator that has seen a few batches, and what that took.
+
+    ``probes`` were drawn for each of them, 0 where the estimator is exact; ``scale`` is how many
+    times as large all the data is.
+    """
+
+    choice: Choice
+    seconds: float
+    scale: float
+    probes: int
+
+    def plan(
+        self, command: str, tolerance: Tolerance, miss: float, budget: float | None
+    ) -> PlannedCommand:
+        """Work, time and memory of ``trace`` or ``diag`` to a tolerance."""
+        counts, look, goal = self._counts(command, tolerance, miss)
+        times = self.scale * (counts / self.probes if self.probes else 1.0)
+        seconds = self.seconds * times
+        estimator = self.choice.estimator
+        replicates = 0 if command == "trace" else _replicate_bytes(estimator.entries)
+        notes = [f"{self.choice.name}: {self.choice.note}", goal.format(look=look)]
+        if budget is not None and seconds > budget:
+            notes.append(f"beyond --budget {budget:.0f}s, which ends it at its result so far")
+        return PlannedCommand(
+            command=command,
+            products=float(counts) if estimator.probes is not None else 0.0,
+            gradients=PROOF_GRADIENTS + self.choice.gradients + estimator.gradients * times,
+            seconds=seconds,
+            peak_bytes=peak_bytes(estimator.problem.device) + replicates,
+            note="; ".join(notes),
+        )
+
+    def _counts(self, command: str, tolerance: Tolerance, miss: float) -> tuple[int, int, str]:
+        """Probes of each batch, the look that ends it, and in words what it waits for."""
+        if not self.probes:
+            return 0, 1, "one pass"
+        table = self.choice.estimator.table()
+        assert table is not None  # every batch of the pilot has its probes
+        error, wanted, goal = (
+            self._of_trace(table, tolerance) if command == "trace" else self._of_diagonal(tolerance)
+        )
+        counts, look = first_look("fresh", self.choice.estimator.problem.num_batches), 1
+        while wanted and look < _MOST_LOOKS:
+            quantile = 1.0 if command == "diag" else _normal(miss, look)
+            if quantile * error * math.sqrt(self.probes / (counts * self.scale)) <= wanted:
+                break
+            counts, look = 2 * counts, look + 1
+        return counts, look, goal + " expected at look {look}"
+
+    def _of_trace(self, table: Table, tolerance: Tolerance) -> tuple[float, float, str]:
+        estimator = self.choice.estimator
+        estimate = float(table.estimate[-1] + estimator.decay_traces()[-1])
+        wanted = tolerance.half_width(estimate)
+        return math.sqrt(float(table.within.value[-1])), wanted, f"± {wanted:.3g}"
+
+    def _of_diagonal(self, tolerance: Tolerance) -> tuple[float, float, str]:
+        found: Diagonal = self.choice.estimator.diagonal(1.0)
+        wanted = tolerance.relative or 0.0
+        return found.relative_error(), wanted, f"an error of {wanted:.0%} of the norm"
+
+
+def run_pilot(operator: Operator, method: str, seed: int, on_step: Callable[[], None]) -> Pilot:
+    """One batch of what is exact, else two fresh probes on each of up to sixteen batches."""
+    problem = operator.problem
+    draw = Draw(key(_PILOT_SEED, seed), entries=Entries(problem.parameters, problem.device))
+    choice = choose(operator, method, replace(draw, batches=1))
+    probes = 0
+    if not choice.estimator.exact:
+        choice, probes = (
+            choose(operator, method, replace(draw, batches=PILOT_BATCHES)),
+            PILOT_PROBES,
+        )
+    began = time.perf_counter()
+    for _ in choice.estimator.extend(max(1, probes)):
+        on_step()
+    seconds = time.perf_counter() - began
+    counts = problem.data.counts
+    seen = sum(counts[i] for i in choice.estimator.indices)
+    return Pilot(choice, seconds, sum(counts) / seen, probes)
+
+
+def _replicate_bytes(entries: Entries | None) -> int:
+    """Of a source with noise within batches and between them, and a round under way."""
+    if entries is None:
+        return 0
+    return 2 * entries.parameters.size * (8 + 8 * entries.replicates)
+
+
+def _normal(miss: float, look: int) -> float:
+    return float(ndtri(1 - miss_probability(miss, look) / 2))

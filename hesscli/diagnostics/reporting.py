@@ -1,0 +1,154 @@
+"""What every estimate reports besides its numbers: cost, method, layers, and what to beware of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from hesscli.diagnostics.clock import Clock
+from hesscli.diagnostics.estimation import Outcome
+from hesscli.diagnostics.method import Choice, Draw
+from hesscli.diagnostics.opening import PROOF_GRADIENTS
+from hesscli.diagnostics.surroundings import peak_bytes
+from hesscli.engines.exact_diagonal.engine import relative_rounding as rounding_of_squares
+from hesscli.engines.reading import Reading
+from hesscli.engines.stopping import Tolerance
+from hesscli.problem.problem import Problem
+from hesscli.results import (
+    Cost,
+    Estimate,
+    LayerTrace,
+    MethodReport,
+    ParameterReport,
+    Preflight,
+    Status,
+)
+
+_FEW_EXAMPLES = 100
+
+
+def relative_rounding(problem: Problem, flight: Preflight, choice: Choice) -> float:
+    """Error of a table's cells relative to their size, from a few examples in float64."""
+    estimator = choice.estimator
+    forms = flight.relative_rounding if estimator.probes is not None else None
+    known = estimator.gauss_newton
+    squares = None if known is None else rounding_of_squares(known)
+    return max(forms or 0.0, squares or 0.0)
+
+
+def method_report(choice: Choice, outcome: Outcome, draw: Draw, flight: Preflight) -> MethodReport:
+    """What was chosen, why, and what repeats it."""
+    return MethodReport(
+        name=choice.name,
+        seed=draw.seed,
+        probe_distribution=draw.distribution,
+        probe_design=draw.sharing,
+        num_probes=outcome.estimator.num_probes,
+        looks=outcome.looks,
+        mode=flight.mode,
+        attention_kernel=flight.attention_kernel,
+        note="; ".join(filter(None, (choice.note, outcome.turn))),
+    )
+
+
+def cost(problem: Problem, choice: Choice, outcome: Outcome, clock: Clock) -> Cost:
+    """What it took, the proof included."""
+    return Cost(
+        products=outcome.estimator.products,
+        gradients=PROOF_GRADIENTS + choice.gradients + outcome.estimator.gradients,
+        seconds=clock.seconds,
+        peak_bytes=peak_bytes(problem.device),
+    )
+
+
+def total(problem: Problem, choice: Choice, outcome: Outcome, confidence: float) -> Estimate:
+    """The trace of the whole matrix, with its error bars by source."""
+    reading, estimator = outcome.reading, outcome.estimator
+    known = problem.sampling_fraction is not None
+    data, table = _data_variance(problem, reading), reading.table
+    gauss_newton = estimator.gauss_newton_traces() if choice.splits else None
+    estimate = float(reading.estimate[-1])
+    return Estimate(
+        estimate=estimate,
+        probe_stderr=math.sqrt(table.probe.value[-1]),
+        data_stderr=None if data is None else math.sqrt(data[-1]),
+        label_stderr=None if table.label is None else math.sqrt(table.label.value[-1]),
+        degrees_of_freedom=_freedom(reading),
+        interval=reading.interval(),
+        population_interval=reading.population_interval() if problem.unseen and known else None,
+        confidence=confidence,
+        gauss_newton=None if gauss_newton is None else float(gauss_newton[-1]),
+        residual=None if gauss_newton is None else estimate - float(gauss_newton[-1]),
+        rounding_error=float(reading.rounding[-1]),
+    )
+
+
+def layers(problem: Problem, outcome: Outcome, tolerance: Tolerance) -> Iterator[LayerTrace]:
+    """The trace of each layer's block."""
+    reading, parameters = outcome.reading, problem.parameters
+    data = _data_variance(problem, reading)
+    exact = reading.table.within.value == 0
+    for column, layer in enumerate(parameters.layers):
+        owned = parameters.in_layer(layer)
+        wanted = tolerance.half_width(float(reading.estimate[column]))
+        reached = float(reading.half_width[column]) <= wanted
+        missed: Status = "budget" if outcome.status in ("converged", "exact") else outcome.status
+        status: Status = "converged" if reached else missed
+        yield LayerTrace(
+            name=layer,
+            num_parameters=sum(p.numel for p in owned),
+            parameters=tuple(
+                ParameterReport(name=p.name, shape=tuple(p.tensor.shape)) for p in owned
+            ),
+            status="exact" if exact[column] and reading.fraction == 1 else status,
+            estimate=float(reading.estimate[column]),
+            probe_stderr=math.sqrt(reading.table.within.value[column]),
+            data_stderr=None if data is None else math.sqrt(data[column]),
+            interval=reading.interval(column),
+        )
+
+
+def _data_variance(problem: Problem, reading: Reading) -> np.ndarray | None:
+    return reading.table.data_variance if problem.sampling_fraction is not None else None
+
+
+def _freedom(reading: Reading) -> float | None:
+    """Degrees of freedom of the total's variance; None where there is no variance."""
+    if not reading.variance.value[-1]:
+        return None
+    return float(np.broadcast_to(reading.variance.freedom, reading.estimate.shape)[-1])
+
+
+def warnings(
+    problem: Problem, flight: Preflight, outcome: Outcome, tolerance: Tolerance
+) -> Iterator[str]:
+    """What a careful reader of the numbers must know."""
+    yield from problem.prove().warnings
+    if flight.fallback is not None:
+        yield f"slower {flight.mode} products, for {flight.fallback}"
+    if flight.mode == "finite-difference":
+        yield "products are central differences: no error bar covers what a kink adds to them"
+    if unreached := problem.prove().unreached:
+        yield f"the loss does not reach {', '.join(unreached[:5])} ({len(unreached)} tensors)"
+    if problem.couples_examples is not None:
+        yield f"{problem.couples_examples} couples the examples of a batch: the batch is the unit"
+    if problem.sampling_fraction is None:
+        yield (
+            f"the loader was not read to its end: intervals are about the {problem.data.count} "
+            "examples that were kept"
+        )
+    elif problem.data.count < _FEW_EXAMPLES and problem.data.count < (problem.data.available or 0):
+        yield f"only {problem.data.count} examples: their error bars are rough"
+    if outcome.status == "data-limited":
+        yield from _examples_advice(problem, outcome.reading, tolerance)
+
+
+def _examples_advice(problem: Problem, reading: Reading, tolerance: Tolerance) -> Iterator[str]:
+    """How many examples would bring data noise to half of the tolerance's variance."""
+    available = problem.data.available or problem.data.count
+    ratio = reading.data_half_width() / tolerance.half_width(float(reading.estimate[-1]))
+    unused = 1 / problem.data.count - 1 / available
+    wanted = math.ceil(1 / (unused / (2 * ratio**2) + 1 / available)) if math.isfinite(ratio) else 0
+    yield f"data noise alone exceeds the tolerance: about --examples {wanted or 'all'} would do"

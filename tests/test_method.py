@@ -1,0 +1,399 @@
+"""Which engine answers, and that each answers with the dense matrix's diagonal."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+from scipy.stats import t as student
+from torch import Tensor, nn
+
+import hesscli
+from hesscli.diagnostics.clock import Clock
+from hesscli.diagnostics.diagonal import diagonal
+from hesscli.diagnostics.estimation import Estimation, Standing
+from hesscli.diagnostics.method import Draw, choose
+from hesscli.engines.entries import Entries, Part
+from hesscli.engines.estimator import Estimator
+from hesscli.engines.hutchinson.deflation import Deflated
+from hesscli.engines.hutchinson.designs import Stratified, stratified_ratio
+from hesscli.engines.reading import Reading
+from hesscli.errors import HesscliError, UsageError
+from hesscli.operators.base import Operator
+from hesscli.operators.dense import Dense
+from hesscli.operators.hessian import Hessian
+from hesscli.operators.matrices import matrix_named
+from hesscli.problem.data import FrozenData
+from hesscli.problem.problem import Problem
+from hesscli.problem.sources import TensorRows
+
+LEVEL = 1e-3
+SEEDS = 200
+ROUNDING = 1e-10  # float64, sums of some thousand terms
+
+
+class Pieces(nn.Module):
+    """A small sibling of the fashion sample: convolutions, batch norm, ReLU and pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.conv2, self.norm2 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.max_pool2d(self.norm1(self.conv1(images)).relu(), 2)
+        x = self.norm2(self.conv2(x)).relu()
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
+
+
+def curved() -> nn.Sequential:
+    """GELU bends all that comes before it; the head is still exact."""
+    return nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def problem_of(
+    model: nn.Module, x: Tensor, classes: int = 3, loss: str = "cross_entropy", **options: object
+) -> Problem:
+    generator = torch.Generator().manual_seed(4)
+    y = torch.randint(classes, (len(x),), generator=generator)
+    return Problem(model.double().eval(), loss, TensorRows(x, y), seed=1, **options)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def images() -> Problem:
+    torch.manual_seed(0)
+    model = Pieces()
+    for norm in (model.norm1, model.norm2):
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        nn.init.normal_(norm.running_mean, std=0.3)
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+    return problem_of(model, draw(48, 1, 8, 8), classes=5, weight_decay=0.01)
+
+
+@pytest.fixture(scope="module")
+def bent() -> Problem:
+    torch.manual_seed(1)
+    return problem_of(curved(), draw(64, 5))
+
+
+@pytest.fixture(scope="module")
+def few() -> Problem:
+    """In four batches, so that many seeds are cheap."""
+    torch.manual_seed(1)
+    x, y = draw(64, 5), torch.arange(64) % 3
+    batches = tuple(zip(x.split(16), y.split(16), strict=True))
+    data = FrozenData(batches, (16,) * 4, 64, True, "by hand")
+    return Problem(curved().double(), "cross_entropy", data)
+
+
+def dense(problem: Problem, matrix: str = "hessian") -> Tensor:
+    return matrix_named(matrix)(problem).to_dense().diagonal()
+
+
+# -- exact -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "fisher", "empirical-fisher"])
+def test_a_small_sibling_of_fashion_is_exact(images: Problem, matrix: str) -> None:
+    result = diagonal(images, matrix=matrix)
+    found = torch.cat([torch.from_numpy(result.entries[n]).flatten() for n in result.entries])
+    truth = dense(images, matrix)
+    assert float((found - truth).abs().max() / truth.abs().max()) < ROUNDING
+    assert result.status == "exact"
+    assert result.method.name == "exact"
+    assert result.method.num_probes == 0
+    assert result.cost.products == 0
+    assert all(layer.status == "exact" for layer in result.layers)
+    assert all(np.all(array == 0) for array in result.stderr.values())
+    low, high = result.trace.interval
+    total = float(truth.sum())
+    assert low <= total <= high
+    assert high - low < ROUNDING * total
+    if matrix == "hessian":
+        assert result.trace.gauss_newton == pytest.approx(total, rel=ROUNDING)
+        assert result.trace.residual == pytest.approx(0, abs=ROUNDING * total)
+
+
+def test_from_some_examples_exact_is_not_said(images: Problem) -> None:
+    rows = TensorRows(*(torch.cat(c) for c in zip(*images.data.batches, strict=True)))
+    part = Problem(images.model, "cross_entropy", rows, examples=24, weight_decay=0.01)
+    result = diagonal(part, rtol=1e-6)
+    assert result.status == "data-limited"
+    found = torch.cat([torch.from_numpy(result.entries[n]).flatten() for n in result.entries])
+    truth = dense(images)
+    error = float((found - truth).norm() / truth.norm())
+    assert error / 3 < result.diagonal.relative_error < 3 * error
+    assert error < result.diagonal.relative_error_bound
+    assert result.trace.probe_stderr == 0
+    assert result.trace.data_stderr > 0
+    assert all(layer.status != "exact" for layer in result.layers)
+
+
+def test_probes_in_exact_mode_show_only_the_noise(images: Problem) -> None:
+    plain, probed = diagonal(images), diagonal(images, probes=8)
+    assert probed.status == "exact"
+    assert probed.method.num_probes == 8
+    assert probed.cost.products == pytest.approx(8)
+    for name, array in plain.entries.items():
+        np.testing.assert_array_equal(array, probed.entries[name])
+    for before, after in zip(plain.layers, probed.layers, strict=True):
+        assert before.block.noise_variance is None
+        assert after.block.noise_variance > 0
+        assert after.block.between_variance == before.block.between_variance
+        assert after.block.between_interval == before.block.between_interval
+
+
+# -- choice ------------------------------------------------------------------------------------
+
+
+class Step(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(x)
+        return result
+
+
+class InDict(Step):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"logits": self.last(x)}
+
+
+class InTuple(Step):
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return self.last(x), 7
+
+
+class Coupled(Step):
+    """Mixes the examples of a batch without any batch norm to say so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(x)
+        return result - result.mean(0)
+
+
+def smooth_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.multi_margin_loss(outputs, targets, p=2)
+
+
+def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+CHOICES = {
+    "linear": (Step(), "cross_entropy", "exact", "2 backward passes"),
+    "dict": (InDict(), "cross_entropy", "exact", "2 backward passes"),
+    "tuple": (InTuple(), "cross_entropy", "exact", "2 backward passes"),
+    "curved": (curved(), "cross_entropy", "split", "4 of 6 tensors: "),
+    "unknown loss": (Step(), smooth_loss, "hutchinson", "smooth_loss"),
+    "train-mode norm": (
+        nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)),
+        "cross_entropy",
+        "hutchinson",
+        "1 (BatchNorm1d)",
+    ),
+    "coupled": (Coupled(), "cross_entropy", "hutchinson", "do not add up"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_auto_takes_what_the_problem_allows_and_says_why(name: str) -> None:
+    model, loss, method, words = CHOICES[name]
+    torch.manual_seed(0)
+    x, y = draw(32, 5), torch.arange(32) % 3
+    problem = Problem(model.double().train(), loss, TensorRows(x, y), batch_size=8)
+    choice = choose(Hessian(problem), "auto", Draw())
+    assert choice.name == method
+    assert words in choice.note
+    if method == "hutchinson":
+        with pytest.raises(HesscliError):
+            choose(Hessian(problem), "exact", Draw())
+
+
+def test_train_mode_batch_norm_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).double().train()
+    problem = Problem(model, "cross_entropy", TensorRows(draw(32, 5), torch.arange(32) % 3))
+    for method in ("exact", "split"):
+        with pytest.raises(UsageError) as caught:
+            hesscli.trace(problem, method=method)
+        assert "1 (BatchNorm1d)" in caught.value.got
+    with pytest.raises(UsageError) as caught:
+        hesscli.trace(problem, matrix="empirical-fisher")
+    assert "1 (BatchNorm1d)" in caught.value.got
+
+
+def test_exact_names_what_stands_in_its_way(bent: Problem) -> None:
+    with pytest.raises(UsageError, match="not the Gauss-Newton") as caught:
+        hesscli.trace(bent, method="exact")
+    assert "0.weight (gelu" in caught.value.got
+    assert hesscli.trace(bent, method="exact", matrix="ggn").status == "exact"
+
+
+def test_no_such_method(bent: Problem) -> None:
+    with pytest.raises(UsageError, match="no such method"):
+        hesscli.trace(bent, method="magic")
+
+
+def test_a_large_vocabulary_is_drawn() -> None:
+    """Neither 49,999 backward passes nor a matrix of outputs by outputs."""
+    words, length = 50_000, 6
+    model = nn.Sequential(nn.Embedding(words, 4), nn.Linear(4, words))
+    tokens = torch.randint(words, (16, length), generator=torch.Generator().manual_seed(0))
+    problem = Problem(model, "language_model", TensorRows(tokens, tokens.roll(-1, 1)))
+    choice = choose(Hessian(problem), "auto", Draw())
+    assert choice.estimator.sampled
+    for _ in choice.estimator.extend(2):
+        pass
+    table = choice.estimator.table()
+    assert table is not None
+    assert table.label is not None
+    assert float(table.estimate[-1]) > 0
+    assert float(table.label.value[-1]) > 0
+    # Two draws of columns in place of 49,999: passes are counted.
+    assert choice.estimator.gradients < 20
+
+
+# -- split, stratified, deflated ---------------------------------------------------------------
+
+
+def estimates(operator: Operator, method: str, seeds: int, probes: int) -> list[tuple]:
+    """Readings of the total, the layers and the entries for many seeds."""
+    found = []
+    for seed in range(seeds):
+        entries = Entries(operator.parameters, torch.device("cpu"))
+        choice = choose(operator, method, Draw(seed, entries=entries))
+        goal = lambda estimator, reading: Standing(1.0, 1.0, 0.0, 1.0)  # noqa: E731
+        run = Estimation(choice.estimator, goal, 0.05, 0.0, Clock(None, None))
+        reading = run.fixed(probes).reading
+        found.append((reading, choice.estimator.diagonal(1.0)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def matrices() -> Dense:
+    """Four batches' matrices: outliers that they share, and each its own indefinite rest."""
+    generator = torch.Generator().manual_seed(8)
+    common = torch.randn(24, 3, generator=generator, dtype=torch.float64)
+    own = torch.randn(4, 24, 24, generator=generator, dtype=torch.float64)
+    return Dense.of(
+        common @ common.T * 3 + (own + own.mT) / 4,
+        masses=[1.0, 2.0, 1.5, 0.5],
+        layers={"first": 10, "second": 8, "third": 6},
+    )
+
+
+@pytest.mark.parametrize("method", ["stratified", "deflated", "hutchinson"])
+def test_every_design_is_unbiased_and_its_bars_hold(matrices: Dense, method: str) -> None:
+    _check_coverage(matrices, method, 300)
+
+
+def test_the_split_is_unbiased_and_its_bars_hold(few: Problem) -> None:
+    _check_coverage(Hessian(few), "split", SEEDS)
+
+
+def _check_coverage(operator: Operator, method: str, seeds: int) -> None:
+    """Total, layers and entries, pooled over what shares probes: 93% and more of all seeds."""
+    truth, parameters = operator.to_dense().diagonal(), operator.parameters
+    sizes = [sum(p.numel for p in parameters.in_layer(n)) for n in parameters.layers]
+    layers = np.array([float(part.sum()) for part in truth.split(sizes)])
+    wanted = np.append(layers, layers.sum())
+    found = estimates(operator, method, seeds, 8)
+    means = np.mean([reading.estimate for reading, _ in found], axis=0)
+    spread = np.std([reading.estimate for reading, _ in found], axis=0, ddof=1)
+    # Four standard errors of each of four columns, and rounding where there is no noise.
+    assert (np.abs(means - wanted) <= 4 * spread / seeds**0.5 + 1e-9).all()
+    hits = [np.abs(r.estimate - wanted) <= r.half_width + 1e-9 for r, _ in found]
+    low = binom.ppf(LEVEL / 8, seeds, 0.93) / seeds
+    assert np.mean(hits) >= low
+    covered = []
+    for _, entries in found:
+        limit = student.isf(0.025, entries.freedom) * entries.stderr()
+        covered.append(float(((entries.values - truth).abs() <= limit + 1e-9).double().mean()))
+    assert np.mean(covered) >= low
+
+
+def test_the_parts_of_the_hessian_add_up(bent: Problem) -> None:
+    result = hesscli.trace(bent, probes=4, seed=1)
+    gauss_newton = float(dense(bent, "ggn").sum())
+    assert result.method.name == "split"
+    assert result.trace.gauss_newton == pytest.approx(gauss_newton, rel=ROUNDING)
+    total = result.trace.gauss_newton + result.trace.residual
+    assert result.trace.estimate == pytest.approx(total, rel=1e-12)
+    status = {layer.name: layer.status for layer in result.layers}
+    assert status["4"] == "exact"
+    assert status["0"] != "exact"
+    assert result.layers[-1].probe_stderr == 0
+
+
+def test_the_regime_test_tells_layers_from_their_borders() -> None:
+    """Untrained and deep: most of H lies between layers, and strata pay. Not with two layers."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(6, 6), nn.Tanh())))
+    flat = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    for model in (deep, flat):
+        x, y = draw(16, 6), torch.arange(16) % 6
+        data = FrozenData(((x, y),), (16,), 16, True, "by hand")
+        operator = Hessian(Problem(model.double(), "cross_entropy", data))
+        matrix = operator.to_dense().numpy()
+        np.fill_diagonal(matrix, 0)
+        ends = np.cumsum([0, *(42 for _ in operator.parameters.layers)])
+        own = sum(np.square(matrix[a:b, a:b]).sum() for a, b in itertools.pairwise(ends))
+        exact = (len(ends) - 1) * own / np.square(matrix).sum()
+        # Eight probes know a ratio of two variances to a factor of about 4, at one in a thousand.
+        assert exact / 6 < stratified_ratio(operator, 0) < 6 * exact
+
+
+def test_many_probes_ahead_change_the_design(matrices: Dense) -> None:
+    choice = choose(matrices, "auto", Draw(3))
+    assert "hidden" in choice.note or "step" in choice.note  # why there is no Gauss-Newton part
+
+    def standing(estimator: Estimator, reading: Reading) -> Standing:
+        share = reading.random_share
+        return Standing(float(reading.half_width[-1]), 0.02 * truth, 0.0, share)
+
+    truth = float(matrices.to_dense().trace())
+    run = Estimation(choice.estimator, standing, 0.05, 0.0, Clock(60.0, None), choice.rethink)
+    outcome = run.to_tolerance()
+    assert outcome.status == "converged"
+    assert outcome.turn is not None
+    assert "a first look foretold" in outcome.turn
+    assert outcome.estimator is not choice.estimator
+    assert abs(float(outcome.reading.estimate[-1]) - truth) < 0.04 * abs(truth)
+
+
+def test_deflation_takes_the_outliers_and_strata_leave_out_the_borders(matrices: Dense) -> None:
+    spreads = {
+        method: np.std([r.estimate[-1] for r, _ in estimates(matrices, method, 40, 2)])
+        for method in ("hutchinson", "deflated", "stratified")
+    }
+    assert spreads["deflated"] < spreads["hutchinson"] / 2
+    assert spreads["stratified"] < spreads["hutchinson"]
+    assert Stratified(matrices).products == 3
+
+
+def test_a_basis_that_was_broken_off_is_made_anew(matrices: Dense) -> None:
+    entries = Entries(matrices.parameters, torch.device("cpu"))
+    stream = entries.stream(matrices.parameters, exact=True)
+    broken = Deflated(matrices, 24, 0, stream, matrices.parameters)
+    steps = broken.prepare()
+    next(steps)
+    next(steps)
+    steps.close()
+    for _ in broken.prepare():
+        pass
+    # A whole basis leaves nothing for probes: its traces are the matrix's own.
+    total = sum(t.weight * broken.offset(t.index)[-1] for t in matrices.batches())
+    assert total == pytest.approx(float(matrices.to_dense().trace()), rel=1e-10)
+    found = entries.diagonal([Part(stream, 1.0, 1)], 0.0)
+    torch.testing.assert_close(found.values, matrices.to_dense().diagonal())
