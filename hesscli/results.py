@@ -230,13 +230,14 @@ class DiagonalReport:
     """The whole diagonal: its norm, and how far off it is.
 
     ``relative_error`` is the expected ‖error‖ / ‖diag‖ with noise taken out of the norm,
-    ``relative_error_bound`` what it stays below with probability ``confidence``. ``shrinkage``
+    ``relative_error_bound`` what it stays below with probability ``confidence``; None where noise
+    hides the diagonal. ``shrinkage``
     says for each layer how much of the noisy part was kept, None where nothing was shrunk.
     """
 
     norm: float
-    relative_error: float
-    relative_error_bound: float
+    relative_error: float | None
+    relative_error_bound: float | None
     confidence: float
     negative_fraction: float
     histogram: Histogram
@@ -303,9 +304,10 @@ class DiagResult:
     def __str__(self) -> str:
         """One honest line."""
         report = self.diagonal
+        error = "unknown" if report.relative_error is None else f"{report.relative_error:.2g}"
         return (
             f"diag({self.problem.matrix}): {self.problem.num_parameters} entries, "
-            f"norm {report.norm:.6g} ± {report.relative_error:.2g} relative, "
+            f"norm {report.norm:.6g} ± {error} relative, "
             f"{report.negative_fraction:.2%} negative, {self.method.num_probes} probes, "
             f"{self.cost.gradients:.3g} gradients, {self.status}"
         )

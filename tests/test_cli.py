@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from safetensors.numpy import load_file
 
 import hesscli
 from hesscli.cli.app import explain, main
@@ -95,7 +96,7 @@ def test_misuse_exits_2(tmp_path: Path) -> None:
     assert three_lines(run.stderr)[1] == "'0%'"
 
 
-@pytest.mark.parametrize("command", ["check", "init", "trace", "schema"])
+@pytest.mark.parametrize("command", ["check", "init", "trace", "diag", "schema"])
 def test_every_command_explains_itself_with_examples(command, capsys) -> None:
     assert main([command, "-h"]) == 0
     brief = capsys.readouterr().out
@@ -258,6 +259,64 @@ def test_check_as_a_script_runs_it(tmp_path: Path) -> None:
     assert document["command"] == "check"
     assert document["files"] == {"json": str(Path("here", "check.json"))}
     assert "trace" in [planned["command"] for planned in document["plan"]["commands"]]
+
+
+DIAG_FILES = (
+    "diag.json",
+    "diag.safetensors",
+    "diag_stderr.safetensors",
+    "diag.png",
+    "diag.svg",
+    "diag_blocks.png",
+    "diag_blocks.svg",
+    "diag_heatmap.png",
+    "diag_heatmap.svg",
+)
+
+
+def test_diag_as_a_script_runs_it(tmp_path: Path, capsys) -> None:
+    run = hesscli_run("diag", SUNSPOTS, "--out", "json", "--dir", "here", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.splitlines() == [f"wrote {Path('here', name)}" for name in DIAG_FILES]
+    assert run.stdout == (tmp_path / "here" / "diag.json").read_text()
+    document = json.loads(run.stdout)
+    main(["schema"])
+    jsonschema.validate(document, json.loads(capsys.readouterr().out))
+    assert document["files"]["tensors"] == str(Path("here", "diag.safetensors"))
+    assert "entries" not in document
+    entries = load_file(tmp_path / "here" / "diag.safetensors")
+    errors = load_file(tmp_path / "here" / "diag_stderr.safetensors")
+    shapes = {p["name"]: p["shape"] for layer in document["layers"] for p in layer["parameters"]}
+    for tensors in (entries, errors):
+        assert {name: list(t.shape) for name, t in tensors.items()} == shapes
+    total = sum(float(t.sum()) for t in entries.values())
+    assert total == pytest.approx(document["trace"]["estimate"], rel=0.05)
+
+
+def test_diag_layer_runs_as_it_stands_in_a_sample(tmp_path: Path) -> None:
+    """Literally the words of the README: no checkpoint, and --layer last."""
+    run = hesscli_run("diag", "--layer", "--dir", tmp_path, cwd=SUNSPOTS.parent)
+    assert run.returncode == 0, run.stderr
+    for name in ("hidden1", "hidden2", "head"):
+        assert f"{name} ·" in run.stdout
+    for word in ("quantiles", "largest", "blocks"):
+        assert word in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layer", "hiden1"], "hidden1"),
+        (["--heatmap", "hidden1.bias"], "hidden1.weight"),
+        (["--block", "head:x"], "head:4"),
+        (["--method", "exact"], "tanh"),
+        (["--method", "exct"], "exact"),
+    ],
+)
+def test_diag_refuses_in_three_lines(options: list[str], words: str, tmp_path: Path) -> None:
+    run = hesscli_run("diag", SUNSPOTS, *options, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert words in " ".join(three_lines(run.stderr))
 
 
 def test_layers_restrict_the_report_but_not_the_total(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ ODD_RESULTS = {
     "odd names": diag_result([diagonal("[bold]$x_1$[/red]", 0.3), diagonal("", 0.2)]),
     "unknown": diag_result(
         trace=estimate(interval=(-math.inf, math.inf), probe_stderr=math.inf),
-        diagonal=diagonal_report(DIAGONALS, relative_error=math.inf, relative_error_bound=math.inf),
+        diagonal=diagonal_report(DIAGONALS, relative_error=None, relative_error_bound=None),
         status="interrupted",
     ),
 }

@@ -14,7 +14,7 @@ from hesscli.parameters import Parameters
 
 LEVEL = 1e-3
 CPU = torch.device("cpu")
-SIZE, BATCHES, RUNS = 8, 12, 400
+SIZE, BATCHES, RUNS = 8, 12, 250
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_replicates_have_the_error_s_covariance(parameters: Parameters, fraction
     slack = 0.1 if fraction < 1 else 0.0
     scale = covariance.diagonal().sqrt().outer(covariance.diagonal().sqrt())
     difference = (torch.stack(stated).mean(0) - covariance) / scale
-    # A sample covariance of 400 runs has a standard error of up to √(2 / 400) = 0.07.
+    # A sample covariance of 250 runs has a standard error of up to √(2 / 250) = 0.09.
     assert float(difference.abs().max()) < 4.5 * (2 / RUNS) ** 0.5 + slack
     assert np.mean(hits) >= binom.ppf(LEVEL, RUNS, 0.93) / RUNS
 

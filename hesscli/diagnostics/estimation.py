@@ -90,6 +90,7 @@ class Estimation:
         self.relative_rounding, self.rethink = relative_rounding, rethink
         self._looks = 0
         self._turn: str | None = None
+        self._left: tuple[Estimator, Reading] | None = None
         self._shown: Reading | None = None
         self._shown_at = -math.inf
         self._start = estimator.products
@@ -118,11 +119,15 @@ class Estimation:
         while True:
             miss = miss_probability(self.miss, self._looks + 1)
             stopped = self._extend(probes, miss)
+            if stopped is not None and self._left is not None and self.estimator.coverage() < 1:
+                self.estimator, reading = self._left  # what was known before says more
+                return self._outcome(stopped, reading, self._looks)
             self._looks += 1
             reading = self._read(miss)
             status = stopped or self._settled(reading)
             if status is not None:
                 return self._outcome(status, reading, self._looks)
+            self.estimator.balance()
             if self._turns(reading):
                 probes = first_look(self.estimator.sharing, len(self.estimator.indices))
             else:
@@ -140,6 +145,7 @@ class Estimation:
         self.rethink = None
         if better is None:
             return False
+        self._left = self.estimator, reading
         self.estimator, self._turn = better
         return True
 
@@ -160,14 +166,22 @@ class Estimation:
         try:
             for _ in self.estimator.extend(probes):
                 self._show(probes, miss)
-                if self.clock.out_of_time and self.estimator.table() is not None:
-                    reached = self._standing(self._read(miss)).reached
-                    return "converged" if reached else "budget"
+                if self.clock.out_of_time and self._has_something():
+                    return self._in_time(miss)
         except KeyboardInterrupt:
-            if self.estimator.table() is None:
+            if not self._has_something():
                 raise
             return "interrupted"
         return None
+
+    def _has_something(self) -> bool:
+        return self._left is not None or self.estimator.table() is not None
+
+    def _in_time(self, miss: float) -> Status:
+        """What the end of the budget means for what there is."""
+        reading = read(self.estimator, miss, self.relative_rounding)
+        reached = reading is not None and self._standing(reading).reached
+        return "converged" if reached else "budget"
 
     def _read(self, miss: float) -> Reading:
         reading = read(self.estimator, miss, self.relative_rounding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -81,8 +82,8 @@ class Found:
         negative = float((self.best.values < 0).sum())
         return DiagonalReport(
             norm=found.squared_norm().estimate ** 0.5,
-            relative_error=found.relative_error(),
-            relative_error_bound=found.relative_error_bound(1 - self.outcome.reading.miss),
+            relative_error=_finite(found.relative_error()),
+            relative_error_bound=_finite(found.relative_error_bound(1 - self.outcome.reading.miss)),
             confidence=self.confidence,
             negative_fraction=negative / entries,
             histogram=whole,
@@ -149,3 +150,7 @@ class Found:
         parts = self.problem.parameters.split(vector.to(kind))
         names = self.problem.parameters.names
         return {name: part.numpy() for name, part in zip(names, parts, strict=True)}
+
+
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None

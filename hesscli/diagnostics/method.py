@@ -10,7 +10,12 @@ from hesscli.engines.entries import Entries, Stream
 from hesscli.engines.estimator import Estimator
 from hesscli.engines.exact_diagonal.engine import ExactDiagonal, columns_of
 from hesscli.engines.hutchinson.deflation import Deflated
-from hesscli.engines.hutchinson.designs import Design, Stratified, stratified_ratio
+from hesscli.engines.hutchinson.designs import (
+    Design,
+    Stratified,
+    common_share,
+    stratified_ratio,
+)
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.statistics import Sharing
 from hesscli.errors import HesscliError, UsageError
@@ -36,6 +41,8 @@ DEFLATION_STEPS = 16
 """Lanczos steps: half of the 32 products from which on deflation was seen to win."""
 BASIS_BYTES = 1 << 31
 """Bytes that a float64 basis may take."""
+COMMON_SHARE = 0.75
+"""Of the probe noise that deflation could take away at best, for its basis to be worth making."""
 _TURN = 0x7042
 """Separates the probes after a change of design from those that led to it."""
 
@@ -197,7 +204,7 @@ def _better(estimator: Estimator, needed: float, draw: Draw) -> tuple[Estimator,
         why = f"probes by layer, which take {ratio:.0%} of the work"
     else:
         steps = min(DEFLATION_STEPS, BASIS_BYTES // (8 * operator.parameters.size))
-        if steps < 2:
+        if steps < 2 or common_share(operator, draw.seed) < COMMON_SHARE:
             return None
         stream = draw.stream(operator.parameters, exact=True)
         design = Deflated(operator, steps, draw.seed, stream, estimator.parameters)

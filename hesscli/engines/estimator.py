@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -43,6 +44,7 @@ class Estimator:
     ) -> None:
         self.problem, self.decay, self.entries = problem, decay, entries
         self.gauss_newton, self.probes = gauss_newton, probes
+        self.draws_per_probe = 1.0
         self._sources: list[Source] = [s for s in (gauss_newton, probes) if s is not None]
 
     @property
@@ -87,9 +89,32 @@ class Estimator:
         return squares + (0.0 if self.probes is None else self.probes.operator.meter.gradients)
 
     def extend(self, count: int) -> Iterator[None]:
-        """Bring every batch to so many probes, and as many random columns."""
-        for source in self._sources:
-            yield from source.extend(count)
+        """Bring every batch to so many probes, and to its share of random columns."""
+        if self.gauss_newton is not None:
+            yield from self.gauss_newton.extend(max(2, math.ceil(count * self.draws_per_probe)))
+        if self.probes is not None:
+            yield from self.probes.extend(count)
+
+    def balance(self) -> None:
+        """Fewer random columns than probes where these leave less noise.
+
+        For n draws of variance V each, Σ V/n at a given Σ n is least with n ∝ √V.
+        """
+        if not self.sampled or self.probes is None:
+            return
+        drawn, probed = self._energy(self.gauss_newton), self._energy(self.probes)
+        if probed:
+            self.draws_per_probe = min(1.0, math.sqrt(drawn / probed))
+
+    def _energy(self, source: Source | None) -> float:
+        """A single draw's squared error, of the entries where they are kept, else of the total."""
+        assert source is not None  # there are both
+        if self.entries is not None:
+            found = self.entries.diagonal(self._parts([source], 1.0), 0.0)
+            return found.squared_norm().bias * source.count
+        weights = [self.problem.masses[i] for i in source.seen]
+        table = reduce_table([source.cells[i] for i in source.seen], weights, "fresh")
+        return float(table.within.value[-1]) * source.count
 
     def table(self) -> Table | None:
         """What the sources say together of the batches that all of them have seen."""

@@ -59,7 +59,7 @@ def diag_figure(result: DiagResult) -> Figure:
 def _title(result: DiagResult) -> str:
     report = result.diagonal
     title = f"Diagonal of the {words.matrix_name(result.problem)}: norm {words.number(report.norm)}"
-    if report.relative_error:
+    if report.relative_error != 0:
         title += f"   (relative error {words.percent(report.relative_error)})"
     return title
 

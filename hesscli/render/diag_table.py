@@ -68,7 +68,7 @@ def _diagonal_lines(result: DiagResult) -> tuple[Text, Facts]:
     report, problem = result.diagonal, result.problem
     line = Text(f"diagonal of the {words.matrix_name(problem)}  ")
     line.append(f"norm {words.number(report.norm)}", style="bold")
-    if report.relative_error:
+    if report.relative_error != 0:
         line.append(", relative error ").append(words.percent(report.relative_error), style="bold")
         bound, confidence = map(words.percent, (report.relative_error_bound, report.confidence))
         line.append(f" (below {bound} at {confidence})")

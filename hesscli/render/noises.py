@@ -56,7 +56,7 @@ def _half_the_error(result: words.Estimated) -> str | None:
     """The tolerance that is half of what was reached, where that is known."""
     if isinstance(result, DiagResult):
         bound = result.diagonal.relative_error_bound
-        return f"--rtol {words.percent(bound / 2)}" if math.isfinite(bound) else None
+        return None if bound is None else f"--rtol {words.percent(bound / 2)}"
     error, size = words.half_width(result.trace.interval), abs(result.trace.estimate)
     if not math.isfinite(error):
         return None

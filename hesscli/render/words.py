@@ -79,9 +79,11 @@ def amount(value: float) -> str:
     return count(round(value)) if value >= 10 and math.isfinite(value) else number(value, 2)
 
 
-def percent(share: float) -> str:
+def percent(share: float | None) -> str:
     """Write a share, as in ``4.5%``."""
-    return f"{_digits(100 * share, 2)}%" if math.isfinite(share) else "unknown"
+    if share is None or not math.isfinite(share):
+        return "unknown"
+    return f"{_digits(100 * share, 2)}%"
 
 
 def human_bytes(size: float) -> str:

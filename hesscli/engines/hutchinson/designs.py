@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -129,3 +130,20 @@ def stratified_ratio(operator: Operator, seed: int) -> float:
         own += float(torch.stack([parts[i].sum(1) for i in stratum]).sum(0).var())
     plain = float(whole.var())
     return design.products * own / plain if plain else float("inf")
+
+
+def common_share(operator: Operator, seed: int) -> float:
+    """Share of a batch's probe noise that its matrix has in common with another batch's.
+
+    The correlation of two batches' quadratic forms of the same probes. A basis from the mean of
+    all batches can take away no more than that; with a single batch it is everything.
+    """
+    terms = list(itertools.islice(operator.batches(), 2))
+    if len(terms) == 1:
+        return 1.0
+    probes = Probes(operator, key(_REGIME, seed), "shared", "rademacher")
+    block = probes.block(0, 0, _REGIME_PROBES)
+    one, other = ((block * term.apply(block)).sum(1, dtype=torch.float64) for term in terms)
+    one, other = one - one.mean(), other - other.mean()
+    size = float(one.norm() * other.norm())
+    return float(one @ other) / size if size else 0.0
