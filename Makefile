@@ -8,7 +8,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/demo  ## Install, and trace the Hessian of a small trained network
-	$(BIN)/hesscli trace samples/fashion/model.pt --rtol 15%
+	$(BIN)/hesscli trace samples/fashion/model.pt
 
 test: $(VENV)/test  ## Run the test suite on two processes
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
@@ -19,8 +19,9 @@ lint: $(VENV)/test  ## Style, docstrings, imports and types
 bench: $(VENV)/bench  ## Compare products with PyHessian, curvlinops and hessian-eigenthings
 	$(BIN)/python tests/benchmarks/products.py
 
-gallery: $(VENV)/demo  ## Trace all samples; pictures go to hesscli-out/
-	for model in $(SAMPLES); do $(BIN)/hesscli trace $$model --rtol 15% || exit; done
+gallery: $(VENV)/demo  ## Trace and diagonal of all samples; pictures go to hesscli-out/
+	for model in $(SAMPLES); do for command in trace diag; do \
+		$(BIN)/hesscli $$command $$model --budget 5m || exit; done; done
 
 coverage: $(VENV)/demo  ## How often intervals from a quarter of the examples hold (half an hour)
 	$(BIN)/python tests/benchmarks/coverage.py

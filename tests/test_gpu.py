@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hesscli
+from hesscli.engines.lanczos import Lanczos
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,12 +26,41 @@ def test_the_same_probes_give_the_same_trace(checkpoint: str, matrix: str) -> No
     found = []
     for device in ("cpu", "cuda"):
         problem = hesscli.load(SAMPLES / checkpoint, device=device, examples=64)
-        found.append(hesscli.trace(problem, matrix=matrix, probes=2))
+        found.append(hesscli.trace(problem, matrix=matrix, probes=2, method="hutchinson"))
     cpu, cuda = (result.trace for result in found)
     bound = 10 * (cpu.rounding_error + cuda.rounding_error)
     assert abs(cpu.estimate - cuda.estimate) <= bound
     assert found[0].problem.manifest_sha256 == found[1].problem.manifest_sha256
     assert found[1].environment.device_name != found[0].environment.device_name
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_the_same_diagonal(checkpoint: str) -> None:
+    """Exact, split and drawn: entries to half of float32's digits of the largest."""
+    found = []
+    for device in ("cpu", "cuda"):
+        problem = hesscli.load(SAMPLES / checkpoint, device=device, examples=64)
+        found.append(hesscli.diagonal(problem, probes=2))
+    cpu, cuda = found
+    assert cpu.method.name == cuda.method.name
+    for name, entries in cpu.entries.items():
+        scale = max(abs(array).max() for array in cpu.entries.values())
+        assert abs(entries - cuda.entries[name]).max() < 3e-4 * scale
+
+
+def test_a_basis_on_the_device_is_orthonormal() -> None:
+    problem = hesscli.load(SAMPLES / "sunspots/model.pt", device="cuda")
+    hessian = hesscli.Hessian(problem)
+    lanczos = Lanczos(
+        lambda vector: hessian @ vector, problem.parameters.size, seed=0, device=problem.device
+    )
+    for _ in range(32):
+        lanczos.step()
+    overlaps = lanczos.basis @ lanczos.basis.T
+    assert overlaps.device.type == "cuda"
+    assert float((overlaps - torch.eye(32, device="cuda")).abs().max()) < 1e-12
+    top = float(torch.linalg.eigvalsh(hessian.to_dense())[-1])
+    assert abs(lanczos.ritz().values[-1] - top) < 1e-8 * top
 
 
 def test_no_stray_synchronisation_between_probes() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli.diagnostics.clock import Clock
+from hesscli.diagnostics.diagonal import _standing as diagonal_standing
 from hesscli.diagnostics.diagonal import diagonal
 from hesscli.diagnostics.estimation import Estimation, Standing
 from hesscli.diagnostics.method import Draw, choose
@@ -21,6 +26,7 @@ from hesscli.engines.estimator import Estimator
 from hesscli.engines.hutchinson.deflation import Deflated
 from hesscli.engines.hutchinson.designs import Stratified, stratified_ratio
 from hesscli.engines.reading import Reading
+from hesscli.engines.stopping import Tolerance
 from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.dense import Dense
@@ -32,6 +38,7 @@ from hesscli.problem.sources import TensorRows
 
 LEVEL = 1e-3
 SEEDS = 200
+SUNSPOTS = Path(__file__).parents[1] / "samples" / "sunspots" / "model.pt"
 ROUNDING = 1e-10  # float64, sums of some thousand terms
 
 
@@ -96,6 +103,15 @@ def few() -> Problem:
     batches = tuple(zip(x.split(16), y.split(16), strict=True))
     data = FrozenData(batches, (16,) * 4, 64, True, "by hand")
     return Problem(curved().double(), "cross_entropy", data)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Problem:
+    """The sunspots sample, at its minimum, in four batches."""
+    whole = hesscli.load(SUNSPOTS, examples="all")
+    x, y = (torch.cat(c).split(64) for c in zip(*whole.data.batches, strict=True))
+    data = FrozenData(tuple(zip(x, y, strict=True)), (64,) * 4, 256, True, "by hand")
+    return Problem(whole.model, "mse", data, weight_decay=whole.weight_decay)
 
 
 def dense(problem: Problem, matrix: str = "hessian") -> Tensor:
@@ -301,8 +317,31 @@ def test_every_design_is_unbiased_and_its_bars_hold(matrices: Dense, method: str
     _check_coverage(matrices, method, SEEDS)
 
 
-def test_the_split_is_unbiased_and_its_bars_hold(few: Problem) -> None:
-    _check_coverage(Hessian(few), "split", SEEDS)
+@pytest.mark.parametrize("name", ["few", "trained"])
+def test_the_split_is_unbiased_and_its_bars_hold(name: str, request: pytest.FixtureRequest) -> None:
+    _check_coverage(Hessian(request.getfixturevalue(name)), "split", SEEDS)
+
+
+def test_a_diagonal_s_bars_hold_at_the_stop(matrices: Dense) -> None:
+    """The relative error is below the tolerance, and every entry in its bar, when it ends."""
+    truth = matrices.to_dense().diagonal()
+    tolerance = Tolerance(0.3, None)
+    below, covered, looks = [], [], []
+    for seed in range(SEEDS):
+        draw = Draw(seed, entries=Entries(matrices.parameters, torch.device("cpu")))
+        choice = choose(matrices, "hutchinson", draw)
+        goal = partial(diagonal_standing, tolerance=tolerance)
+        outcome = Estimation(choice.estimator, goal, 0.05, 0.0, Clock(None, None)).to_tolerance()
+        assert outcome.status == "converged"
+        found = choice.estimator.diagonal(1.0)
+        error = (found.values - truth).abs()
+        below.append(float(error.norm() / truth.norm()) <= 0.3)
+        limit = student.isf(0.025, found.freedom) * found.stderr()
+        covered.append(float((error <= limit).double().mean()))
+        looks.append(outcome.looks)
+    assert np.mean(below) >= binom.ppf(LEVEL / 2, SEEDS, 0.95) / SEEDS
+    assert np.mean(covered) >= binom.ppf(LEVEL / 2, SEEDS, 0.93) / SEEDS
+    assert max(looks) > 1
 
 
 def _check_coverage(operator: Operator, method: str, seeds: int) -> None:
@@ -400,3 +439,33 @@ def test_a_basis_that_was_broken_off_is_made_anew(matrices: Dense) -> None:
     assert total == pytest.approx(float(matrices.to_dense().trace()), rel=1e-10)
     found = entries.diagonal([Part(stream, 1.0, 1)], 0.0)
     torch.testing.assert_close(found.values, matrices.to_dense().diagonal())
+
+
+LARGE_VOCABULARY = """
+import resource, sys
+import torch
+from torch import nn
+import hesscli
+from hesscli.problem.sources import TensorRows
+
+torch.manual_seed(0)
+words = 50_000
+model = nn.Sequential(nn.Embedding(words, 4), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, words))
+tokens = torch.randint(words, (16, 8))
+problem = hesscli.Problem(model, "language_model", TensorRows(tokens, tokens.roll(-1, 1)))
+plan = hesscli.check(problem, rtol=2.0).plan
+planned = {command.command: command.peak_bytes for command in plan.commands}
+assert hesscli.diagonal(problem, probes=2).method.num_probes == 2
+unit = 1 if sys.platform == "darwin" else 1024
+print(planned["diag"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+"""
+
+
+def test_memory_of_a_large_vocabulary_is_bounded_and_planned() -> None:
+    """One example's outputs are 1.6 MB; a matrix of outputs by outputs would be 80 GB."""
+    run = subprocess.run(
+        [sys.executable, "-c", LARGE_VOCABULARY], capture_output=True, text=True, check=True
+    )
+    planned, used = map(int, run.stdout.split())
+    assert used < 1 << 30
+    assert used / 1.5 < planned < 1.5 * used

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ def test_python_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctest.testfile(str(ROOT / "README.md"), module_relative=False).failed == 0
 
 
-def test_docstring_examples() -> None:
-    import hesscli.operators.hessian
-
-    result = doctest.testmod(hesscli.operators.hessian)
+@pytest.mark.parametrize(
+    "module", ["operators.hessian", "operators.dense", "engines.root_mean_square"]
+)
+def test_docstring_examples(module: str) -> None:
+    result = doctest.testmod(import_module(f"hesscli.{module}"))
     assert result.attempted
     assert not result.failed
 

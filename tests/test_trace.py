@@ -16,6 +16,7 @@ from torch import nn
 
 import hesscli
 from hesscli.errors import UsageError
+from hesscli.problem.data import FrozenData
 from hesscli.problem.sources import TensorRows
 from hesscli.results import Snapshot, TraceResult
 
@@ -29,6 +30,15 @@ probed = partial(hesscli.trace, method="hutchinson")
 @pytest.fixture(scope="module")
 def sunspots() -> hesscli.Problem:
     return hesscli.load(SAMPLES / "sunspots" / "model.pt", examples="all")
+
+
+@pytest.fixture(scope="module")
+def merged(sunspots: hesscli.Problem) -> hesscli.Problem:
+    """The same in four batches, so that many seeds are cheap."""
+    columns = zip(*sunspots.data.batches, strict=True)
+    x, y = (torch.cat(column).split(64) for column in columns)
+    data = FrozenData(tuple(zip(x, y, strict=True)), (64,) * 4, 256, True, "by hand")
+    return hesscli.Problem(sunspots.model, "mse", data, weight_decay=sunspots.weight_decay)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +72,7 @@ def layer_traces(problem: hesscli.Problem, matrix: type = hesscli.Hessian) -> di
     ("name", "design", "probes"),
     [
         ("sunspots", "fresh", 2),
-        ("sunspots", "shared", 16),
+        ("merged", "shared", 16),
         ("relu", "fresh", 2),
         ("relu", "shared", 8),
     ],
@@ -246,6 +256,7 @@ def test_nothing_of_the_model_changes(relu: hesscli.Problem) -> None:
 
 MEMORY = """
 import resource, sys, torch, hesscli
+from hesscli.problem.data import FrozenData
 from hesscli.problem.sources import TensorRows
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -159,7 +159,8 @@ def _verdict(explained: float, kept: Interval, lost: Interval, removed: Interval
         return f"safe: {keeps}"
     if removed is not None and lost[1] < removed[0]:
         probes = int(removed[0] / lost[1])
-        return f"safe while noisy: up to {probes:,} probes it removes more noise than structure"
+        count = f"{probes:,}".replace(",", " ")
+        return f"safe while noisy: up to {count} probes it removes more noise than structure"
     if removed is not None and lost[0] > removed[1]:
         return f"harmful: {keeps}, and removes less noise than that loss"
     if kept[1] - kept[0] > _NARROW:
