@@ -13,7 +13,6 @@ from noisy_diagonals import at_least, at_most, estimates, matrix
 from hesscli.diagnostics.block_variance import block_report
 from hesscli.engines.diagonal import Diagonal
 from hesscli.engines.hutchinson.blocks import BlockRule, Blocks
-from hesscli.errors import UsageError
 from hesscli.results import BlockReport
 
 SEEDS = 500
@@ -104,11 +103,6 @@ def test_nothing_to_average(shapes: list[tuple[int, ...]]) -> None:
 
 def test_mixed_rules_are_both_named() -> None:
     assert report(np.zeros(82)).rule == "kernel + 32"
-
-
-def test_heads_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(UsageError):
-        report(np.zeros(82), rule="head:2")
 
 
 def layers() -> list[tuple[tuple[int, ...], str, float, float]]:

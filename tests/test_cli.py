@@ -309,6 +309,7 @@ def test_diag_layer_runs_as_it_stands_in_a_sample(tmp_path: Path) -> None:
         (["--layer", "hiden1"], "hidden1"),
         (["--heatmap", "hidden1.bias"], "hidden1.weight"),
         (["--block", "head:x"], "head:4"),
+        (["--block", "head:7"], "rows of 1, 4, 18"),
         (["--method", "exact"], "tanh"),
         (["--method", "exct"], "exact"),
     ],

@@ -386,7 +386,7 @@ def test_draws_do_not_depend_on_how_a_batch_is_cut(monkeypatch: pytest.MonkeyPat
     build, loss, data, _ = CASES["images"]
     problem = Problem(build(), loss, _cut(data, [19, 4]))
     whole = _run(problem, draws=2)
-    monkeypatch.setattr("hesscli.engines.exact_diagonal.squares.PART_BYTES", 1)
+    monkeypatch.setattr("hesscli.engines.exact_diagonal.passes.PART_BYTES", 1)
     torch.testing.assert_close(_run(problem, draws=2).diagonal, whole.diagonal)
     assert not torch.equal(_run(problem, draws=2, seed=1).diagonal, whole.diagonal)
 

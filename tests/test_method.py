@@ -23,6 +23,7 @@ from hesscli.diagnostics.estimation import Estimation, Standing
 from hesscli.diagnostics.method import Draw, choose
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.estimator import Estimator
+from hesscli.engines.hutchinson.blocks import BlockRule, Blocks
 from hesscli.engines.hutchinson.deflation import Deflated
 from hesscli.engines.hutchinson.designs import Stratified, stratified_ratio
 from hesscli.engines.reading import Reading
@@ -363,6 +364,31 @@ def _check_coverage(operator: Operator, method: str, seeds: int) -> None:
         limit = student.isf(0.025, entries.freedom) * entries.stderr()
         covered.append(float(((entries.values - truth).abs() <= limit + 1e-9).double().mean()))
     assert np.mean(covered) >= low
+
+
+def test_plain_probes_are_adahessian_s_estimate(few: Problem) -> None:
+    """z ⊙ Hz by the paper's two backward passes on each batch, then its signed block means."""
+    parameters = few.parameters
+    entries = Entries(parameters, torch.device("cpu"))
+    choice = choose(Hessian(few), "hutchinson", Draw(5, entries=entries))
+    for _ in choice.estimator.extend(2):
+        pass
+    engine = choice.estimator.probes
+    assert engine is not None
+    wanted = torch.zeros(parameters.size, dtype=torch.float64)
+    for batch in few.batches():
+        loss = few.evaluate(batch.data)
+        gradient = torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, parameters.tensors, create_graph=True)]
+        )
+        for z in engine.probes.block(batch.index, 0, 2):
+            product = torch.autograd.grad(gradient @ z, parameters.tensors, retain_graph=True)
+            wanted += batch.weight / 2 * z * torch.cat([p.flatten() for p in product])
+    found = choice.estimator.diagonal(1.0).values
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    first = parameters.split(found)[0]
+    means = Blocks.of(first.shape, BlockRule.parse("5")).average(first)
+    torch.testing.assert_close(means, first.mean(1, keepdim=True).expand_as(first))
 
 
 def test_the_parts_of_the_hessian_add_up(bent: Problem) -> None:

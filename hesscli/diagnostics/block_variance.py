@@ -103,9 +103,6 @@ def block_report(
         num_probes: how many independent products of one probe that estimate is a mean of. The
             verdict is then about the noise of a single one, which is what an optimizer's step
             sees; without it, about the share kept alone.
-
-    Raises:
-        UsageError: heads do not divide a matrix's rows.
     """
     blocks = LayerBlocks(shapes, rule)
     between = diagonal.squared_norm(blocks.between)

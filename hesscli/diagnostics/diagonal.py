@@ -74,6 +74,7 @@ def diagonal(
     if fixed is not None and fixed < 2:
         raise UsageError("an error bar needs two probes", f"{fixed} probes", "--probes 2 or more")
     rule = BlockRule.parse(block)
+    _require_heads(rule, problem)
     clock, tolerance = Clock(budget, observe), Tolerance(rtol, atol)
     with opened(problem, matrix, mode, clock) as opening:
         entries = Entries(problem.parameters, problem.device)
@@ -106,6 +107,18 @@ def diagonal(
         entries=found.by_name(found.best.values),
         stderr=found.by_name(found.best.stderr()),
     )
+
+
+def _require_heads(rule: BlockRule, problem: Problem) -> None:
+    """Refuse heads that no matrix has, before the long work."""
+    rows = [p.tensor.shape[0] for p in problem.parameters if p.tensor.dim() == 2]
+    if rule.kind == "head" and all(n % rule.number for n in rows):
+        sizes = ", ".join(map(str, sorted(set(rows))[:5])) or "no matrices"
+        raise UsageError(
+            "heads must divide the rows of some matrix",
+            f"head:{rule.number}, and rows of {sizes}",
+            "--block row, or the number of an attention layer's heads",
+        )
 
 
 def _standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:

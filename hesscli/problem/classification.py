@@ -146,9 +146,13 @@ class LanguageModel(CrossEntropy):
             )
         return outputs.transpose(1, 2)
 
+    def token_weights(self, batch: Batch) -> Tensor | None:
+        """The batch's third tensor ``(N, T)``, if it has one."""
+        return batch[2] if isinstance(batch, (tuple, list)) and len(batch) == 3 else None
+
     def masses(self, batch: Batch) -> Tensor:
         """Unmasked tokens, or the sum of their weights."""
-        weights = _token_weights(batch)
+        weights = self.token_weights(batch)
         if weights is None:
             return super().masses(batch)
         return (weights.double() * (self.targets(batch) != self.ignore_index)).sum(1)
@@ -156,13 +160,9 @@ class LanguageModel(CrossEntropy):
     def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Sum over an example's tokens."""
         terms = self.terms(self.logits(outputs), self.targets(batch))
-        weights = _token_weights(batch)
+        weights = self.token_weights(batch)
         return (terms if weights is None else terms * weights.to(terms)).sum(1)
 
 
 def _first_two(batch: Batch) -> Batch:
     return batch[:2] if isinstance(batch, (tuple, list)) else batch
-
-
-def _token_weights(batch: Batch) -> Tensor | None:
-    return batch[2] if isinstance(batch, (tuple, list)) and len(batch) == 3 else None

@@ -181,13 +181,8 @@ def _target_weights(loss: CrossEntropy, logits: Tensor, batch: Batch) -> Tensor:
     kept = targets != loss.ignore_index
     chosen = weights[targets.where(kept, 0)]
     total = kept * ((1 - smoothing) * chosen + smoothing * weights.mean())
-    return total * _token_weights(loss, batch).to(total)
-
-
-def _token_weights(loss: CrossEntropy, batch: Batch) -> Tensor:
-    """The third tensor of a language model's batch, or 1."""
-    weighted = isinstance(loss, LanguageModel) and isinstance(batch, (tuple, list))
-    return batch[2] if weighted and len(batch) == 3 else torch.ones(())
+    given = loss.token_weights(batch) if isinstance(loss, LanguageModel) else None
+    return total if given is None else total * given.to(total)
 
 
 def _entry_curvature(loss: Entrywise, outputs: Tensor, batch: Batch) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hesscli import streams
 from hesscli.engines.entries import Stream
-from hesscli.engines.exact_diagonal.squares import Pass, SquaredJacobian
+from hesscli.engines.exact_diagonal.passes import Pass
+from hesscli.engines.exact_diagonal.squares import SquaredJacobian
 from hesscli.engines.hutchinson.statistics import Array
 from hesscli.engines.layers import LayerSums
 from hesscli.errors import UsageError

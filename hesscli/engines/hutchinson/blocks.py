@@ -10,8 +10,8 @@ row        rank 2 and more              all weights into one output unit or outp
                                         a matrix's row, a convolution's filter
 channel    rank 2 and more              all weights that read one input unit or input channel:
                                         a matrix's column, dimension 1 of a convolution
-head:N     matrices                     one of N equal groups of rows, such as an attention
-                                        head's (3 × heads for a fused query-key-value matrix)
+head:N     matrices with rows that N    one of N equal groups of rows, such as an attention
+           divides                      head's (3 × heads for a fused query-key-value matrix)
 N          rank 2 and more              N consecutive entries of a row; the last of a row may
                                         be shorter
 auto       all                          convolutions by ``kernel``, matrices by ``32``
@@ -87,11 +87,7 @@ class Blocks:
 
     @classmethod
     def of(cls, shape: Sequence[int], rule: BlockRule) -> Blocks:
-        """The blocks of a tensor of some shape.
-
-        Raises:
-            UsageError: heads do not divide a matrix's rows.
-        """
+        """The blocks of a tensor of some shape."""
         shape = tuple(shape)
         numel = math.prod(shape)
         if len(shape) < 2 or numel == 0:
@@ -104,8 +100,7 @@ class Blocks:
                 return cls("row", shape, outputs, numel // outputs)
             case "channel":
                 return cls("channel", shape, inputs, numel // inputs, by_input=True)
-            case "head" if len(shape) == 2:
-                _check_heads(rule.number, shape)
+            case "head" if len(shape) == 2 and outputs % rule.number == 0:
                 return cls(f"head:{rule.number}", shape, rule.number, numel // rule.number)
             case "entries":
                 size = min(rule.number, numel // outputs)
@@ -166,12 +161,3 @@ class Blocks:
 
 
 _AUTO = {True: BlockRule("kernel"), False: BlockRule("entries", MATRIX_BLOCK)}
-
-
-def _check_heads(heads: int, shape: tuple[int, ...]) -> None:
-    if shape[0] % heads:
-        raise UsageError(
-            "heads must divide a matrix's rows evenly",
-            f"head:{heads} and a matrix of {shape[0]} × {shape[1]}",
-            f"a number that divides {shape[0]}, or --layer with the attention layers' names",
-        )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.entries import Stream
+from hesscli.engines.hutchinson.designs import Design
 from hesscli.engines.hutchinson.statistics import Array
 from hesscli.engines.lanczos import Lanczos
 from hesscli.engines.layers import LayerSums
@@ -23,7 +24,7 @@ from hesscli.operators.base import Operator, Term
 from hesscli.parameters import Parameters
 
 
-class Deflated:
+class Deflated(Design):
     """v ⊙ A (I − QQᵀ) v with Q from a few steps of Lanczos' method.
 
     Args:
@@ -35,7 +36,6 @@ class Deflated:
     """
 
     name = "deflated"
-    products = 1
 
     def __init__(
         self,

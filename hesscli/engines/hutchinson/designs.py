@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,12 +16,11 @@ from hesscli.engines.hutchinson.statistics import Array
 from hesscli.operators.base import Operator, Term
 from hesscli.streams import key
 
-_NOTHING: Array = np.zeros(())
 _REGIME, _REGIME_PROBES = 0x4E61, 8
 """The regime test's own probes."""
 
 
-class Design(Protocol):
+class Design(ABC):
     """How probes are turned into products.
 
     ``name`` is what the report calls it, ``products`` how many of them a probe takes, and
@@ -29,40 +28,33 @@ class Design(Protocol):
     """
 
     name: str
-    products: int
-    stream: Stream | None
-
-    def prepare(self) -> Iterator[None]:
-        """What is to be done once before any probe, in steps."""
-
-    def estimates(self, term: Term, block: Tensor) -> Tensor:
-        """Probes ``(P, d)`` to as many estimates of the batch's diagonal, less the offset."""
-
-    def offset(self, batch: int) -> Array:
-        """What is known of a batch's traces without probes, to be added: ``(L + 1,)`` or 0."""
-
-
-class Plain:
-    """v ⊙ Av: one product a probe, whose noise is all of A off the diagonal."""
-
-    name = "hutchinson"
     products = 1
     stream: Stream | None = None
 
+    @abstractmethod
+    def estimates(self, term: Term, block: Tensor) -> Tensor:
+        """Probes ``(P, d)`` to as many estimates of the batch's diagonal, less the offset."""
+
     def prepare(self) -> Iterator[None]:
-        """Nothing."""
+        """What is to be done once before any probe, in steps; nothing by default."""
         yield from ()
+
+    def offset(self, batch: int) -> Array:
+        """What is known of a batch's traces without probes, to be added: ``(L + 1,)`` or 0."""
+        return np.zeros(())
+
+
+class Plain(Design):
+    """v ⊙ Av: one product a probe, whose noise is all of A off the diagonal."""
+
+    name = "hutchinson"
 
     def estimates(self, term: Term, block: Tensor) -> Tensor:
         """One product a probe."""
         return block * term.apply(block)
 
-    def offset(self, batch: int) -> Array:
-        """Nothing is known beforehand."""
-        return _NOTHING
 
-
-class Stratified:
+class Stratified(Design):
     """v_l ⊙ (A v_l)_l for each layer l apart: no noise from between the layers.
 
     Costs a product for each layer, and pays where most of A off its diagonal lies between
@@ -70,7 +62,6 @@ class Stratified:
     """
 
     name = "stratified"
-    stream: Stream | None = None
 
     def __init__(self, operator: Operator) -> None:
         parameters = operator.parameters
@@ -79,10 +70,6 @@ class Stratified:
         ]
         self._sizes = list(parameters.sizes)
         self.products = len(self._strata)
-
-    def prepare(self) -> Iterator[None]:
-        """Nothing."""
-        yield from ()
 
     def estimates(self, term: Term, block: Tensor) -> Tensor:
         """One product a probe and layer."""
@@ -106,10 +93,6 @@ class Stratified:
 
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
         return torch.split(rows, self._sizes, dim=1)
-
-    def offset(self, batch: int) -> Array:
-        """Nothing is known beforehand."""
-        return _NOTHING
 
 
 def stratified_ratio(operator: Operator, seed: int) -> float:

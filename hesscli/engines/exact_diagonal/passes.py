@@ -1,0 +1,221 @@
+"""One forward pass over some examples, and the backward passes on its graph.
+
+One backward pass gives every module's output gradients for all examples; each known module
+turns them and its inputs into its parameters' per-example gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hesscli import streams
+from hesscli.engines.exact_diagonal.capture import Call, captured
+from hesscli.engines.exact_diagonal.sites import Site, site_class
+from hesscli.errors import UnsoundError
+from hesscli.problem.blame import is_out_of_memory
+from hesscli.problem.problem import WeightedBatch
+
+if TYPE_CHECKING:
+    from hesscli.engines.exact_diagonal.squares import SquaredJacobian
+
+GRADIENT_BYTES = 1 << 27
+"""Bytes of output gradients that are held at once."""
+PART_BYTES = 1 << 22
+"""Bytes of module outputs that a CPU works on at once."""
+_CHECK = 0xC4EC
+"""Separates the check's stream from other uses of a seed."""
+
+
+class Pass:
+    """Some examples on one retained graph."""
+
+    def __init__(self, owner: SquaredJacobian, batch: WeightedBatch) -> None:
+        self.owner, self.batch = owner, batch
+        self.share = batch.count / owner.problem.data.count
+        with captured(owner.known, owner.shared, batch.count) as calls:
+            self.outputs = owner.problem.outputs(batch.data)
+        self.calls = calls
+        self._sites: dict[nn.Module, Site] = {}
+        owner.gradients += self.share / 3
+
+    @property
+    def structure(self) -> Hashable:
+        """What one verification speaks for: which modules were called, and on what."""
+        kinds = tuple(
+            tuple((call.input.dim(), self._rows_each(call)) for call in calls)
+            for calls in self.calls.values()
+        )
+        return self.batch.count > 1, kinds
+
+    @property
+    def block_size(self) -> int:
+        """Columns whose output gradients are held at once."""
+        return max(1, GRADIENT_BYTES // self._column_bytes)
+
+    @property
+    def fitting(self) -> int:
+        """Examples that make a good part of a batch."""
+        room = PART_BYTES if self.outputs.device.type == "cpu" else GRADIENT_BYTES
+        return max(1, room * self.batch.count // self._column_bytes)
+
+    @property
+    def _column_bytes(self) -> int:
+        """Bytes of the outputs of all known modules and of the model."""
+        shapes = [call.shape for calls in self.calls.values() for call in calls]
+        numbers = self.outputs.numel() + sum(shape.numel() for shape in shapes)
+        return max(1, numbers * self.outputs.element_size())
+
+    def squares(self, columns: Sequence[Tensor]) -> Tensor:
+        """Σ over examples and columns s of (J_iᵀ s_i)², flat float64 ``(d,)``."""
+        known, tensors = self.owner.known, self.owner.parameters.tensors
+        parts = [torch.zeros_like(t, dtype=torch.float64) for t in tensors]
+        pulled = [self._pulled(column) for column in columns]
+        for module, names in known.items():
+            if self.calls[module]:
+                sums = self._site(module).squares([p.pop(module) for p in pulled])
+                for name, position in names.items():
+                    parts[position] = sums[name].view_as(tensors[position])
+        for position, (_, square) in self._generic(columns).items():
+            parts[position] = square
+        return self.owner.parameters.flatten(parts)
+
+    # -- verification --------------------------------------------------------------------------
+
+    def wrong_modules(self) -> dict[nn.Module, bool]:
+        """Known modules whose sites do not tell the truth, and whether their rows are examples."""
+        kept, column = self._some_examples()
+        pulled, expected = self._pulled(column), self._batch_gradients(column)
+        wrong: dict[nn.Module, bool] = {}
+        for module, names in self.owner.known.items():
+            in_rows = self._in_rows(module, pulled[module], ~kept)
+            if not in_rows or not self._adds_up(module, pulled[module], names, expected):
+                wrong[module] = in_rows
+        return wrong
+
+    def _in_rows(self, module: nn.Module, pulled: list[Tensor], others: Tensor) -> bool:
+        """Whether rows are examples: those that were not backpropagated have no gradient."""
+        if any(self._rows_each(call) is None for call in self.calls[module]):
+            return False
+        return not any((g.reshape(self.batch.count, -1)[others] != 0).any() for g in pulled)
+
+    def _adds_up(
+        self,
+        module: nn.Module,
+        pulled: list[Tensor],
+        names: dict[str, int],
+        expected: list[Tensor],
+    ) -> bool:
+        """Whether the examples' gradients sum to autograd's own."""
+        if not pulled:
+            return not any(expected[position].any() for position in names.values())
+        try:
+            totals, squares = (
+                self._site(module).totals(pulled),
+                self._site(module).squares([pulled]),
+            )
+        except RuntimeError as error:  # a subclass with shapes of its own
+            if is_out_of_memory(error):
+                raise
+            return False
+        return all(
+            is_close(
+                totals[name].view_as(expected[position]),
+                expected[position],
+                squares[name].sum().sqrt(),
+            )
+            for name, position in names.items()
+        )
+
+    def check_generic(self) -> None:
+        """Raise unless single examples add up to the batch.
+
+        Raises:
+            UnsoundError: they do not, so that examples depend on each other.
+        """
+        _, column = self._some_examples()
+        expected = self._batch_gradients(column) if self.owner.generic else []
+        for position, (total, square) in self._generic([column]).items():
+            if not is_close(total, expected[position], square.sum().sqrt()):
+                raise UnsoundError(
+                    "per-example gradients do not add up to the gradient of the batch",
+                    f"{self.owner.parameters[position].name} on batch {self.batch.index}",
+                    "a model whose output for an example depends on nothing but that example",
+                )
+
+    def _some_examples(self) -> tuple[Tensor, Tensor]:
+        """About half of the examples, chosen at random, and random weights on their outputs."""
+        stream = streams.key(_CHECK, self.batch.index)
+        signs = partial(streams.rademacher, dtype=self.outputs.dtype, device=self.outputs.device)
+        chosen = signs(stream, 0, self.batch.count)
+        chosen[0], chosen[-1] = -1, 1
+        weights = signs(streams.key(stream), 0, self.outputs.numel()).view(self.batch.count, -1)
+        weights[chosen < 0] = 0
+        return chosen > 0, weights.view(self.outputs.shape)
+
+    def _batch_gradients(self, column: Tensor) -> list[Tensor]:
+        self.owner.gradients += 2 / 3 * self.share
+        value = (self.outputs * column).sum()
+        tensors = self.owner.parameters.tensors
+        parts = torch.autograd.grad(
+            value, tensors, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return [part.to_dense() if part.is_sparse else part for part in parts]
+
+    # -- backward passes -----------------------------------------------------------------------
+
+    def _pulled(self, column: Tensor) -> dict[nn.Module, list[Tensor]]:
+        """⟨outputs, column⟩ differentiated by the output of each call of each module."""
+        calls = [call for calls in self.calls.values() for call in calls]
+        if not calls:
+            return {module: [] for module in self.calls}
+        self.owner.gradients += 2 / 3 * self.share
+        edges = [call.edge for call in calls]
+        parts = torch.autograd.grad(
+            self.outputs, edges, column, retain_graph=True, allow_unused=True
+        )
+        filled = iter(
+            column.new_zeros(call.shape) if part is None else part
+            for call, part in zip(calls, parts, strict=True)
+        )
+        return {module: [next(filled) for _ in calls] for module, calls in self.calls.items()}
+
+    def _generic(self, columns: Sequence[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Sums of gradients and of squares for the parameters that no site speaks for."""
+        positions = sorted(self.owner.generic)
+        if not positions:
+            return {}
+        self.owner.gradients += (1 + 2 * len(columns)) / 3 * self.share
+        chosen = [self.owner.parameters[position] for position in positions]
+        sums = self.owner.mapper.sums(self.batch, torch.stack(list(columns), 1), chosen)
+        return dict(zip(positions, zip(*sums, strict=True), strict=True))
+
+    def _site(self, module: nn.Module) -> Site:
+        if module not in self._sites:
+            kind = site_class(module)
+            assert kind is not None  # or it were not known
+            inputs = [call.input for call in self.calls[module]]
+            self._sites[module] = kind(module, inputs, self.batch.count)
+        return self._sites[module]
+
+    def _rows_each(self, call: Call) -> int | None:
+        """The module's rows for each example, or None where they are no multiple."""
+        if call.input.dim() == 0 or not len(call.shape) or call.shape[0] != len(call.input):
+            return None
+        each, rest = divmod(len(call.input), self.batch.count)
+        return None if rest else each
+
+
+def is_close(got: Tensor, expected: Tensor, scale: Tensor) -> bool:
+    """Equal but for rounding, of a size that single examples have.
+
+    Half of a type's digits, since sums over examples may cancel and kernels differ; a GPU's
+    float32 products may have but 10 bits.
+    """
+    coarse = got.device.type == "cuda" and expected.dtype == torch.float32
+    digits = 2.0**-10 if coarse else torch.finfo(expected.dtype).eps
+    return bool((got - expected).norm() <= digits**0.5 * torch.maximum(scale, expected.norm()))
