@@ -71,7 +71,7 @@ def layer_traces(problem: hesscli.Problem, matrix: type = hesscli.Hessian) -> di
 @pytest.mark.parametrize(
     ("name", "design", "probes"),
     [
-        ("sunspots", "fresh", 2),
+        ("merged", "fresh", 2),
         ("merged", "shared", 16),
         ("relu", "fresh", 2),
         ("relu", "shared", 8),

@@ -29,5 +29,6 @@ class LayerSums:
         layers = rows.new_zeros(len(rows), self.num_layers, dtype=torch.float64)
         if parts:
             sums = torch.stack([part.sum(1, dtype=torch.float64) for part in parts], dim=1)
-            layers.index_add_(1, self._columns.to(rows.device), sums)
+            self._columns = self._columns.to(rows.device)  # copied once, not for each block
+            layers.index_add_(1, self._columns, sums)
         return torch.cat([layers, layers.sum(1, keepdim=True)], dim=1)

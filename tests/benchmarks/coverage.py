@@ -5,7 +5,7 @@ loader. The truth on fashion is exact by another route: without curved operation
 and logits, the Hessian's trace is that of Jᵀ(diag p − ppᵀ)J, from explicit Jacobians. On text it
 is one long run over all examples, whose own standard error is printed.
 
-    python tests/benchmarks/coverage.py [fashion] [text] [--seeds 200]
+    python tests/benchmarks/coverage.py [fashion] [text] [--seeds 200] [--method auto]
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("samples", nargs="*", default=list(CHECKPOINTS))
     parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--method", default="auto")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.samples:
@@ -59,7 +60,8 @@ def main() -> None:
         hits, widths = 0, []
         for seed in range(arguments.seeds):
             part = hesscli.load(path, examples=whole.data.count // 4, seed=seed)
-            low, high = hesscli.trace(part, probes=2, budget=None, seed=seed).trace.interval
+            result = hesscli.trace(part, probes=2, budget=None, seed=seed, method=arguments.method)
+            low, high = result.trace.interval
             hits += low <= truth <= high
             widths.append((high - low) / 2 / truth)
             if (seed + 1) % 20 == 0:
