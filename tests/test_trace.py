@@ -33,15 +33,6 @@ def sunspots() -> hesscli.Problem:
 
 
 @pytest.fixture(scope="module")
-def merged(sunspots: hesscli.Problem) -> hesscli.Problem:
-    """The same in four batches, so that many seeds are cheap."""
-    columns = zip(*sunspots.data.batches, strict=True)
-    x, y = (torch.cat(column).split(64) for column in columns)
-    data = FrozenData(tuple(zip(x, y, strict=True)), (64,) * 4, 256, True, "by hand")
-    return hesscli.Problem(sunspots.model, "mse", data, weight_decay=sunspots.weight_decay)
-
-
-@pytest.fixture(scope="module")
 def relu() -> hesscli.Problem:
     """A small ReLU classifier after a little training, whose 200 examples are all it has."""
     torch.manual_seed(0)
@@ -55,6 +46,25 @@ def relu() -> hesscli.Problem:
         optimizer.step()
     optimizer.zero_grad()
     return hesscli.Problem(model, "cross_entropy", TensorRows(x, y))
+
+
+def in_four(problem: hesscli.Problem, loss: str) -> hesscli.Problem:
+    """The same examples in four batches, so that many seeds are cheap."""
+    size = problem.data.count // 4
+    columns = zip(*problem.data.batches, strict=True)
+    x, y = (torch.cat(column).split(size) for column in columns)
+    data = FrozenData(tuple(zip(x, y, strict=True)), (size,) * 4, 4 * size, True, "by hand")
+    return hesscli.Problem(problem.model, loss, data, weight_decay=problem.weight_decay)
+
+
+@pytest.fixture(scope="module")
+def few_sunspots(sunspots: hesscli.Problem) -> hesscli.Problem:
+    return in_four(sunspots, "mse")
+
+
+@pytest.fixture(scope="module")
+def few_relu(relu: hesscli.Problem) -> hesscli.Problem:
+    return in_four(relu, "cross_entropy")
 
 
 def layer_traces(problem: hesscli.Problem, matrix: type = hesscli.Hessian) -> dict[str, float]:
@@ -71,10 +81,10 @@ def layer_traces(problem: hesscli.Problem, matrix: type = hesscli.Hessian) -> di
 @pytest.mark.parametrize(
     ("name", "design", "probes"),
     [
-        ("merged", "fresh", 2),
-        ("merged", "shared", 16),
-        ("relu", "fresh", 2),
-        ("relu", "shared", 8),
+        ("few_sunspots", "fresh", 2),
+        ("few_sunspots", "shared", 16),
+        ("few_relu", "fresh", 2),
+        ("few_relu", "shared", 8),
     ],
 )
 def test_coverage_end_to_end(
