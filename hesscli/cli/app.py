@@ -20,7 +20,7 @@ from hesscli import __version__
 from hesscli.cli import check, diag, init, schema, trace
 from hesscli.cli.command import Command
 from hesscli.cli.console import Console, first_line, interrupts
-from hesscli.cli.memory import keep_freed_memory
+from hesscli.cli.process import keep_freed_memory, yield_waiting_cores
 from hesscli.errors import ExitCode, HesscliError, UnsoundError, UsageError
 
 EXAMPLES = """\
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_HESSCLI_COMPLETE" in os.environ:
         program.main(prog_name="hesscli")  # answers the shell that completes, and exits
     keep_freed_memory()
+    yield_waiting_cores()
     console = Console.open()
     code = int(ExitCode.OK)
     try:

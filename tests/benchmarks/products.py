@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscli
-from hesscli.cli.memory import keep_freed_memory
+from hesscli.cli.process import keep_freed_memory
 from hesscli.operators.base import Term
 from hesscli.operators.hessian import Hessian
 
