@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 SAMPLES := samples/fashion/model.pt samples/text/model.safetensors samples/sunspots/model.pt
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/demo  ## Install, and trace the Hessian of a small trained network
 	$(BIN)/hesscli trace samples/fashion/model.pt
@@ -18,6 +18,10 @@ lint: $(VENV)/test  ## Style, docstrings, imports and types
 
 bench: $(VENV)/bench  ## Compare products with PyHessian, curvlinops and hessian-eigenthings
 	$(BIN)/python tests/benchmarks/products.py
+
+bench-estimates: $(VENV)/bench  ## Compare traces and diagonals at equal error (hours, then cached)
+	$(BIN)/python tests/benchmarks/exact.py
+	$(BIN)/python tests/benchmarks/estimates.py
 
 gallery: $(VENV)/demo  ## Trace and diagonal of all samples; pictures go to hesscli-out/
 	for model in $(SAMPLES); do for command in trace diag; do \
@@ -47,5 +51,5 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[bench]'
 	touch $@
 
-.PHONY: help demo test lint bench coverage gallery gpu clean
+.PHONY: help demo test lint bench bench-estimates coverage gallery gpu clean
 .DEFAULT_GOAL := help

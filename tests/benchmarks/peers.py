@@ -21,31 +21,34 @@ from hesscli import Problem
 
 @dataclass(frozen=True)
 class Task:
-    """A model, a criterion of outputs ``(N, K)`` and labels ``(N,)``, and equal batches."""
+    """A model, a criterion of outputs ``(N, K)`` and targets, and equal batches.
+
+    Labels are ``(N,)``.
+    """
 
     model: nn.Module
-    criterion: nn.CrossEntropyLoss
+    criterion: nn.CrossEntropyLoss | nn.MSELoss
     batches: list[tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, problem: Problem, count: int | None = None) -> Task:
-        """The same loss as a classification; tokens become examples of their own.
+        """The same loss as a torch criterion; tokens become examples of their own.
 
-        ``count`` keeps the first batches only.
+        ``count`` keeps the first batches only. Weight decay, which no criterion has, is left out.
 
         Raises:
             ValueError: another loss, or batches of unequal weight, which some peers count equally.
         """
-        if problem.loss.name not in ("cross_entropy", "language_model"):
+        if problem.loss.name not in ("cross_entropy", "language_model", "mse"):
             raise ValueError(f"no criterion for {problem.loss.name}")
         weighted = list(islice(problem.batches(), count))
         if max(b.weight for b in weighted) > (1 + 1e-9) * min(b.weight for b in weighted):
             raise ValueError("batches of unequal weight")
-        pairs = []
-        for batch in weighted:
-            inputs, targets = batch.data
-            pairs.append((inputs, targets.long().flatten()))
+        pairs = [batch.data for batch in weighted]
         model = copy.deepcopy(problem.model)
+        if problem.loss.name == "mse":
+            return cls(model, nn.MSELoss(), pairs)
+        pairs = [(inputs, targets.long().flatten()) for inputs, targets in pairs]
         flat = model if problem.loss.name == "cross_entropy" else OneRowAToken(model)
         return cls(flat, nn.CrossEntropyLoss(), pairs)
 
