@@ -39,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from truths import Truth
 
 import hesscli
+from hesscli.cli.process import keep_freed_memory
 
 FOLDER = Path(__file__).resolve().parents[2] / "samples"
 
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600, help="seconds for each of our calls")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
+    keep_freed_memory()  # as the command does
     torch.set_num_threads(1)
     record = json.loads(arguments.record.read_text()) if arguments.record.exists() else {}
     for sample in arguments.samples:
@@ -93,7 +95,8 @@ def measure(sample: str, arguments: argparse.Namespace) -> dict[str, Any]:
     paid = prices(Task.of(problem, SAMPLES[sample].batches), arguments.rounds)
     gradient_seconds = min(seconds(partial(gradient, Task.of(problem))) for _ in range(3))
     say(sample, "peers timed")
-    own = our_costs(problem, truth, arguments.limit)
+    runs = our_runs(problem, truth, arguments.limit)
+    own = {q: {x: ours.cost(runs[q], q, x) for x in WANTED} for q in QUANTITIES}
     say(sample, "ours measured")
     return {
         "parameters": problem.parameters.size,
@@ -108,6 +111,10 @@ def measure(sample: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "prices": {name: asdict(price) for name, price in paid.items()},
         "ours": {
             q: {str(x): asdict(cost) for x, cost in costs.items()} for q, costs in own.items()
+        },
+        "our_errors": {
+            q: {m: dict(ours.medians(several))[q] for m, several in runs[q].items()}
+            for q in QUANTITIES
         },
         "peers": [
             {
@@ -184,12 +191,11 @@ def outlay(
     return Outlay(reach, method.counted(reach.products), timed, ratio)
 
 
-def our_costs(problem: hesscli.Problem, truth: Truth, limit: float) -> OurCosts:
-    """Of every quantity within every error."""
+def our_runs(problem: hesscli.Problem, truth: Truth, limit: float) -> dict[Quantity, ours.Runs]:
+    """Those of ours that answer each question."""
     traces = ours.measure(ours.traces, problem, truth, min(WANTED), 8, limit)
     diagonals = ours.measure(ours.diagonal, problem, truth, min(WANTED), 3, limit)
-    runs = {"trace": traces, "layers": traces, "diagonal": diagonals}
-    return {q: {x: ours.cost(runs[q], q, x) for x in WANTED} for q in QUANTITIES}
+    return {"trace": traces, "layers": traces, "diagonal": diagonals}
 
 
 def reached(found: Any, wanted: float, problem: hesscli.Problem, method: Method) -> Reach:

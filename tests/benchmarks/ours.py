@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,17 +19,20 @@ from truths import Truth
 import hesscli
 
 PROBES = tuple(2**k for k in range(1, 10))
-MEANS = 0.5
-"""Power of the number of probes with which the error of a mean of them falls."""
 LOOSE = 0.5
 """A tolerance at which what is not exact ends at once."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An estimate's errors, and the gradients that it took by the program's own count."""
+    """An estimate's errors, and the gradients that it took by the program's own count.
+
+    ``noise`` is the part of them that falls with the root of the number of probes. Shrinkage takes
+    most of it out of a diagonal's errors while there is much of it, and nothing in the end.
+    """
 
     errors: dict[Quantity, float]
+    noise: dict[Quantity, float]
     gradients: float
     exact: bool
 
@@ -66,7 +69,7 @@ def traces(problem: hesscli.Problem, truth: Truth, **options: Any) -> Answer:
         "trace": truth.trace_error(result.trace.estimate),
         "layers": truth.layers_error(layers),
     }
-    return Answer(errors, result.cost.gradients, result.status == "exact")
+    return Answer(errors, errors, result.cost.gradients, result.status == "exact")
 
 
 def diagonal(problem: hesscli.Problem, truth: Truth, **options: Any) -> Answer:
@@ -74,7 +77,12 @@ def diagonal(problem: hesscli.Problem, truth: Truth, **options: Any) -> Answer:
     result = hesscli.diagonal(problem, budget=None, **options)
     estimate = np.concatenate([part.ravel() for part in result.entries.values()])
     error = truth.diagonal_error(torch.from_numpy(estimate).double())
-    return Answer({"diagonal": error}, result.cost.gradients, result.status == "exact")
+    return Answer(
+        {"diagonal": error},
+        {"diagonal": result.diagonal.relative_error or 0.0},
+        result.cost.gradients,
+        result.status == "exact",
+    )
 
 
 def measure(
@@ -132,9 +140,11 @@ def cost(runs: Runs, quantity: Quantity, wanted: float) -> Cost:
     """Of coming within ``wanted``; each number of probes has a median error and a cost."""
     errors = {m: [r.answer.errors[quantity] for r in several] for m, several in runs.items()}
     counted = {m: median(r.answer.gradients for r in several) for m, several in runs.items()}
-    exact = 0 in runs
-    probes = 0 if exact else crossing(errors, wanted, MEANS)
-    how: How = "exact" if exact else "measured" if probes <= max(runs) else "extrapolated"
+    last, how = max(runs), cast(How, "exact" if 0 in runs else "measured")
+    probes = 0.0 if how == "exact" else crossing(errors, wanted)
+    if probes > last:
+        noise = median(run.answer.noise[quantity] for run in runs[last])
+        probes, how = last * (noise / wanted) ** 2, "extrapolated"
     middle, low, high = (
         line(
             {m: float(np.quantile([r.time for r in several], q)) for m, several in runs.items()},

@@ -64,22 +64,19 @@ def by_grid(errors: Mapping[int, Sequence[float]], wanted: float, columns: int) 
     return Reach(middle, float(low), float(high), how)
 
 
-def crossing(
-    errors: Mapping[int, Sequence[float]], wanted: float, rate: float | None = None
-) -> float:
-    """Where the falling curve of medians meets ``wanted``, straight between points in logarithms.
+def crossing(errors: Mapping[int, Sequence[float]], wanted: float) -> float:
+    """Where the falling curve of medians meets ``wanted``.
 
-    Beyond its last point it falls at ``rate``, by default that of the last doubling.
+    It is straight between its points in logarithms, and goes on as between its last point and the
+    one with half as many products.
     """
     points = sorted(falling(errors).items())
     below = next((i for i, (_, error) in enumerate(points) if error <= wanted), None)
     if below == 0:
         return points[0][0]
     m1, e1 = points[-1 if below is None else below]
-    if below is not None or rate is None:
-        m0, e0 = points[below - 1] if below else max(p for p in points if 2 * p[0] <= m1)
-        rate = math.log(e0 / e1) / math.log(m1 / m0)
-    return m1 * (e1 / wanted) ** (1 / rate) if rate > 0 else math.inf
+    m0, e0 = points[below - 1] if below else max(p for p in points if 2 * p[0] <= m1)
+    return m0 * (m1 / m0) ** (math.log(e0 / wanted) / math.log(e0 / e1)) if e0 > e1 else math.inf
 
 
 def falling(errors: Mapping[int, Sequence[float]]) -> dict[int, float]:
