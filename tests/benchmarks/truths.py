@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 CHUNK = 50
 """Images whose Jacobians are held at once."""
-DRAWS, PASSES, ENTRIES = 24, 100, 400
+DRAWS, PASSES, ENTRIES = 24, 100, 500
 """Labels drawn for each token, random signs for each batch, and unit vectors, on text."""
 BLOCK = 25
 SEED = 7
