@@ -1,8 +1,9 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and memory in files that have no name."""
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import secrets
 import tempfile
@@ -81,10 +82,46 @@ def prepare_folder(path: Path) -> Path:
         raise _unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> UsageError:
+def map_scratch(path: Path, nbytes: int) -> mmap.mmap:
+    """Memory that lives in a file: all of its space is taken at once, or none.
+
+    The file loses its name as soon as it is mapped. Its space is given back with the last user
+    of the memory, however the process ends, and nobody else can change what is in it.
+
+    Args:
+        path: where to make the file; there must be none.
+        nbytes: how much, above 0; all zeros at first.
+
+    Returns:
+        The shared map, to be read and written.
+
+    Raises:
+        UsageError: where the file cannot be made: no space, no permission, or it exists.
+    """
+    hint = f"a file on a disk with {nbytes / 2**30:.2g} GiB to spare"
+    try:
+        stream = path.open("xb+")
+    except FileExistsError as error:
+        raise UsageError(f"cannot use {path}", "it exists already", "a new file") from error
+    except OSError as error:
+        raise _unwritable(path, error, hint) from error
+    with stream:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, nbytes)
+            else:
+                stream.truncate(nbytes)  # macOS cannot say beforehand that a disk is too small
+            return mmap.mmap(stream.fileno(), nbytes)
+        except OSError as error:
+            raise _unwritable(path, error, hint) from error
+        finally:
+            path.unlink()
+
+
+def _unwritable(
+    path: Path,
+    error: OSError,
+    hint: str = "another folder with --dir FOLDER, or --dir - to write no files",
+) -> UsageError:
     reason = _PLAIN_WORDS.get(error.errno or 0) or error.strerror or str(error)
-    return UsageError(
-        what=f"cannot write {path}",
-        got=reason,
-        hint="another folder with --dir FOLDER, or --dir - to write no files",
-    )
+    return UsageError(what=f"cannot write {path}", got=reason, hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import shutil
@@ -15,7 +16,7 @@ from typing import BinaryIO
 import pytest
 
 from hesscli.errors import ExitCode, UsageError
-from hesscli.storage import prepare_folder, write_atomically
+from hesscli.storage import map_scratch, prepare_folder, write_atomically
 
 NOBODY = 65534
 
@@ -123,6 +124,7 @@ def test_no_permission(closed_folder: Path) -> None:
         lambda: write_atomically(closed_folder / "file", hello),
         lambda: prepare_folder(closed_folder),
         lambda: prepare_folder(closed_folder / "new"),
+        lambda: map_scratch(closed_folder / "scratch", 4096),
     ):
         with pytest.raises(UsageError) as caught:
             attempt()
@@ -147,3 +149,34 @@ def test_folder_that_is_a_file(tmp_path: Path, inside: str) -> None:
     assert str(tmp_path / "file") in what
     assert "--dir" in hint
     assert (tmp_path / "file").read_bytes() == b"kept"
+
+
+def test_memory_in_a_file(tmp_path: Path) -> None:
+    """It holds what is written, takes its space at once, and has no name."""
+    memory = map_scratch(tmp_path / "scratch", 1 << 16)
+    assert list(tmp_path.iterdir()) == []
+    assert memory[:] == bytes(1 << 16)
+    memory[100:105] = b"hello"
+    memory.madvise(mmap.MADV_DONTNEED)
+    assert memory[99:106] == b"\0hello\0"
+
+
+def test_memory_in_a_file_on_a_full_disk(tmp_path: Path, small_files: int) -> None:
+    with pytest.raises(UsageError) as caught:
+        map_scratch(tmp_path / "scratch", small_files + 1)
+    assert "larger than allowed" in caught.value.got
+    assert "GiB to spare" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_in_a_file_that_cannot_be(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_bytes(b"kept")
+    for path, reason in (
+        (kept, "it exists already"),
+        (tmp_path / "absent" / "scratch", "does not exist"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            map_scratch(path, 4096)
+        assert reason in caught.value.got
+    assert kept.read_bytes() == b"kept"

@@ -20,7 +20,7 @@ MAX_EXAMPLES = 32
 
 
 class Generic:
-    """Squared per-example products for the parameters that no site speaks for."""
+    """Per-example products, and their squares, for the parameters that no site speaks for."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self._mappable = problem, True
@@ -40,16 +40,19 @@ class Generic:
         """
         totals = [torch.zeros_like(p.tensor, dtype=torch.float64) for p in parameters]
         squares = [torch.zeros_like(total) for total in totals]
-        for chunk in self._chunks(batch, columns, parameters):
+        for chunk in self.each(batch, columns, parameters):
             for gradient, total, square in zip(chunk, totals, squares, strict=True):
                 total += gradient.sum(0, dtype=torch.float64)
                 square += gradient.square().sum(0, dtype=torch.float64)
         return totals, squares
 
-    def _chunks(
+    def each(
         self, batch: WeightedBatch, columns: Tensor, parameters: Sequence[Parameter]
     ) -> Iterator[list[Tensor]]:
-        """Gradients ``(n, ...)`` of some examples and columns at a time."""
+        """Gradients ``(n, ...)`` of some examples and columns at a time, by parameter.
+
+        Arguments are those of :meth:`sums`; examples come in order, their columns side by side.
+        """
         each = sum(p.numel for p in parameters) * columns.element_size() * columns.shape[1]
         size = min(MAX_EXAMPLES, max(1, GRADIENT_BYTES // max(1, each)))
         for start in range(0, len(columns), size):

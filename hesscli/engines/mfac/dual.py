@@ -1,0 +1,180 @@
+"""A block with more columns than the window has rows, inverted by way of n×n matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hesscli.engines.mfac.factor import (
+    SAFETY,
+    Factor,
+    NotPositiveError,
+    factorised,
+    inverse_lower,
+    too_little,
+    unit,
+)
+from hesscli.engines.mfac.gram import Gram, panels
+from hesscli.engines.mfac.system import Solved, System, is_enough
+from hesscli.engines.mfac.window import GradientWindow
+
+_OWN = 1e-4
+"""Of a row's squared length, what must be its own for a float32 Gram matrix: with less of it,
+rounding is too large a part of what tells rows apart."""
+
+
+class DualBlock:
+    """(F̂_b + λI)⁻¹ = (I − VᵀV) / λ with V = L⁻¹G_b and A = LLᵀ.
+
+    Args:
+        window: the rows.
+        columns: which of their columns.
+        damping: λ.
+        precise: make products with the window in float64 or in float32; None is in float32
+            wherever the bound of the error says that this leaves enough digits.
+        grams: GGᵀ by whether its products are in float64, as far as known; shared and added to.
+    """
+
+    def __init__(
+        self,
+        window: GradientWindow,
+        columns: slice,
+        damping: float,
+        precise: bool | None,
+        grams: dict[bool, Gram] | None = None,
+    ) -> None:
+        self.window, self.columns, self.damping = window, columns, damping
+        self.size = int(columns.stop - columns.start)
+        self.precise = True if window.dtype == torch.float64 else precise
+        self.dtype = torch.float64 if self.precise else torch.float32
+        self._grams = {} if grams is None else grams
+        self.gram, self.factor = self._factorised()
+        self.system = System(self.gram, self.factor, damping, self.dtype)
+
+    @property
+    def table_nbytes(self) -> int:
+        """Memory for the table from which elements are read."""
+        return self.size * self.gram.count * self.dtype.itemsize
+
+    def damped(self, damping: float) -> DualBlock:
+        """The same block with another λ."""
+        return DualBlock(self.window, self.columns, damping, self.precise, self._grams)
+
+    def solve(self, rights: Tensor) -> Solved:
+        """Y for rows X ``(k, size)``, and bounds ``(k,)`` of their errors."""
+        return self._with_digits(lambda system: system.solve(rights))
+
+    def combination(self, amounts: Tensor) -> Solved:
+        """Y for X = Gᵀa, of amounts ``(k, n)``, and bounds ``(k,)`` of their errors."""
+        return self._with_digits(lambda system: system.combination(amounts))
+
+    def multiply(self, vectors: Tensor) -> Tensor:
+        """(F̂ + λI) x for rows ``(k, size)``, all in float64."""
+        images = self.window.combine(self.window.project(vectors, self.columns), self.columns)
+        return images / self.gram.count + self.damping * vectors
+
+    @cached_property
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        """Of the inverse, and bounds of its errors, each ``(size,)``.
+
+        The leverage ‖V_q‖² lies within F_qq / (F_qq + λ), as it would if the inverse were
+        diagonal, and is not let beyond: what is left of 1 is positive whatever rounding does.
+        """
+        leverage, most = torch.empty(2, self.size, dtype=torch.float64, device=self.window.device)
+        for place, rows in self._tiles():
+            squares = [part.square().sum(0).double() for _, part in self._roots(rows)]
+            leverage[place] = torch.stack(squares).sum(0)
+            most[place] = rows.square().sum(0).double()
+        most /= self.gram.count
+        least = self.damping / (self.damping + most * (1 + 1e-6))
+        remaining = torch.maximum(1 - leverage, least)
+        return remaining / self.damping, leverage * (self._relative / self.damping)
+
+    def element(self, row: int, column: int) -> float:
+        """Of the inverse."""
+        table: Tensor = self._table
+        product = torch.dot(table[row], table[column]).item()
+        return (float(row == column) - product) / self.damping
+
+    def submatrix(self, indices: Tensor) -> Tensor:
+        """Of the inverse ``(k, k)``, from these columns alone, in float64."""
+        rows = self.window.rows[:, indices.to(self.window.rows.device) + self.columns.start]
+        right = rows.to(self.window.device, torch.float64)
+        V: Tensor = torch.linalg.solve_triangular(self.factor.lower, right, upper=False)
+        identity = torch.eye(len(indices), dtype=torch.float64, device=V.device)
+        return (identity - V.T @ V) / self.damping
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """Vᵀ ``(size, n)``."""
+        table = torch.empty(self.size, self.gram.count, dtype=self.dtype, device=self.window.device)
+        for place, rows in self._tiles():
+            for panel, part in self._roots(rows):
+                table[place, panel] = part.T
+        return table
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        for place, tile in self.window.tiles(self.columns):
+            yield place, tile.to(self.dtype)
+
+    def _roots(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """V for a tile of G, a few rows at a time."""
+        for panel in panels(len(rows)):
+            yield panel, self._inverse_lower[panel, : panel.stop] @ rows[: panel.stop]
+
+    @cached_property
+    def _inverse_lower(self) -> Tensor:
+        return inverse_lower(self.factor.lower).to(self.dtype)
+
+    @cached_property
+    def _relative(self) -> float:
+        """Bound of a leverage's relative error.
+
+        With ρ and σ the largest eigenvalues of D A⁻¹ D and D⁻¹ A D⁻¹: an error of u D_i D_j in A
+        changes g ᵀA⁻¹g by u ‖DA⁻¹g‖² ≤ u ρ ‖v‖², and one of u |L⁻¹||g| in v by
+        2u √ρ ‖D⁻¹g‖ ‖v‖ ≤ 2u √(ρσ) ‖v‖².
+        """
+        scaled = self.factor.lower / self.factor.scales[:, None]
+        values = torch.linalg.eigvalsh(scaled @ scaled.T)
+        least, most = values[[0, -1]].clamp_min(unit(torch.float64)).tolist()
+        u_matrix = unit(self.gram.dtype) + math.sqrt(self.gram.count) * unit(torch.float64)
+        return float(SAFETY * (u_matrix / least + 2 * unit(self.dtype) * math.sqrt(most / least)))
+
+    def _with_digits(self, attempt: Callable[[System], Solved]) -> Solved:
+        """What an attempt finds; in float64 where that is needed, and may be done."""
+        solved = attempt(self.system)
+        return solved if self.precise is not None or is_enough(*solved) else attempt(self._sharp)
+
+    @cached_property
+    def _sharp(self) -> System:
+        """The same in float64."""
+        return DualBlock(self.window, self.columns, self.damping, True, self._grams).system
+
+    def _factorised(self) -> tuple[Gram, Factor]:
+        """GGᵀ and the factor of A; in float64 where float32 tells rows apart too badly.
+
+        Raises:
+            UnsoundError: λ is too small for either.
+        """
+        if self.precise is None and True not in self._grams:
+            with suppress(NotPositiveError):
+                gram, factor = self._attempt(exact=False)
+                if float((factor.lower.diagonal() / factor.scales).square().min()) > _OWN:
+                    return gram, factor
+        try:
+            return self._attempt(exact=self.precise is not False)
+        except NotPositiveError as error:
+            raise too_little(self.damping, error.missing / self.window.count) from error
+
+    def _attempt(self, exact: bool) -> tuple[Gram, Factor]:
+        if exact not in self._grams:
+            self._grams[exact] = Gram(self.window, self.columns, exact=exact)
+        gram = self._grams[exact]
+        A = gram.matrix.clone()
+        A.diagonal().add_(gram.count * self.damping)
+        return gram, factorised(A)

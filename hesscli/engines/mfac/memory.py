@@ -1,0 +1,97 @@
+"""How much memory there is to take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hesscli.errors import UsageError
+
+_SPARE = 0.9
+"""Of the free memory, what may be taken: there is more to do than to hold it."""
+_MEMINFO = Path("/proc/meminfo")
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def available_bytes(device: torch.device | str | None = None) -> int:
+    """Memory that can be taken now without pushing anything else out.
+
+    On the CPU the least of what the machine has and what the limits of the process's control
+    groups, as containers set them, leave. Cached files count as free: they give way.
+
+    Args:
+        device: the CPU unless it says otherwise.
+    """
+    place = torch.device(device or "cpu")
+    if place.type == "cuda":
+        return int(torch.cuda.mem_get_info(place)[0])
+    return min(_of_machine(), *_of_groups())
+
+
+def require_room(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device | None = None
+) -> None:
+    """See that a window fits into memory, before any of it is taken.
+
+    Raises:
+        UsageError: it does not; the hint names windows that do.
+    """
+    room, needed = int(_SPARE * available_bytes(device)), rows * columns * dtype.itemsize
+    if needed <= room:
+        return
+    smaller = []
+    if fitting := room // (columns * dtype.itemsize):
+        smaller.append(f"--window {fitting}")
+    if 2 * rows * columns <= room:
+        smaller.append("--window-dtype bfloat16")
+    raise UsageError(
+        "the window is larger than the memory that is free",
+        f"{rows} rows take {gibibytes(needed)}, and there is room for {gibibytes(room)}",
+        " or ".join(filter(None, (", ".join(smaller), "--window-file FILE"))),
+    )
+
+
+def gibibytes(count: int) -> str:
+    """For people."""
+    return f"{count / 2**30:.3g} GiB"
+
+
+def _of_machine() -> int:
+    if _MEMINFO.exists():
+        return _entries(_MEMINFO)["MemAvailable:"] * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_groups() -> Iterator[int]:
+    """What each limited group that the process is in has left; at least one huge number."""
+    yield 2**62
+    for group in _groups():
+        try:
+            limit = int((group / "memory.max").read_text(encoding="ascii"))
+            used = int((group / "memory.current").read_text(encoding="ascii"))
+            files = _entries(group / "memory.stat")
+        except (OSError, ValueError):  # no such files, or "max": no limit
+            continue
+        cached = files.get("inactive_file", 0) + files.get("active_file", 0)
+        yield max(0, limit - used + cached)
+
+
+def _groups() -> Iterator[Path]:
+    """The process's own group and those around it, in the unified hierarchy of Linux."""
+    if not _OWN_GROUPS.exists():
+        return
+    for line in _OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+        hierarchy, _, name = line.split(":", 2)
+        if hierarchy == "0":
+            own = _GROUPS / name.lstrip("/")
+            yield from (own, *(g for g in own.parents if g.is_relative_to(_GROUPS)))
+
+
+def _entries(file: Path) -> dict[str, int]:
+    """Lines of a name and a number, as the kernel writes them."""
+    lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+    return {words[0]: int(words[1]) for words in lines}

@@ -1,0 +1,200 @@
+"""Gradients of single examples, or of a few, as the rows of a window.
+
+Three kinds. ``sampled``: an example's J_iᵀ s_i with a random column s_i of the loss's output
+Hessian, E[s_i s_iᵀ] = A_i, scaled so that E[g gᵀ] over examples and columns is the Gauss-Newton
+matrix G. ``example``: an example's own gradient, scaled so that E[g gᵀ] is the empirical Fisher
+matrix. ``microbatch:N``: the mean gradient of N examples, as M-FAC's authors take them (Frantar,
+Kurtic & Alistarh 2021, arXiv 2107.03356, section 4); E[g gᵀ] is then no matrix of the loss, but
+about 1/N of the empirical Fisher matrix where the mean gradient is small beside its noise.
+
+Examples come in the order of the frozen batches, which is random, so that the first rows are a
+sample of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hesscli import streams
+from hesscli.engines.exact_diagonal.generic import Generic
+from hesscli.engines.exact_diagonal.passes import is_close
+from hesscli.errors import HesscliError, UnsoundError, UsageError
+from hesscli.operators.gauss_newton import require_examples
+from hesscli.operators.products import flatten, gradient
+from hesscli.problem.batches import rows as rows_of_batch
+from hesscli.problem.factors import Factor, factor_of, has_factor, score_of
+from hesscli.problem.losses import StepLoss
+from hesscli.problem.problem import Problem, WeightedBatch
+
+Name = Literal["sampled", "example", "microbatch"]
+NAMES = ("auto", "sampled", "example", "microbatch:N")
+
+_PART = 32
+"""Examples whose gradients are made at once."""
+_DRAWS = 0xF15E2
+"""Separates label streams from other uses of a seed."""
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """What a row is; ``size`` is the number of examples in it."""
+
+    name: Name
+    size: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> RowKind:
+        """``sampled``, ``example`` or ``microbatch:N``.
+
+        Raises:
+            UsageError: none of these.
+        """
+        singles: tuple[Name, ...] = ("sampled", "example")
+        for single in singles:
+            if text == single:
+                return cls(single)
+        name, _, number = text.partition(":")
+        if name == "microbatch" and number.isdecimal() and int(number) > 0:
+            return cls("microbatch", int(number))
+        raise UsageError("no such kind of rows", repr(text), f"one of {', '.join(NAMES)}")
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.size}" if self.name == "microbatch" else self.name
+
+
+def fitting_kind(problem: Problem) -> tuple[RowKind, str]:
+    """The kind that says most of a problem's curvature, and why none better; an empty reason.
+
+    Sampled rows where the loss's output Hessian is known, examples' own gradients where they
+    can be told apart, and else those of whole batches.
+    """
+    try:
+        require_examples(problem, "ggn")
+    except HesscliError as error:
+        return RowKind("microbatch", max(problem.data.counts)), f"{error.what}: {error.got}"
+    if not has_factor(problem.loss):
+        return RowKind("example"), f"the output Hessian of {problem.loss.name!r} is not known"
+    return RowKind("sampled"), ""
+
+
+class Rows:
+    """A stream of a problem's rows.
+
+    Args:
+        problem: model, loss and frozen examples.
+        kind: what a row is.
+        seed: of the random columns.
+
+    ``gradients`` is the work so far in full-data gradients.
+
+    Raises:
+        UsageError: the kind needs single examples, or an output Hessian, that are not to be had.
+    """
+
+    def __init__(self, problem: Problem, kind: RowKind, seed: int = 0) -> None:
+        self.problem, self.kind, self.seed = problem, kind, seed
+        self.gradients = 0.0
+        self._mapper, self._verified = Generic(problem), False
+        if kind.name != "microbatch":
+            require_examples(problem, "ggn")
+        if kind.name == "sampled" and not has_factor(problem.loss):
+            raise UsageError(
+                "sampled rows need the loss's Hessian in the model's outputs",
+                f"[loss] {problem.loss.name!r}, whose is not known",
+                "--rows example",
+            )
+
+    @property
+    def available(self) -> float:
+        """How many different rows there are; sampled ones do not end."""
+        counts = [self.problem.data.counts[i] for i in self._indices]
+        if self.kind.name == "sampled":
+            return float("inf")
+        if self._whole_batches:
+            return len(counts)
+        return sum(-(-count // self.kind.size) for count in counts)
+
+    def take(self, count: int) -> Iterator[Tensor]:
+        """The first ``count`` rows, or as many as there are, in blocks ``(k, d)``."""
+        left, draw = int(min(count, self.available)), 0
+        while left:
+            for index in self._indices:
+                for block in self._of_batch(self.problem.batch(index), draw, left):
+                    left -= len(block)
+                    yield block
+                if not left:
+                    return
+            draw += 1
+
+    @property
+    def _indices(self) -> list[int]:
+        return [i for i, mass in enumerate(self.problem.masses) if mass > 0]
+
+    @property
+    def _whole_batches(self) -> bool:
+        """Whether a batch is the smallest unit whose loss is known."""
+        return isinstance(self.problem.loss, StepLoss) or not self.problem.data.sliceable
+
+    def _of_batch(self, batch: WeightedBatch, draw: int, wanted: int) -> Iterator[Tensor]:
+        if self.kind.name == "microbatch":
+            yield from self._means(batch, wanted)
+            return
+        for start in range(0, min(wanted, batch.count), _PART):
+            stop = min(start + _PART, wanted, batch.count)
+            yield self._examples(batch, start, stop, draw)
+
+    def _means(self, batch: WeightedBatch, wanted: int) -> Iterator[Tensor]:
+        """Gradients of the mean loss of a few examples, one at a time."""
+        size = batch.count if self._whole_batches else self.kind.size
+        for start in list(range(0, batch.count, size))[:wanted]:
+            data = batch.data
+            if size < batch.count:
+                data = rows_of_batch(data, start, start + size)
+            self._count(min(size, batch.count - start), 1.0)
+            parts = gradient(self.problem.evaluate(data), self.problem.parameters.tensors)
+            yield flatten(parts).detach()[None]
+
+    def _examples(self, batch: WeightedBatch, start: int, stop: int, draw: int) -> Tensor:
+        """Gradients of some of a batch's examples, each pulled back from its outputs."""
+        data, problem = rows_of_batch(batch.data, start, stop), self.problem
+        part = WeightedBatch(batch.index, data, batch.weight, stop - start)
+        with torch.no_grad():
+            outputs = problem.outputs(data)
+        stream = streams.key(_DRAWS, self.seed, batch.index, draw)
+        column = self._factor(outputs, data).draw(stream, start)
+        column = column * (problem.data.count / problem.total_weight) ** 0.5
+        self._count(stop - start, 4 / 3)
+        pulled = self._mapper.each(part, column[:, None], list(problem.parameters))
+        block = torch.cat([torch.cat([g.flatten(1) for g in chunk], 1) for chunk in pulled])
+        if not self._verified:
+            self._verify(block, data, column)
+        return block
+
+    def _factor(self, outputs: Tensor, data: object) -> Factor:
+        make = factor_of if self.kind.name == "sampled" else score_of
+        return make(self.problem.loss, outputs, data)
+
+    def _count(self, examples: int, gradients: float) -> None:
+        self.gradients += gradients * examples / self.problem.data.count
+
+    def _verify(self, block: Tensor, data: object, column: Tensor) -> None:
+        """Raise unless the rows of some examples add up to the gradient of all of them.
+
+        Raises:
+            UnsoundError: they do not, so that examples depend on each other.
+        """
+        value = (self.problem.outputs(data) * column).sum()
+        expected = flatten(gradient(value, self.problem.parameters.tensors))
+        if not is_close(block.sum(0), expected, block.norm()):
+            raise UnsoundError(
+                "per-example gradients do not add up to the gradient of the batch",
+                f"{len(block)} examples of batch 0",
+                "a model whose output for an example depends on nothing but that example, or "
+                "--rows microbatch:N",
+            )
+        self._verified = True

@@ -1,0 +1,237 @@
+"""The inverse of a window's Fisher matrix, whole or block by block, for a window that stays."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from hesscli.engines.mfac.dual import DualBlock
+from hesscli.engines.mfac.memory import available_bytes, gibibytes
+from hesscli.engines.mfac.primal import PrimalRun
+from hesscli.engines.mfac.solution import Solution, checked_damping, checked_rows, only
+from hesscli.engines.mfac.system import Solved
+from hesscli.engines.mfac.window import GradientWindow
+from hesscli.errors import UnsoundError, UsageError
+
+
+class StaticFisher:
+    """(F̂ + λI)⁻¹ with F̂ = (1/n) GᵀG, or its block diagonal.
+
+    A block of b columns is inverted as a matrix of its own where b ≤ n, and else by way of its
+    n×n Gram matrix: O(d n min(n, b)) once, then O(dn) a product and O(n) an element.
+
+    Args:
+        window: the rows of G; it must not change from now on.
+        damping: λ, absolute.
+        blocks: sizes of consecutive blocks of columns; None is one whole block.
+        precise: make products with the window in float64, or in float32 where b > n. None is
+            float64 where b < 2n, and elsewhere float32 unless too few digits would be left.
+
+    Raises:
+        UsageError: an empty window, blocks that do not fit, a λ that is not above 0, or more
+            memory than there is.
+        UnsoundError: λ is lost in rounding.
+    """
+
+    def __init__(
+        self,
+        window: GradientWindow,
+        damping: float,
+        *,
+        blocks: Sequence[int] | None = None,
+        precise: bool | None = None,
+    ) -> None:
+        self.damping = checked_damping(damping)
+        window.require_rows()
+        sizes = (window.size,) if blocks is None else tuple(blocks)
+        if min(sizes, default=0) < 1 or sum(sizes) != window.size:
+            raise UsageError(
+                "blocks do not make up the gradient",
+                f"sizes that sum to {sum(sizes)}, for {window.size} columns",
+                "sizes above 0 of all consecutive blocks",
+            )
+        _require_room(_matrix_bytes(sizes, window.count), window)
+        self.window, self._pushes, self._has_room = window, window.pushes, False
+        self._parts: list[DualBlock | PrimalRun] = []
+        for size, columns in _runs(sizes, window.count):
+            if size <= window.count:
+                self._parts.append(PrimalRun(window, columns, size, self.damping))
+            else:
+                wide = precise is None and size < 2 * window.count
+                self._parts.append(DualBlock(window, columns, self.damping, wide or precise))
+        self._starts = [part.columns.start for part in self._parts]
+
+    def with_damping(self, damping: float) -> StaticFisher:
+        """The same matrix with another λ: what was made of the rows is used again."""
+        found = copy.copy(self)
+        found.damping = checked_damping(damping)
+        found._parts = [part.damped(found.damping) for part in self._current()]
+        return found
+
+    @property
+    def table_nbytes(self) -> int:
+        """Memory for the table that the first ``element`` makes."""
+        return sum(part.table_nbytes for part in self._parts)
+
+    def ihvp(self, vector: Tensor) -> Solution:
+        """(F̂ + λI)⁻¹ x for x ``(d,)``."""
+        solved, errors = self._solve(vector[None])
+        return Solution.of(solved[0], errors[0])
+
+    def ihvp_many(self, vectors: Tensor) -> Tensor:
+        """(F̂ + λI)⁻¹ x for rows ``(k, d)``, in as many passes over the window as for one."""
+        return self._solve(vectors)[0]
+
+    def combination(self, amounts: Tensor) -> Solution:
+        """(F̂ + λI)⁻¹ x for x = Gᵀa with a ``(n,)`` in the order of slots.
+
+        One pass, and far more digits than ``ihvp`` of the same x where λ is small.
+        """
+        rows = checked_rows(amounts[None], self.window.count, self.window)
+        solved, errors = _joined([part.combination(rows) for part in self._current()])
+        return Solution.of(solved[0], errors[0])
+
+    def member(self, slot: int) -> Solution:
+        """(F̂ + λI)⁻¹ g for the row in a slot."""
+        return self.combination(only(slot, self.window))
+
+    def multiply(self, vector: Tensor) -> Tensor:
+        """(F̂ + λI) x for x ``(d,)``, all in float64."""
+        rows = checked_rows(vector[None], self.window.size, self.window)
+        parts = self._current()
+        return torch.cat([part.multiply(rows[:, part.columns]) for part in parts], dim=1)[0]
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of the inverse, float64 ``(d,)``: one sweep the first time."""
+        return torch.cat([part.diagonal[0] for part in self._current()])
+
+    def diagonal_error(self) -> Tensor:
+        """Bounds of what rounding has done to each entry of ``diagonal``, float64 ``(d,)``."""
+        return torch.cat([part.diagonal[1] for part in self._current()])
+
+    def leverage(self) -> Tensor:
+        """1 − λ · diagonal ``(d,)``: how much of each entry the data decide, from 0 to 1."""
+        return 1 - self.damping * self.diagonal()
+
+    def element(self, row: int, column: int) -> float:
+        """An entry of the inverse: O(n), after the first has made a table.
+
+        Raises:
+            UsageError: no such entry, or no room for the table.
+        """
+        parts = self._current()
+        if not (0 <= row < self.window.size and 0 <= column < self.window.size):
+            raise _no_entry((row, column), self.window)
+        if not self._has_room:
+            _require_room(self.table_nbytes, self.window)
+            self._has_room = True
+        index = bisect_right(self._starts, row) - 1
+        if bisect_right(self._starts, column) - 1 != index:
+            return 0.0
+        start = self._starts[index]
+        return parts[index].element(row - start, column - start)
+
+    def submatrix(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Some rows, and the same columns, of the inverse: float64 ``(k, k)``.
+
+        Raises:
+            UsageError: no such entries.
+        """
+        parts, device = self._current(), self.window.device
+        chosen = torch.as_tensor(indices, device=device, dtype=torch.long)
+        inside = (chosen >= 0) & (chosen < self.window.size)
+        if not bool(inside.all()):
+            raise _no_entry(chosen[~inside].tolist(), self.window)
+        found = torch.zeros(len(chosen), len(chosen), dtype=torch.float64, device=device)
+        owners = torch.searchsorted(self._starts_tensor(), chosen, right=True) - 1
+        for owner in sorted(set(owners.tolist())):
+            here = (owners == owner).nonzero()[:, 0]
+            found[here[:, None], here] = parts[owner].submatrix(chosen[here] - self._starts[owner])
+        return found
+
+    def group_saliency(self, weights: Tensor, indices: Tensor | Sequence[int]) -> float:
+        """½ w_Qᵀ ([F̂⁻¹]_QQ)⁻¹ w_Q: what it costs to remove entries Q of w ``(d,)`` together.
+
+        Raises:
+            UsageError: no such entries, or one is named twice.
+            UnsoundError: rounding leaves too little of the matrix.
+        """
+        chosen = torch.as_tensor(indices, dtype=torch.long)
+        if len(torch.unique(chosen)) < len(chosen):
+            raise UsageError("an entry is named twice", f"{len(chosen)} entries", "each once")
+        matrix = self.submatrix(chosen)
+        removed = weights[chosen.to(weights.device)].to(matrix)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info):
+            raise UnsoundError(
+                "rounding leaves nothing of the inverse for a group of entries",
+                f"{len(matrix)} entries with --damping abs:{self.damping:.3g}",
+                "a larger --damping, or a smaller group",
+            )
+        root = torch.linalg.solve_triangular(lower, removed[:, None], upper=False)
+        return 0.5 * float(root.square().sum())
+
+    def _solve(self, vectors: Tensor) -> Solved:
+        rows = checked_rows(vectors, self.window.size, self.window)
+        return _joined([part.solve(rows[:, part.columns]) for part in self._current()])
+
+    def _current(self) -> list[DualBlock | PrimalRun]:
+        """The parts, if they still are the window's.
+
+        Raises:
+            UsageError: rows were pushed or the window was closed.
+        """
+        if self.window.pushes != self._pushes or not self.window.count:
+            raise UsageError(
+                "the window is not what it was when it was inverted",
+                f"{self.window.pushes - self._pushes} new rows, {self.window.count} in all",
+                "a new StaticFisher, or a WindowedFisher that follows its window",
+            )
+        return self._parts
+
+    def _starts_tensor(self) -> Tensor:
+        return torch.tensor(self._starts, device=self.window.device)
+
+
+def _joined(solved: Sequence[Solved]) -> Solved:
+    """Parts side by side; the squares of their errors add up."""
+    vectors, errors = zip(*solved, strict=True)
+    return torch.cat(vectors, dim=1), torch.stack(errors).square().sum(0).sqrt()
+
+
+def _runs(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, slice]]:
+    """Columns that are inverted together: runs of equal blocks, and each block above n alone."""
+    start = 0
+    for size, equal in groupby(sizes):
+        width = size * len(list(equal))
+        step = width if size <= rows else size
+        yield from ((size, slice(i, i + step)) for i in range(start, start + width, step))
+        start += width
+
+
+def _matrix_bytes(sizes: Sequence[int], rows: int) -> int:
+    """Memory for the matrices and their factors."""
+    return 2 * torch.float64.itemsize * sum(min(size, rows) ** 2 for size in sizes)
+
+
+def _require_room(nbytes: int, window: GradientWindow) -> None:
+    room = available_bytes(window.device)
+    if nbytes > room:
+        raise UsageError(
+            "not enough memory for the inverse",
+            f"{gibibytes(nbytes)} for {window.count} rows, and {gibibytes(room)} are free",
+            "--blocks with fewer entries each, or fewer rows with --window",
+        )
+
+
+def _no_entry(entries: Sequence[int], window: GradientWindow) -> UsageError:
+    return UsageError(
+        "no such entries of the inverse",
+        f"{', '.join(map(str, entries[:4]))}, of {window.size} columns",
+        f"numbers from 0 to {window.size - 1}",
+    )

@@ -1,0 +1,84 @@
+"""(F̂ + λI) y = x by way of A = nλI + GGᵀ, which is as small as the window has rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hesscli.engines.mfac.factor import SAFETY, Factor, unit
+from hesscli.engines.mfac.gram import Gram
+
+Solved = tuple[Tensor, Tensor]
+"""Y ``(k, size)`` in float64, and bounds ``(k,)`` of the lengths of its rows' errors."""
+
+ENOUGH = 1e-2
+"""Bound of a relative error that is left as it is; what was seen is a tenth of the bound."""
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def is_enough(vectors: Tensor, errors: Tensor) -> bool:
+    """Whether every row has its digits."""
+    return bool((errors <= ENOUGH * torch.linalg.vector_norm(vectors, dim=1)).all())
+
+
+class System:
+    """Solves with the factor of A.
+
+    Any x takes two passes over the window: y = (x − Gᵀ A⁻¹ G x) / λ. A combination x = Gᵀa of
+    rows takes one, y = n Gᵀ A⁻¹ a, in which nothing cancels and nothing is divided by λ.
+
+    Errors are bounded from what rounding does: an error of u ‖g_i‖‖x‖ in each entry of Gx, one
+    of u D_i D_j in those of A with D² its diagonal, and u ‖Dc‖ in the sum Gᵀc. The first two
+    come through Gᵀ A⁻¹ D, whose size τ is measured with vectors of signs; what they do to y is then
+    ‖x‖ τ + ‖Dc‖ (τ + 1), over λ or times n. That is to first order; the rest is a geometric
+    series in u ‖D A⁻¹ D‖, and where this is not below 1 nothing is known.
+
+    Args:
+        gram: GGᵀ, of the window and columns to work on.
+        factor: of A.
+        damping: λ.
+        dtype: of products with the window.
+    """
+
+    def __init__(self, gram: Gram, factor: Factor, damping: float, dtype: torch.dtype) -> None:
+        self.gram, self.factor, self.damping, self.dtype = gram, factor, damping, dtype
+        self._u = SAFETY * unit(dtype)
+        errors = factor.solved_errors()
+        squared = (errors * (gram.matrix @ errors)).sum(0).amax()
+        self._spread = squared.clamp_min(0).sqrt()
+        u_matrix = SAFETY * (unit(gram.dtype) + math.sqrt(gram.count) * unit(torch.float64))
+        share = u_matrix * torch.linalg.vector_norm(errors * factor.scales[:, None], dim=0).amax()
+        self._u_matrix = u_matrix / (1 - share).clamp_min(0)
+
+    def solve(self, rights: Tensor) -> Solved:
+        """Y for rows X ``(k, size)`` and bounds ``(k,)`` of their errors."""
+        window, columns = self.gram.window, self.gram.columns
+        sizes = torch.linalg.vector_norm(rights, dim=1, keepdim=True)
+        units = rights / sizes.clamp_min(_TINY)  # so that squares fit into float32
+        coefficients = self.factor.solve(window.project(units, columns, self.dtype).T).T
+        inside = self._combined(coefficients)
+        weight = self._weight(coefficients)
+        off = self._u * (self._spread + weight) + self._u_matrix * weight * self._spread
+        off = off + 2 * unit(torch.float64)
+        scale = sizes / self.damping
+        return (units - inside) * scale, off * scale[:, 0]
+
+    def combination(self, amounts: Tensor) -> Solved:
+        """Y for X = Gᵀa, of amounts ``(k, n)``, and bounds ``(k,)`` of their errors."""
+        count = self.gram.count
+        coefficients = self.factor.solve(amounts.T).T
+        weight = self._weight(coefficients)
+        off = count * weight * (self._u + self._u_matrix * self._spread)
+        return count * self._combined(coefficients), off
+
+    def _combined(self, coefficients: Tensor) -> Tensor:
+        scale = coefficients.abs().amax(dim=1, keepdim=True).clamp_min(_TINY)
+        sums = self.gram.window.combine(coefficients / scale, self.gram.columns, self.dtype)
+        return sums.mul_(scale)
+
+    def _weight(self, coefficients: Tensor) -> Tensor:
+        """‖Dc‖ of each row."""
+        weight: Tensor = torch.linalg.vector_norm(coefficients * self.factor.scales, dim=1)
+        return weight

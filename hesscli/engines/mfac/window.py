@@ -1,0 +1,264 @@
+"""The last gradients, as rows of a matrix in memory or in a file."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from hesscli import storage
+from hesscli.engines.mfac.memory import available_bytes, require_room
+from hesscli.errors import UnsoundError, UsageError
+
+__all__ = ["DTYPES", "GradientWindow", "available_bytes"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+TILE = 4096
+"""Columns in a tile: a float32 sum over more loses digits, over fewer time."""
+_MAPPED = 2**27
+"""Bytes of a file that may be in the process's memory at once."""
+_AROUND = 2**16
+"""Bytes that the kernel maps around each that is touched."""
+
+
+class GradientWindow:
+    """A ring of rows: when it is full, a new one takes the place of the oldest.
+
+    Args:
+        rows: how many there is room for.
+        columns: length d of a gradient.
+        dtype: that rows are kept in; what the rows are is what this leaves of them.
+        path: a file to keep them in, made anew; None keeps them in memory.
+        device: where tiles are worked on, and kept unless there is a file; default the CPU.
+        shard: keep these columns only, of the whole gradients that are pushed.
+
+    Attributes:
+        capacity: how many rows there is room for.
+        columns: length of a row that is pushed.
+        size: columns that are kept.
+        pushes: rows that were ever pushed.
+
+    Raises:
+        UsageError: sizes that cannot be, or more than the memory or the disk has room for.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        path: Path | None = None,
+        device: torch.device | str | None = None,
+        shard: slice | None = None,
+    ) -> None:
+        if rows < 1 or columns < 1:
+            raise UsageError(
+                "a window needs room for a row", f"{rows} rows of {columns}", "--window 512"
+            )
+        if dtype not in DTYPES:
+            allowed = ", ".join(_name(each) for each in DTYPES)
+            raise UsageError("no dtype for a window", _name(dtype), f"--window-dtype: {allowed}")
+        self.capacity, self.columns, self.pushes = rows, columns, 0
+        self.dtype, self.device = dtype, torch.device(device or "cpu")
+        self._shard = slice(*(shard or slice(None)).indices(columns))
+        self.size = len(range(columns)[self._shard])
+        self._map = None if path is None else storage.map_scratch(path, self.nbytes)
+        self._mapped = 0
+        if self._map is None:
+            require_room(rows, self.size, dtype, self.device)
+            self._data = torch.empty(rows, self.size, dtype=dtype, device=self.device)
+        else:
+            self._data = torch.frombuffer(self._map, dtype=dtype).view(rows, self.size)
+        self._squares = torch.zeros(rows, dtype=torch.float64, device=self._data.device)
+
+    def __enter__(self) -> GradientWindow:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def count(self) -> int:
+        """Rows that are valid: the first so many slots."""
+        return min(self.pushes, len(self._data))
+
+    @property
+    def full(self) -> bool:
+        """Whether the next row takes the place of another."""
+        return self.pushes >= self.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Memory or disk space that the rows take, empty slots included."""
+        return self.capacity * self.size * self.dtype.itemsize
+
+    @property
+    def rows(self) -> Tensor:
+        """The valid rows ``(n, size)`` in the order of slots; a view, not to be changed."""
+        return self._data[: self.count]
+
+    def push(self, row: Tensor) -> int:
+        """Keep one gradient ``(d,)``, in place of the oldest where the window is full.
+
+        Returns:
+            The slot that it is in now.
+
+        Raises:
+            UsageError: it has another length.
+            UnsoundError: it is not finite; nothing has changed.
+        """
+        self.extend(row[None])
+        return (self.pushes - 1) % self.capacity
+
+    def extend(self, block: Tensor) -> None:
+        """Keep some gradients ``(k, d)``, in turn; all of them or, where one is bad, none.
+
+        Raises:
+            UsageError: they have another length.
+            UnsoundError: one is not finite.
+        """
+        kept = self._checked(block)[-self.capacity :, self._shard].to(self._data.device)
+        self.pushes += len(block)
+        start = (self.pushes - len(kept)) % self.capacity
+        until_end = min(len(kept), self.capacity - start)
+        self._write(start, kept[:until_end])
+        self._write(0, kept[until_end:])
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """Columns of the valid rows, ``(n, stop - start)``, on the device; not to be changed."""
+        return self.rows[:, start:stop].to(self.device)
+
+    def tiles(self, columns: slice, width: int = TILE) -> Iterator[tuple[slice, Tensor]]:
+        """A range of columns in tiles, left to right.
+
+        Of a window in a file no more than a few tiles are in memory at once.
+
+        Args:
+            columns: start and stop, both given.
+            width: columns in a tile; the last may have fewer.
+
+        Yields:
+            Where a tile lies within the range, and the tile.
+        """
+        for start in range(columns.start, columns.stop, width):
+            stop = min(start + width, columns.stop)
+            yield slice(start - columns.start, stop - columns.start), self.tile(start, stop)
+            self._touched(self.count, stop - start)
+
+    def project(
+        self,
+        vectors: Tensor,
+        columns: slice | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """G x for some vectors: their inner products with the rows.
+
+        Args:
+            vectors: ``(k, size)``, or as long as the range of columns.
+            columns: a range, start and stop given; default all.
+            dtype: of the products in a tile; tiles are summed in float64.
+
+        Returns:
+            float64 ``(k, n)``.
+        """
+        found = torch.zeros(len(vectors), self.count, dtype=torch.float64, device=self.device)
+        for place, tile in self.tiles(columns or slice(0, self.size)):
+            found += _times(tile.to(dtype), vectors[:, place].to(dtype).T).T
+        return found
+
+    def combine(
+        self,
+        coefficients: Tensor,
+        columns: slice | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """Gᵀ a for some vectors of coefficients: sums of the rows.
+
+        Args:
+            coefficients: ``(k, n)``, one for each row in the order of slots.
+            columns: a range, start and stop given; default all.
+            dtype: of the sums.
+
+        Returns:
+            float64 ``(k, size)``, or as long as the range of columns.
+        """
+        columns, weights = columns or slice(0, self.size), coefficients.to(dtype).T.contiguous()
+        width = columns.stop - columns.start
+        found = torch.empty(len(coefficients), width, dtype=torch.float64, device=self.device)
+        for place, tile in self.tiles(columns):
+            found[:, place] = _times(tile.to(dtype).T, weights).T
+        return found
+
+    def mean_square(self) -> float:
+        """Tr F̂: the mean of the rows' squared lengths.
+
+        Raises:
+            UsageError: there are no rows.
+        """
+        self.require_rows()
+        return float(self._squares[: self.count].mean())
+
+    def require_rows(self) -> None:
+        """See that there is a row.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if self.count == 0:
+            raise UsageError("the window is empty", "no gradients", "push some gradients first")
+
+    def close(self) -> None:
+        """Give memory or disk space back, once nobody else holds a view of the rows."""
+        self._data, self._map = self._data.new_empty(0, self.size), None
+
+    def _checked(self, block: Tensor) -> Tensor:
+        """The rows in the window's dtype."""
+        if block.ndim != 2 or block.shape[1] != self.columns:
+            raise UsageError(
+                "a gradient has the wrong length",
+                f"shape {tuple(block.shape[1:])}, for a window of {self.columns} columns",
+                "a window of the same parameters as the gradients",
+            )
+        kept = block.detach().to(self.dtype)
+        finite = torch.isfinite(kept).all(dim=1)
+        if not finite.all():
+            raise UnsoundError(
+                "a gradient is not finite",
+                f"NaN or infinity in row {self.pushes + int(finite.int().argmin())} of the window",
+                "--dtype float64, or a checkpoint from before the run diverged",
+            )
+        return kept
+
+    def _write(self, start: int, rows: Tensor) -> None:
+        self._data[start : start + len(rows)] = rows
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        self._squares[start : start + len(rows)] = lengths.square()
+        self._touched(*rows.shape)
+
+    def _touched(self, rows: int, columns: int) -> None:
+        """Of a file: let go of its pages before too many are in the process's memory."""
+        if self._map is None:
+            return
+        self._mapped += rows * max(columns * self.dtype.itemsize, _AROUND)
+        if self._mapped >= _MAPPED:
+            self._map.madvise(mmap.MADV_DONTNEED)  # a shared map: the file keeps what was written
+            self._mapped = 0
+
+
+def _times(matrix: Tensor, columns: Tensor) -> Tensor:
+    """A product with one column or more; libraries are slow where a matrix has one column."""
+    return (matrix @ columns[:, 0])[:, None] if columns.shape[1] == 1 else matrix @ columns
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

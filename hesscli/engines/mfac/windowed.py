@@ -1,0 +1,131 @@
+"""The inverse of a window's Fisher matrix while gradients come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hesscli.engines.mfac.factor import Factor, NotPositiveError, too_little
+from hesscli.engines.mfac.gram import Gram
+from hesscli.engines.mfac.solution import Solution, checked_damping, checked_rows, only
+from hesscli.engines.mfac.system import Solved, System, is_enough
+from hesscli.engines.mfac.tail import TailFactor
+from hesscli.engines.mfac.window import GradientWindow
+
+
+class WindowedFisher:
+    """(F̂ + λI)⁻¹ of the rows that are in the window now.
+
+    A push costs one sweep over the window for the new row's inner products, and O(n²) for the
+    factor; the factor is brought up to date when something is solved for. While the window
+    fills, n itself changes, and each solve after a push makes a new factor.
+
+    Products with the window are in float32 as long as that leaves enough digits; in float64
+    where it does not, where the window is, and where it has room for more than d / 2 rows.
+
+    Args:
+        window: may have rows already.
+        damping: λ, absolute.
+
+    Raises:
+        UsageError: λ is not above 0.
+    """
+
+    def __init__(self, window: GradientWindow, damping: float) -> None:
+        self.window, self.damping = window, checked_damping(damping)
+        self._gram = Gram(window, exact=2 * window.capacity > window.size)
+        self._seen = window.pushes
+        self._tail: TailFactor | None = None
+        self._system: System | None = None
+
+    def push(self, gradient: Tensor) -> int:
+        """Keep a gradient ``(d,)``, in place of the oldest where the window is full.
+
+        Returns:
+            The slot that it is in now.
+
+        Raises:
+            UsageError: it has another length.
+            UnsoundError: it is not finite; nothing has changed.
+        """
+        self._catch_up()
+        growing = not self.window.full
+        slot = self.window.push(gradient)
+        self._gram.replace(slot)
+        self._seen, self._system = self.window.pushes, None
+        if growing or (self._tail is not None and self._tail.used_up):
+            self._tail = None
+        elif self._tail is not None:
+            self._tail.replace()
+        return slot
+
+    def ihvp(self, vector: Tensor) -> Solution:
+        """(F̂ + λI)⁻¹ x for x ``(d,)``.
+
+        Raises:
+            UsageError: x has another length, or the window is empty.
+            UnsoundError: λ is lost in rounding.
+        """
+        rows = checked_rows(vector[None], self.window.size, self.window)
+        return self._with_digits(lambda system: system.solve(rows))
+
+    def combination(self, amounts: Tensor) -> Solution:
+        """(F̂ + λI)⁻¹ x for x = Gᵀa with a ``(n,)`` in the order of slots: one pass, more digits.
+
+        Raises:
+            UsageError: a has another length, or the window is empty.
+            UnsoundError: λ is lost in rounding.
+        """
+        rows = checked_rows(amounts[None], self.window.count, self.window)
+        return self._with_digits(lambda system: system.combination(rows))
+
+    def member(self, slot: int) -> Solution:
+        """(F̂ + λI)⁻¹ g for the row in a slot."""
+        return self.combination(only(slot, self.window))
+
+    def _catch_up(self) -> None:
+        """See what others have pushed to the window."""
+        if self._seen != self.window.pushes:
+            self._gram.refresh()
+            self._seen, self._tail, self._system = self.window.pushes, None, None
+
+    def _with_digits(self, attempt: Callable[[System], Solved]) -> Solution:
+        """What an attempt finds; in float64 from now on where float32 leaves too few digits."""
+        solved = attempt(self._current())
+        if not (self._gram.exact or is_enough(*solved)):
+            self._sharpen()
+            solved = attempt(self._current())
+        return Solution.of(solved[0][0], solved[1][0])
+
+    def _sharpen(self) -> None:
+        self._gram = Gram(self.window, exact=True)
+        self._tail = self._system = None
+
+    def _current(self) -> System:
+        self.window.require_rows()
+        self._catch_up()
+        if self._system is None:
+            self._system = System(self._gram, self._factor(), self.damping, self._gram.dtype)
+        return self._system
+
+    def _factor(self) -> Factor:
+        """As of now.
+
+        Raises:
+            UnsoundError: λ is too small even for float64.
+        """
+        try:
+            return self._followed()
+        except NotPositiveError as error:
+            if self._gram.exact:
+                raise too_little(self.damping, error.missing / self.window.count) from error
+        self._sharpen()
+        return self._factor()
+
+    def _followed(self) -> Factor:
+        if self._tail is None:
+            first = self.window.pushes % self.window.capacity if self.window.full else 0
+            shift = self.window.count * self.damping
+            self._tail = TailFactor(self._gram.matrix, shift, first)
+        return self._tail.factor()
