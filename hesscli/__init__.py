@@ -20,6 +20,10 @@ _HOMES = {
     "EmpiricalFisher": "hesscli.operators.fisher",
     "trace": "hesscli.diagnostics.trace",
     "diagonal": "hesscli.diagnostics.diagonal",
+    "sensitivity": "hesscli.diagnostics.sensitivity",
+    "ihvp": "hesscli.diagnostics.sensitivity",
+    "WindowOptions": "hesscli.diagnostics.collecting",
+    "spectrum": "hesscli.diagnostics.spectrum",
     "check": "hesscli.diagnostics.check",
 }
 

@@ -12,6 +12,13 @@ from typing import Any, Literal
 
 SCHEMA_VERSION: Literal[1] = 1
 
+LOW_LEVERAGE = 0.5
+"""Median leverage below which saliencies rank as |w| does."""
+HOLDS_WITHIN = 0.1
+"""Of |linear| + |quadratic|: how far off a prediction may be that is said to hold."""
+LARGE_RESIDUAL = 0.1
+"""Against the operator, above which a solve is better refined."""
+
 Interval = tuple[float, float]
 Mode = Literal["double-backward", "forward-over-reverse", "finite-difference"]
 Status = Literal["exact", "converged", "budget", "data-limited", "interrupted"]
@@ -32,6 +39,13 @@ class Snapshot:
         "pilot",
         "squaring gradients",
         "probing",
+        "iterating",
+        "forming the matrix",
+        "collecting gradients",
+        "inverting",
+        "perturbing",
+        "verifying",
+        "refining",
     ]
     done: float | None = None
     total: float | None = None
@@ -165,11 +179,11 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantile:
-    """The value that a share ``level`` of the entries lie below, as estimated."""
+    """The value that a share ``level`` of the entries lie below, and its error where known."""
 
     level: float
     value: float
-    stderr: float
+    stderr: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +337,395 @@ class DiagonalRun(DiagResult):
 
     entries: dict[str, Any] = field(repr=False, metadata={"document": False})
     stderr: dict[str, Any] = field(repr=False, metadata={"document": False})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowReport:
+    """The gradients that stand for the matrix F̂ = (1/m) Σ g gᵀ.
+
+    ``damping`` is λ in F̂ + λI, ``relative_damping`` the same in units of tr F̂ / d. F̂ is kept in
+    diagonal blocks of at most ``largest_block`` entries.
+    """
+
+    rows: int
+    row_kind: str
+    damping: float
+    relative_damping: float
+    blocks: str
+    largest_block: int
+    dtype: str
+    num_bytes: int
+    file: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualReport:
+    """How well y solves the system, as ‖Ay − x‖ / ‖x‖; None where x is zero.
+
+    ``window`` is against F̂ + λI: rounding. ``operator`` is against the matrix ``operator_name``
+    plus λI: what the window does not know of it.
+    """
+
+    window: float | None
+    operator: float | None
+    operator_name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """Conjugate gradients on the operator plus λI, with the window as preconditioner.
+
+    ``residual`` is computed anew at the end. ``negative_curvature`` is the Rayleigh quotient of a
+    direction along which the operator plus λI curves downwards, where one was met: there the
+    solve ends.
+    """
+
+    tolerance: float
+    iterations: int
+    residual: float
+    converged: bool
+    negative_curvature: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveReport:
+    """y with (F̂ + λI) y = x; x is the gradient of the loss unless a file gave it."""
+
+    vector: str
+    vector_norm: float
+    norm: float
+    refinement: Refinement | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledChange:
+    """The loss after a perturbation shrunk to ``scale`` of itself, less the loss before."""
+
+    scale: float
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturbation:
+    """A change δ of one layer's weights, and what it does to the loss.
+
+    ``kind`` is ``prune`` (``level`` the share of least salient weights set to zero) or ``round``
+    (``level`` in bits, with one grid a ``tensor`` or a ``channel``). The loss is predicted to grow
+    by ``linear`` + ``quadratic`` = gᵀδ + ½δᵀAδ; ``stderr`` is of their sum, from the examples
+    that were not used. ``hawq`` is ½ (tr A_layer / n) ‖δ‖² (Dong et al. 2020, arXiv 1911.03852).
+    ``measured`` is the loss that was found with δ applied; ``changes`` also at shrunken δ.
+    ``order`` is the power of the scale with which the error of the prediction falls, and
+    ``holds`` whether at full size the error is within 10% of |linear| + |quadratic|.
+    """
+
+    kind: Literal["prune", "round"]
+    level: float
+    granularity: Literal["weight", "tensor", "channel"]
+    squared_norm: float
+    linear: float
+    quadratic: float
+    stderr: float
+    hawq: float
+    measured: float | None
+    changes: tuple[ScaledChange, ...]
+    order: float | None
+    holds: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaliencyReport:
+    """A layer's optimal-brain-surgeon saliencies w² / (2 [(F̂ + λI)⁻¹]_qq): a ranking, no loss.
+
+    Standard errors are the jackknife's over groups of rows, None where a group decides whether
+    there is any; ``histogram`` has edges that all layers share, saliencies of zero left out.
+    """
+
+    mean: float
+    stderr: float | None
+    quantiles: tuple[Quantile, ...]
+    histogram: Histogram
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSensitivity:
+    """One layer's weights: which matter, and what pruning or rounding them does.
+
+    ``leverage`` is the median share of [F̂ + λI]_qq's inverse that data and not λ decides;
+    ``magnitude_correlation`` Spearman's between saliency and |w|; ``half_correlation`` between
+    the saliencies of two disjoint half-windows. ``rank`` is by mean saliency, 1 the highest, and
+    ``above_next`` the probability that it is higher than that of the next in rank.
+    """
+
+    name: str
+    num_parameters: int
+    parameters: tuple[ParameterReport, ...]
+    saliency: SaliencyReport
+    leverage: float
+    magnitude_correlation: float | None
+    half_correlation: float | None
+    rank: int
+    above_next: float | None
+    perturbations: tuple[Perturbation, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DampingPoint:
+    """What one λ makes of the window and of y.
+
+    ``span_share`` is the share of ‖y‖ inside the span of the window's rows, ``cosine`` that of y
+    to y at the next smaller λ, ``leverage`` the median over all weights, ``rank_correlation``
+    Spearman's to the saliencies at the run's own λ, ``operator_residual`` as in the residual.
+    """
+
+    relative: float
+    absolute: float
+    span_share: float | None
+    cosine: float | None
+    leverage: float
+    rank_correlation: float | None
+    operator_residual: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingReport:
+    """How sure the order of layers by mean saliency is.
+
+    ``layers`` are in that order; ``above[i][j]`` is the probability that layer i's mean is higher
+    than layer j's. ``half_correlation`` is Spearman's over all weights between two half-windows.
+    """
+
+    layers: tuple[str, ...]
+    above: tuple[tuple[float, ...], ...]
+    half_correlation: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class IhvpResult:
+    """The answer of ``hesscli ihvp``.
+
+    With a vector given, the solve is all there is: no ``ranking``, and ``layers`` are empty.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    command: Literal["ihvp"] = "ihvp"
+    hesscli_version: str
+    status: Status
+    problem: ProblemReport
+    method: MethodReport
+    cost: Cost
+    window: WindowReport
+    solve: SolveReport
+    residual: ResidualReport
+    ranking: RankingReport | None
+    sweep: tuple[DampingPoint, ...]
+    layers: tuple[LayerSensitivity, ...]
+    environment: Environment
+    files: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One honest line."""
+        off = self.residual.operator
+        return (
+            f"ihvp({self.problem.matrix}): {self.window.rows} {self.window.row_kind} rows, "
+            f"damping {self.window.damping:.3g}, |y| = {self.solve.norm:.6g}, "
+            f"residual {'unknown' if off is None else format(off, '.2g')} against "
+            f"{self.residual.operator_name}, {self.cost.gradients:.3g} gradients, {self.status}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IhvpRun(IhvpResult):
+    """An :class:`IhvpResult` with its arrays, which files hold and documents do not.
+
+    ``saliency`` and ``direction`` map each parameter's name to a numpy array of its shape.
+    """
+
+    saliency: dict[str, Any] = field(repr=False, metadata={"document": False})
+    direction: dict[str, Any] = field(repr=False, metadata={"document": False})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eigenvalue:
+    """A Ritz value: an eigenvalue lies within ``residual`` of it.
+
+    ``end`` says from which end of the spectrum it was listed. One that is ``settled`` stands alone,
+    as do all between it and that end, so that its place among them is known; ``copies`` are the
+    eigenvalues that were found there. ``vector_error`` bounds the sine of the angle between its vector and the true
+    eigenvector, from the distance to the next Ritz value; None where that is no bound.
+    """
+
+    value: float
+    residual: float
+    end: Literal["top", "bottom"]
+    settled: bool
+    copies: int
+    vector_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralDensity:
+    """The density of eigenvalues, whose integral over ``grid`` is 1, and what it is made of.
+
+    ``nodes`` with their ``weights``, which sum to 1, are the spectrum as it was found; those that
+    are ``isolated`` stand alone and were counted, 1/d each. In ``values`` they are narrow spikes;
+    the others have kernels with a standard deviation of ``bandwidth`` · √(λ² + ``scale``²).
+    """
+
+    grid: tuple[float, ...]
+    values: tuple[float, ...]
+    bandwidth: float
+    scale: float
+    nodes: tuple[float, ...]
+    weights: tuple[float, ...]
+    isolated: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralFunction:
+    """A number that depends on all eigenvalues, None where it has no meaning.
+
+    ``stderr`` is between start vectors. It is None where there is one start vector only, or where
+    the depth of the runs matters more: ``depth_change`` is what their second half changed.
+    """
+
+    value: float | None
+    stderr: float | None
+    depth_change: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralFunctions:
+    """Sums over the eigenvalues.
+
+    ``stable_rank`` is Σλ² / max λ², ``effective_rank`` the exponential of the entropy of the shares
+    |λ| / Σ|λ| (Roy & Vetterli 2007), ``negative_mass`` Σ_{λ<0} |λ| / Σ|λ|.
+    """
+
+    trace: SpectralFunction
+    squared_norm: SpectralFunction
+    negative_mass: SpectralFunction
+    stable_rank: SpectralFunction
+    effective_rank: SpectralFunction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outliers:
+    """The largest eigenvalues that stand apart from those below them.
+
+    ``count`` of them lie above the widest step of the staircase, where one eigenvalue is ``ratio``
+    times the next; none where no step is wide. ``class_ratio`` is the step at the number of
+    ``classes`` less one, where labels are classes and that many are known.
+    """
+
+    count: int
+    ratio: float | None
+    classes: int | None
+    class_ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """The condition number of a positive semidefinite matrix plus ``damping`` on its diagonal.
+
+    It lies in the interval: the smallest eigenvalue is known from above, and is not negative.
+    ``relative_damping`` is in units of the mean eigenvalue.
+    """
+
+    damping: float
+    relative_damping: float
+    interval: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvergencePoint:
+    """The largest Ritz values after so many steps, and their residuals."""
+
+    steps: int
+    values: tuple[float, ...]
+    residuals: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSpectrum:
+    """All eigenvalues of the dense matrix, and how far the estimated density is from them.
+
+    ``distance`` is the Wasserstein-1 distance between the two over the mean |λ|.
+    """
+
+    eigenvalues: tuple[float, ...]
+    distance: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpectrum:
+    """A layer's part in the listed eigenvectors and, where asked for, its own block's spectrum.
+
+    ``participation`` has for each listed eigenvalue of the whole matrix the share of its vector's
+    squared length that lies in this layer.
+    """
+
+    name: str
+    num_parameters: int
+    parameters: tuple[ParameterReport, ...]
+    participation: tuple[float, ...]
+    status: Status | None
+    eigenvalues: tuple[Eigenvalue, ...] | None
+    density: SpectralDensity | None
+    functions: SpectralFunctions | None
+    exact: DenseSpectrum | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumResult:
+    """The answer of ``hesscli spectrum``: the top eigenvalues, then the bottom ones, descending.
+
+    ``steps`` were made from the first start vector.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    command: Literal["spectrum"] = "spectrum"
+    hesscli_version: str
+    status: Status
+    problem: ProblemReport
+    method: MethodReport
+    cost: Cost
+    steps: int
+    eigenvalues: tuple[Eigenvalue, ...]
+    density: SpectralDensity
+    negative_mass: float | None
+    functions: SpectralFunctions
+    outliers: Outliers
+    condition: Condition | None
+    convergence: tuple[ConvergencePoint, ...]
+    exact: DenseSpectrum | None
+    layers: tuple[LayerSpectrum, ...]
+    environment: Environment
+    files: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One honest line."""
+        top = self.eigenvalues[0]
+        mass = "unknown" if self.negative_mass is None else f"{self.negative_mass:.2g}"
+        return (
+            f"spectrum({self.problem.matrix}): an eigenvalue in {top.value:.6g} ± "
+            f"{top.residual:.2g}, {self.outliers.count} stand apart, negative mass {mass}, "
+            f"{self.steps} steps, {self.method.num_probes} start vectors, "
+            f"{self.cost.products:.3g} products, {self.status}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumRun(SpectrumResult):
+    """A :class:`SpectrumResult` with its eigenvectors, which files hold and documents do not.
+
+    ``vectors`` maps each parameter's name to a numpy array with one more dimension in front: one
+    vector for each of ``eigenvalues``. Empty where they were not asked for.
+    """
+
+    vectors: dict[str, Any] = field(repr=False, metadata={"document": False})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,49 +5,20 @@ from __future__ import annotations
 import json
 import os
 import pty
-import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
+from program import HESSCLI, SUNSPOTS, environment, hesscli_run, three_lines
 from safetensors.numpy import load_file
 
 import hesscli
 from hesscli.cli.app import explain, main
 from hesscli.errors import ExitCode
 
-HESSCLI = [sys.executable, "-m", "hesscli"]
-SUNSPOTS = Path(hesscli.__file__).parent.parent / "samples" / "sunspots" / "model.pt"
 ESCAPE = "\x1b["
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """This process's environment, without what changes colours and widths."""
-    kept = {k: v for k, v in os.environ.items() if not re.search("COLOR|COLUMNS|TTY|GITHUB", k)}
-    return {**kept, "OMP_NUM_THREADS": "1", **changes}
-
-
-def hesscli_run(*args: object, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*HESSCLI, *map(str, args)],
-        cwd=cwd,
-        env=environment(**changes),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-    )
-
-
-def three_lines(stderr: str) -> tuple[str, str, str]:
-    what, got, hint = stderr.splitlines()
-    assert what.startswith("error: ")
-    assert got.startswith("  got: ")
-    assert hint.startswith("  try: ")
-    return what.removeprefix("error: "), got.removeprefix("  got: "), hint.removeprefix("  try: ")
 
 
 # What is typed wrongly.
@@ -96,7 +67,9 @@ def test_misuse_exits_2(tmp_path: Path) -> None:
     assert three_lines(run.stderr)[1] == "'0%'"
 
 
-@pytest.mark.parametrize("command", ["check", "init", "trace", "diag", "schema"])
+@pytest.mark.parametrize(
+    "command", ["check", "init", "trace", "diag", "ihvp", "spectrum", "schema"]
+)
 def test_every_command_explains_itself_with_examples(command, capsys) -> None:
     assert main([command, "-h"]) == 0
     brief = capsys.readouterr().out

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_ihvp import ihvp_result, perturbation, sensitivities, sensitivity
 from example_results import (
     DIAGONALS,
     LAYERS,
@@ -24,7 +25,15 @@ from example_results import (
 from jsonschema import Draft202012Validator
 
 from hesscli.render.document import schema, to_json
-from hesscli.results import CheckResult, DiagonalRun, DiagResult, TraceResult
+from hesscli.results import (
+    CheckResult,
+    DiagonalRun,
+    DiagResult,
+    IhvpResult,
+    IhvpRun,
+    Refinement,
+    TraceResult,
+)
 
 
 def keys(names: str) -> dict[str, Any]:
@@ -72,6 +81,38 @@ DIAG_CONTRACT: dict[str, Any] = {
     ],
 }
 
+IHVP_CONTRACT: dict[str, Any] = {
+    **{key: TRACE_CONTRACT[key] for key in ("problem", "cost", "environment")},
+    **keys("schema_version command hesscli_version status files warnings"),
+    "method": keys("name seed mode"),
+    "window": keys("rows row_kind damping relative_damping blocks dtype"),
+    "solve": keys("vector vector_norm norm refinement"),
+    "residual": keys("window operator operator_name"),
+    "ranking": keys("layers above half_correlation"),
+    "sweep": [keys("relative absolute span_share cosine leverage rank_correlation")],
+    "layers": [
+        {
+            **keys("name num_parameters leverage rank above_next half_correlation"),
+            "parameters": [keys("name shape")],
+            "saliency": {
+                **keys("mean stderr"),
+                "quantiles": [keys("level value stderr")],
+                "histogram": keys("edges counts"),
+            },
+            "perturbations": [
+                {
+                    **keys("kind level granularity linear quadratic hawq measured stderr holds"),
+                    "changes": [keys("scale predicted measured")],
+                }
+            ],
+        }
+    ],
+}
+
+REFINED = Refinement(
+    tolerance=1e-3, iterations=23, residual=0.41, converged=False, negative_curvature=-0.02
+)
+
 INFINITE = (-math.inf, math.inf)
 NOISELESS = block(noise_variance=None, noise_reduction=None, within_interval=INFINITE)
 
@@ -114,10 +155,14 @@ def validator() -> Draft202012Validator:
         diag_result(),
         diag_result(diagonal=diagonal_report(DIAGONALS, shrinkage=(0.4, 0.9, 1.0))),
         diag_result([replace(DIAGONALS[0], block=NOISELESS)]),
+        ihvp_result(),
+        ihvp_result(sensitivities(verify=False)),
+        ihvp_result([], solve=replace(ihvp_result().solve, refinement=REFINED)),
+        ihvp_result([sensitivity("a", 10, 1e-5, perturbations=(), above_next=None)], sweep=()),
     ],
 )
 def test_documents_keep_the_schema(
-    validator: Draft202012Validator, result: TraceResult | CheckResult | DiagResult
+    validator: Draft202012Validator, result: TraceResult | CheckResult | DiagResult | IhvpResult
 ) -> None:
     assert [error.message for error in validator.iter_errors(strictly(to_json(result)))] == []
 
@@ -177,6 +222,29 @@ def test_broken_diagonals_do_not(
     assert not validator.is_valid(document)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda document: without(document, "ranking"),
+        lambda document: without(document, "window", "damping"),
+        lambda document: document["residual"].update(window="small"),
+        lambda document: document["ranking"]["above"][0].append("?"),
+        lambda document: document["layers"][0].pop("leverage"),
+        lambda document: document["layers"][0].update(rank=1.5),
+        lambda document: document["layers"][0]["perturbations"][0].pop("measured"),
+        lambda document: document["layers"][0]["perturbations"][0].update(kind="drop"),
+        lambda document: document["layers"][0]["perturbations"][0].update(holds="maybe"),
+        lambda document: document["layers"][0]["perturbations"][0]["changes"][0].clear(),
+    ],
+)
+def test_broken_sensitivities_do_not(
+    validator: Draft202012Validator, spoil: Callable[[dict[str, Any]], None]
+) -> None:
+    document = json.loads(to_json(ihvp_result()))
+    spoil(document)
+    assert not validator.is_valid(document)
+
+
 def test_new_keys_may_come(validator: Draft202012Validator) -> None:
     document = json.loads(to_json(trace_result()))
     document["trace"]["median"] = 3.0
@@ -187,6 +255,7 @@ def test_new_keys_may_come(validator: Draft202012Validator) -> None:
 def test_promised_keys() -> None:
     assert_has(json.loads(to_json(trace_result())), TRACE_CONTRACT)
     assert_has(json.loads(to_json(diag_result())), DIAG_CONTRACT)
+    assert_has(json.loads(to_json(ihvp_result())), IHVP_CONTRACT)
 
 
 def test_arrays_are_left_to_files() -> None:
@@ -195,6 +264,18 @@ def test_arrays_are_left_to_files() -> None:
     weight = {"features.conv1.weight": np.ones((16, 1, 3, 3))}
     run = DiagonalRun(**shared, entries=weight, stderr=weight)
     assert to_json(run) == to_json(result)
+    sensitive = ihvp_result()
+    shared = {field.name: getattr(sensitive, field.name) for field in fields(sensitive)}
+    assert to_json(IhvpRun(**shared, saliency=weight, direction=weight)) == to_json(sensitive)
+
+
+def test_what_was_not_measured_is_null() -> None:
+    unmeasured = perturbation(1e-3, 2e-3)
+    layer = sensitivity("a", 10, 1e-5, perturbations=(unmeasured,))
+    (written,) = strictly(to_json(ihvp_result([layer])))["layers"][0]["perturbations"]
+    assert (written["measured"], written["order"], written["holds"]) == (None, None, None)
+    assert written["changes"] == []
+    assert written["linear"] == 1e-3
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -237,6 +318,8 @@ def test_schema_describes_every_command() -> None:
         "check",
         "trace",
         "diag",
+        "ihvp",
+        "spectrum",
     }
     for definition in described["$defs"].values():
         assert definition["description"]

@@ -17,7 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from hesscli import __version__
-from hesscli.cli import check, diag, init, schema, trace
+from hesscli.cli import check, diag, ihvp, init, schema, spectrum, trace
 from hesscli.cli.command import Command
 from hesscli.cli.console import Console, first_line, interrupts
 from hesscli.cli.process import keep_freed_memory, yield_waiting_cores
@@ -30,6 +30,8 @@ Examples:
   hesscli check model.pt                 is it sound, and what will a run cost?
   hesscli trace model.pt --rtol 2%       the Hessian's trace, with error bars
   hesscli diag model.pt                  its diagonal, layer by layer and in pictures
+  hesscli ihvp model.pt                  which weights and layers matter, and how sure is that?
+  hesscli spectrum model.pt              its eigenvalues: the largest, and the density of all
   hesscli trace --out json | jq .trace   for scripts
 """
 
@@ -44,6 +46,8 @@ COMMANDS: dict[str, tuple[Callable[..., ExitCode], str]] = {
     "init": (init.init, init.EXAMPLES),
     "trace": (trace.trace, trace.EXAMPLES),
     "diag": (diag.diag, diag.EXAMPLES),
+    "ihvp": (ihvp.ihvp, ihvp.EXAMPLES),
+    "spectrum": (spectrum.spectrum, spectrum.EXAMPLES),
     "schema": (schema.schema, schema.EXAMPLES),
 }
 for name, (function, examples) in COMMANDS.items():

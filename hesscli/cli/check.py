@@ -14,6 +14,7 @@ Examples:
 
   hesscli check model.pt
   hesscli check model.pt --examples all --rtol 1%
+  hesscli check --window 2048              what would ihvp take with so many rows?
   hesscli check --out json --dir -
 """
 
@@ -32,6 +33,10 @@ def check(
     confidence: options.Confidence = 0.95,
     budget: options.Budget = 600.0,
     method: options.Method = "auto",
+    window: options.Window = None,
+    window_dtype: options.WindowDtype = "float32",
+    window_file: options.WindowFile = None,
+    blocks: options.Blocks = "auto",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -43,6 +48,7 @@ def check(
 ) -> ExitCode:
     """Check that checkpoint, spec and loss are sound, and plan what a run will take."""
     from hesscli.diagnostics.check import check as inspect
+    from hesscli.diagnostics.collecting import WindowOptions
     from hesscli.render.check_table import check_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)
@@ -57,6 +63,7 @@ def check(
             confidence=confidence,
             budget=budget,
             method=method,
+            window=WindowOptions(size=window, dtype=window_dtype, file=window_file, blocks=blocks),
             seed=seed,
             mode=mode,
             observe=observe,

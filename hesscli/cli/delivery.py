@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from hesscli.cli.console import Console
 from hesscli.errors import InputError, UsageError
-from hesscli.results import CheckpointReport, CheckResult, DiagonalRun, TraceResult
+from hesscli.results import (
+    CheckpointReport,
+    CheckResult,
+    DiagonalRun,
+    IhvpRun,
+    SpectrumRun,
+    TraceResult,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +25,7 @@ if TYPE_CHECKING:
 
     from hesscli.problem.problem import Problem
 
-ResultT = TypeVar("ResultT", TraceResult, CheckResult, DiagonalRun)
+ResultT = TypeVar("ResultT", TraceResult, CheckResult, DiagonalRun, IhvpRun, SpectrumRun)
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors")
@@ -80,7 +87,7 @@ def deliver(
         folder: where files go; None for none.
         table: makes what people read.
         figures: draw pictures, by the name of their files.
-        tensors: numpy arrays by name, by the name of their file.
+        tensors: numpy arrays by name, by the name of their file, the main ones first.
     """
     from hesscli.render.document import to_json
 
@@ -105,7 +112,8 @@ def _save(
 
     files = {"json": folder / f"{result.command}.json"}
     for name, arrays in tensors.items():
-        files[_kind(result, name, "tensors")] = _write_tensors(folder, name, arrays)
+        kind = _kind(result, name, "tensors") if "tensors" in files else "tensors"
+        files[kind] = _write_tensors(folder, name, arrays)
     for name, draw in figures.items():
         from hesscli.render.canvas import save_figure
 

@@ -16,9 +16,11 @@ MATRICES = ("hessian", "ggn", "fisher", "empirical-fisher")
 METHODS = ("auto", "exact", "split", "deflated", "stratified", "hutchinson")
 MODES = ("auto", "double-backward", "forward-over-reverse", "finite-difference")
 DTYPES = ("float32", "float64")
+WINDOW_DTYPES = ("float32", "bfloat16", "float64")
 OUTPUTS = ("table", "json")
 
 PROBLEM, ACCURACY, COMPUTE, OUTPUT = "Problem", "Accuracy", "Computation", "Output"
+WINDOW = "Window of gradients"
 
 
 def relative_tolerance(rtol: float | None, atol: float | None, usual: float = 0.05) -> float | None:
@@ -245,6 +247,124 @@ Block = Annotated[
         "row, kernel, channel, head:N or N entries. Default: auto.",
     ),
 ]
+PredictionTolerance = Annotated[
+    float | None,
+    _option(
+        "--rtol",
+        read=reading.fraction,
+        must="a percentage, or a fraction, above 0",
+        example="--rtol 20% or --rtol 0.2",
+        metavar="PERCENT",
+        rich_help_panel=ACCURACY,
+        help="Stop once two standard errors of every predicted loss change are this small beside "
+        "its terms; exit 5 if that was not reached. Default: 20%, and no exit 5.",
+    ),
+]
+Rows = Annotated[
+    str,
+    _option(
+        "--rows",
+        read=reading.rows,
+        must="auto, sampled, example or microbatch:N",
+        example="--rows sampled or --rows microbatch:32",
+        autocompletion=lambda: ["auto", "sampled", "example", "microbatch:"],
+        metavar="KIND",
+        rich_help_panel=WINDOW,
+        help="What a row of the window is: sampled (an example's gradient for labels drawn from "
+        "the model; its mean square is the Gauss-Newton matrix), example (for its own label) or "
+        "microbatch:N (the mean of N). Default: auto, sampled where the loss allows it.",
+    ),
+]
+Window = Annotated[
+    int | None,
+    _option(
+        "--window",
+        read=reading.count,
+        must="a number of rows, 1 or more",
+        example="--window 512",
+        metavar="N",
+        rich_help_panel=WINDOW,
+        help="How many gradients the window holds. Default: 512, fewer where a quarter of the free "
+        "memory holds fewer.",
+    ),
+]
+WindowDtype = Annotated[
+    str,
+    _choice(
+        "--window-dtype",
+        choices=WINDOW_DTYPES,
+        rich_help_panel=WINDOW,
+        help=f"{_listed(WINDOW_DTYPES)}. Default: float32.",
+    ),
+]
+WindowFile = Annotated[
+    Path | None,
+    _path(
+        "--window-file",
+        metavar="FILE",
+        rich_help_panel=WINDOW,
+        help="Keep the window in this file instead of memory; it is removed at the end.",
+    ),
+]
+Blocks = Annotated[
+    str,
+    _option(
+        "--blocks",
+        read=reading.blocks,
+        must="auto, whole, layer or a number of entries",
+        example="--blocks 64",
+        autocompletion=lambda: ["auto", "whole", "layer"],
+        metavar="RULE",
+        rich_help_panel=WINDOW,
+        help="Diagonal blocks of the matrix that is inverted: auto (a quarter as many entries as "
+        "rows), whole, layer or N entries. Default: auto.",
+    ),
+]
+Damping = Annotated[
+    reading.DampingValue,
+    _option(
+        "--damping",
+        read=reading.damping,
+        must="a number above 0, or abs: and a number above 0",
+        example="--damping 1e-3 or --damping abs:1e-5",
+        metavar="X|abs:X",
+        rich_help_panel=WINDOW,
+        help="λ in F̂ + λI, in units of tr F̂ / d, or abs: in its own. Default: 1e-3.",
+    ),
+]
+Vector = Annotated[
+    str | None,
+    typer.Option(
+        "--vector",
+        metavar="gradient|FILE",
+        show_default=False,
+        rich_help_panel=COMPUTE,
+        help="Only solve, for the loss's gradient or a .safetensors FILE with tensors named as in "
+        "the checkpoint, and write the direction.",
+    ),
+]
+Refine = Annotated[
+    float | None,
+    _option(
+        "--refine",
+        read=reading.fraction,
+        must="a relative residual between 0 and 1",
+        example="--refine 1e-3",
+        metavar="RESIDUAL",
+        rich_help_panel=COMPUTE,
+        help="Go on by conjugate gradients with the matrix itself, the window as preconditioner, "
+        "until the residual is this small.",
+    ),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        rich_help_panel=ACCURACY,
+        help="Apply every change to the weights, measure the loss, and draw predicted against "
+        "measured.",
+    ),
+]
 HeatMap = Annotated[
     str | None,
     typer.Option(
@@ -254,6 +374,114 @@ HeatMap = Annotated[
         rich_help_panel=OUTPUT,
         help="The matrix or kernel tensor whose entries are drawn as a map. Default: the one with "
         "the largest entry.",
+    ),
+]
+EigenvalueTolerance = Annotated[
+    float | None,
+    _option(
+        "--rtol",
+        read=reading.fraction,
+        must="a percentage, or a fraction, above 0",
+        example="--rtol 1% or --rtol 0.01",
+        metavar="PERCENT",
+        rich_help_panel=ACCURACY,
+        help="End the first run once each of the --k largest eigenvalues has an error bar this "
+        "small beside it; exit 5 if that was not reached. Default: all steps, 1% called known, "
+        "and no exit 5.",
+    ),
+]
+Eigenvalues = Annotated[
+    int,
+    _option(
+        "--k",
+        read=reading.count,
+        must="a number of eigenvalues, 1 or more",
+        example="--k 10",
+        metavar="N",
+        rich_help_panel=ACCURACY,
+        help="How many eigenvalues to list from either end of the spectrum. Default: 10.",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    _option(
+        "--steps",
+        read=reading.count,
+        must="a number of steps, 1 or more",
+        example="--steps 64",
+        metavar="N",
+        rich_help_panel=ACCURACY,
+        help="Products from the first start vector; each keeps a vector of 8 bytes a parameter. "
+        "Default: 64, or as many as --rtol takes.",
+    ),
+]
+StartVectors = Annotated[
+    int,
+    _option(
+        "--probes",
+        read=reading.count,
+        must="a number of start vectors, 1 or more",
+        example="--probes 5",
+        metavar="N",
+        rich_help_panel=ACCURACY,
+        help="Random start vectors. Those after the first take a quarter of its steps; without "
+        "them sums over all eigenvalues have no error bar. Default: 5.",
+    ),
+]
+Bandwidth = Annotated[
+    float | None,
+    _option(
+        "--bandwidth",
+        read=reading.bandwidth,
+        must="auto, or a percentage or fraction above 0",
+        example="--bandwidth auto or --bandwidth 10%",
+        autocompletion=lambda: ["auto"],
+        metavar="auto|PERCENT",
+        rich_help_panel=ACCURACY,
+        help="Width of the density's kernels beside the size of an eigenvalue. Default: auto, what "
+        "one start vector resolves.",
+    ),
+]
+RelativeDamping = Annotated[
+    float,
+    _option(
+        "--damping",
+        read=reading.positive,
+        must="a number above 0",
+        example="--damping 1e-3",
+        metavar="X",
+        rich_help_panel=COMPUTE,
+        help="What the condition number of ggn, fisher and empirical-fisher adds to every "
+        "eigenvalue, in units of their mean. Default: 1e-3.",
+    ),
+]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        rich_help_panel=COMPUTE,
+        help="Form the dense matrix of a small model as well, and draw its spectrum beneath.",
+    ),
+]
+ExactLimit = Annotated[
+    int,
+    _option(
+        "--exact-limit",
+        read=reading.count,
+        must="a number of parameters, 1 or more",
+        example="--exact-limit 5000",
+        metavar="N",
+        rich_help_panel=COMPUTE,
+        help="Refuse --exact for more parameters than this: it takes a product for each. "
+        "Default: 5000.",
+    ),
+]
+Vectors = Annotated[
+    bool,
+    typer.Option(
+        "--vectors",
+        rich_help_panel=OUTPUT,
+        help="Write the eigenvectors of the listed eigenvalues to spectrum_vectors.safetensors.",
     ),
 ]
 Seed = Annotated[

@@ -14,6 +14,13 @@ class ProbeRange(NamedTuple):
     stop: int
 
 
+class DampingValue(NamedTuple):
+    """λ in units of the matrix's mean diagonal entry, or absolute."""
+
+    value: float
+    absolute: bool = False
+
+
 def fraction(text: str) -> float:
     """``5%`` or ``0.05``; a plain number above 1 is a percentage that lacks its sign."""
     value = float(text.removesuffix("%")) / 100 if text.endswith("%") else _at_most_one(text)
@@ -82,6 +89,33 @@ def block(text: str) -> str:
     if text not in ("auto", "row", "kernel", "channel"):
         count(text.removeprefix("head:"))
     return text
+
+
+def rows(text: str) -> str:
+    """``auto``, ``sampled``, ``example`` or ``microbatch:N``, as it was typed."""
+    if text not in ("auto", "sampled", "example"):
+        name, _, number = text.partition(":")
+        if name != "microbatch":
+            raise ValueError
+        count(number)
+    return text
+
+
+def blocks(text: str) -> str:
+    """``auto``, ``whole``, ``layer`` or ``N``, as it was typed."""
+    if text not in ("auto", "whole", "layer"):
+        count(text)
+    return text
+
+
+def damping(text: str) -> DampingValue:
+    """``1e-3`` in units of tr F̂ / d, or ``abs:1e-5``."""
+    return DampingValue(positive(text.removeprefix("abs:")), text.startswith("abs:"))
+
+
+def bandwidth(text: str) -> float | None:
+    """``auto``, which is None, or a fraction."""
+    return None if text == "auto" else fraction(text)
 
 
 def examples(text: str) -> str:

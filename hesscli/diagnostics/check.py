@@ -9,9 +9,12 @@ import torch
 
 import hesscli
 from hesscli.diagnostics.clock import Clock
+from hesscli.diagnostics.collecting import WindowOptions
 from hesscli.diagnostics.opening import opened
 from hesscli.diagnostics.pilot import run_pilot
+from hesscli.diagnostics.spectral_plan import plan_spectrum
 from hesscli.diagnostics.surroundings import environment
+from hesscli.diagnostics.window_plan import plan_ihvp
 from hesscli.engines.hutchinson.probes import Probes
 from hesscli.engines.stopping import Tolerance
 from hesscli.operators.base import Operator
@@ -31,6 +34,7 @@ def check(
     confidence: float = 0.95,
     budget: float | None = 600.0,
     method: str = "auto",
+    window: WindowOptions | None = None,
     seed: int = 0,
     mode: str = "auto",
     observe: Observe | None = None,
@@ -45,6 +49,7 @@ def check(
         confidence: of the planned interval.
         budget: seconds that the planned commands would be given.
         method: as for :func:`hesscli.trace`.
+        window: that ``ihvp`` would be given.
         seed: of the pilot's probes.
         mode: autodiff mode.
         observe: told of the phases.
@@ -63,6 +68,8 @@ def check(
     commands = (
         pilot.plan("trace", Tolerance(_usual(rtol, atol, 0.05), atol), miss, budget),
         pilot.plan("diag", Tolerance(_usual(rtol, atol, 0.1), atol), miss, budget),
+        plan_spectrum(opening.operator, measured[1], budget),
+        plan_ihvp(opening.operator, window or WindowOptions(), *measured[:2], budget),
     )
     gradient_seconds, product_seconds, product_bytes = measured
     return CheckResult(

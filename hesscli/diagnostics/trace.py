@@ -7,8 +7,8 @@ from functools import partial
 import hesscli
 from hesscli.diagnostics.clock import Clock
 from hesscli.diagnostics.estimation import Estimation, Standing
-from hesscli.diagnostics.method import Draw, choose
-from hesscli.diagnostics.opening import opened
+from hesscli.diagnostics.method import Choice, Draw, choose
+from hesscli.diagnostics.opening import Opening, opened
 from hesscli.diagnostics.reporting import (
     cost,
     layers,
@@ -76,15 +76,7 @@ def trace(
     clock, tolerance = Clock(budget, observe), Tolerance(rtol, atol)
     with opened(problem, matrix, mode, clock) as opening:
         draw = Draw(seed, probe_design, probe_distribution, first)
-        choice = choose(opening.operator, method, draw)
-        run = Estimation(
-            choice.estimator,
-            partial(_standing, tolerance=tolerance),
-            1 - confidence,
-            relative_rounding(problem, opening.flight, choice),
-            clock,
-            choice.rethink,
-        )
+        choice, run = estimation(opening, method, draw, tolerance, 1 - confidence, clock)
         outcome = run.to_tolerance() if fixed is None else run.fixed(fixed)
     return TraceResult(
         status=outcome.status,
@@ -97,6 +89,16 @@ def trace(
         hesscli_version=hesscli.__version__,
         warnings=(*problem.warnings, *warnings(problem, opening.flight, outcome, tolerance)),
     )
+
+
+def estimation(
+    opening: Opening, method: str, draw: Draw, tolerance: Tolerance, miss: float, clock: Clock
+) -> tuple[Choice, Estimation]:
+    """What estimates the trace of a matrix to a tolerance, ready to run."""
+    choice = choose(opening.operator, method, draw)
+    rounding = relative_rounding(opening.operator.problem, opening.flight, choice)
+    goal = partial(_standing, tolerance=tolerance)
+    return choice, Estimation(choice.estimator, goal, miss, rounding, clock, choice.rethink)
 
 
 def _standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:

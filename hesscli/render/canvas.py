@@ -25,6 +25,7 @@ from hesscli.storage import write_atomically
 MOST_LAYERS = 60
 ACCENT, PALE, INK, QUIET, LINE = "#1f6fb4", "#a9cbe6", "#1b2733", "#5d6b78", "#d5dbe1"
 NEGATIVE = "#c8502f"
+AMBER = "#d99a1c"
 # On top of matplotlib's defaults, so that a user's own style file changes nothing here.
 _STYLE: list[Any] = [
     "default",
@@ -79,15 +80,15 @@ def page(height: float, title: str, subtitle: Iterable[str]) -> Figure:
     return figure
 
 
-def provenance(result: words.Estimated) -> tuple[str, ...]:
+def provenance(result: words.Answer) -> tuple[str, ...]:
     """Which model was analysed, on what and with how much work: the facts of a subtitle."""
-    problem, probes = result.problem, result.method.num_probes
+    problem = result.problem
     checkpoint = Path(problem.checkpoint.path).name if problem.checkpoint else "model in memory"
     return (
         words.shorten(checkpoint, 40),
         words.count(problem.num_parameters, "parameter"),
         words.examples_used(problem),
-        words.count(probes, "probe") if probes else "no probes",
+        words.seen_by(result),
         result.status,
     )
 

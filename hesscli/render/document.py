@@ -11,11 +11,11 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from hesscli.results import CheckResult, DiagResult, TraceResult
+from hesscli.results import CheckResult, DiagResult, IhvpResult, SpectrumResult, TraceResult
 
-Result = TraceResult | DiagResult | CheckResult
+Result = TraceResult | DiagResult | IhvpResult | SpectrumResult | CheckResult
 
-_COMMANDS = (CheckResult, TraceResult, DiagResult)
+_COMMANDS = (CheckResult, TraceResult, DiagResult, IhvpResult, SpectrumResult)
 
 
 def to_json(result: Result) -> str:

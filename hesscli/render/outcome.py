@@ -86,7 +86,7 @@ def listing_notes(
     return notes
 
 
-def status_line(result: words.Estimated, subject: str, shortfall: str) -> Text:
+def status_line(result: words.Answer, subject: str, shortfall: str) -> Text:
     """How the run ended, in words.
 
     Args:

@@ -10,14 +10,19 @@ from typing import TypeVar
 from hesscli.results import (
     BlockReport,
     DiagResult,
+    IhvpResult,
     Interval,
     LayerTrace,
     ProblemReport,
+    SpectrumResult,
     TraceResult,
 )
 
 Estimated = TraceResult | DiagResult
 """The answers that hold an estimate of the trace."""
+
+Answer = Estimated | IhvpResult | SpectrumResult
+"""The answers of work that may end before its tolerance."""
 
 LayerT = TypeVar("LayerT", bound=LayerTrace)
 
@@ -31,13 +36,13 @@ _MATRIX_NAMES = {
 }
 
 
-def with_error(value: float, half_width: float) -> str:
+def with_error(value: float, half_width: float | None) -> str:
     """Write a number with as many digits as its error bar leaves it, as in ``1 234 ± 56``."""
     number, error = rounded_pair(value, half_width)
     return f"{number} ± {error}" if error else number
 
 
-def rounded_pair(value: float, half_width: float) -> tuple[str, str]:
+def rounded_pair(value: float, half_width: float | None) -> tuple[str, str]:
     """Round a number and its error bar to the same place.
 
     The error bar keeps two digits, or one where the second says nothing; the number at most six.
@@ -45,6 +50,7 @@ def rounded_pair(value: float, half_width: float) -> tuple[str, str]:
     Returns:
         Both as text. The error bar is empty where it is zero.
     """
+    half_width = math.inf if half_width is None else half_width
     if not math.isfinite(value) or half_width == 0:
         return number(value, digits=6), ""
     if not math.isfinite(half_width):
@@ -84,6 +90,18 @@ def percent(share: float | None) -> str:
     if share is None or not math.isfinite(share):
         return "unknown"
     return f"{_digits(100 * share, 2)}%"
+
+
+def probability(value: float) -> str:
+    """Write a probability, or a share that is never all, without claiming certainty."""
+    if not math.isfinite(value):
+        return "unknown"
+    return ">99%" if value > 0.99 else "<1%" if value < 0.01 else f"{100 * value:.0f}%"
+
+
+def correlation(value: float | None) -> str:
+    """Write a correlation or a cosine, as in ``0.97``; a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.2f}"
 
 
 def human_bytes(size: float) -> str:
@@ -139,6 +157,17 @@ def examples_used(problem: ProblemReport) -> str:
     if problem.num_examples == problem.num_examples_available:
         return f"all {count(problem.num_examples, 'example')}"
     return f"{count(problem.num_examples)} of {count(problem.num_examples_available, 'example')}"
+
+
+def seen_by(result: Answer) -> str:
+    """Say through what the matrix was seen: probes, or the rows of a window."""
+    if isinstance(result, IhvpResult):
+        return f"{count(result.window.rows)} {result.window.row_kind} rows"
+    if isinstance(result, SpectrumResult):
+        starts = count(result.method.num_probes, "start vector")
+        return f"{count(result.steps, 'step')}, {starts}"
+    probes = result.method.num_probes
+    return count(probes, "probe") if probes else "no probes"
 
 
 def per_parameter(layer: LayerTrace) -> float:

@@ -103,8 +103,7 @@ class DualBlock:
 
     def submatrix(self, indices: Tensor) -> Tensor:
         """Of the inverse ``(k, k)``, from these columns alone, in float64."""
-        rows = self.window.rows[:, indices.to(self.window.rows.device) + self.columns.start]
-        right = rows.to(self.window.device, torch.float64)
+        right = self.window.gather(indices + self.columns.start).double()
         V: Tensor = torch.linalg.solve_triangular(self.factor.lower, right, upper=False)
         identity = torch.eye(len(indices), dtype=torch.float64, device=V.device)
         return (identity - V.T @ V) / self.damping

@@ -19,10 +19,11 @@ __all__ = ["DTYPES", "GradientWindow", "available_bytes"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TILE = 4096
 """Columns in a tile: a float32 sum over more loses digits, over fewer time."""
-_MAPPED = 2**27
-"""Bytes of a file that may be in the process's memory at once."""
-_AROUND = 2**16
-"""Bytes that the kernel maps around each that is touched."""
+_SLAB = 2**25
+"""Bytes that are read from a file at once."""
+_AT_ONCE = 32
+"""Rows of a file that are touched before its pages are let go of: a kernel may map 2 MiB of each
+where a few bytes are read."""
 
 
 class GradientWindow:
@@ -68,7 +69,6 @@ class GradientWindow:
         self._shard = slice(*(shard or slice(None)).indices(columns))
         self.size = len(range(columns)[self._shard])
         self._map = None if path is None else storage.map_scratch(path, self.nbytes)
-        self._mapped = 0
         if self._map is None:
             require_room(rows, self.size, dtype, self.device)
             self._data = torch.empty(rows, self.size, dtype=dtype, device=self.device)
@@ -136,7 +136,11 @@ class GradientWindow:
 
     def tile(self, start: int, stop: int) -> Tensor:
         """Columns of the valid rows, ``(n, stop - start)``, on the device; not to be changed."""
-        return self.rows[:, start:stop].to(self.device)
+        return self._read(slice(start, stop)).to(self.device)
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Some columns ``(k,)`` of the valid rows, ``(n, k)``, on the device."""
+        return self._read(indices.to(self._data.device)).to(self.device)
 
     def tiles(self, columns: slice, width: int = TILE) -> Iterator[tuple[slice, Tensor]]:
         """A range of columns in tiles, left to right.
@@ -150,10 +154,12 @@ class GradientWindow:
         Yields:
             Where a tile lies within the range, and the tile.
         """
-        for start in range(columns.start, columns.stop, width):
-            stop = min(start + width, columns.stop)
-            yield slice(start - columns.start, stop - columns.start), self.tile(start, stop)
-            self._touched(self.count, stop - start)
+        step = width if self._map is None else self._slab(width)
+        for start in range(columns.start, columns.stop, step):
+            slab = self.tile(start, min(start + step, columns.stop))
+            for first in range(0, slab.shape[1], width):
+                tile, place = slab[:, first : first + width], start - columns.start + first
+                yield slice(place, place + tile.shape[1]), tile
 
     def project(
         self,
@@ -243,16 +249,27 @@ class GradientWindow:
         self._data[start : start + len(rows)] = rows
         lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         self._squares[start : start + len(rows)] = lengths.square()
-        self._touched(*rows.shape)
+        self._let_go()
 
-    def _touched(self, rows: int, columns: int) -> None:
-        """Of a file: let go of its pages before too many are in the process's memory."""
+    def _slab(self, width: int) -> int:
+        """Columns to read from a file at once, in whole tiles."""
+        return width * max(1, _SLAB // (self.count * width * self.dtype.itemsize))
+
+    def _read(self, columns: slice | Tensor) -> Tensor:
+        """Some columns of the valid rows; of a file a copy, made some rows at a time."""
         if self._map is None:
-            return
-        self._mapped += rows * max(columns * self.dtype.itemsize, _AROUND)
-        if self._mapped >= _MAPPED:
-            self._map.madvise(mmap.MADV_DONTNEED)  # a shared map: the file keeps what was written
-            self._mapped = 0
+            return self.rows[:, columns]
+        copy = self.rows.new_empty(self.count, self.rows[:0, columns].shape[1])
+        for start in range(0, self.count, _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            copy[part] = self.rows[part, columns]
+            self._let_go()
+        return copy
+
+    def _let_go(self) -> None:
+        """Of a file: keep none of its pages in the process's memory; the system may."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)  # shared: the file keeps what was written
 
 
 def _times(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -1,0 +1,178 @@
+"""A window of a problem's gradients: which rows, how many, damped by how much, in which blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hesscli.diagnostics.clock import Clock
+from hesscli.engines.mfac import GradientWindow, StaticFisher
+from hesscli.engines.mfac.memory import available_bytes
+from hesscli.engines.mfac.rows import RowKind, Rows, fitting_kind
+from hesscli.errors import UnsoundError, UsageError
+from hesscli.parameters import Parameters
+from hesscli.problem.problem import Problem
+from hesscli.results import WindowReport
+
+USUAL_ROWS = 512
+FEWEST_ROWS = 16
+_BLOCKS_IN_WINDOW = 4
+"""Rows for each entry of a block, at least: below that its inverse is mostly noise."""
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """How a window is to be made.
+
+    Args:
+        rows: ``auto``, ``sampled``, ``example`` or ``microbatch:N``; ``auto`` is ``sampled``
+            wherever the loss allows it.
+        size: number of rows; None for 512, or as many as fit in a quarter of the free memory.
+        dtype: that rows are kept in: ``float32``, ``bfloat16`` or ``float64``.
+        file: where rows are kept, in place of memory.
+        blocks: ``auto`` (at most a quarter as many entries as there are rows), ``whole``,
+            ``layer`` or a number of entries.
+        damping: λ in units of tr F̂ / d, or in its own.
+        absolute: whether it is in its own.
+    """
+
+    rows: str = "auto"
+    size: int | None = None
+    dtype: str = "float32"
+    file: Path | None = None
+    blocks: str = "auto"
+    damping: float = 1e-3
+    absolute: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < math.inf:
+            raise UsageError(
+                "--damping must be above 0", f"{self.damping}", "--damping 1e-3 or abs:1e-5"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type by that name."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def count(self, problem: Problem) -> int:
+        """Rows to make room for."""
+        if self.size is not None:
+            return self.size
+        room = available_bytes(problem.device) // 4
+        fitting = room // (problem.parameters.size * self.torch_dtype.itemsize)
+        return USUAL_ROWS if self.file else max(FEWEST_ROWS, min(USUAL_ROWS, fitting))
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A window and the matrix that it stands for; ``reason`` is why its rows are no better."""
+
+    window: GradientWindow
+    fisher: StaticFisher
+    sizes: tuple[int, ...] | None
+    kind: RowKind
+    reason: str
+    gradients: float
+    options: WindowOptions
+
+    @property
+    def damping_unit(self) -> float:
+        """Tr F̂ / d."""
+        return self.window.mean_square() / self.window.size
+
+    def report(self) -> WindowReport:
+        """What the window is."""
+        file = self.options.file
+        return WindowReport(
+            rows=self.window.count,
+            row_kind=str(self.kind),
+            damping=self.fisher.damping,
+            relative_damping=self.fisher.damping / self.damping_unit if self.damping_unit else 0.0,
+            blocks=self.options.blocks,
+            largest_block=max(self.sizes or (self.window.size,)),
+            dtype=self.options.dtype,
+            num_bytes=self.window.nbytes,
+            file=None if file is None else str(file),
+        )
+
+
+def collect(problem: Problem, options: WindowOptions, seed: int, clock: Clock) -> Collected:
+    """Fill a window with a problem's gradients.
+
+    Raises:
+        UsageError: rows or blocks that cannot be, or a window larger than memory.
+        UnsoundError: all gradients are zero, or examples depend on each other.
+        KeyboardInterrupt: the observer wanted no more.
+    """
+    kind, reason = _kind(problem, options.rows)
+    source, wanted = Rows(problem, kind, seed), options.count(problem)
+    window = GradientWindow(
+        wanted,
+        problem.parameters.size,
+        dtype=options.torch_dtype,
+        path=options.file,
+        device=problem.device,
+    )
+    try:
+        for block in source.take(wanted):
+            window.extend(block)
+            clock.tell("collecting gradients", done=float(window.count), total=float(wanted))
+        damping = _damping(window, options)
+        sizes = block_sizes(problem.parameters, options.blocks, window.count)
+        clock.tell("inverting")
+        fisher = StaticFisher(window, damping, blocks=sizes)
+    except BaseException:
+        window.close()
+        raise
+    return Collected(window, fisher, sizes, kind, reason, source.gradients, options)
+
+
+def block_sizes(parameters: Parameters, rule: str, rows: int) -> tuple[int, ...] | None:
+    """Sizes of consecutive blocks, none of which reaches beyond a layer; None for a whole one.
+
+    Raises:
+        UsageError: no such rule.
+    """
+    if rule == "whole":
+        return None
+    layers = [sum(p.numel for p in parameters.in_layer(layer)) for layer in parameters.layers]
+    if rule == "layer":
+        return tuple(layers)
+    if rule != "auto" and not (rule.isdecimal() and int(rule) > 0):
+        raise UsageError("no such blocks", repr(rule), "auto, whole, layer or a number of entries")
+    most = max(1, rows // _BLOCKS_IN_WINDOW) if rule == "auto" else int(rule)
+    return tuple(size for layer in layers for size in _cut(layer, most))
+
+
+def _cut(total: int, most: int) -> Iterator[int]:
+    yield from (most for _ in range(total // most))
+    if rest := total % most:
+        yield rest
+
+
+def _kind(problem: Problem, rows: str) -> tuple[RowKind, str]:
+    return fitting_kind(problem) if rows == "auto" else (RowKind.parse(rows), "")
+
+
+def _damping(window: GradientWindow, options: WindowOptions) -> float:
+    """λ itself.
+
+    Raises:
+        UnsoundError: all gradients are zero, so that there is nothing to measure it by.
+    """
+    if options.absolute:
+        return options.damping
+    size = window.mean_square() / window.size
+    if size == 0:
+        raise UnsoundError(
+            "all gradients in the window are zero",
+            f"{window.count} rows",
+            "--rows sampled, or --damping abs:1e-5 for what is left of the matrix",
+        )
+    return options.damping * size

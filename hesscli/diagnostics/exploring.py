@@ -1,0 +1,263 @@
+"""Lanczos runs under a clock: a long one for the eigenvalues, short ones for the rest.
+
+One long run beats many short ones: what it counts has no noise. The runs after it start in the
+complement of the eigenvectors that it has counted. They show how noisy the rest is, and whether an
+eigenvalue has copies, which one start vector cannot see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesscli.diagnostics.clock import Clock
+from hesscli.engines.lanczos import Lanczos, Ritz
+from hesscli.engines.mfac.memory import available_bytes
+from hesscli.engines.quadrature import (
+    Complement,
+    Counted,
+    Group,
+    Measure,
+    Run,
+    copies,
+    counted,
+    measure,
+    standing_alone,
+    with_copies,
+)
+from hesscli.operators.base import Operator
+from hesscli.operators.retained import Retained
+from hesscli.results import ConvergencePoint, Status
+from hesscli.streams import key
+
+STEPS, PROBES = 64, 5
+SHORTER = 4
+"""A run for the rest has so many times fewer steps than the first."""
+_SHORTEST = 8
+_READ_EVERY = 16  # steps, once there are many: a reading takes the third power of their number
+_BACK = 0.75
+"""Where it is looked whether the largest eigenvalues have been the same for some steps."""
+_GRAPHS_SHARE = 4
+"""Graphs may take this part of the memory that is free."""
+_NEXT_START = 0x5BEC7
+"""Separates the start vectors of later runs from the first."""
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how often to iterate.
+
+    ``goal`` is the relative bar of the ``count`` largest eigenvalues that is wanted; the first run
+    ends with it if it is ``early``.
+    """
+
+    steps: int
+    probes: int
+    count: int
+    goal: float
+    early: bool
+    seed: int
+
+    def products(self, size: int) -> int:
+        """At most, for a matrix of so many rows."""
+        first = min(self.steps, size)
+        return first if first == size else first + (self.probes - 1) * shorter(first)
+
+
+@dataclass
+class Exploration:
+    """What was found of a matrix's spectrum so far, and what found it."""
+
+    size: int
+    plan: Plan
+    lanczos: Lanczos
+    status: Status = "budget"
+    runs: list[Run] = field(default_factory=list)
+    halves: list[Run] = field(default_factory=list)
+    known: tuple[Counted, ...] = ()
+    convergence: list[ConvergencePoint] = field(default_factory=list)
+
+    @property
+    def ritz(self) -> Ritz:
+        """Of the first run."""
+        return self.runs[0].ritz
+
+    @property
+    def measure(self) -> Measure:
+        """The mean over all runs."""
+        return measure(self.runs, self.known, self.size)
+
+    @property
+    def by_run(self) -> list[Measure]:
+        """What each run says by itself of the part that is not counted."""
+        return [measure([run], self.known, self.size) for run in self.runs]
+
+    @property
+    def by_half(self) -> list[Measure]:
+        """The same of the later runs when they had made half of their steps."""
+        return [measure([run], self.known, self.size) for run in self.halves]
+
+
+class _OutOfTimeError(Exception):
+    """The budget is spent."""
+
+
+def explore(operator: Operator, plan: Plan, clock: Clock, done: float, total: float) -> Exploration:
+    """Iterate as planned, until time is up, or until the observer wants no more.
+
+    Args:
+        operator: the matrix.
+        plan: how long.
+        clock: budget and observer.
+        done: products before this, for the progress.
+        total: products in all.
+
+    Raises:
+        KeyboardInterrupt: stopped before there was anything.
+        UnsoundError: a product is not finite.
+    """
+    product = Retained(operator, available_bytes(operator.problem.device) // _GRAPHS_SHARE)
+    size = operator.parameters.size
+    reserve = min(plan.steps, STEPS) if plan.early else plan.steps
+    found = Exploration(size, plan, _lanczos(operator, product, size, plan.seed, reserve))
+
+    def after_a_step() -> None:
+        top, bar = float(found.ritz.values[-1]), float(found.ritz.residuals[-1])
+        clock.tell(
+            "iterating",
+            done=min(done + operator.meter.products, total),
+            total=total,
+            estimate=top,
+            interval=(top - bar, top + bar),
+        )
+        if clock.out_of_time:
+            raise _OutOfTimeError
+
+    try:
+        _first(found, after_a_step)
+        _others(found, operator, product, after_a_step)
+        if reached(found):
+            found.status = "converged"
+    except _OutOfTimeError:
+        pass
+    except KeyboardInterrupt:
+        if not found.lanczos.count:
+            raise
+        found.status = "interrupted"
+    _read(found)
+    if found.runs[0].complete:
+        found.status = "exact"
+    return found
+
+
+def shorter(steps: int) -> int:
+    """Steps of a run for the rest, after a first one of so many."""
+    return max(steps // SHORTER, min(_SHORTEST, steps))
+
+
+def _first(found: Exploration, after_a_step: Callable[[], None]) -> None:
+    """The long run."""
+    lanczos, plan = found.lanczos, found.plan
+    while lanczos.count < plan.steps and not lanczos.done:
+        lanczos.step()
+        if lanczos.count <= STEPS or lanczos.count % _READ_EVERY == 0:
+            _read(found)
+        after_a_step()
+        if plan.early and reached(found):
+            break
+    _read(found)
+
+
+def _read(found: Exploration) -> None:
+    """Let the first run be what it is now."""
+    if found.runs and len(found.ritz.values) == found.lanczos.count:
+        return
+    ritz = found.lanczos.ritz()
+    found.runs[:1] = [Run(ritz, found.size)]
+    found.known = counted(ritz)
+    top = slice(None, -found.plan.count - 1, -1)
+    found.convergence.append(
+        ConvergencePoint(
+            steps=len(ritz.values),
+            values=tuple(ritz.values[top].tolist()),
+            residuals=tuple(ritz.residuals[top].tolist()),
+        )
+    )
+
+
+def reached(found: Exploration) -> bool:
+    """Whether the largest eigenvalues are known as well as wanted, and in their order.
+
+    Small bars do not say that none is missing: a start vector can be nearly blind to one. It then
+    comes up some steps after the others. So they must stand alone, and have been the same a
+    quarter of the steps ago.
+    """
+    ritz, plan = found.ritz, found.plan
+    total, count = len(ritz.values), min(plan.count, found.size)
+    values, bars = ritz.values[: -count - 1 : -1], ritz.residuals[: -count - 1 : -1]
+    wanted = plan.goal * np.abs(values)
+    earlier = [point.values for point in found.convergence if point.steps <= _BACK * total]
+    if not earlier or len(earlier[-1]) < count or (bars > wanted).any():
+        return False
+    settled = set(_taken(standing_alone(ritz)))
+    same = np.abs(values - np.array(earlier[-1])) <= wanted
+    return bool(same.all()) and settled.issuperset(range(total - count, total))
+
+
+def _others(
+    found: Exploration, operator: Operator, product: Product, after_a_step: Callable[[], None]
+) -> None:
+    """The short runs, each in the complement of all eigenvectors that were counted before."""
+    steps = shorter(found.lanczos.count)
+    rows = found.lanczos.vectors(found.ritz, _taken(standing_alone(found.ritz)))
+    complement = Complement(rows)
+    for number in range(1, found.plan.probes):
+        if not complement.size:
+            return
+        seed = key(_NEXT_START, found.plan.seed, number)
+        lanczos = _lanczos(operator, _within(complement, product), complement.size, seed, steps)
+        half, whole = _readings(lanczos, steps, after_a_step)
+        size, before = complement.size, found.known
+        found.halves.append(Run(_light(half), size, before))
+        found.runs.append(Run(_light(whole), size, before))
+        if again := copies(before, whole):
+            found.known = with_copies(before, whole)
+            vectors = lanczos.vectors(whole, _taken(again))
+            rows = torch.cat([rows, torch.stack([complement.embed(v) for v in vectors])])
+            complement = Complement(rows)
+
+
+def _taken(groups: Sequence[Group]) -> list[int]:
+    return [index for group in groups for index in group.indices]
+
+
+def _readings(lanczos: Lanczos, steps: int, after_a_step: Callable[[], None]) -> Iterator[Ritz]:
+    """The readings at half of the steps, and at the end."""
+    steps = min(steps, lanczos.size)
+    for target in (max(steps // 2, 1), steps):
+        while lanczos.count < target:
+            lanczos.step()
+            after_a_step()
+        yield lanczos.ritz()
+
+
+def _within(complement: Complement, product: Product) -> Product:
+    return lambda vector: complement.restrict(product(complement.embed(vector)))
+
+
+def _light(ritz: Ritz) -> Ritz:
+    """Without its vectors."""
+    return replace(ritz, coordinates=np.empty((0, len(ritz.values))))
+
+
+def _lanczos(operator: Operator, product: Product, size: int, seed: int, reserve: int) -> Lanczos:
+    problem = operator.problem
+    return Lanczos(
+        product, size, seed=seed, dtype=problem.dtype, device=problem.device, reserve=reserve
+    )

@@ -1,0 +1,246 @@
+"""What changes of weights do to the loss: predicted from curvature, and measured.
+
+L(θ + δ) − L(θ) ≈ gᵀδ + ½ δᵀAδ. The gradient g is that of all kept examples; the quadratic term
+is summed over batches, which are random samples, until it is known well enough or all are done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hesscli.diagnostics.clock import Clock
+from hesscli.diagnostics.perturbations import Change, applied, changes_of
+from hesscli.engines.lanczos import ROUNDING
+from hesscli.operators.base import Operator, Term
+from hesscli.operators.precision import doubled
+from hesscli.parameters import Parameter, Parameters
+from hesscli.problem.problem import Problem, WeightedBatch
+
+Array = NDArray[np.float64]
+
+SCALES = (1.0, 0.5, 0.25)
+FEWEST_BATCHES = 4
+
+
+@dataclass
+class Layer:
+    """One layer's changes and what is known of them so far.
+
+    ``forms`` has a row δᵀA_b δ for each batch b that was seen.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    operator: Operator
+    start: int
+    saliency: Tensor
+    weights: list[float] = field(default_factory=list)
+    forms: list[Array] = field(default_factory=list)
+
+    def changes(self) -> list[Change]:
+        """Made anew each time: they are cheap, and large."""
+        return changes_of(self.parameters, self.saliency)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return len(self.saliency)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Linear and quadratic terms of one layer's changes, in their order ``(k,)``.
+
+    ``stderr`` is of the quadratic term, for the batches that were not seen.
+    """
+
+    squared_norm: Array
+    linear: Array
+    quadratic: Array
+    stderr: Array
+
+    @property
+    def size(self) -> Array:
+        """|linear| + |quadratic|, in which errors are measured."""
+        return np.asarray(np.abs(self.linear) + np.abs(self.quadratic))
+
+
+class Predictions:
+    """The changes of all layers, with the true matrix.
+
+    Args:
+        operator: A.
+        saliency: of all weights ``(d,)``, by which pruning chooses.
+    """
+
+    def __init__(self, operator: Operator, saliency: Tensor) -> None:
+        self.problem, self.decay = operator.problem, operator.decay
+        self.layers = list(_layers(operator, saliency))
+        self._gradient = operator.problem.prove().gradient
+
+    @property
+    def gradients(self) -> float:
+        """Work so far in full-data gradients."""
+        return sum(layer.operator.meter.gradients for layer in self.layers)
+
+    @property
+    def products(self) -> float:
+        """Products so far, of all layers together."""
+        return sum(layer.operator.meter.products for layer in self.layers)
+
+    @property
+    def seen(self) -> int:
+        """Batches that are done."""
+        return min(len(layer.forms) for layer in self.layers)
+
+    def to_tolerance(self, rtol: float, clock: Clock) -> bool:
+        """See batches until every standard error is small beside what is predicted.
+
+        Args:
+            rtol: wanted two standard errors over |linear| + |quadratic|.
+            clock: the time limit, and whom to tell.
+
+        Returns:
+            Whether that was reached, or all batches were seen.
+
+        Raises:
+            KeyboardInterrupt: the observer wanted no more; what was seen is kept.
+        """
+        batches = [i for i, mass in enumerate(self.problem.masses) if mass > 0]
+        look = min(FEWEST_BATCHES, len(batches))
+        for number, index in enumerate(batches, 1):
+            self._see(self.problem.batch(index), number, len(batches), clock)
+            if number == look:
+                if number == len(batches) or self._known_within(rtol):
+                    return True
+                look = min(2 * look, len(batches))
+            if clock.out_of_time:
+                return False
+        return True
+
+    def of(self, layer: Layer) -> Prediction:
+        """What is predicted of a layer's changes; two batches at least must have been seen."""
+        changes = layer.changes()
+        squared = np.array([float(change.delta.square().sum()) for change in changes])
+        slope = self._gradient[layer.start : layer.start + layer.size]
+        mean, error = _mean(layer, len([mass for mass in self.problem.masses if mass > 0]))
+        return Prediction(
+            squared_norm=squared,
+            linear=np.array([float(slope @ change.delta.to(slope)) for change in changes]),
+            quadratic=(mean + self.decay * squared) / 2,
+            stderr=error / 2,
+        )
+
+    def _see(self, batch: WeightedBatch, number: int, total: int, clock: Clock) -> None:
+        """One batch's quadratic forms of all layers; nothing is kept of a batch cut short."""
+        forms = []
+        for position, layer in enumerate(self.layers):
+            forms.append(_quadratic_forms(layer, Term(batch, layer.operator)))
+            share = (position + 1) / len(self.layers)
+            clock.tell("perturbing", done=number - 1 + share, total=float(total))
+        for layer, form in zip(self.layers, forms, strict=True):
+            layer.weights.append(batch.weight)
+            layer.forms.append(form)
+
+    def _known_within(self, rtol: float) -> bool:
+        known = map(self.of, self.layers)
+        return all(bool((2 * p.stderr <= rtol * p.size).all()) for p in known)
+
+
+def _layers(operator: Operator, saliency: Tensor) -> Iterator[Layer]:
+    problem, start = operator.problem, 0
+    for name in problem.parameters.layers:
+        owned = problem.parameters.in_layer(name)
+        size = sum(p.numel for p in owned)
+        part = type(operator)(problem, parameters=Parameters(owned), mode=operator.mode)
+        yield Layer(name, owned, part, start, saliency[start : start + size])
+        start += size
+
+
+def _quadratic_forms(layer: Layer, term: Term) -> Array:
+    """δᵀA_b δ of every change, a block of products at a time."""
+    dtype = layer.operator.problem.dtype
+    block = torch.stack([change.delta for change in layer.changes()]).to(dtype)
+    size = layer.operator.block_size
+    parts = [
+        (term.apply(rows).double() * rows.double()).sum(1) for rows in torch.split(block, size)
+    ]
+    return np.asarray(torch.cat(parts).cpu().numpy())
+
+
+def _mean(layer: Layer, batches: int) -> tuple[Array, Array]:
+    """Mean over all batches of the forms, and its standard error: a ratio, from those seen."""
+    forms, weights = np.stack(layer.forms), np.array(layer.weights)[:, None]
+    seen = len(forms)
+    mean = (weights * forms).sum(0) / weights.sum()
+    if seen == batches:
+        return mean, np.zeros_like(mean)
+    off = weights * (forms - mean) / weights.mean()
+    variance = np.square(off).sum(0) / (seen - 1) / seen if seen > 1 else np.full_like(mean, np.inf)
+    return mean, np.sqrt(variance * (1 - seen / batches))
+
+
+class Measured:
+    """Losses that were found with changes applied.
+
+    In float64 wherever the model runs in it: what is left of two losses is small. ``rounding``
+    is how far off a difference may be.
+    """
+
+    def __init__(self, problem: Problem, clock: Clock) -> None:
+        self.problem, self.clock, self.gradients = problem, clock, 0.0
+        self.rounding = 0.0
+
+    def changes(self, layers: list[Layer], exact: bool) -> list[Array] | None:
+        """Loss differences ``(k, scales)`` of each layer; None where the time was not enough.
+
+        Raises:
+            KeyboardInterrupt: the observer wanted no more.
+        """
+        found = []
+        total = float(sum(len(layer.changes()) for layer in layers))
+        with doubled(self.problem) if exact else nullcontext():
+            before, done = self._loss(), 0.0
+            self.rounding = ROUNDING * torch.finfo(self.problem.dtype).eps * abs(before)
+            for layer in layers:
+                rows = []
+                for change in layer.changes():
+                    rows.append([self._after(layer, change, scale) - before for scale in SCALES])
+                    done += 1
+                    self.clock.tell("verifying", done=done, total=total)
+                    if self.clock.out_of_time and done < total:
+                        return None
+                found.append(np.array(rows))
+        return found
+
+    def _after(self, layer: Layer, change: Change, scale: float) -> float:
+        with applied(layer.parameters, change.delta, scale):
+            return self._loss()
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        """Over all kept examples, weight decay included."""
+        problem = self.problem
+        total = sum(
+            batch.weight * problem.evaluate(batch.data).double() for batch in problem.batches()
+        )
+        square = sum(t.detach().double().square().sum() for t in problem.parameters.tensors)
+        self.gradients += 1 / 3
+        return float(total + 0.5 * problem.weight_decay * square)
+
+
+def order_of(errors: Array, rounding: float) -> float | None:
+    """The power of the scale with which errors at ``SCALES`` fall, by its last two.
+
+    None where they are no more than rounding.
+    """
+    half, quarter = np.abs(errors[-2:])
+    return math.log2(half / quarter) if min(half, quarter) > rounding else None

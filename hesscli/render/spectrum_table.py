@@ -1,0 +1,261 @@
+"""A spectrum as people read it in a terminal: its ends, sums over it, and layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from hesscli.render import words
+from hesscli.render.layout import GAP, Facts, Name, Plainable, facts, ruled_table
+from hesscli.render.outcome import cost_line, status_line
+from hesscli.render.proof import proof_line
+from hesscli.results import (
+    Condition,
+    Eigenvalue,
+    LayerSpectrum,
+    Outliers,
+    SpectralFunction,
+    SpectrumResult,
+)
+
+_MOST_NAMED = 3
+_VECTOR_ERROR = 0.1
+_MOST_LAYERS = 40
+_NAMES = {
+    "trace": "trace",
+    "squared_norm": "sum of squares",
+    "negative_mass": "negative mass",
+    "stable_rank": "stable rank",
+    "effective_rank": "effective rank",
+}
+
+
+def spectrum_table(
+    result: SpectrumResult, shown: tuple[str, ...] | None = None, full: bool = False
+) -> RenderableType:
+    """Lay out the answer of ``hesscli spectrum``.
+
+    Args:
+        result: the answer.
+        shown: the names of the layers to list; all where None.
+        full: list every layer, however many there are.
+
+    Returns:
+        Something that a rich console prints at any width and in any encoding.
+    """
+    explored = [layer for layer in result.layers if layer.eigenvalues is not None]
+    visible = explored if full else explored[:_MOST_LAYERS]
+    return Plainable(
+        Group(
+            proof_line(result.problem),
+            GAP,
+            *_headline(result),
+            GAP,
+            _eigenvalues(result, shown),
+            facts(_eigenvalue_notes(result), style="dim"),
+            GAP,
+            _sums(result),
+            *_sum_notes(result),
+            *_blocks(visible, len(explored)),
+            GAP,
+            status_line(result, "the bar of each largest eigenvalue", _shortfall(result)),
+            cost_line(result.cost),
+            _method_line(result),
+        )
+    )
+
+
+def _headline(result: SpectrumResult) -> tuple[RenderableType, ...]:
+    top = result.eigenvalues[0]
+    line = Text(f"largest eigenvalue of the {words.matrix_name(result.problem)}  ")
+    line.append(words.with_error(top.value, top.residual), style="bold")
+    details = [standing_apart(result.outliers), *compared_with_classes(result.outliers)]
+    if result.condition is not None:
+        details.append(_condition(result.condition))
+    if result.exact is not None and result.exact.distance is not None:
+        off = words.percent(result.exact.distance)
+        details.append(f"density off by {off} of the mean size, against the dense matrix")
+    return line, facts(details, indent=2, style="dim")
+
+
+def standing_apart(outliers: Outliers) -> str:
+    """How many of the largest eigenvalues lie above the widest step."""
+    if not outliers.count:
+        return "no eigenvalue stands apart"
+    stand = "eigenvalue stands" if outliers.count == 1 else "eigenvalues stand"
+    return f"{outliers.count} {stand} apart: the last is {outliers.ratio:.2g} times the next"
+
+
+def compared_with_classes(outliers: Outliers) -> list[str]:
+    """What the staircase does at the number of classes."""
+    if outliers.classes is None:
+        return []
+    said = f"{outliers.classes} classes"
+    if outliers.class_ratio is None:
+        return [f"{said}, fewer eigenvalues than that are told apart"]
+    number = outliers.classes - 1
+    return [f"{said}: eigenvalue {number} is {outliers.class_ratio:.2g} times the next"]
+
+
+def _condition(condition: Condition) -> str:
+    low, high = (words.number(end) for end in condition.interval)
+    damping = words.number(condition.damping)
+    return f"condition number with damping {damping} between {low} and {high}"
+
+
+def _eigenvalues(result: SpectrumResult, shown: tuple[str, ...] | None) -> Table:
+    table = ruled_table()
+    table.add_column("", justify="right", no_wrap=True)
+    for heading in ("eigenvalue", "±", "copies"):
+        if heading != "copies" or _has_copies(result):
+            table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("its vector lies in")
+    for index, (rank, eigenvalue) in enumerate(ranked(result.eigenvalues)):
+        if eigenvalue.end == "bottom" and not (eigenvalue.settled or rank == -1):
+            continue
+        table.add_row(
+            Text(str(rank) if eigenvalue.settled or abs(rank) == 1 else "?"),
+            *_value(eigenvalue),
+            *([Text(words.count(eigenvalue.copies))] if _has_copies(result) else []),
+            Text(_whereabouts(result, index, shown)),
+            style="" if known(eigenvalue) else "dim",
+        )
+    return table
+
+
+def ranked(eigenvalues: tuple[Eigenvalue, ...]) -> list[tuple[int, Eigenvalue]]:
+    """Each with its place: 1 the largest, -1 the smallest."""
+    top = [one for one in eigenvalues if one.end == "top"]
+    bottom = [one for one in eigenvalues if one.end == "bottom"]
+    return [*enumerate(top, 1), *enumerate(bottom, -len(bottom))]
+
+
+def known(eigenvalue: Eigenvalue) -> bool:
+    """Whether its sign and size are known at all."""
+    return eigenvalue.residual < abs(eigenvalue.value)
+
+
+def has_vector(eigenvalue: Eigenvalue) -> bool:
+    """Whether its vector is known so well that the layers' parts in it mean something."""
+    return eigenvalue.vector_error is not None and eigenvalue.vector_error <= _VECTOR_ERROR
+
+
+def _has_copies(result: SpectrumResult) -> bool:
+    return any(eigenvalue.copies > 1 for eigenvalue in result.eigenvalues)
+
+
+def _value(eigenvalue: Eigenvalue) -> tuple[Text, Text]:
+    value, bar = words.rounded_pair(eigenvalue.value, eigenvalue.residual)
+    return Text(value), Text(bar)
+
+
+def _whereabouts(result: SpectrumResult, index: int, shown: tuple[str, ...] | None) -> str:
+    """The layers with the largest parts; none where the vector may be another's."""
+    if not has_vector(result.eigenvalues[index]):
+        return "-"
+    parts = [
+        (layer.participation[index], layer.name)
+        for layer in result.layers
+        if shown is None or layer.name in shown
+    ]
+    largest = sorted(parts, key=lambda part: -part[0])[:_MOST_NAMED]
+    return ", ".join(f"{words.shorten(name, 24)} {words.percent(part)}" for part, name in largest)
+
+
+def _eigenvalue_notes(result: SpectrumResult) -> list[str]:
+    notes = ["± r: an eigenvalue lies within r"]
+    if not all(map(has_vector, result.eigenvalues)):
+        notes.append("-: the vector is not known")
+    if not all(one.settled for one in result.eigenvalues if one.end == "top"):
+        notes.append("?: others may lie between")
+    unsettled = sum(one.end == "bottom" and not one.settled for one in result.eigenvalues)
+    if unsettled > 1:
+        notes.append("smallest ones that have not settled: see the JSON")
+    return notes
+
+
+def _sums(result: SpectrumResult) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for name, label in _NAMES.items():
+        function: SpectralFunction = getattr(result.functions, name)
+        table.add_row(Text(label), Text(estimate(function)), Text(_doubt(result, function)))
+    return table
+
+
+def estimate(function: SpectralFunction) -> str:
+    """A value with its standard error where there is one."""
+    if function.value is None:
+        return "none"
+    if function.stderr is None:
+        return words.number(function.value)
+    return words.with_error(function.value, function.stderr)
+
+
+def _doubt(result: SpectrumResult, function: SpectralFunction) -> str:
+    """Why there is no error bar."""
+    if function.stderr == 0 and result.status != "exact" and result.method.num_probes > 1:
+        return "the same from every start vector"
+    if function.value is None or function.stderr is not None:
+        return ""
+    if function.depth_change is None:
+        return "no error bar from one start vector" if result.method.num_probes < 2 else ""
+    changed = words.number(abs(function.depth_change), 2)
+    return f"no error bar: the last half of the steps changed it by {changed}"
+
+
+def _sum_notes(result: SpectrumResult) -> Iterator[Facts]:
+    if result.status == "exact" or result.method.num_probes < 2:
+        return
+    number = words.count(result.method.num_probes, "start vector")
+    yield facts([f"± one standard error between {number}"], style="dim")
+
+
+def _blocks(layers: list[LayerSpectrum], total: int) -> Iterator[RenderableType]:
+    """The blocks of layers that were explored."""
+    if not layers:
+        return
+    table = ruled_table()
+    table.add_column("block of")
+    for heading in ("parameters", "largest", "smallest", "trace", "negative", "eff. rank"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in layers:
+        assert layer.eigenvalues is not None  # explored
+        assert layer.functions is not None
+        mass = layer.functions.negative_mass.value
+        table.add_row(
+            Name(layer.name),
+            Text(words.count(layer.num_parameters)),
+            Text(_short(layer.eigenvalues[0])),
+            Text(_short(layer.eigenvalues[-1])),
+            Text(estimate(layer.functions.trace)),
+            Text("-" if mass is None else words.percent(mass)),
+            Text(estimate(layer.functions.effective_rank)),
+        )
+    yield GAP
+    yield table
+    if len(layers) < total:
+        yield Padding(Text(f"{total - len(layers)} more: see the JSON", style="dim"), (0, 0))
+
+
+def _short(eigenvalue: Eigenvalue) -> str:
+    if not known(eigenvalue):
+        return f"0 ± {words.number(abs(eigenvalue.value) + eigenvalue.residual, 2)}"
+    return words.number(eigenvalue.value, 4)
+
+
+def _shortfall(result: SpectrumResult) -> str:
+    return f"--steps {2 * result.steps} looks twice as deep, or accept the bars above"
+
+
+def _method_line(result: SpectrumResult) -> Facts:
+    method = result.method
+    starts = words.count(method.num_probes, "start vector")
+    items = [f"Lanczos, {starts}", f"{method.mode} mode", f"seed {method.seed}", method.note]
+    return facts(items, style="dim")

@@ -1,0 +1,40 @@
+"""The program as a subprocess, and how its errors read."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hesscli
+
+HESSCLI = [sys.executable, "-m", "hesscli"]
+SUNSPOTS = Path(hesscli.__file__).parent.parent / "samples" / "sunspots" / "model.pt"
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment, without what changes colours and widths."""
+    kept = {k: v for k, v in os.environ.items() if not re.search("COLOR|COLUMNS|TTY|GITHUB", k)}
+    return {**kept, "OMP_NUM_THREADS": "1", **changes}
+
+
+def hesscli_run(*args: object, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*HESSCLI, *map(str, args)],
+        cwd=cwd,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+
+
+def three_lines(stderr: str) -> tuple[str, str, str]:
+    what, got, hint = stderr.splitlines()
+    assert what.startswith("error: ")
+    assert got.startswith("  got: ")
+    assert hint.startswith("  try: ")
+    return what.removeprefix("error: "), got.removeprefix("  got: "), hint.removeprefix("  try: ")

@@ -1,0 +1,364 @@
+"""Sensitivity against dense matrices, naive twins, and the coverage of its error bars."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import stdtrit
+from scipy.stats import binom
+from torch import Tensor, nn
+
+import hesscli
+from hesscli.diagnostics.collecting import block_sizes
+from hesscli.diagnostics.predictions import _mean
+from hesscli.diagnostics.ranking import GROUPS, repeats, saliencies
+from hesscli.engines.mfac import GradientWindow, StaticFisher
+from hesscli.engines.mfac.rows import RowKind, Rows
+from hesscli.errors import UnsoundError, UsageError
+from hesscli.results import IhvpRun, Snapshot
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+ALL = 1e-12
+"""A tolerance for which every batch is seen."""
+
+
+@pytest.fixture(scope="module")
+def problem() -> hesscli.Problem:
+    return hesscli.load(SAMPLES / "sunspots/model.pt")
+
+
+@pytest.fixture(scope="module")
+def result(problem: hesscli.Problem) -> IhvpRun:
+    return hesscli.sensitivity(problem, rtol=ALL, verify=True, budget=None)
+
+
+def flat(problem: hesscli.Problem) -> Tensor:
+    return problem.parameters.flatten([t.detach().double() for t in problem.parameters.tensors])
+
+
+def window_of(problem: hesscli.Problem, count: int) -> Tensor:
+    return torch.cat(list(Rows(problem, RowKind("sampled")).take(count))).double()
+
+
+def test_saliency_and_leverage_are_those_of_the_dense_blocks(
+    problem: hesscli.Problem, result: IhvpRun
+) -> None:
+    rows = window_of(problem, 512).float().double()  # as the window keeps them
+    fisher = rows.T @ rows / len(rows)
+    damping = 1e-3 * float(fisher.trace()) / len(fisher)
+    inverse = torch.zeros_like(fisher)
+    start = 0
+    for size in block_sizes(problem.parameters, "auto", 512) or ():
+        place = slice(start, start + size)
+        damped = fisher[place, place] + damping * torch.eye(size, dtype=torch.float64)
+        inverse[place, place] = torch.linalg.inv(damped)
+        start += size
+    expected = flat(problem).square() / (2 * inverse.diagonal())
+    found = np.concatenate([result.saliency[n].ravel() for n in problem.parameter_names])
+    # The condition number of a damped block is at most d/1e-3.
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    leverage = 1 - damping * inverse.diagonal()
+    for layer, place in zip(result.layers, places(problem), strict=True):
+        assert layer.leverage == pytest.approx(float(leverage[place].median()), rel=1e-9)
+        assert layer.saliency.mean == pytest.approx(float(expected[place].mean()), rel=1e-9)
+        assert sum(layer.saliency.histogram.counts) == layer.num_parameters
+    assert result.window.damping == pytest.approx(damping, rel=1e-9)
+
+
+def places(problem: hesscli.Problem) -> list[slice]:
+    found, start = [], 0
+    for name in problem.layer_names:
+        size = sum(p.numel for p in problem.parameters.in_layer(name))
+        found.append(slice(start, start + size))
+        start += size
+    return found
+
+
+def test_predictions_are_the_dense_quadratic_form(
+    problem: hesscli.Problem, result: IhvpRun
+) -> None:
+    hessian = hesscli.Hessian(problem).to_dense()
+    theta, gradient = flat(problem), problem.prove().gradient
+    saliency = torch.from_numpy(
+        np.concatenate([result.saliency[n].ravel() for n in problem.parameter_names])
+    )
+    for layer, place in zip(result.layers, places(problem), strict=True):
+        for share in (0.1, 0.5, 0.9):
+            change = next(c for c in layer.perturbations if (c.kind, c.level) == ("prune", share))
+            delta = naive_pruning(problem, layer.name, theta, saliency, share)
+            quadratic = float(delta @ hessian @ delta) / 2
+            assert change.quadratic == pytest.approx(quadratic, rel=1e-9, abs=1e-14)
+            assert change.linear == pytest.approx(float(gradient @ delta), rel=1e-6, abs=1e-14)
+            assert change.squared_norm == pytest.approx(float(delta @ delta))
+            trace = float(hessian.diagonal()[place].sum())
+            size = place.stop - place.start
+            # HAWQ's trace: of 8 probes where it is not exact.
+            assert change.hawq == pytest.approx(
+                trace / size * float(delta @ delta) / 2, rel=0.3, abs=1e-14
+            )
+            assert change.stderr == 0
+
+
+def naive_pruning(
+    problem: hesscli.Problem, layer: str, theta: Tensor, saliency: Tensor, share: float
+) -> Tensor:
+    """In a loop: the least salient weights of a layer's matrices, set to zero."""
+    candidates: list[int] = []
+    for parameter in problem.parameters.in_layer(layer):
+        if parameter.tensor.dim() >= 2:
+            candidates += range(parameter.offset, parameter.offset + parameter.numel)
+    candidates.sort(key=lambda i: (float(saliency[i]), i))
+    delta = torch.zeros_like(theta)
+    for i in candidates[: round(share * len(candidates))]:
+        delta[i] = -theta[i]
+    return delta
+
+
+def test_measured_losses_are_those_of_a_changed_copy(
+    problem: hesscli.Problem, result: IhvpRun
+) -> None:
+    theta = flat(problem)
+    saliency = torch.from_numpy(
+        np.concatenate([result.saliency[n].ravel() for n in problem.parameter_names])
+    )
+    layer = result.layers[0]
+    change = next(c for c in layer.perturbations if (c.kind, c.level) == ("prune", 0.5))
+    delta = naive_pruning(problem, layer.name, theta, saliency, 0.5)
+    for scaled in change.changes:
+        model = copy.deepcopy(problem.model)
+        with torch.no_grad():
+            for p, part in zip(
+                model.parameters(), problem.parameters.split(scaled.scale * delta), strict=True
+            ):
+                p += part
+        changed = hesscli.Problem(
+            model, problem.loss, problem.data, weight_decay=problem.weight_decay
+        )
+        difference = changed.prove().loss - problem.prove().loss
+        assert scaled.measured == pytest.approx(difference, rel=1e-10)
+    assert change.measured == change.changes[0].measured
+
+
+def test_errors_of_a_smooth_network_fall_with_the_third_power(result: IhvpRun) -> None:
+    """What the quadratic leaves is of third order; at a quarter it is small."""
+    small = [
+        c
+        for layer in result.layers
+        for c in layer.perturbations
+        if c.kind == "round" and c.level >= 6 and c.order is not None
+    ]
+    assert len(small) >= 6
+    assert np.median([c.order for c in small if c.order is not None]) == pytest.approx(3, abs=0.3)
+    for change in small:
+        quarter = change.changes[-1]
+        size = abs(change.linear) / 4 + abs(change.quadratic) / 16
+        assert abs(quarter.measured - quarter.predicted) <= 0.1 * size
+
+
+def test_weights_are_the_same_bytes_afterwards(problem: hesscli.Problem, result: IhvpRun) -> None:
+    before = hesscli.load(SAMPLES / "sunspots/model.pt")
+    for name, tensor in before.model.state_dict().items():
+        assert torch.equal(tensor, problem.model.state_dict()[name]), name
+
+
+def test_standard_errors_of_predictions_hold() -> None:
+    """Coverage of mean ± t · stderr from 4 and 8 of 16 batches, 2,000 draws of the batches."""
+    generator = np.random.default_rng(0)
+    draws, misses = 2000, {4: 0, 8: 0}
+    for _ in range(draws):
+        weights = generator.uniform(0.5, 1.5, 16)
+        forms = generator.normal(3.0, 1.0, 16) + generator.normal(0, 0.2, 16) * weights
+        truth = float(weights @ forms / weights.sum())
+        for seen in misses:
+            layer: Any = SimpleNamespace(
+                forms=[np.array([f]) for f in forms[:seen]], weights=list(weights[:seen])
+            )
+            mean, error = _mean(layer, 16)
+            misses[seen] += abs(mean[0] - truth) > stdtrit(seen - 1, 0.975) * error[0]
+    for seen, missed in misses.items():
+        assert binom.cdf(missed, draws, 0.07) < 1 - 1e-3, (seen, missed)
+        assert binom.sf(missed, draws, 0.03) < 1 - 1e-3, (seen, missed)
+
+
+@pytest.mark.parametrize("relative", [1e-3, 1e-1])
+def test_standard_errors_of_saliencies_hold(relative: float) -> None:
+    """Against the spread over 150 windows of rows with heavy tails, four layers each."""
+    torch.manual_seed(0)
+    rows, width, windows = 128, 32, 150
+    size = 4 * width
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+    root = basis * torch.logspace(-1.5, 0, size, dtype=torch.float64)
+    damping = relative * 2 * float(root.square().sum()) / size
+    weights, sizes = torch.randn(size, dtype=torch.float64), (width,) * 4
+    layers = [slice(i * width, (i + 1) * width) for i in range(4)]
+    logs, errors, above = [], [], []
+    for _ in range(windows):
+        scale = torch.distributions.Exponential(1.0).sample((rows, 1)).double()
+        with GradientWindow(rows, size, dtype=torch.float64) as window:
+            window.extend(scale * torch.randn(rows, size, dtype=torch.float64) @ root.T)
+            fisher = StaticFisher(window, damping, blocks=sizes)
+            collected: Any = SimpleNamespace(window=window, fisher=fisher, sizes=sizes)
+            found = repeats(collected, weights, layers)
+            saliency = saliencies(weights, fisher.diagonal())
+            means = np.array([float(saliency[layer].mean()) for layer in layers])
+        logs.append(np.log(means))
+        errors.append(found.relative_errors())
+        above.append(found.above(means))
+    off = np.abs(np.array(logs) - np.mean(logs, 0)) / np.array(errors)
+    missed = int((off > stdtrit(GROUPS - 1, 0.975)).sum())
+    # Layers share rows and the mean is the windows' own: a band around 5% at level 1e-3.
+    assert binom.cdf(missed, windows * 4, 0.08) < 1 - 1e-3
+    assert binom.sf(missed, windows * 4, 0.025) < 1 - 1e-3
+    matrix = np.array(above)
+    np.testing.assert_allclose(matrix + matrix.transpose(0, 2, 1), 1.0, atol=1e-12)
+
+
+def test_a_ranking_says_how_sure_it_is(result: IhvpRun) -> None:
+    ranking = result.ranking
+    assert ranking is not None
+    by_rank = sorted(result.layers, key=lambda layer: layer.rank)
+    assert tuple(layer.name for layer in by_rank) == ranking.layers
+    means = [layer.saliency.mean for layer in by_rank]
+    assert means == sorted(means, reverse=True)
+    assert by_rank[0].above_next == ranking.above[0][1]
+    assert by_rank[-1].above_next is None
+    assert 0.9 < (ranking.half_correlation or 0) <= 1
+
+
+def test_residuals_and_the_sweep_against_dense_matrices(problem: hesscli.Problem) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(problem.parameters.size, dtype=torch.float64)
+    options = hesscli.WindowOptions(size=100, blocks="whole", dtype="float64")
+    result = hesscli.ihvp(problem, x, window=options)
+    rows = window_of(problem, 100)
+    identity = torch.eye(len(x), dtype=torch.float64)
+    damped = rows.T @ rows / 100 + result.window.damping * identity
+    y = torch.from_numpy(np.concatenate([v.ravel() for v in result.direction.values()]))
+    torch.testing.assert_close(y, torch.linalg.solve(damped, x), rtol=1e-7, atol=1e-9 * y.norm())
+    hessian = hesscli.Hessian(problem).to_dense() + result.window.damping * identity
+    off = float((hessian @ y - x).norm() / x.norm())
+    assert result.residual.operator == pytest.approx(off, rel=1e-7)
+    assert result.residual.window is not None
+    assert result.residual.window < 1e-8
+    projector = torch.linalg.pinv(rows) @ rows
+    previous = None
+    for point in reversed(result.sweep):
+        fisher = rows.T @ rows / 100 + point.absolute * identity
+        direction = torch.linalg.solve(fisher, x)
+        share = float((projector @ direction).norm() / direction.norm())
+        assert point.span_share == pytest.approx(share, rel=1e-5)
+        inverse = torch.linalg.inv(fisher)
+        leverage = float((1 - point.absolute * inverse.diagonal()).median())
+        assert point.leverage == pytest.approx(leverage, rel=1e-5, abs=1e-8)
+        if previous is not None:
+            cosine = float(torch.cosine_similarity(direction, previous, dim=0))
+            assert point.cosine == pytest.approx(cosine, rel=1e-6)
+        previous = direction
+
+
+def test_refinement_reaches_its_tolerance_and_says_where_it_cannot(
+    problem: hesscli.Problem,
+) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(problem.parameters.size, dtype=torch.float64)
+    window = hesscli.WindowOptions(damping=0.1)
+    found = hesscli.ihvp(problem, x, matrix="ggn", window=window, refine=1e-3)
+    refinement = found.solve.refinement
+    assert refinement is not None
+    assert refinement.converged
+    assert found.status == "converged"
+    y = torch.from_numpy(np.concatenate([v.ravel() for v in found.direction.values()]))
+    matrix = hesscli.GaussNewton(problem).to_dense()
+    off = (matrix @ y + found.window.damping * y - x).norm() / x.norm()
+    assert float(off) <= 1.001e-3
+
+
+def untrained() -> hesscli.Problem:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    data = torch.utils.data.TensorDataset(
+        5 * torch.randn(96, 6, dtype=torch.float64), torch.randint(3, (96,))
+    )
+    return hesscli.Problem(model, "cross_entropy", data)
+
+
+def test_negative_curvature_is_named() -> None:
+    problem = untrained()
+    hessian = hesscli.Hessian(problem).to_dense()
+    assert torch.linalg.eigvalsh(hessian)[0] < -1e-3  # or there were nothing to find
+    torch.manual_seed(1)
+    x = torch.randn(problem.parameters.size, dtype=torch.float64)
+    found = hesscli.ihvp(problem, x, refine=1e-10)
+    refinement = found.solve.refinement
+    assert refinement is not None
+    assert refinement.negative_curvature is not None
+    assert refinement.negative_curvature < 0
+    assert found.status == "budget"
+    assert any("negative curvature" in text for text in found.warnings)
+
+
+def test_low_leverage_is_called_magnitude() -> None:
+    found = hesscli.sensitivity(untrained(), window=hesscli.WindowOptions(damping=100.0))
+    assert all(layer.leverage < 0.5 for layer in found.layers)
+    assert all((layer.magnitude_correlation or 0) > 0.99 for layer in found.layers)
+    assert any("this ranking is magnitude" in text for text in found.warnings)
+
+
+def test_a_stop_leaves_what_was_known(problem: hesscli.Problem) -> None:
+    seen: list[str] = []
+
+    def stop(snapshot: Snapshot) -> bool:
+        seen.append(snapshot.phase)
+        return snapshot.phase == "perturbing" and (snapshot.done or 0) > 3
+
+    found = hesscli.sensitivity(problem, rtol=ALL, observe=stop)
+    assert found.status == "interrupted"
+    assert found.ranking is not None
+    change = found.layers[0].perturbations[1]
+    assert change.stderr > 0
+    with pytest.raises(KeyboardInterrupt):
+        hesscli.sensitivity(problem, observe=lambda s: s.phase == "collecting gradients")
+
+
+def test_the_budget_ends_a_run_with_a_result(problem: hesscli.Problem) -> None:
+    found = hesscli.sensitivity(problem, rtol=ALL, verify=True, budget=1e-3)
+    assert found.status == "budget"
+    assert all(c.measured is None for layer in found.layers for c in layer.perturbations)
+
+
+def test_zero_gradients_are_named() -> None:
+    model = nn.Linear(3, 1).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    data = torch.utils.data.TensorDataset(
+        torch.randn(64, 3, dtype=torch.float64), torch.zeros(64, 1, dtype=torch.float64)
+    )
+    problem = hesscli.Problem(model, "mse", data)
+    rows = hesscli.WindowOptions(rows="example")
+    with pytest.raises(UnsoundError, match="all gradients in the window are zero"):
+        hesscli.sensitivity(problem, window=rows)
+    absolute = hesscli.WindowOptions(rows="example", damping=0.5, absolute=True)
+    found = hesscli.ihvp(problem, torch.ones(4, dtype=torch.float64), window=absolute)
+    assert found.solve.norm == pytest.approx(4.0)  # x / λ
+    assert hesscli.sensitivity(problem, window=absolute).residual.operator is None  # no gradient
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, math.inf, math.nan])
+def test_dampings_that_cannot_be(damping: float) -> None:
+    with pytest.raises(UsageError, match="--damping"):
+        hesscli.WindowOptions(damping=damping)
+
+
+def test_too_few_rows_give_no_ranking(problem: hesscli.Problem) -> None:
+    with pytest.raises(UsageError, match="16 rows"):
+        hesscli.sensitivity(problem, window=hesscli.WindowOptions(size=8))
+    found = hesscli.ihvp(problem, window=hesscli.WindowOptions(size=8))
+    assert found.window.rows == 8
