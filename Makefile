@@ -16,15 +16,25 @@ test: $(VENV)/test  ## Run the test suite on two processes
 lint: $(VENV)/test  ## Style, docstrings, imports and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: $(VENV)/bench  ## Compare products with PyHessian, curvlinops and hessian-eigenthings
+bench: $(VENV)/bench bench-mfac  ## Compare products with PyHessian, curvlinops and hessian-eigenthings
 	$(BIN)/python tests/benchmarks/products.py
 
 bench-estimates: $(VENV)/bench  ## Compare traces and diagonals at equal error (hours, then cached)
 	$(BIN)/python tests/benchmarks/exact.py
 	$(BIN)/python tests/benchmarks/estimates.py
 
-gallery: $(VENV)/demo  ## Trace and diagonal of all samples; pictures go to hesscli-out/
-	for model in $(SAMPLES); do for command in trace diag; do \
+bench-mfac: $(VENV)/demo  ## The M-FAC engine against memory bandwidth and the paper's recursion
+	$(BIN)/python tests/benchmarks/mfac.py
+
+bench-spectrum: $(VENV)/bench  ## Eigenvalues and densities against three libraries
+	$(BIN)/python tests/benchmarks/spectrum.py
+	$(BIN)/python tests/benchmarks/spectrum.py --density
+
+calibration: $(VENV)/demo  ## Predicted against measured loss changes, in float64 (an hour)
+	$(BIN)/python tests/benchmarks/calibration.py
+
+gallery: $(VENV)/demo  ## Every picture of all samples; they go to hesscli-out/
+	for model in $(SAMPLES); do for command in trace diag ihvp spectrum; do \
 		$(BIN)/hesscli $$command $$model --budget 5m || exit; done; done
 
 coverage: $(VENV)/demo  ## How often intervals from a quarter of the examples hold (half an hour)
@@ -51,5 +61,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[bench]'
 	touch $@
 
-.PHONY: help demo test lint bench bench-estimates coverage gallery gpu clean
+.PHONY: help demo test lint bench bench-estimates bench-mfac bench-spectrum \
+	calibration coverage gallery gpu clean
 .DEFAULT_GOAL := help

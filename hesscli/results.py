@@ -551,9 +551,10 @@ class Eigenvalue:
     """A Ritz value: an eigenvalue lies within ``residual`` of it.
 
     ``end`` says from which end of the spectrum it was listed. One that is ``settled`` stands alone,
-    as do all between it and that end, so that its place among them is known; ``copies`` are the
-    eigenvalues that were found there. ``vector_error`` bounds the sine of the angle between its vector and the true
-    eigenvector, from the distance to the next Ritz value; None where that is no bound.
+    as do all between it and that end: its place among them is known, unless the start vector is
+    nearly blind to one of them. ``copies`` are the eigenvalues that were found there.
+    ``vector_error`` bounds the sine of the angle between its vector and the true eigenvector, from
+    the distance to the next Ritz value; None where that is no bound.
     """
 
     value: float

@@ -9,6 +9,7 @@ import torch
 
 import hesscli
 from hesscli.engines.lanczos import Lanczos
+from hesscli.engines.mfac import GradientWindow, StaticFisher, WindowedFisher
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,6 +62,49 @@ def test_a_basis_on_the_device_is_orthonormal() -> None:
     assert float((overlaps - torch.eye(32, device="cuda")).abs().max()) < 1e-12
     top = float(torch.linalg.eigvalsh(hessian.to_dense())[-1])
     assert abs(lanczos.ritz().values[-1] - top) < 1e-8 * top
+
+
+@pytest.mark.parametrize("blocks", [None, (64,) * 8])
+def test_windows_on_the_device_are_inverted(blocks: tuple[int, ...] | None) -> None:
+    """Against the dense float64 inverse of the same rows, within the error that is reported."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(96, 512, generator=generator)
+    x = torch.randn(512, generator=generator, dtype=torch.float64)
+    damping = 1e-3
+    with GradientWindow(96, 512, device="cuda") as window:
+        window.extend(rows.cuda())
+        fisher = StaticFisher(window, damping, blocks=blocks)
+        solution, diagonal = fisher.ihvp(x.cuda()), fisher.diagonal()
+        diagonal_error = fisher.diagonal_error().cpu()
+        moving = WindowedFisher(window, damping)
+        member = moving.member(5)
+    exact = rows.double()
+    matrix = exact.T @ exact / 96
+    whole = torch.linalg.inv(matrix + damping * torch.eye(512, dtype=torch.float64))
+    if blocks is not None:
+        matrix = torch.block_diag(*(matrix[i : i + 64, i : i + 64] for i in range(0, 512, 64)))
+    inverse = torch.linalg.inv(matrix + damping * torch.eye(512, dtype=torch.float64))
+    expected = inverse @ x
+    assert solution.vector.device.type == "cuda"
+    off = float((solution.vector.cpu() - expected).norm() / expected.norm())
+    assert off <= solution.error
+    assert ((diagonal.cpu() - inverse.diagonal()).abs() <= diagonal_error).all()
+    wanted = whole @ exact[5]
+    assert float((member.vector.cpu() - wanted).norm() / wanted.norm()) <= member.error
+
+
+def test_the_same_sensitivity() -> None:
+    """Rows are drawn by the keyed hash: saliencies and predictions agree to rounding."""
+    found = []
+    for device in ("cpu", "cuda"):
+        problem = hesscli.load(SAMPLES / "sunspots/model.pt", device=device)
+        window = hesscli.WindowOptions(size=64)
+        found.append(hesscli.sensitivity(problem, window=window, rtol=1e-12, verify=True))
+    for one, other in zip(found[0].layers, found[1].layers, strict=True):
+        assert one.saliency.mean == pytest.approx(other.saliency.mean, rel=1e-4)
+        for a, b in zip(one.perturbations, other.perturbations, strict=True):
+            assert a.quadratic == pytest.approx(b.quadratic, rel=1e-4, abs=1e-12)
+            assert a.measured == pytest.approx(b.measured, rel=1e-4, abs=1e-12)
 
 
 def test_no_stray_synchronisation_between_probes() -> None:

@@ -69,7 +69,7 @@ def test_a_direction_is_solved_written_and_read_again(tmp_path: Path) -> None:
     direction = load_file(tmp_path / "a" / "ihvp.safetensors")
     assert not (tmp_path / "a" / "saliency.safetensors").exists()
     save_file({name: np.ones_like(t) for name, t in direction.items()}, tmp_path / "ones.st")
-    options = ("--vector", "ones.st", "--damping", "0.1", "--matrix", "ggn", "--refine", "1e-2")
+    options = ("--vector", "ones.st", "--damping", "10", "--matrix", "ggn", "--refine", "1e-2")
     run = hesscli_run("ihvp", SUNSPOTS, *options, "--out", "json", "--dir", "-", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
@@ -82,7 +82,7 @@ def test_a_direction_is_solved_written_and_read_again(tmp_path: Path) -> None:
 
 
 def test_a_refinement_that_was_not_reached_exits_5(tmp_path: Path) -> None:
-    options = ("--vector", "gradient", "--refine", "1e-9", "--budget", "0.5s", "--dir", "-")
+    options = ("--vector", "gradient", "--refine", "1e-9", "--budget", "0.1s", "--dir", "-")
     run = hesscli_run("ihvp", SUNSPOTS, *options, cwd=tmp_path)
     assert run.returncode == 5, run.stderr
     assert "residual" in run.stdout

@@ -268,7 +268,7 @@ def test_refinement_reaches_its_tolerance_and_says_where_it_cannot(
 ) -> None:
     torch.manual_seed(3)
     x = torch.randn(problem.parameters.size, dtype=torch.float64)
-    window = hesscli.WindowOptions(damping=0.1)
+    window = hesscli.WindowOptions(damping=1.0)
     found = hesscli.ihvp(problem, x, matrix="ggn", window=window, refine=1e-3)
     refinement = found.solve.refinement
     assert refinement is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +19,14 @@ from hesscli.operators.retained import Retained
 from hesscli.problem.data import FrozenData
 from hesscli.results import Snapshot, SpectrumResult
 
+SAMPLES = Path(__file__).parents[1] / "samples"
 PRODUCTS = 128
 DISTANCE = 0.03
 """Wasserstein-1 over the mean |λ|."""
 
 
 def trained(activation: type[nn.Module]) -> hesscli.Problem:
-    """A small float64 classifier of four classes at 95% and more, its examples in two batches."""
+    """A small float64 classifier of four classes, its examples in one batch."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(10, 20), activation(), nn.Linear(20, 14), activation(), nn.Linear(14, 4)
@@ -32,13 +34,13 @@ def trained(activation: type[nn.Module]) -> hesscli.Problem:
     x = torch.randn(400, 10).double()
     y = (x[:, 0] * x[:, 1] > 0).long() + 2 * (x[:, 2] + x[:, 3].abs() > 1).long()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(300):
+    for _ in range(200):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     optimizer.zero_grad()
-    batches = tuple(zip(x.split(200), y.split(200), strict=True))
-    return hesscli.Problem(model, "cross_entropy", FrozenData(batches, (200, 200), 400, True, "-"))
+    data = FrozenData(((x, y),), (400,), 400, True, "-")
+    return hesscli.Problem(model, "cross_entropy", data)
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +99,11 @@ def test_an_eigenvalue_lies_within_each_bar(problem: hesscli.Problem, dense: np.
             assert np.abs(truth - one.value).min() <= one.residual + own
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_density_is_near_the_dense_one(
-    problem: hesscli.Problem, dense: np.ndarray, seed: int
-) -> None:
+def test_the_density_is_near_the_dense_one(problem: hesscli.Problem, dense: np.ndarray) -> None:
     """As nodes, and as the smooth curve that is drawn."""
     truth = np.linalg.eigvalsh(dense)
     size = np.abs(truth).mean()
-    result = hesscli.spectrum(problem, seed=seed)
+    result = hesscli.spectrum(problem)
     assert result.cost.products == PRODUCTS
     density = result.density
     assert abs(sum(density.weights) - 1) < 1e-12
@@ -151,10 +150,11 @@ def test_participation_and_vectors(problem: hesscli.Problem, dense: np.ndarray) 
 
 
 def test_vector_errors_bound_the_angle(problem: hesscli.Problem, dense: np.ndarray) -> None:
-    known = np.linalg.eigh(dense)[1][:, ::-1][:, :5].T
+    """That to the nearest true eigenvector: after few steps the start may have missed one."""
+    known = np.linalg.eigh(dense)[1]
     result = hesscli.spectrum(problem, steps=14, probes=1, k=5, vectors=True)
     parts = [result.vectors[name].reshape(10, -1)[:5] for name in problem.parameter_names]
-    cosines = np.abs((np.concatenate(parts, axis=1) * known).sum(1))
+    cosines = np.abs(np.concatenate(parts, axis=1) @ known).max(axis=1)
     bounds = [one.vector_error for one in result.eigenvalues[:5]]
     assert any(bound is not None for bound in bounds)
     for cosine, bound in zip(cosines, bounds, strict=True):
@@ -163,7 +163,7 @@ def test_vector_errors_bound_the_angle(problem: hesscli.Problem, dense: np.ndarr
 
 def test_blocks_of_layers(problem: hesscli.Problem, dense: np.ndarray) -> None:
     name = problem.layer_names[-1]
-    result = hesscli.spectrum(problem, steps=200, probes=1, layers=[name])
+    result = hesscli.spectrum(problem, steps=64, probes=1, layers=[name])
     parameters = problem.parameters.in_layer(name)
     start = parameters[0].offset
     size = sum(p.numel for p in parameters)
@@ -359,6 +359,22 @@ def test_kept_graphs_change_nothing_but_the_cost(relu: hesscli.Problem, room: in
     first = operator.meter.gradients - start
     assert torch.equal(retained(vector), plain)
     assert operator.meter.gradients - start - first == pytest.approx(2 if room > 1 else 3)
+    retained.forget()
+    assert torch.equal(retained(vector), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_eigenvalues_on_a_gpu() -> None:
+    """An eigenvalue of either lies within both bars of the other's, and so do vectors' parts."""
+    found = []
+    for device in ("cpu", "cuda"):
+        problem = hesscli.load(SAMPLES / "fashion" / "model.pt", device=device, examples=64)
+        found.append(hesscli.spectrum(problem, steps=32, probes=3, k=5))
+    for one, other in zip(*(run.eigenvalues[:5] for run in found), strict=True):
+        assert abs(one.value - other.value) <= one.residual + other.residual
+    for one, other in zip(*(run.layers for run in found), strict=True):
+        np.testing.assert_allclose(one.participation[:5], other.participation[:5], atol=1e-2)
 
 
 def test_the_line_is_honest(relu: hesscli.Problem) -> None:

@@ -210,7 +210,7 @@ def test_the_table_says_it_all() -> None:
     text = on_one_line(printed(spectrum_table(spectrum_result()), width=160))
     for words in (
         "largest eigenvalue of the Hessian 83.6090 ± 0.00013",
-        "1 eigenvalue stands apart: the last is 2.1 times the next",
+        "1 eigenvalue stands apart: it is 2.1 times the next",
         "10 classes: eigenvalue 9 is 1.3 times the next",
         "1 83.6090 0.00013",
         "-1 -0.21850 0.00013",

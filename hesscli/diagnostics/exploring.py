@@ -41,8 +41,10 @@ _SHORTEST = 8
 _READ_EVERY = 16  # steps, once there are many: a reading takes the third power of their number
 _BACK = 0.75
 """Where it is looked whether the largest eigenvalues have been the same for some steps."""
+_RESTARTS = 3
+"""Later runs leave out at most as many vectors as the first made, and reflect them once more."""
 _GRAPHS_SHARE = 4
-"""Graphs may take this part of the memory that is free."""
+"""Graphs may take this part of the memory that is free then."""
 _NEXT_START = 0x5BEC7
 """Separates the start vectors of later runs from the first."""
 
@@ -68,6 +70,16 @@ class Plan:
         """At most, for a matrix of so many rows."""
         first = min(self.steps, size)
         return first if first == size else first + (self.probes - 1) * shorter(first)
+
+
+def basis_bytes(size: int, steps: int) -> int:
+    """A float64 vector for each step."""
+    return 8 * size * steps
+
+
+def needed_bytes(size: int, steps: int, probes: int) -> int:
+    """At most, with what the later runs take."""
+    return basis_bytes(size, steps) * (1 if probes == 1 else _RESTARTS)
 
 
 @dataclass
@@ -101,7 +113,8 @@ class Exploration:
     @property
     def by_half(self) -> list[Measure]:
         """The same of the later runs when they had made half of their steps."""
-        return [measure([run], self.known, self.size) for run in self.halves]
+        halves = self.halves[: len(self.runs) - 1]  # Ctrl-C may have come between the two
+        return [measure([run], self.known, self.size) for run in halves]
 
 
 class _OutOfTimeError(Exception):
@@ -122,8 +135,9 @@ def explore(operator: Operator, plan: Plan, clock: Clock, done: float, total: fl
         KeyboardInterrupt: stopped before there was anything.
         UnsoundError: a product is not finite.
     """
-    product = Retained(operator, available_bytes(operator.problem.device) // _GRAPHS_SHARE)
     size = operator.parameters.size
+    free = available_bytes(operator.problem.device) - needed_bytes(size, plan.steps, plan.probes)
+    product = Retained(operator, free // _GRAPHS_SHARE)
     reserve = min(plan.steps, STEPS) if plan.early else plan.steps
     found = Exploration(size, plan, _lanczos(operator, product, size, plan.seed, reserve))
 
@@ -150,6 +164,8 @@ def explore(operator: Operator, plan: Plan, clock: Clock, done: float, total: fl
         if not found.lanczos.count:
             raise
         found.status = "interrupted"
+    finally:
+        product.forget()
     _read(found)
     if found.runs[0].complete:
         found.status = "exact"
@@ -214,6 +230,8 @@ def _others(
     found: Exploration, operator: Operator, product: Product, after_a_step: Callable[[], None]
 ) -> None:
     """The short runs, each in the complement of all eigenvectors that were counted before."""
+    if found.plan.probes < 2:
+        return
     steps = shorter(found.lanczos.count)
     rows = found.lanczos.vectors(found.ritz, _taken(standing_alone(found.ritz)))
     complement = Complement(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hesscli.diagnostics.exploring import PROBES, STEPS, Plan
+from hesscli.diagnostics.exploring import PROBES, STEPS, Plan, basis_bytes, needed_bytes
 from hesscli.diagnostics.opening import PROOF_GRADIENTS
 from hesscli.diagnostics.surroundings import peak_bytes
 from hesscli.engines.mfac.memory import available_bytes, gibibytes
@@ -13,20 +13,8 @@ from hesscli.results import PlannedCommand
 
 _SPARE = 0.9
 """Of the free memory, what may be taken: there is more to do than to hold vectors."""
-_RESTARTS = 3
-"""Later runs leave out at most as many vectors as the first made, and reflect them once more."""
 
 _MOST_STEPS = 512
-
-
-def basis_bytes(size: int, steps: int) -> int:
-    """A float64 vector for each step."""
-    return 8 * size * steps
-
-
-def needed_bytes(size: int, steps: int, probes: int) -> int:
-    """At most, with what restarts take."""
-    return basis_bytes(size, steps) * (1 if probes == 1 else _RESTARTS)
 
 
 def most_steps(problem: Problem, probes: int) -> int:

@@ -35,6 +35,11 @@ class Retained:
             total.add_(product.double(), alpha=term.weight)
         return total[0]
 
+    def forget(self) -> None:
+        """Give the graphs back; the next product makes new ones."""
+        self._kept.clear()
+        self._room = 0
+
     def _apply(self, term: Term, row: Tensor) -> Tensor:
         """A product on the graph that was kept, or else on a new one, kept if there is room."""
         if term.index in self._kept or self._room <= 0:

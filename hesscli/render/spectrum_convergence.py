@@ -6,7 +6,7 @@ import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from hesscli.render import canvas, words
 from hesscli.results import SpectrumResult
@@ -63,7 +63,7 @@ def _draw(values: Axes, bars: Axes, result: SpectrumResult) -> None:
     bars.set_ylabel("bar beside its size")
     bars.set_xlabel("steps")
     bars.tick_params(length=0)
-    canvas.plain_ticks(bars, 10)
+    bars.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     bars.grid(axis="y")
 
 

@@ -6,7 +6,7 @@ import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from hesscli.render import canvas, words
 from hesscli.render.spectrum_table import compared_with_classes, standing_apart
@@ -81,7 +81,7 @@ def _draw(axes: Axes, steps: list[float], result: SpectrumResult) -> None:
     axes.set_xlabel("rank from the top")
     axes.set_ylabel("eigenvalue, log scale")
     axes.tick_params(axis="x", length=0)
-    canvas.plain_ticks(axes, 12)
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axes.grid(axis="y")
 
 

@@ -86,8 +86,11 @@ def standing_apart(outliers: Outliers) -> str:
     """How many of the largest eigenvalues lie above the widest step."""
     if not outliers.count:
         return "no eigenvalue stands apart"
-    stand = "eigenvalue stands" if outliers.count == 1 else "eigenvalues stand"
-    return f"{outliers.count} {stand} apart: the last is {outliers.ratio:.2g} times the next"
+    if outliers.count == 1:
+        return f"1 eigenvalue stands apart: it is {outliers.ratio:.2g} times the next"
+    return (
+        f"{outliers.count} eigenvalues stand apart: the last is {outliers.ratio:.2g} times the next"
+    )
 
 
 def compared_with_classes(outliers: Outliers) -> list[str]:

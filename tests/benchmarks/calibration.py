@@ -32,11 +32,14 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
+    asked: list[Perturbation] = []
     for name in arguments.samples:
         problem = hesscli.load(FOLDER / SAMPLES[name], dtype="float64")
         result = hesscli.sensitivity(problem, rtol=1e-12, budget=None, verify=True)
         print(f"\n{name}: {result}")
         print("\n".join(table(result)), flush=True)
+        asked += [c for layer in result.layers for c in layer.perturbations if wanted(c)]
+    print(f"\n{line('all of these samples', asked)}")
 
 
 def table(result: IhvpRun) -> Iterator[str]:
