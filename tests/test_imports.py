@@ -28,7 +28,7 @@ FLOORS = [
     {"__main__"},
 ]
 RENDER_MAY_USE = {"render", "results", "errors", "storage"}
-WITHOUT_TORCH = ("cli", "render", "results.py", "errors.py")
+WITHOUT_TORCH = ("cli", "render", "results", "errors.py")
 
 
 def sources() -> list[Path]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from mfac_truth import distance, rows_of
 
+from hesscli.engines.memory import available_bytes
 from hesscli.engines.mfac import GradientWindow, Gram
-from hesscli.engines.mfac.memory import available_bytes
 from hesscli.errors import ExitCode, UnsoundError, UsageError
 
 ROWS = rows_of("normal", 23, 60).float()

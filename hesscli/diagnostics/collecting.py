@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from hesscli.diagnostics.clock import Clock
+from hesscli.engines.memory import available_bytes
 from hesscli.engines.mfac import GradientWindow, StaticFisher
-from hesscli.engines.mfac.memory import available_bytes
 from hesscli.engines.mfac.rows import RowKind, Rows, fitting_kind
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.parameters import Parameters

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hesscli.diagnostics.clock import Clock
 from hesscli.engines.lanczos import Lanczos, Ritz
-from hesscli.engines.mfac.memory import available_bytes
+from hesscli.engines.memory import available_bytes
 from hesscli.engines.quadrature import (
     Complement,
     Counted,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hesscli.diagnostics.exploring import PROBES, STEPS, Plan, basis_bytes, needed_bytes
 from hesscli.diagnostics.opening import PROOF_GRADIENTS
 from hesscli.diagnostics.surroundings import peak_bytes
-from hesscli.engines.mfac.memory import available_bytes, gibibytes
+from hesscli.engines.memory import available_bytes, gibibytes
 from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
 from hesscli.problem.problem import Problem

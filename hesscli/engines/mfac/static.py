@@ -10,8 +10,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from hesscli.engines.memory import available_bytes, gibibytes
 from hesscli.engines.mfac.dual import DualBlock
-from hesscli.engines.mfac.memory import available_bytes, gibibytes
 from hesscli.engines.mfac.primal import PrimalRun
 from hesscli.engines.mfac.solution import Solution, checked_damping, checked_rows, only
 from hesscli.engines.mfac.system import Solved

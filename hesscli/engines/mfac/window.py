@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from hesscli import storage
-from hesscli.engines.mfac.memory import available_bytes, require_room
+from hesscli.engines.memory import require_room
 from hesscli.errors import UnsoundError, UsageError
-
-__all__ = ["DTYPES", "GradientWindow", "available_bytes"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TILE = 4096

@@ -1,0 +1,79 @@
+"""What ``hesscli check`` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hesscli.results.common import SCHEMA_VERSION, Environment, Mode, ProblemReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One preflight check: what was measured, against which bound."""
+
+    name: str
+    passed: bool
+    detail: str
+    value: float | None = None
+    bound: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """The checks, and the autodiff mode that passed them.
+
+    ``fallback`` names the module that ruled a faster mode out, or is None;
+    ``relative_rounding`` is the relative error of quadratic forms against float64 (None where
+    the model does not run in float64).
+    """
+
+    mode: Mode
+    attention_kernel: str
+    fallback: str | None
+    relative_rounding: float | None
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCommand:
+    """What one command is expected to take."""
+
+    command: str
+    products: float
+    gradients: float
+    seconds: float
+    peak_bytes: int
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Time and memory of one full-data product, and of the commands.
+
+    ``product_bytes`` is what one product of one batch holds beyond model and examples;
+    ``kept_bytes`` the frozen examples.
+    """
+
+    gradient_seconds: float
+    product_seconds: float
+    product_bytes: int
+    parameter_bytes: int
+    kept_bytes: int
+    commands: tuple[PlannedCommand, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """The answer of ``hesscli check``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    command: Literal["check"] = "check"
+    hesscli_version: str
+    status: Literal["ok"] = "ok"
+    problem: ProblemReport
+    preflight: Preflight
+    plan: Plan
+    environment: Environment
+    files: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()

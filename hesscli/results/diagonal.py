@@ -1,0 +1,149 @@
+"""What ``hesscli diag`` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hesscli.results.common import (
+    SCHEMA_VERSION,
+    Cost,
+    Environment,
+    Estimate,
+    Interval,
+    LayerTrace,
+    MethodReport,
+    ProblemReport,
+    Status,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How many diagonal entries lie between neighbouring edges; all layers share the edges."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantile:
+    """The value that a share ``level`` of the entries lie below, and its error where known."""
+
+    level: float
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One diagonal entry: ∂²L/∂θ² of one weight."""
+
+    parameter: str
+    index: tuple[int, ...]
+    estimate: float
+    stderr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReport:
+    """What AdaHessian's block averaging keeps of a layer's diagonal, and what it buys.
+
+    ``between_variance`` and ``within_variance`` are of the true diagonal: that of the block
+    means, and that of the entries around them, both with estimator noise taken out.
+    ``explained`` is the share of the two that averaging keeps. ``noise_variance`` is the
+    estimator's noise in a block mean, averaged over the blocks, and ``noise_reduction`` how
+    many times smaller that is than its noise in an entry; None where no probe was drawn.
+    """
+
+    rule: str
+    count: int
+    between_variance: float
+    between_interval: Interval
+    within_variance: float
+    within_interval: Interval
+    noise_variance: float | None
+    noise_reduction: float | None
+    explained: float
+    explained_interval: Interval
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDiagonal(LayerTrace):
+    """One layer's diagonal entries: ``estimate`` is their sum, the rest is of single entries.
+
+    ``largest`` are the entries of largest size, at most a few.
+    """
+
+    mean: float
+    mean_stderr: float
+    std: float
+    std_stderr: float
+    negative_fraction: float
+    negative_stderr: float
+    quantiles: tuple[Quantile, ...]
+    histogram: Histogram
+    largest: tuple[Entry, ...]
+    block: BlockReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalReport:
+    """The whole diagonal: its norm, and how far off it is.
+
+    ``relative_error`` is the expected ‖error‖ / ‖diag‖ with noise taken out of the norm,
+    ``relative_error_bound`` what it stays below with probability ``confidence``; None where noise
+    hides the diagonal. ``shrinkage``
+    says for each layer how much of the noisy part was kept, None where nothing was shrunk.
+    """
+
+    norm: float
+    relative_error: float | None
+    relative_error_bound: float | None
+    confidence: float
+    negative_fraction: float
+    histogram: Histogram
+    shrinkage: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagResult:
+    """The answer of ``hesscli diag``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    command: Literal["diag"] = "diag"
+    hesscli_version: str
+    status: Status
+    problem: ProblemReport
+    method: MethodReport
+    cost: Cost
+    trace: Estimate
+    diagonal: DiagonalReport
+    layers: tuple[LayerDiagonal, ...]
+    environment: Environment
+    files: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One honest line."""
+        report = self.diagonal
+        error = "unknown" if report.relative_error is None else f"{report.relative_error:.2g}"
+        return (
+            f"diag({self.problem.matrix}): {self.problem.num_parameters} entries, "
+            f"norm {report.norm:.6g} ± {error} relative, "
+            f"{report.negative_fraction:.2%} negative, {self.method.num_probes} probes, "
+            f"{self.cost.gradients:.3g} gradients, {self.status}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalRun(DiagResult):
+    """A :class:`DiagResult` with its arrays, which files hold and documents do not.
+
+    ``entries`` and ``stderr`` map each parameter's name to a numpy array of its shape; entries
+    are shrunk where that lowers their error, their standard errors are those without shrinkage.
+    """
+
+    entries: dict[str, Any] = field(repr=False, metadata={"document": False})
+    stderr: dict[str, Any] = field(repr=False, metadata={"document": False})

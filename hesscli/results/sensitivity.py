@@ -1,0 +1,231 @@
+"""What ``hesscli ihvp`` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hesscli.results.common import (
+    SCHEMA_VERSION,
+    Cost,
+    Environment,
+    MethodReport,
+    ParameterReport,
+    ProblemReport,
+    Status,
+)
+from hesscli.results.diagonal import Histogram, Quantile
+
+LOW_LEVERAGE = 0.5
+"""Median leverage below which saliencies rank as |w| does."""
+HOLDS_WITHIN = 0.1
+"""Of |linear| + |quadratic|: how far off a prediction may be that is said to hold."""
+LARGE_RESIDUAL = 0.1
+"""Against the operator, above which a solve is better refined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowReport:
+    """The gradients that stand for the matrix F̂ = (1/m) Σ g gᵀ.
+
+    ``damping`` is λ in F̂ + λI, ``relative_damping`` the same in units of tr F̂ / d. F̂ is kept in
+    diagonal blocks of at most ``largest_block`` entries.
+    """
+
+    rows: int
+    row_kind: str
+    damping: float
+    relative_damping: float
+    blocks: str
+    largest_block: int
+    dtype: str
+    num_bytes: int
+    file: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualReport:
+    """How well y solves the system, as ‖Ay − x‖ / ‖x‖; None where x is zero.
+
+    ``window`` is against F̂ + λI: rounding. ``operator`` is against the matrix ``operator_name``
+    plus λI: what the window does not know of it.
+    """
+
+    window: float | None
+    operator: float | None
+    operator_name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """Conjugate gradients on the operator plus λI, with the window as preconditioner.
+
+    ``residual`` is computed anew at the end. ``negative_curvature`` is the Rayleigh quotient of a
+    direction along which the operator plus λI curves downwards, where one was met: there the
+    solve ends.
+    """
+
+    tolerance: float
+    iterations: int
+    residual: float
+    converged: bool
+    negative_curvature: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveReport:
+    """y with (F̂ + λI) y = x; x is the gradient of the loss unless a file gave it."""
+
+    vector: str
+    vector_norm: float
+    norm: float
+    refinement: Refinement | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledChange:
+    """The loss after a perturbation shrunk to ``scale`` of itself, less the loss before."""
+
+    scale: float
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturbation:
+    """A change δ of one layer's weights, and what it does to the loss.
+
+    ``kind`` is ``prune`` (``level`` the share of least salient weights set to zero) or ``round``
+    (``level`` in bits, with one grid a ``tensor`` or a ``channel``). The loss is predicted to grow
+    by ``linear`` + ``quadratic`` = gᵀδ + ½δᵀAδ; ``stderr`` is of their sum, from the examples
+    that were not used. ``hawq`` is ½ (tr A_layer / n) ‖δ‖² (Dong et al. 2020, arXiv 1911.03852).
+    ``measured`` is the loss that was found with δ applied; ``changes`` also at shrunken δ.
+    ``order`` is the power of the scale with which the error of the prediction falls, and
+    ``holds`` whether at full size the error is within 10% of |linear| + |quadratic|.
+    """
+
+    kind: Literal["prune", "round"]
+    level: float
+    granularity: Literal["weight", "tensor", "channel"]
+    squared_norm: float
+    linear: float
+    quadratic: float
+    stderr: float
+    hawq: float
+    measured: float | None
+    changes: tuple[ScaledChange, ...]
+    order: float | None
+    holds: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaliencyReport:
+    """A layer's optimal-brain-surgeon saliencies w² / (2 [(F̂ + λI)⁻¹]_qq): a ranking, no loss.
+
+    Standard errors are the jackknife's over groups of rows, None where a group decides whether
+    there is any; ``histogram`` has edges that all layers share, saliencies of zero left out.
+    """
+
+    mean: float
+    stderr: float | None
+    quantiles: tuple[Quantile, ...]
+    histogram: Histogram
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSensitivity:
+    """One layer's weights: which matter, and what pruning or rounding them does.
+
+    ``leverage`` is the median share of [F̂ + λI]_qq's inverse that data and not λ decides;
+    ``magnitude_correlation`` Spearman's between saliency and |w|; ``half_correlation`` between
+    the saliencies of two disjoint half-windows. ``rank`` is by mean saliency, 1 the highest, and
+    ``above_next`` the probability that it is higher than that of the next in rank.
+    """
+
+    name: str
+    num_parameters: int
+    parameters: tuple[ParameterReport, ...]
+    saliency: SaliencyReport
+    leverage: float
+    magnitude_correlation: float | None
+    half_correlation: float | None
+    rank: int
+    above_next: float | None
+    perturbations: tuple[Perturbation, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DampingPoint:
+    """What one λ makes of the window and of y.
+
+    ``span_share`` is the share of ‖y‖ inside the span of the window's rows, ``cosine`` that of y
+    to y at the next smaller λ, ``leverage`` the median over all weights, ``rank_correlation``
+    Spearman's to the saliencies at the run's own λ, ``operator_residual`` as in the residual.
+    """
+
+    relative: float
+    absolute: float
+    span_share: float | None
+    cosine: float | None
+    leverage: float
+    rank_correlation: float | None
+    operator_residual: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingReport:
+    """How sure the order of layers by mean saliency is.
+
+    ``layers`` are in that order; ``above[i][j]`` is the probability that layer i's mean is higher
+    than layer j's. ``half_correlation`` is Spearman's over all weights between two half-windows.
+    """
+
+    layers: tuple[str, ...]
+    above: tuple[tuple[float, ...], ...]
+    half_correlation: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class IhvpResult:
+    """The answer of ``hesscli ihvp``.
+
+    With a vector given, the solve is all there is: no ``ranking``, and ``layers`` are empty.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    command: Literal["ihvp"] = "ihvp"
+    hesscli_version: str
+    status: Status
+    problem: ProblemReport
+    method: MethodReport
+    cost: Cost
+    window: WindowReport
+    solve: SolveReport
+    residual: ResidualReport
+    ranking: RankingReport | None
+    sweep: tuple[DampingPoint, ...]
+    layers: tuple[LayerSensitivity, ...]
+    environment: Environment
+    files: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One honest line."""
+        off = self.residual.operator
+        return (
+            f"ihvp({self.problem.matrix}): {self.window.rows} {self.window.row_kind} rows, "
+            f"damping {self.window.damping:.3g}, |y| = {self.solve.norm:.6g}, "
+            f"residual {'unknown' if off is None else format(off, '.2g')} against "
+            f"{self.residual.operator_name}, {self.cost.gradients:.3g} gradients, {self.status}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IhvpRun(IhvpResult):
+    """An :class:`IhvpResult` with its arrays, which files hold and documents do not.
+
+    ``saliency`` and ``direction`` map each parameter's name to a numpy array of its shape.
+    """
+
+    saliency: dict[str, Any] = field(repr=False, metadata={"document": False})
+    direction: dict[str, Any] = field(repr=False, metadata={"document": False})
