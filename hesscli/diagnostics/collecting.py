@@ -68,6 +68,20 @@ class WindowOptions:
         fitting = room // (problem.parameters.size * self.torch_dtype.itemsize)
         return USUAL_ROWS if self.file else max(FEWEST_ROWS, min(USUAL_ROWS, fitting))
 
+    def empty(self, problem: Problem) -> GradientWindow:
+        """A window with no rows yet.
+
+        Raises:
+            UsageError: it is larger than memory or disk.
+        """
+        return GradientWindow(
+            self.count(problem),
+            problem.parameters.size,
+            dtype=self.torch_dtype,
+            path=self.file,
+            device=problem.device,
+        )
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -102,34 +116,25 @@ class Collected:
         )
 
 
-def collect(problem: Problem, options: WindowOptions, seed: int, clock: Clock) -> Collected:
-    """Fill a window with a problem's gradients.
+def collect(
+    problem: Problem, window: GradientWindow, options: WindowOptions, seed: int, clock: Clock
+) -> Collected:
+    """Fill an empty window with a problem's gradients.
 
     Raises:
-        UsageError: rows or blocks that cannot be, or a window larger than memory.
+        UsageError: rows or blocks that cannot be.
         UnsoundError: all gradients are zero, or examples depend on each other.
         KeyboardInterrupt: the observer wanted no more.
     """
     kind, reason = _kind(problem, options.rows)
-    source, wanted = Rows(problem, kind, seed), options.count(problem)
-    window = GradientWindow(
-        wanted,
-        problem.parameters.size,
-        dtype=options.torch_dtype,
-        path=options.file,
-        device=problem.device,
-    )
-    try:
-        for block in source.take(wanted):
-            window.extend(block)
-            clock.tell("collecting gradients", done=float(window.count), total=float(wanted))
-        damping = _damping(window, options)
-        sizes = block_sizes(problem.parameters, options.blocks, window.count)
-        clock.tell("inverting")
-        fisher = StaticFisher(window, damping, blocks=sizes)
-    except BaseException:
-        window.close()
-        raise
+    source, wanted = Rows(problem, kind, seed), window.capacity
+    for block in source.take(wanted):
+        window.extend(block)
+        clock.tell("collecting gradients", done=float(window.count), total=float(wanted))
+    damping = _damping(window, options)
+    sizes = block_sizes(problem.parameters, options.blocks, window.count)
+    clock.tell("inverting")
+    fisher = StaticFisher(window, damping, blocks=sizes)
     return Collected(window, fisher, sizes, kind, reason, source.gradients, options)
 
 

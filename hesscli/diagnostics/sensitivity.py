@@ -54,15 +54,14 @@ def sensitivity(
         UnsoundError: the problem's curvature would mean nothing, or all gradients are zero.
         KeyboardInterrupt: stopped before there was a result.
     """
-    clock = Clock(budget, observe)
-    with opened(problem, matrix, mode, clock) as opening:
+    clock, options = Clock(budget, observe), window or WindowOptions()
+    with options.empty(problem) as empty, opened(problem, matrix, mode, clock) as opening:
         right = problem.prove().gradient
-        collected = collect(problem, window or WindowOptions(), seed, clock)
-        with collected.window:
-            solved = solve(opening.operator, collected.fisher, right, refine, clock)
-            study = Study(opening, collected, right, solved, clock)
-            study.run(rtol, verify, seed)
-            return report(study, "gradient", seed)
+        collected = collect(problem, empty, options, seed, clock)
+        solved = solve(opening.operator, collected.fisher, right, refine, clock)
+        study = Study(opening, collected, right, solved, clock)
+        study.run(rtol, verify, seed)
+        return report(study, "gradient", seed)
 
 
 def ihvp(
@@ -100,15 +99,15 @@ def ihvp(
         UnsoundError: as for :func:`sensitivity`.
         KeyboardInterrupt: the observer wanted no more.
     """
-    clock = Clock(budget, observe)
-    with opened(problem, matrix, mode, clock) as opening:
-        right = problem.prove().gradient if vector is None else _checked(problem, vector)
-        collected = collect(problem, window or WindowOptions(), seed, clock)
-        with collected.window:
-            solved = solve(opening.operator, collected.fisher, right, refine, clock)
-            study = Study(opening, collected, right, solved, clock)
-            study.solve_only()
-            return report(study, "gradient" if vector is None else source, seed)
+    clock, options = Clock(budget, observe), window or WindowOptions()
+    given = None if vector is None else _checked(problem, vector)
+    with options.empty(problem) as empty, opened(problem, matrix, mode, clock) as opening:
+        right = problem.prove().gradient if given is None else given
+        collected = collect(problem, empty, options, seed, clock)
+        solved = solve(opening.operator, collected.fisher, right, refine, clock)
+        study = Study(opening, collected, right, solved, clock)
+        study.solve_only()
+        return report(study, "gradient" if given is None else source, seed)
 
 
 def _checked(problem: Problem, vector: Tensor | Array) -> Tensor:
