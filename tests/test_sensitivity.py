@@ -357,6 +357,40 @@ def test_dampings_that_cannot_be(damping: float) -> None:
         hesscli.WindowOptions(damping=damping)
 
 
+def test_a_dtype_that_no_window_has() -> None:
+    with pytest.raises(UsageError, match="bfloat16"):
+        hesscli.WindowOptions(dtype="float16")
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "empirical-fisher"])
+def test_other_matrices_predict_by_their_own_form(problem: hesscli.Problem, matrix: str) -> None:
+    found = hesscli.sensitivity(problem, matrix=matrix, rtol=ALL)
+    make = {"ggn": hesscli.GaussNewton, "empirical-fisher": hesscli.EmpiricalFisher}[matrix]
+    dense, theta = make(problem).to_dense(), flat(problem)
+    saliency = torch.from_numpy(
+        np.concatenate([found.saliency[n].ravel() for n in problem.parameter_names])
+    )
+    delta = naive_pruning(problem, "hidden1", theta, saliency, 0.5)
+    change = next(c for c in found.layers[0].perturbations if (c.kind, c.level) == ("prune", 0.5))
+    assert change.quadratic == pytest.approx(float(delta @ dense @ delta) / 2, rel=1e-8)
+
+
+def test_coupled_examples_make_rows_of_batches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).train()
+    data = torch.utils.data.TensorDataset(torch.randn(256, 4), torch.randint(2, (256,)))
+    problem = hesscli.Problem(model, "cross_entropy", data, batch_size=16)
+    found = hesscli.sensitivity(problem, rtol=ALL, verify=True)
+    assert found.window.row_kind == "microbatch:16"
+    assert found.window.rows == 16
+    assert any("BatchNorm1d" in text for text in found.warnings)
+    rounded = [c for c in found.layers[0].perturbations if (c.kind, c.level) == ("round", 8)]
+    for change in rounded:
+        quarter = change.changes[-1]
+        size = abs(change.linear) / 4 + abs(change.quadratic) / 16
+        assert abs(quarter.measured - quarter.predicted) <= 0.1 * size
+
+
 def test_too_few_rows_give_no_ranking(problem: hesscli.Problem) -> None:
     with pytest.raises(UsageError, match="16 rows"):
         hesscli.sensitivity(problem, window=hesscli.WindowOptions(size=8))

@@ -18,6 +18,7 @@ from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
 from hesscli.results import WindowReport
 
+DTYPES = ("float32", "bfloat16", "float64")
 USUAL_ROWS = 512
 FEWEST_ROWS = 16
 _BLOCKS_IN_WINDOW = 4
@@ -53,6 +54,8 @@ class WindowOptions:
             raise UsageError(
                 "--damping must be above 0", f"{self.damping}", "--damping 1e-3 or abs:1e-5"
             )
+        if self.dtype not in DTYPES:
+            raise UsageError("no dtype for a window", repr(self.dtype), " or ".join(DTYPES))
 
     @property
     def torch_dtype(self) -> torch.dtype:
