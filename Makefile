@@ -37,7 +37,8 @@ gallery: $(VENV)/demo  ## Every picture of all samples; they go to hesscli-out/
 	for model in $(SAMPLES); do for command in trace diag ihvp spectrum; do \
 		$(BIN)/hesscli $$command $$model --budget 5m || exit; done; done
 
-coverage: $(VENV)/demo  ## How often intervals from a quarter of the examples hold (half an hour)
+coverage: $(VENV)/test  ## How often intervals hold, end to end (most of an hour)
+	$(BIN)/python -m pytest -n 2 -m study
 	$(BIN)/python tests/benchmarks/coverage.py
 
 gpu: $(VENV)/test  ## Run the checks that need a CUDA device

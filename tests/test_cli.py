@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from program import HESSCLI, SUNSPOTS, environment, hesscli_run, three_lines
+from program import HESSCLI, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
 from safetensors.numpy import load_file
 
 import hesscli
@@ -225,7 +225,7 @@ def test_json_on_stdout_is_one_document_that_keeps_the_schema(tmp_path: Path, ca
 
 
 def test_check_as_a_script_runs_it(tmp_path: Path) -> None:
-    run = hesscli_run("check", SUNSPOTS, "--out", "json", "--dir", "here", cwd=tmp_path)
+    run = hesscli_warm("check", SUNSPOTS, "--out", "json", "--dir", "here", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout == (tmp_path / "here" / "check.json").read_text()
     document = json.loads(run.stdout)
@@ -288,25 +288,25 @@ def test_diag_layer_runs_as_it_stands_in_a_sample(tmp_path: Path) -> None:
     ],
 )
 def test_diag_refuses_in_three_lines(options: list[str], words: str, tmp_path: Path) -> None:
-    run = hesscli_run("diag", SUNSPOTS, *options, cwd=tmp_path)
+    run = hesscli_warm("diag", SUNSPOTS, *options, cwd=tmp_path)
     assert (run.returncode, run.stdout) == (2, "")
     assert words in " ".join(three_lines(run.stderr))
 
 
 def test_layers_restrict_the_report_but_not_the_total(tmp_path: Path) -> None:
     line = ["trace", SUNSPOTS, "--out", "json", "--dir", "-", "--probes", 8]
-    whole = json.loads(hesscli_run(*line, cwd=tmp_path).stdout)
+    whole = json.loads(hesscli_warm(*line, cwd=tmp_path).stdout)
     chosen = json.loads(
-        hesscli_run(*line, "--layer", "hidden*", "--layer", "*.bias", cwd=tmp_path).stdout
+        hesscli_warm(*line, "--layer", "hidden*", "--layer", "*.bias", cwd=tmp_path).stdout
     )
     assert chosen["trace"] == whole["trace"]
     assert chosen["layers"] == whole["layers"]
-    chosen = json.loads(hesscli_run(*line, "--layer", "head", cwd=tmp_path).stdout)
+    chosen = json.loads(hesscli_warm(*line, "--layer", "head", cwd=tmp_path).stdout)
     assert chosen["layers"] == [whole["layers"][-1]]
 
 
 def test_a_bare_layer_leaves_the_checkpoint_alone(tmp_path: Path) -> None:
-    run = hesscli_run("trace", "--layer", SUNSPOTS, "--probes", 8, "--dir", "-", cwd=tmp_path)
+    run = hesscli_warm("trace", "--layer", SUNSPOTS, "--probes", 8, "--dir", "-", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     for name in ("hidden1", "hidden2", "head"):
         assert name in run.stdout
@@ -317,7 +317,7 @@ def test_a_bare_layer_leaves_the_checkpoint_alone(tmp_path: Path) -> None:
     [("hiden1", 2, "hidden1"), ("models.pt", 3, "file not found")],
 )
 def test_a_pattern_without_a_layer(pattern: str, code: int, words: str, tmp_path: Path) -> None:
-    run = hesscli_run("trace", SUNSPOTS, "--layer", pattern, cwd=tmp_path)
+    run = hesscli_warm("trace", SUNSPOTS, "--layer", pattern, cwd=tmp_path)
     assert (run.returncode, run.stdout) == (code, "")
     assert words in " ".join(three_lines(run.stderr))
     assert list(tmp_path.iterdir()) == []
@@ -325,10 +325,10 @@ def test_a_pattern_without_a_layer(pattern: str, code: int, words: str, tmp_path
 
 def test_an_unreached_tolerance_that_was_asked_for_exits_5(tmp_path: Path) -> None:
     line = ["trace", SUNSPOTS, "--out", "json", "--dir", "-", "--budget", "0.2s"]
-    asked = hesscli_run(*line, "--atol", "1e-9", cwd=tmp_path)
+    asked = hesscli_warm(*line, "--atol", "1e-9", cwd=tmp_path)
     assert asked.returncode == 5, asked.stderr
     assert json.loads(asked.stdout)["status"] == "budget"
-    fixed = hesscli_run(*line, "--probes", 2, cwd=tmp_path)
+    fixed = hesscli_warm(*line, "--probes", 2, cwd=tmp_path)
     assert fixed.returncode == 0, fixed.stderr
     assert json.loads(fixed.stdout)["method"]["num_probes"] == 2
 
@@ -336,7 +336,7 @@ def test_an_unreached_tolerance_that_was_asked_for_exits_5(tmp_path: Path) -> No
 def test_no_spec_shows_one_to_copy(tmp_path: Path) -> None:
     checkpoint = tmp_path / "model.pt"
     checkpoint.write_bytes(SUNSPOTS.read_bytes())
-    run = hesscli_run("trace", checkpoint, cwd=tmp_path)
+    run = hesscli_warm("trace", checkpoint, cwd=tmp_path)
     assert (run.returncode, run.stdout) == (3, "")
     assert "no spec" in run.stderr
     assert "[data]" in run.stderr
@@ -344,7 +344,7 @@ def test_no_spec_shows_one_to_copy(tmp_path: Path) -> None:
 
 
 def test_a_missing_checkpoint_exits_3(tmp_path: Path) -> None:
-    run = hesscli_run("trace", "nothing.pt", cwd=tmp_path)
+    run = hesscli_warm("trace", "nothing.pt", cwd=tmp_path)
     assert (run.returncode, run.stdout) == (3, "")
     assert "nothing.pt" in run.stderr
     assert "Traceback" not in run.stderr
@@ -353,7 +353,7 @@ def test_a_missing_checkpoint_exits_3(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["taken", "/proc/self/net/hesscli"])
 def test_an_unwritable_folder_is_told_before_the_work(folder: str, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    run = hesscli_run("trace", SUNSPOTS, "--dir", folder, "-v", cwd=tmp_path)
+    run = hesscli_warm("trace", SUNSPOTS, "--dir", folder, "-v", cwd=tmp_path)
     assert (run.returncode, run.stdout) == (2, "")
     assert folder in run.stderr
     assert "--dir" in run.stderr
@@ -365,7 +365,7 @@ def test_what_the_users_code_prints_stays_off_stdout(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((SUNSPOTS.parent / name).read_bytes())
     with (tmp_path / "net.py").open("a") as net:
         net.write("\nimport warnings\nprint('from the user')\nwarnings.warn('be careful')\n")
-    run = hesscli_run("trace", "--out", "json", "--probes", 2, "--dir", "-", cwd=tmp_path)
+    run = hesscli_warm("trace", "--out", "json", "--probes", 2, "--dir", "-", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     json.loads(run.stdout)
     assert "from the user" in run.stderr
@@ -476,15 +476,15 @@ def test_init_writes_a_spec_once(tmp_path: Path) -> None:
     checkpoint = tmp_path / "model.pt"
     checkpoint.write_bytes(SUNSPOTS.read_bytes())
     spec = tmp_path / "model.toml"
-    printed = hesscli_run("init", checkpoint, "--stdout", cwd=tmp_path)
+    printed = hesscli_warm("init", checkpoint, "--stdout", cwd=tmp_path)
     assert (printed.returncode, spec.exists()) == (0, False)
-    run = hesscli_run("init", checkpoint, cwd=tmp_path)
+    run = hesscli_warm("init", checkpoint, cwd=tmp_path)
     assert (run.returncode, run.stdout) == (0, "")
     assert spec.read_text() == printed.stdout
     assert f"wrote {spec}" in run.stderr.splitlines()
-    again = hesscli_run("init", checkpoint, cwd=tmp_path)
+    again = hesscli_warm("init", checkpoint, cwd=tmp_path)
     assert again.returncode == 2
     assert "--force" in three_lines(again.stderr)[2]
     spec.write_text("old")
-    assert hesscli_run("init", checkpoint, "--force", "-q", cwd=tmp_path).stderr == ""
+    assert hesscli_warm("init", checkpoint, "--force", "-q", cwd=tmp_path).stderr == ""
     assert spec.read_text() == printed.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from program import HESSCLI, SUNSPOTS, environment, hesscli_run, three_lines
+from program import HESSCLI, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
 from safetensors.numpy import load_file, save_file
 
 from hesscli.cli.app import main
@@ -51,7 +51,7 @@ def test_ihvp_out_json_runs_as_it_stands_in_a_sample(tmp_path: Path, capsys) -> 
 
 
 def test_verify_shows_measured_losses(tmp_path: Path) -> None:
-    run = hesscli_run("ihvp", SUNSPOTS, "--verify", "--dir", "here", cwd=tmp_path)
+    run = hesscli_warm("ihvp", SUNSPOTS, "--verify", "--dir", "here", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "here" / "ihvp_calibration.png").read_bytes().startswith(b"\x89PNG")
     document = json.loads((tmp_path / "here" / "ihvp.json").read_text())
@@ -64,13 +64,13 @@ def test_verify_shows_measured_losses(tmp_path: Path) -> None:
 
 
 def test_a_direction_is_solved_written_and_read_again(tmp_path: Path) -> None:
-    first = hesscli_run("ihvp", SUNSPOTS, "--vector", "gradient", "--dir", "a", cwd=tmp_path)
+    first = hesscli_warm("ihvp", SUNSPOTS, "--vector", "gradient", "--dir", "a", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     direction = load_file(tmp_path / "a" / "ihvp.safetensors")
     assert not (tmp_path / "a" / "saliency.safetensors").exists()
     save_file({name: np.ones_like(t) for name, t in direction.items()}, tmp_path / "ones.st")
     options = ("--vector", "ones.st", "--damping", "10", "--matrix", "ggn", "--refine", "1e-2")
-    run = hesscli_run("ihvp", SUNSPOTS, *options, "--out", "json", "--dir", "-", cwd=tmp_path)
+    run = hesscli_warm("ihvp", SUNSPOTS, *options, "--out", "json", "--dir", "-", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
     assert document["solve"]["vector"] == "ones.st"
@@ -83,7 +83,7 @@ def test_a_direction_is_solved_written_and_read_again(tmp_path: Path) -> None:
 
 def test_a_refinement_that_was_not_reached_exits_5(tmp_path: Path) -> None:
     options = ("--vector", "gradient", "--refine", "1e-9", "--budget", "0.1s", "--dir", "-")
-    run = hesscli_run("ihvp", SUNSPOTS, *options, cwd=tmp_path)
+    run = hesscli_warm("ihvp", SUNSPOTS, *options, cwd=tmp_path)
     assert run.returncode == 5, run.stderr
     assert "residual" in run.stdout
 
@@ -128,7 +128,7 @@ def test_ihvp_refuses_in_three_lines(
 
 def test_a_window_in_a_file_leaves_nothing_behind(tmp_path: Path) -> None:
     options = ("--window-file", "window", "--window", "64", "--out", "json", "--dir", "-")
-    run = hesscli_run("ihvp", SUNSPOTS, *options, cwd=tmp_path)
+    run = hesscli_warm("ihvp", SUNSPOTS, *options, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["window"]["file"] == "window"
     assert list(tmp_path.iterdir()) == []
@@ -159,7 +159,7 @@ def test_ctrl_c_prints_the_ranking_so_far(tmp_path: Path) -> None:
 
 def test_check_plans_the_window(tmp_path: Path) -> None:
     line = ("check", SUNSPOTS, "--window", "1024", "--out", "json", "--dir", "-")
-    run = hesscli_run(*line, cwd=tmp_path)
+    run = hesscli_warm(*line, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     plans = {plan["command"]: plan for plan in json.loads(run.stdout)["plan"]["commands"]}
     plan = plans["ihvp"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from program import HESSCLI, SUNSPOTS, environment, hesscli_run, three_lines
+from program import HESSCLI, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
 from safetensors.numpy import load_file
 
 from hesscli.cli.app import main
@@ -50,7 +50,7 @@ def test_as_a_script_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "--out",
         "json",
     ]
-    run = hesscli_run("spectrum", SUNSPOTS, *options, "--dir", "here", cwd=tmp_path)
+    run = hesscli_warm("spectrum", SUNSPOTS, *options, "--dir", "here", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout == (tmp_path / "here" / "spectrum.json").read_text()
     document = json.loads(run.stdout)

@@ -82,7 +82,7 @@ def layer_traces(problem: hesscli.Problem, matrix: type = hesscli.Hessian) -> di
     ("name", "design", "probes"),
     [
         ("few_sunspots", "fresh", 2),
-        ("few_sunspots", "shared", 16),
+        pytest.param("few_sunspots", "shared", 16, marks=pytest.mark.study),
         ("few_relu", "fresh", 2),
         ("few_relu", "shared", 8),
     ],
@@ -109,6 +109,7 @@ def test_coverage_end_to_end(
     assert np.mean(hits) <= binom.ppf(1 - tail, SEEDS, 0.97) / SEEDS
 
 
+@pytest.mark.study
 def test_coverage_from_a_quarter_of_the_examples(relu: hesscli.Problem) -> None:
     """The interval is for the whole loader: probe noise, and data noise of the 75% left out."""
     truth = sum(layer_traces(relu).values())
