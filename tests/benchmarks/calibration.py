@@ -61,7 +61,7 @@ def table(result: IhvpRun) -> Iterator[str]:
 
 
 def wanted(change: Perturbation) -> bool:
-    """Whether the issue's line speaks of it."""
+    """Whether it is small enough for a quadratic to be expected to hold at a quarter of it."""
     return change.level in ((8.0, 6.0, 4.0) if change.kind == "round" else (0.1,))
 
 
