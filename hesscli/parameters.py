@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -75,6 +76,12 @@ class Parameters(Sequence[Parameter]):
     def in_layer(self, layer: str) -> tuple[Parameter, ...]:
         """The parameters that ``layer`` owns."""
         return tuple(p for p in self._items if p.layer == layer)
+
+    def layer_places(self) -> tuple[slice, ...]:
+        """Where each of :attr:`layers` lies in the flat vector: its tensors are neighbours."""
+        sizes = (sum(p.numel for p in self.in_layer(layer)) for layer in self.layers)
+        ends = [0, *itertools.accumulate(sizes)]
+        return tuple(slice(start, stop) for start, stop in itertools.pairwise(ends))
 
     def select(self, pattern: str) -> Parameters:
         """The parameters whose layer or own name matches ``pattern``.

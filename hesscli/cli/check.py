@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from hesscli.cli import options
-from hesscli.cli.command import load_problem, loudness
+from hesscli.cli.command import load_problem, loudness, say_warnings
 from hesscli.cli.delivery import deliver, prepare_output
 from hesscli.errors import ExitCode
 
@@ -68,6 +68,6 @@ def check(
             mode=mode,
             observe=observe,
         )
-    console.warn(*(text for text in result.warnings if text not in problem.warnings))
+    say_warnings(console, problem, result.warnings)
     deliver(result, console, out=out, folder=folder, table=lambda: check_table(result))
     return ExitCode.OK

@@ -67,6 +67,11 @@ def load_problem(context: typer.Context, console: Console, observe: Observe) -> 
     return problem
 
 
+def say_warnings(console: Console, problem: Problem, warnings: Sequence[str]) -> None:
+    """A result's warnings, but for those that were said when the problem was loaded."""
+    console.warn(*(text for text in warnings if text not in problem.warnings))
+
+
 def exit_code(status: Status, *, asked: bool) -> ExitCode:
     """What a run that ended so tells the shell; a tolerance counts if it was ``asked`` for."""
     if status == "interrupted":

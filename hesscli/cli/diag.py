@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from hesscli.cli import options
-from hesscli.cli.command import EVERY_LAYER, exit_code, load_problem, loudness
+from hesscli.cli.command import EVERY_LAYER, exit_code, load_problem, loudness, say_warnings
 from hesscli.cli.delivery import deliver, prepare_output, select_layers
 from hesscli.errors import ExitCode, UsageError
 from hesscli.results import DiagonalRun
@@ -84,7 +84,7 @@ def diag(
             mode=mode,
             observe=observe,
         )
-    console.warn(*(text for text in result.warnings if text not in problem.warnings))
+    say_warnings(console, problem, result.warnings)
     chosen = tuple(layer for layer in result.layers if shown is None or layer.name in shown)
     selected = replace(result, layers=chosen)
     deliver(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from hesscli.cli import options
-from hesscli.cli.command import EVERY_LAYER, exit_code, load_problem, loudness
+from hesscli.cli.command import EVERY_LAYER, exit_code, load_problem, loudness, say_warnings
 from hesscli.cli.delivery import deliver, prepare_output, select_layers
 from hesscli.cli.reading import DampingValue
 from hesscli.errors import ExitCode
@@ -109,7 +109,7 @@ def ihvp(
                 source=vector,
                 observe=observe,
             )
-    console.warn(*(text for text in result.warnings if text not in problem.warnings))
+    say_warnings(console, problem, result.warnings)
     kept = tuple(layer for layer in result.layers if shown is None or layer.name in shown)
     selected = replace(result, layers=kept)
     deliver(

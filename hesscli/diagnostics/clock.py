@@ -46,3 +46,10 @@ class Clock:
             return
         if self.observer(Snapshot(phase=phase, seconds=self.seconds, **details)):
             raise Stopped
+
+
+def beyond(seconds: float, budget: float | None) -> tuple[str, ...]:
+    """What a plan says where it takes longer than it will be given; nothing where it does not."""
+    if budget is None or seconds <= budget:
+        return ()
+    return (f"beyond --budget {budget:.0f}s, which ends it at its result so far",)

@@ -13,12 +13,13 @@ from hesscli.diagnostics.clock import Clock
 from hesscli.engines.memory import available_bytes
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.rows import RowKind, Rows, fitting_kind
+from hesscli.engines.mfac.window import DTYPES as WINDOW_DTYPES
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
 from hesscli.results import WindowReport
 
-DTYPES = ("float32", "bfloat16", "float64")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WINDOW_DTYPES}
 USUAL_ROWS = 512
 FEWEST_ROWS = 16
 _BLOCKS_IN_WINDOW = 4
@@ -60,8 +61,7 @@ class WindowOptions:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The type by that name."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return DTYPES[self.dtype]
 
     def count(self, problem: Problem) -> int:
         """Rows to make room for."""
@@ -149,7 +149,7 @@ def block_sizes(parameters: Parameters, rule: str, rows: int) -> tuple[int, ...]
     """
     if rule == "whole":
         return None
-    layers = [sum(p.numel for p in parameters.in_layer(layer)) for layer in parameters.layers]
+    layers = [place.stop - place.start for place in parameters.layer_places()]
     if rule == "layer":
         return tuple(layers)
     if rule != "auto" and not (rule.isdecimal() and int(rule) > 0):

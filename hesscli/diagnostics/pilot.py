@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from scipy.special import ndtri
 
+from hesscli.diagnostics.clock import beyond
 from hesscli.diagnostics.method import Choice, Draw, choose
 from hesscli.diagnostics.opening import PROOF_GRADIENTS
 from hesscli.diagnostics.surroundings import peak_bytes
@@ -50,8 +51,7 @@ class Pilot:
         estimator = self.choice.estimator
         replicates = 0 if command == "trace" else _replicate_bytes(estimator.entries)
         notes = [f"{self.choice.name}: {self.choice.note}", goal.format(look=look)]
-        if budget is not None and seconds > budget:
-            notes.append(f"beyond --budget {budget:.0f}s, which ends it at its result so far")
+        notes.extend(beyond(seconds, budget))
         return PlannedCommand(
             command=command,
             products=float(counts) if estimator.probes is not None else 0.0,

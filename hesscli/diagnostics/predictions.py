@@ -156,13 +156,10 @@ class Predictions:
 
 
 def _layers(operator: Operator, saliency: Tensor) -> Iterator[Layer]:
-    problem, start = operator.problem, 0
-    for name in problem.parameters.layers:
-        owned = problem.parameters.in_layer(name)
-        size = sum(p.numel for p in owned)
-        part = type(operator)(problem, parameters=Parameters(owned), mode=operator.mode)
-        yield Layer(name, owned, part, start, saliency[start : start + size])
-        start += size
+    parameters = operator.problem.parameters
+    for name, place in zip(parameters.layers, parameters.layer_places(), strict=True):
+        owned = parameters.in_layer(name)
+        yield Layer(name, owned, operator.block(Parameters(owned)), place.start, saliency[place])
 
 
 def _quadratic_forms(layer: Layer, term: Term) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from hesscli.diagnostics.surroundings import peak_bytes
 from hesscli.engines.exact_diagonal.engine import relative_rounding as rounding_of_squares
 from hesscli.engines.reading import Reading
 from hesscli.engines.stopping import Tolerance
+from hesscli.parameters import Parameter
 from hesscli.problem.problem import Problem
 from hesscli.results import (
     Cost,
@@ -99,15 +100,18 @@ def layers(problem: Problem, outcome: Outcome, tolerance: Tolerance) -> Iterator
         yield LayerTrace(
             name=layer,
             num_parameters=sum(p.numel for p in owned),
-            parameters=tuple(
-                ParameterReport(name=p.name, shape=tuple(p.tensor.shape)) for p in owned
-            ),
+            parameters=described(owned),
             status="exact" if exact[column] and reading.fraction == 1 else status,
             estimate=float(reading.estimate[column]),
             probe_stderr=math.sqrt(reading.table.within.value[column]),
             data_stderr=None if data is None else math.sqrt(data[column]),
             interval=reading.interval(column),
         )
+
+
+def described(parameters: Iterable[Parameter]) -> tuple[ParameterReport, ...]:
+    """Names and shapes."""
+    return tuple(ParameterReport(name=p.name, shape=tuple(p.tensor.shape)) for p in parameters)
 
 
 def _data_variance(problem: Problem, reading: Reading) -> np.ndarray | None:
@@ -125,13 +129,7 @@ def warnings(
     problem: Problem, flight: Preflight, outcome: Outcome, tolerance: Tolerance
 ) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
-    yield from problem.prove().warnings
-    if flight.fallback is not None:
-        yield f"slower {flight.mode} products, for {flight.fallback}"
-    if flight.mode == "finite-difference":
-        yield "products are central differences: no error bar covers what a kink adds to them"
-    if unreached := problem.prove().unreached:
-        yield f"the loss does not reach {', '.join(unreached[:5])} ({len(unreached)} tensors)"
+    yield from warnings_of_products(problem, flight)
     if problem.couples_examples is not None:
         yield f"{problem.couples_examples} couples the examples of a batch: the batch is the unit"
     if problem.sampling_fraction is None:
@@ -143,6 +141,17 @@ def warnings(
         yield f"only {problem.data.count} examples: their error bars are rough"
     if outcome.status == "data-limited":
         yield from _examples_advice(problem, outcome.reading, tolerance)
+
+
+def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:
+    """What proof and preflight have seen of the loss and its products."""
+    yield from problem.prove().warnings
+    if flight.fallback is not None:
+        yield f"slower {flight.mode} products, for {flight.fallback}"
+    if flight.mode == "finite-difference":
+        yield "products are central differences: no error bar covers what a kink adds to them"
+    if unreached := problem.prove().unreached:
+        yield f"the loss does not reach {', '.join(unreached[:5])} ({len(unreached)} tensors)"
 
 
 def _examples_advice(problem: Problem, reading: Reading, tolerance: Tolerance) -> Iterator[str]:

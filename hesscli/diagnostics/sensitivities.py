@@ -14,6 +14,7 @@ import hesscli
 from hesscli.diagnostics.predictions import SCALES, order_of
 from hesscli.diagnostics.ranking import QUANTILES, quantiles
 from hesscli.diagnostics.ranks import rank_correlation
+from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.study import Ranked, Study
 from hesscli.diagnostics.surroundings import environment, peak_bytes
 from hesscli.results import (
@@ -25,7 +26,6 @@ from hesscli.results import (
     IhvpRun,
     LayerSensitivity,
     MethodReport,
-    ParameterReport,
     Perturbation,
     Quantile,
     RankingReport,
@@ -94,7 +94,7 @@ class _Layers:
     """The layers of a study, each with its own numbers."""
 
     def __init__(self, study: Study, ranked: Ranked) -> None:
-        self.study, self.places = study, study.layers
+        self.study, self.places = study, study.problem.parameters.layer_places()
         self.saliency, self.repeats = ranked.saliency, ranked.repeats
         self.sizes = study.weights.abs()
         self.leverage = study.collected.fisher.leverage()
@@ -123,9 +123,7 @@ class _Layers:
             yield LayerSensitivity(
                 name=name,
                 num_parameters=place.stop - place.start,
-                parameters=tuple(
-                    ParameterReport(name=p.name, shape=tuple(p.tensor.shape)) for p in owned
-                ),
+                parameters=described(owned),
                 saliency=self._saliency(i, self.saliency[place]),
                 leverage=float(self.leverage[place].median()),
                 magnitude_correlation=rank_correlation(self.saliency[place], self.sizes[place]),

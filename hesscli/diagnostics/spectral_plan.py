@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hesscli.diagnostics.clock import beyond
 from hesscli.diagnostics.exploring import PROBES, STEPS, Plan, basis_bytes, needed_bytes
 from hesscli.diagnostics.opening import PROOF_GRADIENTS
 from hesscli.diagnostics.surroundings import peak_bytes
@@ -95,8 +96,7 @@ def plan_spectrum(
     room = int(_SPARE * available_bytes(device))
     if needed > room:
         notes.append(f"more than is free: {_proposal(size, plan.probes, room)}")
-    if budget is not None and seconds > budget:
-        notes.append(f"beyond --budget {budget:.0f}s, which ends it at its result so far")
+    notes.extend(beyond(seconds, budget))
     return PlannedCommand(
         command="spectrum",
         products=float(products),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from hesscli.diagnostics.clock import Clock
 from hesscli.diagnostics.exploring import Exploration, Plan, explore
 from hesscli.diagnostics.opening import Opening
-from hesscli.operators.base import Operator
-from hesscli.parameters import Parameter, Parameters
+from hesscli.parameters import Parameters
 from hesscli.results import Status
 
 _COLUMNS = 32  # of a dense matrix, between two looks at the clock
@@ -28,7 +25,7 @@ class Study:
         self.operator = opening.operator
         parameters = self.operator.parameters
         self.blocks = {
-            layer: _restricted(self.operator, parameters.in_layer(layer)) for layer in layers
+            layer: self.operator.block(Parameters(parameters.in_layer(layer))) for layer in layers
         }
         self.exact = exact
         self.dense: Tensor | None = None
@@ -96,8 +93,3 @@ class Study:
                 self.cut_short = "budget"
                 return
         self.dense = dense.add_(dense.T.clone()).div_(2)
-
-
-def _restricted(operator: Operator, parameters: Iterable[Parameter]) -> Operator:
-    part = Parameters(parameters)
-    return type(operator)(operator.problem, parameters=part, mode=operator.mode)

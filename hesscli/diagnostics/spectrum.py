@@ -11,6 +11,7 @@ import hesscli
 from hesscli.diagnostics.clock import Clock
 from hesscli.diagnostics.exploring import PROBES, STEPS, Exploration, Plan
 from hesscli.diagnostics.opening import PROOF_GRADIENTS, opened
+from hesscli.diagnostics.reporting import described, warnings_of_products
 from hesscli.diagnostics.spectral_plan import most_steps, require_dense, require_room
 from hesscli.diagnostics.spectral_reports import (
     condition,
@@ -33,7 +34,6 @@ from hesscli.results import (
     LayerSpectrum,
     MethodReport,
     Observe,
-    ParameterReport,
     SpectrumRun,
     Status,
 )
@@ -209,9 +209,7 @@ def _layers(study: Study, indices: list[int], bandwidth: float | None) -> Iterat
         yield LayerSpectrum(
             name=layer,
             num_parameters=sum(p.numel for p in owned),
-            parameters=tuple(
-                ParameterReport(name=p.name, shape=tuple(p.tensor.shape)) for p in owned
-            ),
+            parameters=described(owned),
             participation=tuple(shares[:, column].tolist()),
             status=None if own is None else own.status,
             eigenvalues=None
@@ -262,14 +260,7 @@ def _dense_of(study: Study, found: Exploration, rows: Array | slice) -> DenseSpe
 
 def _warnings(problem: Problem, study: Study) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
-    yield from problem.prove().warnings
-    flight = study.opening.flight
-    if flight.fallback is not None:
-        yield f"slower {flight.mode} products, for {flight.fallback}"
-    if flight.mode == "finite-difference":
-        yield "products are central differences: no error bar covers what a kink adds to them"
-    if unreached := problem.prove().unreached:
-        yield f"the loss does not reach {', '.join(unreached[:5])} ({len(unreached)} tensors)"
+    yield from warnings_of_products(problem, study.opening.flight)
     if problem.sampling_fraction != 1:
         yield (
             f"eigenvalues are those of the {problem.data.count} examples that were kept: no bar "

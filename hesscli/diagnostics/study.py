@@ -76,16 +76,6 @@ class Study:
         return self.opening.operator.problem
 
     @property
-    def layers(self) -> list[slice]:
-        """Where each layer lies in the flat vector."""
-        parameters, found, start = self.problem.parameters, [], 0
-        for name in parameters.layers:
-            size = sum(p.numel for p in parameters.in_layer(name))
-            found.append(slice(start, start + size))
-            start += size
-        return found
-
-    @property
     def products(self) -> float:
         """Products with the whole matrix so far; those with a layer's count by their share."""
         meters = self.opening.operator.meter.products + self._products
@@ -111,7 +101,9 @@ class Study:
     def run(self, rtol: float, verify: bool, seed: int) -> None:
         """Everything, or as much as time and the observer allow."""
         saliency = saliencies(self.weights, self.collected.fisher.diagonal())
-        self.ranked = Ranked(saliency, repeats(self.collected, self.weights, self.layers))
+        self.ranked = Ranked(
+            saliency, repeats(self.collected, self.weights, self.problem.parameters.layer_places())
+        )
         with self._until_stopped():
             self._sweep()
             self._trace(seed)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from hesscli.diagnostics.clock import beyond
 from hesscli.diagnostics.collecting import WindowOptions, block_sizes
 from hesscli.diagnostics.opening import PROOF_GRADIENTS
 from hesscli.diagnostics.perturbations import changes_of
@@ -68,8 +69,7 @@ def plan_ihvp(
             "more than the memory that is free: a smaller --window, --window-dtype "
             "bfloat16 or --window-file FILE"
         )
-    if budget is not None and seconds > budget:
-        notes.append(f"beyond --budget {budget:.0f}s, which ends it at its result so far")
+    notes.extend(beyond(seconds, budget))
     return PlannedCommand(
         command="ihvp",
         products=float(products + changes),

@@ -132,7 +132,11 @@ class Operator(ABC):
         Raises:
             UsageError: no parameter or layer matches.
         """
-        return type(self)(self.problem, parameters=self.parameters.select(pattern), mode=self.mode)
+        return self.block(self.parameters.select(pattern))
+
+    def block(self, parameters: Parameters) -> Operator:
+        """The diagonal block of some parameters."""
+        return type(self)(self.problem, parameters=parameters, mode=self.mode)
 
     @overload
     def __matmul__(self, vectors: Tensor) -> Tensor: ...
