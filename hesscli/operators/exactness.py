@@ -16,10 +16,11 @@ import torch
 from hesscli import streams
 from hesscli.errors import UsageError
 from hesscli.operators.linearity import bends
-from hesscli.operators.precision import doubled, tolerance, working_precision
+from hesscli.operators.precision import doubled, working_precision
 from hesscli.operators.recording import recorded
 from hesscli.operators.residual import Residual
 from hesscli.parameters import Parameters
+from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem, WeightedBatch
 from hesscli.results import Mode
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
-from hesscli.operators.precision import doubled, tolerance
+from hesscli.operators.precision import doubled
 from hesscli.problem.batches import Batch, rows
 from hesscli.problem.blame import differing_module, label
+from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem
 from hesscli.results import Check
 

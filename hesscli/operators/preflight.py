@@ -11,7 +11,7 @@ from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.directions import MismatchError
 from hesscli.operators.independence import check_independence
-from hesscli.operators.precision import doubled, tolerance, working_precision
+from hesscli.operators.precision import doubled, working_precision
 from hesscli.operators.products import MODES, flatten, gradient
 from hesscli.operators.verification import (
     check_difference,
@@ -29,6 +29,7 @@ from hesscli.problem.blame import (
     first_line,
     is_out_of_memory,
 )
+from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem, WeightedBatch
 from hesscli.results import Check, Mode, Preflight
 

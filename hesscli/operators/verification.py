@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hesscli.operators.base import Operator
 from hesscli.operators.directions import MismatchError, layers_where, vectors, within_bound
-from hesscli.operators.precision import tolerance
 from hesscli.operators.products import BUILDERS, STEP, central_difference, flatten, gradient
+from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem, WeightedBatch
 from hesscli.results import Check
 
