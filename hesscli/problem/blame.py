@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hesscli.errors import UnsoundError
 from hesscli.problem.batches import map_tensors, tensors_of
+from hesscli.problem.forward import standing_in
 
 Run = Callable[[], object]
 """A forward pass of the model."""
@@ -98,9 +99,8 @@ def differentiate_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
         new_args, new_kwargs = map_tensors(
             lambda t: next(left).clone() if t.is_floating_point() else t, (args, kwargs)
         )
-        return _sum_of_squares(
-            tensors_of(torch.func.functional_call(module, theta, new_args, new_kwargs))
-        )
+        with standing_in(module, theta):
+            return _sum_of_squares(tensors_of(module(*new_args, **new_kwargs)))
 
     if named or given:
         point = (named, given)

@@ -42,22 +42,33 @@ def retyped(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             tensor.data = data
 
 
+@contextmanager
+def standing_in(model: nn.Module, theta: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let ``theta`` stand in for the parameters that it names, wherever modules hold them.
+
+    Each module is visited once: ``torch.func.functional_call`` visits one that is registered
+    under two names twice, and then puts the stand-in back in place of the parameter.
+    """
+    stand_ins = {id(p): theta[name] for name, p in model.named_parameters() if name in theta}
+    held = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in stand_ins
+    ]
+    try:
+        for parameters, name, parameter in held:
+            parameters[name] = stand_ins[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for parameters, name, parameter in held:
+            parameters[name] = parameter
+
+
 def run_with(model: nn.Module, theta: Mapping[str, Tensor], run: Run) -> Tensor:
     """Call a function of the model while ``theta`` stands in for the parameters it names."""
-    named = {f"model.{name}": tensor for name, tensor in theta.items()}
-    value: Tensor = torch.func.functional_call(_Caller(model), named, (run,))
-    return value
-
-
-class _Caller(nn.Module):
-    """Lets a function of a model run under ``functional_call``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, run: Run) -> Tensor:
-        return run(self.model)
+    with standing_in(model, theta):
+        return run(model)
 
 
 @contextmanager
