@@ -200,5 +200,6 @@ def relative_rounding(engine: ExactDiagonal) -> float | None:
     rough = engine.traces_of(problem.sample(_SAMPLE))
     with doubled(problem):
         fine = engine.traces_of(problem.sample(_SAMPLE))
-    size = np.abs(fine).clip(min=np.finfo(float).tiny)
+    least = torch.finfo(problem.dtype).eps * abs(fine[-1])  # of a layer that an invariance zeroes
+    size = np.abs(fine).clip(min=max(least, np.finfo(float).tiny))
     return float(np.max(np.abs(rough - fine) / size)) + float(np.finfo(float).eps)
