@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+import hesscli
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.fisher import EmpiricalFisher
 from hesscli.operators.gauss_newton import GaussNewton
@@ -440,3 +441,15 @@ def test_matrices_through_outputs_agree_with_jacobians(
     for direction in unit_vectors(problem):
         expected = truth @ direction
         assert (operator @ direction - expected).norm() / expected.norm() < CLOSE
+
+
+# -- every command in every mode -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "empirical-fisher"])
+@pytest.mark.parametrize("mode", ["double-backward", "forward-over-reverse", "finite-difference"])
+def test_every_command_runs_in_every_mode(sunspots: Problem, mode: str, matrix: str) -> None:
+    assert hesscli.check(sunspots, matrix=matrix, mode=mode).preflight.mode == mode
+    assert hesscli.trace(sunspots, matrix=matrix, mode=mode, probes=2).method.mode == mode
+    found = hesscli.spectrum(sunspots, matrix=matrix, mode=mode, steps=4, probes=1)
+    assert found.method.mode == mode

@@ -96,7 +96,8 @@ def _usual(rtol: float | None, atol: float | None, usual: float) -> float | None
 def _measure(operator: Operator) -> tuple[float, float, int]:
     """Seconds of a full-data gradient and product, and the bytes that a product keeps.
 
-    One batch is timed and scaled to all: its graph is shared by the block's probes.
+    One batch is timed and scaled to all: its graph is shared by the block's probes. Forward mode
+    does not let its memory be watched: it carries what a gradient keeps once more for each probe.
     """
     problem = operator.problem
     batch = problem.batch(next(i for i, mass in enumerate(problem.masses) if mass > 0))
@@ -115,13 +116,16 @@ def _measure(operator: Operator) -> tuple[float, float, int]:
         with problem.forward_context():
             operator.live(batch)(block)
 
+    watched, times = (one_block, 1)
+    if operator.mode == "forward-over-reverse":
+        watched, times = one_gradient, 1 + len(block)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        one_block()
+        watched()
     one_gradient()
     return (
         scale * _seconds(one_gradient, problem.device),
         scale * _seconds(one_block, problem.device) / len(block),
-        sum(kept.values()) + 2 * block.nbytes,
+        times * sum(kept.values()) + 2 * block.nbytes,
     )
 
 

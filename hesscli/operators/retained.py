@@ -12,7 +12,8 @@ class Retained:
     """A vector's product over all the batches, summed in float64.
 
     A batch's graph takes a gradient's work to make and each product on it two, so that keeping it
-    saves a third. Graphs are kept as long as they fit; the other batches make theirs anew.
+    saves a third. Graphs are kept as long as they fit; the other batches make theirs anew, and so
+    do modes that have no graph of their own to keep.
 
     Args:
         operator: the matrix.
@@ -21,7 +22,7 @@ class Retained:
 
     def __init__(self, operator: Operator, room: int) -> None:
         self.operator = operator
-        self._room = room
+        self._room = room if operator.mode == "double-backward" else 0
         self._kept: dict[int, Term] = {}
         self._storages: set[int] = set()
 
