@@ -155,7 +155,7 @@ class Lanczos:
             raise UnsoundError(
                 "a curvature product is not finite",
                 f"NaN or infinity in product {self.count + 1} of Lanczos' method",
-                "--dtype float64, or a checkpoint from before the run diverged",
+                "--mode finite-difference, or a checkpoint from before the run diverged",
             )
         self._diagonal.append(diagonal)
         self._left.append(left)

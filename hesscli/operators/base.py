@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import UsageError
+from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.kernels import twice_differentiable
+from hesscli.operators.precision import doubled
 from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Tensors
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem, WeightedBatch
@@ -32,7 +33,11 @@ class Meter:
 
 @dataclass
 class Term:
-    """One batch's matrix on one retained graph, which is made by the first product."""
+    """One batch's matrix on one retained graph, which is made by the first product.
+
+    The first product must be finite: an operation without a second derivative where it stands,
+    such as the norm of 0, spoils all of them.
+    """
 
     batch: WeightedBatch
     operator: Operator
@@ -49,13 +54,20 @@ class Term:
         return self.batch.weight
 
     def apply(self, block: Tensor) -> Tensor:
-        """Products with a block of vectors: ``(k, d)`` to ``(k, d)``, in the problem's dtype."""
+        """Products with a block of vectors: ``(k, d)`` to ``(k, d)``, in the problem's dtype.
+
+        Raises:
+            UnsoundError: the first product is not finite.
+        """
         operator, share = self.operator, self.batch.count / self.operator.problem.data.count
         with operator.problem.forward_context():
+            is_first = self._apply is None
             if self._apply is None:
                 self._apply = operator.live(self.batch)
                 operator.meter.gradients += operator.cost[0] * share
             product = self._apply(block)
+        if is_first and not _is_finite(product):
+            raise _not_finite(operator, self.batch, block)
         operator.meter.products += len(block) * share
         operator.meter.gradients += len(block) * operator.cost[1] * share
         return product
@@ -179,3 +191,34 @@ class Operator(ABC):
     def named(self, theta: Tensors | None) -> dict[str, Tensor] | None:
         """Tensors for this operator's parameters by name, as the problem's functions take them."""
         return None if theta is None else dict(zip(self.parameters.names, theta, strict=True))
+
+
+def _is_finite(product: Tensor) -> bool:
+    """Whether all of it is, in one pass that keeps nothing."""
+    return bool(torch.isfinite(product.sum(dtype=torch.float64)))
+
+
+def _not_finite(operator: Operator, batch: WeightedBatch, block: Tensor) -> UnsoundError:
+    """The refusal of products with NaN or infinity, and what would make them finite."""
+    got = f"NaN or infinity on batch {batch.index}, though loss and gradient are finite"
+    if operator.mode == "finite-difference":
+        hint = "a checkpoint from before the run diverged"
+    elif _is_finite_in_float64(operator, batch, block):
+        hint = "--dtype float64: it overflows in a narrower type"
+    else:
+        hint = (
+            "--mode finite-difference, which takes no second derivative, or no norm or root of "
+            "exactly 0 in model or loss"
+        )
+    return UnsoundError("a curvature product is not finite", got, hint)
+
+
+def _is_finite_in_float64(operator: Operator, batch: WeightedBatch, block: Tensor) -> bool:
+    problem = operator.problem
+    if problem.dtype == torch.float64:
+        return False
+    try:
+        with doubled(problem), problem.forward_context():
+            return _is_finite(operator.live(problem.batch(batch.index))(block.double()))
+    except Exception:  # of any kind: the code is the user's, made for another type
+        return False
