@@ -36,9 +36,8 @@ class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if torch.float64 in _types(args):
-            self.narrowest = max(
-                self.narrowest, *_types(result), key=lambda dtype: torch.finfo(dtype).eps
-            )
+            met = {self.narrowest, *_types(result)}  # a comparison's result has none
+            self.narrowest = max(met, key=lambda dtype: torch.finfo(dtype).eps)
         return result
 
 
