@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from hesscli.cli.app import main
-
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the working folder, whose matplotlib.py is not meant
+
+    from hesscli.cli.app import main
+
     sys.exit(main())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import unicodedata
 from enum import IntEnum
+
+LONGEST_LINE = 1000
+LONGEST_HINT = 2000
 
 
 class ExitCode(IntEnum):
@@ -17,8 +21,46 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+def printable(text: str) -> str:
+    r"""Text without a character that a terminal would obey: each is spelled, as in ``\x1b``.
+
+    These are the control characters but for line feeds, and those that turn the direction of
+    writing.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char
+        if char == "\n" or (unicodedata.category(char) != "Cc" and char not in _TURNING)
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+_TURNING = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def shorten(text: str, longest: int) -> str:
+    """A text of bearable length, its middle left out where it is longer."""
+    if len(text) <= longest:
+        return text
+    return f"{text[: 2 * longest // 3]} … {text[-longest // 4 :]}"
+
+
+def first_line(message: object) -> str:
+    """The first line of what an exception or a warning says, empty where it says nothing.
+
+    It may say nothing because its ``__str__`` raises in turn.
+    """
+    try:
+        text = str(message)
+    except Exception:
+        return ""
+    return shorten(next(iter(text.strip().splitlines()), ""), LONGEST_LINE)
+
+
 class HesscliError(Exception):
-    """An error in three lines.
+    """An error in three lines, each of bearable length; names come from files, and may be odd.
 
     Args:
         what: what is wrong, in one line.
@@ -31,7 +73,10 @@ class HesscliError(Exception):
 
     def __init__(self, what: str, got: str, hint: str, frames: tuple[str, ...] = ()) -> None:
         super().__init__(what, got, hint, frames)
-        self.what, self.got, self.hint, self.frames = what, got, hint, frames
+        self.what, self.got = (
+            printable(shorten(line, LONGEST_LINE)).replace("\n", "\\n") for line in (what, got)
+        )
+        self.hint, self.frames = printable(shorten(hint, LONGEST_HINT)), frames
 
     def __str__(self) -> str:
         lines = (self.what, f"  got: {self.got}", f"  try: {self.hint}", *self.frames)

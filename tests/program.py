@@ -15,6 +15,8 @@ from hesscli.cli.app import main
 
 HESSCLI = [sys.executable, "-m", "hesscli"]
 SUNSPOTS = Path(hesscli.__file__).parent.parent / "samples" / "sunspots" / "model.pt"
+SPEC = ("--spec", str(SUNSPOTS.parent / "hesscli.toml"))
+"""Tests run elsewhere, from where a spec that merely lies beside a checkpoint is not used."""
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -23,9 +25,14 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **changes}
 
 
+def words(args: tuple[object, ...]) -> list[str]:
+    """A command line; where it names the sample, it names its spec too."""
+    return [*map(str, args), *(SPEC if SUNSPOTS in args and "--spec" not in args else ())]
+
+
 def hesscli_run(*args: object, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*HESSCLI, *map(str, args)],
+        [*HESSCLI, *words(args)],
         cwd=cwd,
         env=environment(**changes),
         capture_output=True,
@@ -45,7 +52,7 @@ def three_lines(stderr: str) -> tuple[str, str, str]:
 
 def hesscli_warm(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The same in this process, which saves the start: for what a fresh one would not change."""
-    line = list(map(str, args))
+    line = words(args)
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(line)

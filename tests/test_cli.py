@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from program import HESSCLI, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
+from program import HESSCLI, SPEC, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
 from safetensors.numpy import load_file
 
 import hesscli
@@ -391,7 +391,18 @@ def heed_ctrl_c() -> None:
 
 
 def test_ctrl_c_prints_the_result_so_far(tmp_path: Path) -> None:
-    line = ["trace", str(SUNSPOTS), "--rtol", "0.0001%", "--budget", "none", "--out", "json", "-v"]
+    line = [
+        "trace",
+        str(SUNSPOTS),
+        *SPEC,
+        "--rtol",
+        "0.0001%",
+        "--budget",
+        "none",
+        "--out",
+        "json",
+        "-v",
+    ]
     with subprocess.Popen(
         [*HESSCLI, *line],
         cwd=tmp_path,
@@ -446,7 +457,7 @@ def test_a_second_ctrl_c_quits_at_once(tmp_path: Path) -> None:
 
 def test_progress_is_drawn_on_a_terminal_and_wiped(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    line = ["trace", str(SUNSPOTS), "--probes", "64", "--dir", "-", "--out", "json"]
+    line = ["trace", str(SUNSPOTS), *SPEC, "--probes", "64", "--dir", "-", "--out", "json"]
     with subprocess.Popen(
         [*HESSCLI, *line],
         cwd=tmp_path,

@@ -11,7 +11,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from program import HESSCLI, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
+from program import HESSCLI, SPEC, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
 from safetensors.numpy import load_file, save_file
 
 from hesscli.cli.app import main
@@ -118,7 +118,7 @@ def test_ihvp_refuses_in_three_lines(
     shapes = {"hidden1.weight": (18, 12), "hidden1.bias": (18,), "hidden2.weight": (4, 18)}
     shapes |= {"hidden2.bias": (4,), "head.weight": (1, 4), "head.bias": (1,)}
     save_file({n: np.full(shape, np.nan) for n, shape in shapes.items()}, "nan.st")
-    assert main(["ihvp", str(SUNSPOTS), *options]) == code
+    assert main(["ihvp", str(SUNSPOTS), *SPEC, *options]) == code
     printed = capsys.readouterr()
     assert printed.out == ""
     lines = printed.err.splitlines()
@@ -135,7 +135,7 @@ def test_a_window_in_a_file_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_prints_the_ranking_so_far(tmp_path: Path) -> None:
-    line = [*HESSCLI, "ihvp", str(SUNSPOTS), "--verify", "-v", "--window", "2048"]
+    line = [*HESSCLI, "ihvp", str(SUNSPOTS), *SPEC, "--verify", "-v", "--window", "2048"]
     with subprocess.Popen(
         [*line, "--rtol", "0.01%", "--dir", "-", "--out", "json", "--examples", "all"],
         cwd=tmp_path,

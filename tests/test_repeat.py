@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SUNSPOTS = Path(__file__).parents[1] / "samples" / "sunspots" / "model.pt"
+SPEC = Path(__file__).parents[1] / "samples" / "sunspots" / "hesscli.toml"
 
 
 def run(threads: int, seed: int, folder: Path) -> dict[str, Any]:
-    arguments = f"trace {SUNSPOTS} --probes 2 --seed {seed} --out json --dir -".split()
+    arguments = f"trace --spec {SPEC} --probes 2 --seed {seed} --out json --dir -".split()
     done = subprocess.run(
         [sys.executable, "-m", "hesscli", *arguments],
         capture_output=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from program import HESSCLI, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
+from program import HESSCLI, SPEC, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
 from safetensors.numpy import load_file
 
 from hesscli.cli.app import main
@@ -91,7 +91,7 @@ def test_misuse_is_told_in_three_lines(
 
 
 def test_a_dense_matrix_above_the_limit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["spectrum", str(SUNSPOTS), "--exact", "--exact-limit", "314", "--dir", "-"]
+    line = ["spectrum", str(SUNSPOTS), *SPEC, "--exact", "--exact-limit", "314", "--dir", "-"]
     assert main(line) == ExitCode.USAGE
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -102,7 +102,7 @@ def test_a_dense_matrix_above_the_limit_is_refused(capsys: pytest.CaptureFixture
 def test_an_unreached_tolerance_exits_5(
     asked: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["spectrum", str(SUNSPOTS), "--steps", "5", "--probes", "1", "--dir", "-", "-q"]
+    line = ["spectrum", str(SUNSPOTS), *SPEC, "--steps", "5", "--probes", "1", "--dir", "-", "-q"]
     assert main([*line, "--out", "json", *asked]) == code
     assert json.loads(capsys.readouterr().out)["status"] == "budget"
 
@@ -113,7 +113,7 @@ def heed_ctrl_c() -> None:
 
 
 def test_ctrl_c_prints_the_result_so_far(tmp_path: Path) -> None:
-    line = ["spectrum", str(SUNSPOTS), "--steps", "315", "--out", "json", "-v", "--dir", "-"]
+    line = ["spectrum", str(SUNSPOTS), *SPEC, "--steps", "315", "--out", "json", "-v", "--dir", "-"]
     with subprocess.Popen(
         [*HESSCLI, *line],
         cwd=tmp_path,

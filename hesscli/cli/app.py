@@ -19,9 +19,9 @@ from typer.exceptions import TyperException
 from hesscli import __version__
 from hesscli.cli import check, diag, ihvp, init, schema, spectrum, trace
 from hesscli.cli.command import Command
-from hesscli.cli.console import Console, first_line, interrupts
+from hesscli.cli.console import Console, interrupts
 from hesscli.cli.process import keep_freed_memory, yield_waiting_cores
-from hesscli.errors import ExitCode, HesscliError, UnsoundError, UsageError
+from hesscli.errors import ExitCode, HesscliError, UnsoundError, UsageError, first_line
 
 EXAMPLES = """\
 Examples:
@@ -33,6 +33,10 @@ Examples:
   hesscli ihvp model.pt                  which weights and layers matter, and how sure is that?
   hesscli spectrum model.pt              its eigenvalues: the largest, and the density of all
   hesscli trace --out json | jq .trace   for scripts
+
+A checkpoint is read without running code in it. A spec is code: one that
+is found, and not named by --spec, must lie inside the working folder's
+tree, or be let run by --trust.
 """
 
 app = typer.Typer(

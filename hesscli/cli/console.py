@@ -14,11 +14,12 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 from rich.console import Console as RichConsole
-from rich.console import RenderableType
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from hesscli.cli.progress import ProgressLine, describe_estimate
-from hesscli.errors import ExitCode, HesscliError
+from hesscli.errors import ExitCode, HesscliError, first_line, printable
 from hesscli.results import Observe, Snapshot
 
 PIPE_WIDTH = 120
@@ -26,10 +27,20 @@ PIPE_WIDTH = 120
 
 
 class _Rich(RichConsole):
-    """A rich console that leaves a closed pipe to the caller instead of ending the process."""
+    """A rich console that leaves a closed pipe to the caller instead of ending the process.
+
+    Names of layers and tensors come from files: what a terminal would obey in them is spelled.
+    """
 
     def on_broken_pipe(self) -> None:
         raise
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """As rich does, without a control character that is not its own."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,9 @@ class Console:
         Whatever the user's own code prints, or a library warns about, goes to stderr.
         """
         with warnings.catch_warnings(), redirect_stdout(self.err.file):
-            warnings.showwarning = lambda message, *_, **__: self.warn(first_line(message))
+            warnings.showwarning = lambda message, *_, **__: self.warn(
+                first_line(message) or "no message"
+            )
             with ProgressLine(self.err, live=self.live and not self.quiet) as line:
                 yield self._announcing(line.observe) if self.verbose else line.observe
 
@@ -160,8 +173,3 @@ def _rich(stream: TextIO) -> RichConsole:
     if os.environ.get("NO_COLOR"):
         return _Rich(file=stream, width=width, color_system=None, highlight=False, emoji=False)
     return _Rich(file=stream, width=width, highlight=False, emoji=False)
-
-
-def first_line(message: object) -> str:
-    """The first line of what an exception or a warning says."""
-    return next(iter(str(message).strip().splitlines()), "no message")

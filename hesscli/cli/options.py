@@ -90,8 +90,9 @@ Spec = Annotated[
         "--spec",
         metavar="FILE",
         rich_help_panel=PROBLEM,
-        help="The spec: model, data and loss. Default: CHECKPOINT's name with .toml, else "
-        "hesscli.toml beside it or here.",
+        help="The spec: model, data and loss; the code that it names is run. Default: "
+        "CHECKPOINT's name with .toml, else hesscli.toml beside it (inside the working folder) "
+        "or here.",
     ),
 ]
 Matrix = Annotated[
@@ -144,7 +145,8 @@ Trust = Annotated[
     typer.Option(
         "--trust",
         rich_help_panel=PROBLEM,
-        help="Let the checkpoint run code as it loads. Only for files whose maker you trust.",
+        help="Run code in the checkpoint, and the code that a spec found outside the working "
+        "folder names. Only for files whose maker you trust.",
     ),
 ]
 DiagonalTolerance = Annotated[

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli.errors import HesscliError, UnsoundError, UsageError
+from hesscli.errors import HesscliError, UnsoundError, UsageError, first_line
 from hesscli.operators.base import Operator
 from hesscli.operators.directions import MismatchError
 from hesscli.operators.independence import check_independence
@@ -26,7 +26,6 @@ from hesscli.problem.blame import (
     differentiate_twice,
     differing_module,
     failing_module,
-    first_line,
     is_out_of_memory,
 )
 from hesscli.problem.precision import tolerance

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesscli.errors import UnsoundError
+from hesscli.errors import UnsoundError, first_line
 from hesscli.problem.batches import map_tensors, tensors_of
 from hesscli.problem.forward import standing_in
 
@@ -49,12 +49,6 @@ def failing_module(model: nn.Module, run: Run, attempt: Attempt) -> str | None:
     return None
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line of bearable length."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """Whether it is no fault of the model; on a CPU torch raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
@@ -65,7 +59,7 @@ def no_gradient(model: nn.Module, run: Run, error: Exception) -> UnsoundError:
     culprit = failing_module(model, run, differentiate) or label("", model)
     return UnsoundError(
         "the gradient of the loss cannot be computed",
-        f"{culprit} ({first_line(error)})",
+        f"{culprit} ({first_line(error) or type(error).__name__})",
         "checkpointing with use_reentrant=False"
         if "reentrant" in str(error)
         else "the module named there in plain differentiable torch operations",

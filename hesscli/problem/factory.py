@@ -5,47 +5,55 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
-from hesscli.errors import HesscliError, InputError, UnsoundError
+from hesscli.errors import HesscliError, InputError, UnsoundError, first_line
+from hesscli.problem.importing import (
+    INSTALLED,
+    OURS,
+    home_of,
+    importing_beside,
+    is_standard,
+    offered,
+    search_folders,
+)
 from hesscli.problem.nearest import nearest
 
 _MOST_FRAMES = 6
-_OURS = Path(__file__).resolve().parents[1]
-_INSTALLED = {
-    Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib")
-}
-
-# The folder whose modules go before installed ones; one at a time, for two specs may each
-# have a net.py.
-_current: Path | None = None
 
 
 def load_factory(reference: str, folder: Path, where: str) -> Callable[..., Any]:
-    """The callable that a spec names.
+    """The callable that a spec names: the user's own or an installed package's.
 
     Args:
         reference: ``module:callable``; both sides may be dotted.
-        folder: the spec's folder, looked in before installed modules.
+        folder: the spec's folder, looked in first; the working folder is the next.
         where: the key of the spec that holds the reference, such as ``[model] factory``.
+
+    Raises:
+        InputError: there is no such callable, or it is of the standard library, of which nothing
+            builds a model, data or a loss.
     """
     module_name, _, attributes = reference.partition(":")
     if not all(part.isidentifier() for part in (module_name + "." + attributes).split(".")):
         hint = 'write module:callable, such as "net:Net" for the class Net in net.py'
         raise InputError(f"{where} does not name a callable", repr(reference), hint)
-    found: Any = _import(module_name, folder.resolve(), where)
+    if is_standard(module_name):
+        raise _standard(reference, module_name, folder, where)
+    found: Any = _import(module_name, folder, where)
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
             raise _no_attribute(found, attribute, reference, where)
         found = getattr(found, attribute)
+        if is_standard(_origin(found)):
+            raise _standard(reference, _origin(found), folder, where)
     if not callable(found):
         got = f"{reference!r} is of type {type(found).__name__}"
         raise InputError(f"{where} cannot be called", got, "name a class or a function")
@@ -67,15 +75,15 @@ def call_user(function: Callable[..., Any], /, *args: Any, where: str, **kwargs:
 
 @contextmanager
 def blamed_on_user(what: str, hint: str) -> Iterator[None]:
-    """Turn whatever the user's code raises, `SystemExit` included, into an `InputError`."""
+    """Turn whatever the user's code raises, but for Ctrl-C, into an `InputError`."""
     try:
         yield
-    except HesscliError:
+    except (HesscliError, KeyboardInterrupt):
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         hint = "try a smaller batch_size or another --device"
         raise UnsoundError("out of memory", _one_line(error), hint, user_frames(error)) from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # SystemExit and GeneratorExit are no Exceptions
         raise InputError(what, _one_line(error), hint, user_frames(error)) from error
 
 
@@ -86,31 +94,12 @@ def user_frames(error: BaseException) -> tuple[str, ...]:
         for frame in traceback.extract_tb(error.__traceback__)
         if _is_users(frame.filename)
     ]
-    if isinstance(error, SyntaxError) and error.filename and _is_users(error.filename):
-        frames.append((error.filename, error.lineno, "<module>", (error.text or "").strip()))
+    if isinstance(error, SyntaxError) and _is_users(str(error.filename)):
+        frames.append((str(error.filename), error.lineno, "<module>", (error.text or "").strip()))
     return tuple(
         f"  {name}:{line} in {function}\n    {source}"
         for name, line, function, source in frames[-_MOST_FRAMES:]
     )
-
-
-@contextmanager
-def importing_beside(folder: Path) -> Iterator[None]:
-    """Import from the folder first, from here on; what an earlier folder brought is dropped.
-
-    The folder stays first after the block, for user code also imports while it runs.
-    """
-    global _current
-    folder = folder.resolve()
-    if folder != _current:
-        for name in _offered(folder) | (_offered(_current) if _current else set()):
-            _forget_unless_from(folder, name)
-        if _current is not None and str(_current) in sys.path:
-            sys.path.remove(str(_current))
-        sys.path.insert(0, str(folder))
-        _current = folder
-    importlib.invalidate_caches()
-    yield
 
 
 def _import(name: str, folder: Path, where: str) -> ModuleType:
@@ -124,19 +113,43 @@ def _import(name: str, folder: Path, where: str) -> ModuleType:
                 raise
             raise _no_module(name, folder, where) from None
     top = name.split(".")[0]
-    if top in _offered(folder) and _home(sys.modules[top]) != folder:
-        got = f"{top} was already loaded from {_home(sys.modules[top])}"
-        raise InputError(f"{where} names a module that is taken", got, f"rename it in {folder}")
+    homes = [place for place in search_folders(folder) if top in offered(place)]
+    if homes and home_of(sys.modules[top]) not in homes:
+        got = f"{top} is also an installed module, {home_of(sys.modules[top])}"
+        raise InputError(f"{where} names a module that is taken", got, f"rename it in {homes[0]}")
     return module
 
 
+def _origin(found: Any) -> str:
+    """The module that a module, class or function is, or is of; empty for other objects."""
+    if isinstance(found, ModuleType):
+        return found.__name__
+    if isinstance(found, type | FunctionType | BuiltinFunctionType | MethodType):
+        return str(getattr(found, "__module__", None) or "")
+    return ""
+
+
+def _standard(reference: str, module: str, folder: Path, where: str) -> InputError:
+    hint = 'write one of your own, such as "net:Net" for the class Net in net.py beside the spec'
+    top = module.partition(".")[0]
+    if home := next((place for place in search_folders(folder) if top in offered(place)), None):
+        hint = f"rename {home / top}: a module of the standard library has that name"
+    got = f"{reference!r}, in which {top} comes with Python"
+    return InputError(f"{where} names nothing of yours or of an installed package", got, hint)
+
+
 def _no_module(name: str, folder: Path, where: str) -> InputError:
-    known = sorted(_offered(folder))
+    folders = search_folders(folder)
+    known = sorted({module for place in folders for module in offered(place)})
     close = nearest(name, known)
-    hint = f"did you mean {close!r}?" if close else "check the name before the colon"
-    if known and not close:
-        hint = f"beside the spec there is {', '.join(known[:5])}"
-    return InputError(f"{where} names a module that is not there", f"{name!r}, {folder}", hint)
+    if close:
+        hint = f"did you mean {close!r}?"
+    elif known:
+        hint = f"one of {', '.join(known[:5])}, or move {name.split('.')[0]}.py to one of these"
+    else:
+        hint = f"move {name.split('.')[0]}.py to one of these, or correct the name before the colon"
+    got = f"{name!r}; looked in {', '.join(map(str, folders))} and among installed packages"
+    return InputError(f"{where} names a module that is not there", got, hint)
 
 
 def _no_attribute(owner: Any, name: str, reference: str, where: str) -> InputError:
@@ -157,36 +170,10 @@ def _accepts(function: Callable[..., Any]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    name, first = type(error).__name__, first_line(error)
+    return f"{name}: {first}" if first else name
 
 
 def _is_users(filename: str) -> bool:
-    path = Path(filename)
-    return path.is_file() and not any(path.is_relative_to(root) for root in {_OURS, *_INSTALLED})
-
-
-def _offered(folder: Path) -> set[str]:
-    """Names of the modules and packages that lie in a folder."""
-    modules = {path.stem for path in folder.glob("*.py")}
-    packages = {path.parent.name for path in folder.glob("*/__init__.py")}
-    return {name for name in modules | packages if name.isidentifier()}
-
-
-def _home(module: ModuleType) -> Path | None:
-    """The folder on the import path that a top-level module was found in."""
-    if not (file := getattr(module, "__file__", None)):
-        return None
-    path = Path(file).resolve()
-    return path.parent.parent if path.name == "__init__.py" else path.parent
-
-
-def _forget_unless_from(folder: Path, name: str) -> None:
-    """Drop a loaded module of another folder; installed ones and hesscli's own stay."""
-    home = _home(sys.modules[name]) if name in sys.modules else None
-    if home is None or home in {folder, _OURS.parent} or name == "__main__":
-        return
-    if any(home.is_relative_to(root) for root in _INSTALLED):
-        return
-    for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
-        del sys.modules[loaded]
+    path = Path(filename).resolve()
+    return path.is_file() and not any(path.is_relative_to(root) for root in {OURS, *INSTALLED})

@@ -38,13 +38,14 @@ def load(
     Args:
         checkpoint: weights; default the one that the spec names.
         spec: default ``<checkpoint stem>.toml`` or ``hesscli.toml`` beside the checkpoint, or
-            ``hesscli.toml`` in the working folder.
+            ``hesscli.toml`` in the working folder. It names code that is run; one that was found
+            and not named must lie inside the working folder's tree.
         examples: how many to keep at random: ``N``, ``"all"``, or ``"first:N"``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
         dtype: ``float32`` or ``float64``; default the checkpoint's (half types: float32).
         batch_size: instead of the spec's.
         weight_decay: instead of the spec's.
-        trust: let code in the checkpoint run.
+        trust: let code in the checkpoint run, and that of a spec found outside that tree.
         seed: of the draw of examples.
         observe: told of examples read.
 
@@ -53,7 +54,8 @@ def load(
         UnsoundError: weights that are not finite.
     """
     path = None if checkpoint is None else Path(checkpoint)
-    document = read_spec(find_spec(path, None if spec is None else Path(spec)))
+    named = None if spec is None else Path(spec)
+    document = read_spec(find_spec(path, named, trust=trust))
     weights = read_checkpoint(_checkpoint_path(path, document), trust=trust)
     chosen = floating_dtype(weights.state) if dtype is None else getattr(torch, dtype)
     model = _build_model(document, weights, chosen)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import InputError
-from hesscli.problem.factory import blamed_on_user, importing_beside
+from hesscli.problem.factory import blamed_on_user
+from hesscli.problem.importing import importing_beside
 from hesscli.problem.weights import Found, find_weights
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
 from typing import Annotated, Any, Literal, Self
@@ -24,6 +27,7 @@ from hesscli.problem.nearest import missing_file
 from hesscli.problem.spec_errors import Tables, explain
 
 SPEC_NAME = "hesscli.toml"
+_LARGEST = 1 << 20
 
 LossName = Literal[
     "cross_entropy", "mse", "bce_with_logits", "nll", "language_model", "huggingface"
@@ -59,7 +63,10 @@ def _beside_spec(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, str):
         return value
     folder = (info.context or {}).get("folder", Path())
-    return Path(folder, Path(value).expanduser())
+    try:
+        return Path(folder, Path(value).expanduser())
+    except RuntimeError:
+        raise _rule("is in the home folder of a user who is not known here", repr(value)) from None
 
 
 SpecPath = Annotated[Path, BeforeValidator(_beside_spec)]
@@ -91,6 +98,11 @@ class ModelSpec(_Table):
     kwargs: dict[str, Any] = {}
     training: bool = False
 
+    @property
+    def code(self) -> tuple[str, ...]:
+        """What of the user's code it names."""
+        return (self.factory,)
+
 
 class DataSpec(_Table):
     """``[data]`` or ``[held_out]``: a factory of examples, or a file of tensors."""
@@ -102,6 +114,11 @@ class DataSpec(_Table):
     targets: str | None = None
     batch_size: int = Field(default=128, ge=1)
     unseen: bool = False
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """What of the user's code it names."""
+        return tuple(filter(None, (self.factory,)))
 
     @field_validator("inputs", mode="before")
     @classmethod
@@ -135,6 +152,11 @@ class LossSpec(_Table):
     ignore_index: int = -100
     class_weights: Weights | None = None
     pos_weight: Weights | None = None
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """What of the user's code it names."""
+        return tuple(filter(None, (self.factory, self.step)))
 
     @model_validator(mode="after")
     def _source(self) -> Self:
@@ -176,8 +198,15 @@ _TABLES: Tables = {
 }
 
 
-def find_spec(checkpoint: Path | None, spec: Path | None) -> Path:
-    """The spec to use: the one that was named, else the first found by convention."""
+def find_spec(checkpoint: Path | None, spec: Path | None, *, trust: bool = False) -> Path:
+    """The spec to use: the one that was named, else the first found by convention.
+
+    A spec names code to run. One that came with somebody else's checkpoint is not used for having
+    been found: it must lie inside the working folder's tree, be named, or be trusted.
+
+    Raises:
+        InputError: there is none, or it is not to be used.
+    """
     if spec is not None:
         if not spec.is_file():
             raise missing_file("spec", spec, suffixes=(".toml",))
@@ -187,30 +216,92 @@ def find_spec(checkpoint: Path | None, spec: Path | None) -> Path:
     places = _usual_places(checkpoint)
     for place in places:
         if place.is_file():
+            if not (trust or place.parent.resolve().is_relative_to(Path.cwd())):
+                raise _from_elsewhere(place)
             return place
-    example = indent(describe_example().rstrip(), "    ")
-    raise InputError(
-        "no spec found: hesscli must know the model, the data and the loss",
-        "none of " + ", ".join(map(str, places)),
-        f"`hesscli init {checkpoint or 'model.pt'}` writes one; a short one is:\n{example}",
-    )
+    raise _no_spec(checkpoint, places)
 
 
 def _usual_places(checkpoint: Path | None) -> list[Path]:
-    places = [Path(SPEC_NAME)]
-    if checkpoint is not None:
+    here = Path(SPEC_NAME)
+    if checkpoint is None:
+        return [here]
+    inside = [checkpoint / SPEC_NAME] if checkpoint.is_dir() else []
+    if checkpoint.name in ("", ".."):  # such as ``.``
+        checkpoint = checkpoint.resolve()
+    stem = checkpoint.name
+    if checkpoint.is_file():
         stem = checkpoint.name.removesuffix(".safetensors.index.json")
         stem = checkpoint.stem if stem == checkpoint.name else stem
-        inside = [checkpoint / SPEC_NAME] if checkpoint.is_dir() else []
-        beside = [checkpoint.with_name(f"{stem}.toml"), checkpoint.with_name(SPEC_NAME)]
-        places = [*inside, *beside, *places]
-    return list(dict.fromkeys(places))
+    beside = [checkpoint.parent / f"{stem}.toml", checkpoint.parent / SPEC_NAME]
+    return list(dict.fromkeys([*inside, *beside, here]))
+
+
+def _from_elsewhere(place: Path) -> InputError:
+    found = read_spec(place)
+    tables = (found.model, found.data, found.loss)
+    names = [name for table in tables if table for name in table.code]
+    hint = f"--spec {shlex.quote(str(place))} once you have read it and what it names, or --trust"
+    if Path(SPEC_NAME).is_file():
+        hint += f"; --spec {SPEC_NAME} is your own"
+    return InputError(
+        "the spec beside the checkpoint lies outside the working folder, and a spec runs code",
+        f"{place}, which runs {', '.join(names) or 'nothing by itself'}",
+        hint,
+    )
+
+
+def _no_spec(checkpoint: Path | None, places: list[Path]) -> InputError:
+    what = "no spec found: hesscli must know the model, the data and the loss"
+    got = "none of " + ", ".join(map(str, places))
+    if others := [place for folder in _folders(places) for place in _specs_in(folder)]:
+        named = " or ".join(f"--spec {shlex.quote(str(place))}" for place in others[:3])
+        return InputError(what, got, f"{named}, if it is meant for this checkpoint too")
+    example = indent(describe_example().rstrip(), "    ")
+    hint = f"`hesscli init {checkpoint or 'model.pt'}` writes one; a short one is:\n{example}"
+    return InputError(what, got, hint)
+
+
+def _folders(places: list[Path]) -> list[Path]:
+    return list(dict.fromkeys(place.parent for place in places if place.parent.is_dir()))
+
+
+def _specs_in(folder: Path) -> Iterator[Path]:
+    """TOML files that are specs, as far as their tables tell."""
+    for place in sorted(folder.glob("*.toml")):
+        with suppress(InputError):
+            if {"data", "loss"} <= _parse(place).keys():
+                yield place
 
 
 def read_spec(path: Path) -> Spec:
-    """Read and check a spec."""
+    """Read and check a spec.
+
+    Raises:
+        InputError: it is not there, cannot be read, is no TOML, or does not say what is needed.
+    """
+    document = _parse(path)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = _Document.model_validate(document, context={"folder": path.parent})
+    except ValidationError as error:
+        raise explain(error, path, _TABLES, describe_example()) from None
+    except RecursionError:
+        raise _too_deep(path) from None
+    return Spec(path=path, **dict(content))
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            got = f"{path}: more than {_LARGEST:,} bytes"
+            raise InputError("too large for a spec", got, "name the spec with --spec")
+        document = tomllib.loads(content.decode("utf-8"))
+        if number := _too_large(document):
+            got = f"{path}: {number}"
+            raise InputError("the spec holds a number that is too large", got, "at most 2^63 - 1")
+        return document
     except FileNotFoundError:
         raise missing_file("spec", path, suffixes=(".toml",)) from None
     except OSError as error:
@@ -218,11 +309,27 @@ def read_spec(path: Path) -> Spec:
         raise InputError("the spec cannot be read", reason, "check the path") from None
     except UnicodeDecodeError:
         raise InputError("the spec is not text", str(path), "save it as UTF-8 TOML") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise _too_deep(path) from None
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         hint = "text goes in quotes, tables in [brackets], one key = value a line"
         raise InputError("the spec is not valid TOML", f"{path}: {error}", hint) from None
-    try:
-        content = _Document.model_validate(document, context={"folder": path.parent})
-    except ValidationError as error:
-        raise explain(error, path, _TABLES, describe_example()) from None
-    return Spec(path=path, **dict(content))
+
+
+def _too_deep(path: Path) -> InputError:
+    hint = "a spec has keys, tables, and small lists and tables in kwargs"
+    return InputError("the spec is nested too deeply", str(path), hint)
+
+
+def _too_large(document: dict[str, Any]) -> str | None:
+    """Where a whole number has no 64 bits to fit in, which TOML rules out and Python does not."""
+    pending: list[tuple[str, Any]] = list(document.items())
+    while pending:
+        place, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(f"{place}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            pending += [(place, inner) for inner in value]
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return f"{place} = {value}"
+    return None
