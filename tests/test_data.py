@@ -6,7 +6,6 @@ import random
 from collections import Counter, namedtuple
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from torch.utils.data import (
 )
 
 from hesscli.errors import InputError, UsageError
-from hesscli.problem.batches import output_tensor, split_batch, tensors_of
+from hesscli.problem.batches import split_batch, tensors_of
 from hesscli.problem.data import FrozenData, Selection
 from hesscli.problem.freezing import MIN_GROUPS, freeze
 from hesscli.problem.sources import TensorRows
@@ -431,7 +430,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         assert str(where) in error.got
 
 
-# -- what a model gets and gives ---------------------------------------------------------------
+# -- what a model gets ------------------------------------------------------------------------
 
 
 def test_inputs_and_targets() -> None:
@@ -443,13 +442,3 @@ def test_inputs_and_targets() -> None:
     for wrong in (x, (x,), {"targets": y}, {"a": x, "b": y}):
         with pytest.raises(InputError, match="a batch needs inputs and targets"):
             split_batch(wrong)
-
-
-def test_outputs() -> None:
-    logits = torch.zeros(2)
-    attribute = SimpleNamespace(loss=torch.ones(1), logits=logits)
-    for raw in (logits, attribute, {"logits": logits, "loss": 1}, {"out": logits}, (logits, None)):
-        assert output_tensor(raw) is logits
-    for wrong in (None, (), {}, "text", {"out": 1}):
-        with pytest.raises(InputError, match="holds no tensor"):
-            output_tensor(wrong)

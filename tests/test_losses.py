@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ from hesscli.problem.batches import Batch, rows
 from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
 from hesscli.problem.criteria import NAMED, as_loss
 from hesscli.problem.entrywise import BinaryCrossEntropy, MeanSquaredError
-from hesscli.problem.huggingface import HuggingFace
-from hesscli.problem.losses import Loss, StepLoss, UserLoss
+from hesscli.problem.losses import Loss, StepLoss
+from hesscli.problem.user_loss import UserLoss
 
 ROUNDING = 1e-12  # float64, sums of a few hundred terms
 
@@ -221,53 +220,6 @@ def test_token_weights() -> None:
 
     LanguageModel().outputs(Spy(), batch)
     assert len(seen[0]) == 1, "the token weights are no input of the model"
-
-
-class Chat(nn.Module):
-    """Shifts its labels itself, as causal models of transformers do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(6, 6).double()
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> SimpleNamespace:
-        logits = self.table(input_ids)
-        loss = None
-        if labels is not None:
-            flat = logits[:, :-1].reshape(-1, 6), labels[:, 1:].reshape(-1)
-            loss = functional.cross_entropy(*flat)
-        return SimpleNamespace(loss=loss, logits=logits)
-
-
-def test_huggingface() -> None:
-    model, loss = Chat(), HuggingFace()
-    labels = _classes(23, 7, of=6, masked=-100)
-    batch = {"input_ids": _classes(23, 7, of=6), "labels": labels, "attention_mask": None}
-    own = model(**batch).loss.detach()
-    assert torch.equal(loss.evaluate(model, batch), own)
-    outputs = loss.outputs(model, batch).detach()
-    loss.check(outputs, batch)
-    assert float(loss.mean(outputs, batch)) == pytest.approx(float(own), rel=ROUNDING)
-    assert loss.masses(batch).tolist() == (labels[:, 1:] != -100).sum(1).tolist()
-    parts = [rows(batch, 0, 9), rows(batch, 9, 23)]
-    masses = [loss.mass(model, part) for part in parts]
-    values = [float(model(**part).loss.detach()) for part in parts]
-    together = sum(m * v for m, v in zip(masses, values, strict=True)) / sum(masses)
-    assert together == pytest.approx(float(own), rel=ROUNDING)
-    with pytest.raises(InputError, match="returned no loss"):
-        loss.evaluate(lambda **_: SimpleNamespace(logits=outputs), batch)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="dicts with 'labels'"):
-        loss.masses((labels, labels))
-    with pytest.raises(InputError, match="labels that are classes"):
-        loss.masses({"labels": torch.zeros(3)})
-
-
-def test_huggingface_classifiers_count_examples() -> None:
-    batch = {"labels": torch.tensor([0, 2, -100])}
-    assert HuggingFace().masses(batch).tolist() == [1, 1, 0]
-    right, of = HuggingFace().correct(torch.eye(3), batch)  # type: ignore[misc]
-    assert (int(right), int(of)) == (1, 2)
 
 
 # -- the user's own functions ------------------------------------------------------------------

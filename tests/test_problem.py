@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -222,58 +221,6 @@ def test_a_sample_starts_where_something_weighs() -> None:
     assert sample.count == 7
     assert torch.equal(sample.data[0], DATA[0][93:])
     assert torch.isfinite(problem.evaluate(sample.data))
-
-
-# -- losses that the model computes itself -------------------------------------------------------
-
-
-class Chat(nn.Module):
-    """Computes its own loss: of the next token, or of each token where ``shift`` is 0."""
-
-    def __init__(self, shift: int, extra: float = 0.0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.shift, self.extra = nn.Embedding(6, 6), shift, extra
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
-        logits = self.table(input_ids)
-        pair = logits[:, : 5 - self.shift].reshape(-1, 6), labels[:, self.shift :].reshape(-1)
-        loss = functional.cross_entropy(*pair) + self.extra * self.table.weight.square().sum()
-        return SimpleNamespace(loss=loss, logits=logits)
-
-
-def _chat(shift: int, extra: float = 0.0, dtype: torch.dtype = torch.float64) -> Problem:
-    tokens, labels = _labels(200, of=6).view(40, 5), _labels(200, of=6).view(40, 5)
-    labels[::3, 3:] = -100
-    data = [{"input_ids": tokens, "labels": labels}]
-    return Problem(Chat(shift, extra).to(dtype), "huggingface", data)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_models_own_loss_that_is_that_of_its_outputs(dtype: torch.dtype) -> None:
-    problem = _chat(1, dtype=dtype)
-    assert problem.hidden_outputs is None
-    assert problem.prove().accuracy is not None
-    assert problem.prove().warnings == ()
-    assert hesscli.GaussNewton(problem).shape == (36, 36)
-
-
-@pytest.mark.parametrize(("shift", "extra"), [(0, 0.0), (1, 1e-3)], ids=["unshifted", "router"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_models_own_loss_that_is_another(shift: int, extra: float, dtype: torch.dtype) -> None:
-    problem = _chat(shift, extra, dtype)
-    for matrix in (hesscli.GaussNewton, hesscli.Fisher, hesscli.EmpiricalFisher):
-        with pytest.raises(UsageError) as caught:
-            matrix(problem)
-        assert f"--matrix {matrix.name} needs" in caught.value.what
-        assert ".loss is not" in caught.value.got
-    proof = problem.prove()
-    assert proof.accuracy is None
-    assert len(proof.warnings) == 1
-    assert ".loss is not" in proof.warnings[0]
-    assert problem.total_weight == 40 * 4 - 14 * 2
-    assert hesscli.check(problem, rtol=1.0).warnings[-1] == proof.warnings[0]
-    assert hesscli.trace(problem, probes=2).warnings[0] == proof.warnings[0]
 
 
 # -- evaluation --------------------------------------------------------------------------------

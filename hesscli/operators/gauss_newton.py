@@ -6,7 +6,6 @@ section 3.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hesscli.errors import UsageError
@@ -34,9 +33,7 @@ class GaussNewton(Operator):
 
     def parts(self, batch: WeightedBatch) -> tuple[Function, Tensors, Apply]:
         """The batch's outputs, and the loss's Hessian in them."""
-        with torch.no_grad():
-            outputs = self.problem.outputs(batch.data)
-        outputs = outputs.detach().requires_grad_()
+        outputs = self.problem.fixed_outputs(batch.data).requires_grad_()
         mean = self.problem.loss.natural.mean(outputs, batch.data)
         slope = gradient(mean, [outputs], create_graph=True)
 

@@ -53,7 +53,7 @@ class Residual(Operator):
             UsageError: the loss reads parameters otherwise than through the outputs.
         """
         problem = self.problem
-        outputs = problem.outputs(batch.data).detach().requires_grad_()
+        outputs = problem.fixed_outputs(batch.data).requires_grad_()
         mean = problem.loss.natural.mean(outputs, batch.data)
         slope, *others = torch.autograd.grad(
             mean, [outputs, *problem.parameters.tensors], allow_unused=True

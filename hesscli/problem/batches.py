@@ -54,6 +54,14 @@ def size_of(batch: Batch) -> int:
     return 1 if first is None or first.dim() == 0 else len(first)
 
 
+def shape_of(tensor: Tensor, count: int) -> str:
+    """A shape for people, N where it has one row for each of so many examples: "(N, 3)"."""
+    sizes = [str(size) for size in tensor.shape]
+    if sizes and len(tensor) == count:
+        sizes[0] = "N"
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
 def is_sliceable(batch: Batch) -> bool:
     """Whether all leaves are tensors with one row an example, so that rows can be taken apart."""
     leaves = list(leaves_of(batch))
@@ -103,28 +111,4 @@ def split_batch(batch: Batch) -> tuple[tuple[Any, ...] | Mapping[str, Any], Any]
         "a batch needs inputs and targets",
         f"a batch of type {type(batch).__name__}",
         "batches (inputs, targets), a dict with 'targets', or [loss] step = 'module:function'",
-    )
-
-
-def output_tensor(raw: Any) -> Tensor:
-    """The tensor a loss reads: the output itself, its ``.logits``, or its first entry.
-
-    Raises:
-        InputError: the output holds no tensor.
-    """
-    if isinstance(raw, Tensor):
-        return raw
-    first: Any = None
-    if hasattr(raw, "logits"):
-        first = raw.logits
-    elif isinstance(raw, Mapping):
-        first = raw.get("logits", next(iter(raw.values()), None))
-    elif isinstance(raw, (tuple, list)) and raw:
-        first = raw[0]
-    if isinstance(first, Tensor):
-        return first
-    raise InputError(
-        "the model's output holds no tensor",
-        type(raw).__name__,
-        "a model that returns a tensor or .logits, or [loss] step = 'module:function'",
     )

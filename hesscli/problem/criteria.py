@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,8 @@ from hesscli.errors import InputError
 from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
 from hesscli.problem.entrywise import BinaryCrossEntropy, MeanSquaredError
 from hesscli.problem.huggingface import HuggingFace
-from hesscli.problem.losses import Loss, UserLoss
+from hesscli.problem.losses import Loss, StepLoss
+from hesscli.problem.user_loss import UserLoss
 
 NAMED: dict[str, type[Loss]] = {
     loss.name: loss
@@ -68,6 +70,29 @@ def as_loss(loss: Any, name: str | None = None) -> Loss:
     if criterion and options.keys() <= inspect.signature(criterion).parameters.keys():
         loss = criterion(**options)
     return _from_criterion(loss) or UserLoss(loss, name or own_name)
+
+
+def reading(loss: Loss, output: str | int | None) -> Loss:
+    """A loss that reads one of several outputs of the model.
+
+    Args:
+        loss: what is to read it.
+        output: its key, attribute or index; None leaves the loss as it is.
+
+    Raises:
+        InputError: the loss is no named one, and so gets all of them.
+    """
+    if output is None:
+        return loss
+    if isinstance(loss, (UserLoss, StepLoss)):
+        raise InputError(
+            "output is for named losses",
+            f"output = {output!r} and the loss {loss.name}",
+            "no output: a loss of one's own gets what the model returned, whole",
+        )
+    chosen = copy.copy(loss)
+    chosen.output = output
+    return chosen
 
 
 def _unbound(loss: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -65,6 +65,7 @@ def load(
             model,
             _build_loss(document.loss, document.path.parent),
             _build_data(document.data, document.path.parent),
+            output=None if document.model is None else document.model.output,
             weight_decay=document.loss.weight_decay if weight_decay is None else weight_decay,
             examples=examples,
             batch_size=document.data.batch_size if batch_size is None else batch_size,

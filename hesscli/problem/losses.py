@@ -8,32 +8,43 @@ ragged last batch is right.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesscli.errors import InputError
-from hesscli.problem.batches import Batch, output_tensor, rows, size_of, split_batch
+from hesscli.problem.batches import Batch, size_of, split_batch
+from hesscli.problem.outputs import named_output
 
 
 class Loss(ABC):
     """A mean loss of a model on a batch.
 
-    ``exposes_outputs`` says whether the loss is a function of model outputs and batch, which
-    Gauss-Newton and per-example quantities need; where it is ``computed_by_model``, this is a
-    claim that the proof puts to the test.
+    Attributes:
+        name: in reports.
+        hidden: why the loss is no function of model outputs and batch, which Gauss-Newton and
+            per-example quantities need; None where it is one.
+        is_claim: that it is this function of these outputs is a claim, which the proof puts to
+            the test.
+        output: which of several outputs of the model it reads, a key, attribute or index.
+        warnings: what the model's outputs and the data say against it.
     """
 
     name: str
-    exposes_outputs = True
-    computed_by_model = False
+    hidden: str | None = None
+    is_claim = False
+    output: str | int | None = None
+    warnings: tuple[str, ...] = ()
+
+    def settled(self, model: nn.Module, batches: Iterable[Batch]) -> Loss:
+        """The loss as model and data show it to be, before anything is made of it."""
+        return self
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward pass, giving the tensor that the loss reads: ``(N, ...)``."""
-        inputs, _ = split_batch(batch)
-        return output_tensor(model(**inputs) if isinstance(inputs, Mapping) else model(*inputs))
+        return named_output(returned(model, batch), self.output)
 
     def targets(self, batch: Batch) -> Tensor:
         """What the outputs are compared with."""
@@ -73,33 +84,12 @@ class Loss(ABC):
         return None
 
 
-class UserLoss(Loss):
-    """``fn(outputs, targets) -> mean loss``; each example counts once."""
-
-    def __init__(self, function: Callable[[Any, Any], Tensor], name: str) -> None:
-        self.function, self.name = function, name
-
-    def masses(self, batch: Batch) -> Tensor:
-        """One an example."""
-        return torch.ones(size_of(batch), dtype=torch.float64)
-
-    def mean(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The user's own mean."""
-        return self.function(outputs, split_batch(batch)[1])
-
-    def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """By one call an example: the function is a black box."""
-        pairs = (rows((outputs, split_batch(batch)[1]), i, i + 1) for i in range(len(outputs)))
-        return torch.stack([self.function(*pair) for pair in pairs])
-
-
 class StepLoss(Loss):
     """``step(model, batch) -> mean loss``, or ``(mean loss, weight)``; the batch is the unit."""
 
-    exposes_outputs = False
-
     def __init__(self, function: Callable[[nn.Module, Any], Any], name: str) -> None:
         self.function, self.name = function, name
+        self.hidden = f"[loss] step = {name!r}"
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
         """The user's own mean."""
@@ -121,6 +111,22 @@ class StepLoss(Loss):
     def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Not known: a step shows no examples."""
         raise _no_outputs(self.name)
+
+
+def returned(model: nn.Module, batch: Batch) -> Any:
+    """What the model returns for a batch's inputs."""
+    inputs, _ = split_batch(batch)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def same_mean(value: Tensor, expected: float) -> bool:
+    """Up to rounding of sums of logarithms, which are of order 1 though their mean may be tiny.
+
+    Sums in another order err by a few eps, other functions by percents (auxiliary losses of
+    routers by 1e-3 of 1).
+    """
+    bound = torch.finfo(value.dtype).eps ** 0.6
+    return bool(abs(float(value.detach()) - expected) <= bound * (1 + abs(expected)))
 
 
 def doubles(values: list[float] | None) -> Tensor | None:

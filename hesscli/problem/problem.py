@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from hesscli.errors import InputError, UnsoundError
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch, map_tensors, place, rows
-from hesscli.problem.criteria import as_loss
+from hesscli.problem.criteria import as_loss, reading
 from hesscli.problem.data import FrozenData, Selection
+from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import Run, retyped, run_with, undisturbed
 from hesscli.problem.freezing import freeze
 from hesscli.problem.losses import Loss, StepLoss
-from hesscli.problem.proof import UNEXPLAINED, Proof, prove
+from hesscli.problem.proof import MODEL_RAISED, MUST_FIT, Proof, prove
 from hesscli.results import CheckpointReport, Observe, ProblemReport
 
 
@@ -40,8 +41,11 @@ class Problem:
     Args:
         model: analysed in the mode that it is in; its parameters and buffers end as they began.
         loss: a name (``"cross_entropy"``, ...), a torch criterion with mean reduction,
-            ``fn(outputs, targets) -> mean loss``, or a :class:`Loss`.
+            ``fn(outputs, targets) -> mean loss`` of what the model returned, whole, or a
+            :class:`Loss`.
         data: a map-style dataset, a DataLoader, an iterable of batches, or frozen data as it is.
+        output: key, attribute or index of the tensor that a named loss reads, where the model
+            returns several; default ``.logits``.
         weight_decay: coefficient of ½‖θ‖² over all trainable parameters.
         examples: how many to keep: ``N``, ``"all"`` or ``"first:N"``.
         batch_size: at most so many examples a batch; just so many where batch norm mixes them.
@@ -63,6 +67,7 @@ class Problem:
         loss: Any,
         data: Any,
         *,
+        output: str | int | None = None,
         weight_decay: float = 0.0,
         examples: str | int = "4096",
         batch_size: int = 128,
@@ -76,7 +81,7 @@ class Problem:
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # a compiled module has no double backward
         self.model = model if dtype is None and device is None else model.to(device, dtype)
-        self.loss: Loss = as_loss(loss)
+        self.loss: Loss = reading(as_loss(loss), output)
         self.parameters = Parameters.of(self.model)
         if not len(self.parameters):
             raise InputError(
@@ -88,7 +93,7 @@ class Problem:
         self.dtype = self.parameters[0].tensor.dtype
         self._require_finite_weights()
         self.weight_decay, self.unseen = weight_decay, unseen
-        self.checkpoint, self.warnings = checkpoint, warnings
+        self.checkpoint = checkpoint
         self.data = (
             data
             if isinstance(data, FrozenData)
@@ -103,8 +108,10 @@ class Problem:
             )
         )
         self._batches = self._pinned(self.data.batches)
-        with self.forward_context():
+        with self.forward_context(), blamed_on_user(MODEL_RAISED, MUST_FIT):
+            self.loss = self.loss.settled(self.model, map(self._placed, self._batches))
             self.masses = [self.loss.mass(self.model, self._placed(b)) for b in self._batches]
+        self.warnings = (*warnings, *self.loss.warnings)
         self.total_weight = sum(self.masses)
         self._proof: Proof | None = None
         if not self.total_weight > 0:
@@ -174,6 +181,10 @@ class Problem:
         """Model outputs of a batch as a live tensor."""
         return self._run(lambda model: self.loss.outputs(model, batch), theta)
 
+    def fixed_outputs(self, batch: Batch) -> Tensor:
+        """Model outputs of a batch without their graph; models may differentiate on their way."""
+        return self.outputs(batch).detach()
+
     def _run(self, run: Run, theta: Mapping[str, Tensor] | None) -> Tensor:
         with self.forward_context():
             return run(self.model) if theta is None else run_with(self.model, theta, run)
@@ -215,10 +226,9 @@ class Problem:
     @property
     def hidden_outputs(self) -> str | None:
         """Why the loss is no known function of the model's outputs; None where it is one."""
-        if not self.loss.exposes_outputs:
-            return f"[loss] step = {self.loss.name!r}"
-        unproven = self.loss.computed_by_model and not self.prove().explained
-        return UNEXPLAINED if unproven else None
+        if self.loss.hidden is None and self.loss.is_claim:
+            return self.prove().hidden_outputs
+        return self.loss.hidden
 
     def _require_finite_weights(self) -> None:
         bad = [n for n, t in self.model.named_parameters() if not torch.isfinite(t).all()]

@@ -13,13 +13,15 @@ from hesscli.errors import InputError, UnsoundError
 from hesscli.problem.batches import tensors_of
 from hesscli.problem.blame import is_out_of_memory, no_gradient
 from hesscli.problem.factory import blamed_on_user
+from hesscli.problem.losses import same_mean
+from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.results import Observe, Snapshot
 
 if TYPE_CHECKING:
     from hesscli.problem.problem import Problem, WeightedBatch
 
-UNEXPLAINED = "the model's own .loss is not the cross-entropy of its .logits and shifted labels"
-_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
+MODEL_RAISED = "the model or its loss raised an error"
+MUST_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,15 @@ class Proof:
     """What shows that this is the user's model on the user's data.
 
     ``gradient`` is of the whole loss, float64 ``(d,)``; ``unreached`` names the parameters that
-    the loss of no batch depends on. ``explained`` says that a loss which the model computed
-    itself is the mean that its outputs give.
+    the loss of no batch depends on. ``hidden_outputs`` says why the loss is not the function of
+    the outputs that it was taken for; None where it is.
     """
 
     loss: float
     accuracy: float | None
     gradient: Tensor
     unreached: tuple[str, ...]
-    explained: bool
+    hidden_outputs: str | None
 
     @property
     def gradient_norm(self) -> float:
@@ -45,7 +47,9 @@ class Proof:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What its reader should be told."""
-        return () if self.explained else (f"{UNEXPLAINED}: no accuracy, and no matrix but hessian",)
+        if self.hidden_outputs is None:
+            return ()
+        return (f"{self.hidden_outputs}: no accuracy, and no matrix but hessian",)
 
 
 def prove(problem: Problem, observe: Observe | None = None) -> Proof:
@@ -59,14 +63,14 @@ def prove(problem: Problem, observe: Observe | None = None) -> Proof:
     gradient = torch.zeros(parameters.size, dtype=torch.float64, device=problem.device)
     reached = [False] * len(parameters)
     loss = correct = possible = 0.0
-    explained = True
+    hidden = problem.loss.hidden if problem.loss.is_claim else None
     for batch in problem.batches():
-        with blamed_on_user("the model or its loss raised an error", _FIT):
-            right, of, expected = _read_outputs(problem, batch)
+        with blamed_on_user(MODEL_RAISED, MUST_FIT):
+            seen = _read_outputs(problem, batch)
             value = problem.evaluate(batch.data)
-        correct, possible = correct + right, possible + of
+        correct, possible = correct + seen.right, possible + seen.of
         _require_finite_loss(problem, value, batch)
-        explained = explained and (expected is None or _same(value, expected))
+        hidden = hidden or seen.hidden or _why_another(problem, value, seen.mean)
         parts = _gradient(problem, value, batch)
         reached = [r or p is not None for r, p in zip(reached, parts, strict=True)]
         dense = [
@@ -84,37 +88,47 @@ def prove(problem: Problem, observe: Observe | None = None) -> Proof:
     theta = parameters.flatten([t.detach() for t in parameters.tensors]).double()
     return Proof(
         loss=loss + 0.5 * decay * float(theta @ theta),
-        accuracy=correct / possible if possible and explained else None,
+        accuracy=correct / possible if possible and hidden is None else None,
         gradient=gradient + decay * theta,
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
-        explained=explained,
+        hidden_outputs=hidden,
     )
 
 
-@torch.no_grad()
-def _read_outputs(problem: Problem, batch: WeightedBatch) -> tuple[float, float, float | None]:
-    """Right and possible predictions, and the mean of a loss that the model computes itself.
+@dataclass(frozen=True)
+class _Seen:
+    """What a batch's outputs show: right and possible predictions, and what a claim comes to.
 
-    Labels are checked here, before the loss reads them.
+    ``mean`` is what a loss which is claimed to be a function of the outputs makes of them.
     """
+
+    right: float = 0.0
+    of: float = 0.0
+    mean: float | None = None
+    hidden: str | None = None
+
+
+def _read_outputs(problem: Problem, batch: WeightedBatch) -> _Seen:
+    """Labels are checked here, before the loss reads them."""
     loss = problem.loss
-    if not loss.exposes_outputs:
-        return 0.0, 0.0, None
-    outputs = problem.outputs(batch.data)
+    if loss.hidden is not None:
+        return _Seen()
+    try:
+        outputs = problem.fixed_outputs(batch.data)
+    except HiddenOutputsError as error:
+        return _Seen(hidden=error.got)
     loss.check(outputs, batch.data)
-    right, of = loss.correct(outputs, batch.data) or (0.0, 0.0)
-    expected = float(loss.mean(outputs, batch.data)) if loss.computed_by_model else None
-    return float(right), float(of), expected
+    with torch.no_grad():
+        right, of = loss.correct(outputs, batch.data) or (0.0, 0.0)
+        mean = float(loss.mean(outputs, batch.data)) if loss.is_claim else None
+    return _Seen(float(right), float(of), mean)
 
 
-def _same(value: Tensor, expected: float) -> bool:
-    """Up to rounding of sums of logarithms, which are of order 1 though their mean may be tiny.
-
-    Sums in another order err by a few eps, other functions by percents (auxiliary losses of
-    routers by 1e-3 of 1).
-    """
-    bound = torch.finfo(value.dtype).eps ** 0.6
-    return bool(abs(float(value.detach()) - expected) <= bound * (1 + abs(expected)))
+def _why_another(problem: Problem, value: Tensor, mean: float | None) -> str | None:
+    """Why a loss is not what was made of its outputs; None where it is."""
+    if mean is None or same_mean(value, mean):
+        return None
+    return f"the loss {problem.loss.name!r} is not that of the model's outputs alone"
 
 
 def _gradient(problem: Problem, value: Tensor, batch: WeightedBatch) -> tuple[Tensor | None, ...]:

@@ -96,6 +96,7 @@ class ModelSpec(_Table):
 
     factory: str
     kwargs: dict[str, Any] = {}
+    output: str | int | None = None
     training: bool = False
 
     @property

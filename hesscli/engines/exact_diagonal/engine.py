@@ -183,8 +183,7 @@ def columns_of(problem: Problem, factor: MakeFactor = factor_of) -> int:
         UsageError: the loss's output Hessian is not known.
     """
     example = problem.sample(1)
-    with torch.no_grad():
-        outputs = problem.outputs(example.data)
+    outputs = problem.fixed_outputs(example.data)
     problem.loss.check(outputs, example.data)
     return factor(problem.loss, outputs, example.data).num_columns
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from hesscli.engines.exact_diagonal.generic import Generic
@@ -73,8 +72,7 @@ class SquaredJacobian:
 
     def _verify(self, batch: WeightedBatch) -> None:
         """Take modules as they are, else as shared by all examples, else by the generic path."""
-        with torch.no_grad():
-            plain = self.problem.outputs(batch.data)
+        plain = self.problem.fixed_outputs(batch.data)
         live = Pass(self, batch)
         while wrong := live.wrong_modules():
             for module, in_rows in wrong.items():

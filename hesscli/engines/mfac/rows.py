@@ -163,8 +163,7 @@ class Rows:
         """Gradients of some of a batch's examples, each pulled back from its outputs."""
         data, problem = rows_of_batch(batch.data, start, stop), self.problem
         part = WeightedBatch(batch.index, data, batch.weight, stop - start)
-        with torch.no_grad():
-            outputs = problem.outputs(data)
+        outputs = problem.fixed_outputs(data)
         stream = streams.key(_DRAWS, self.seed, batch.index, draw)
         column = self._factor(outputs, data).draw(stream, start)
         column = column * (problem.data.count / problem.total_weight) ** 0.5
