@@ -105,7 +105,7 @@ def diagonal(
         hesscli_version=hesscli.__version__,
         warnings=(*problem.warnings, *warnings(problem, opening.flight, outcome, tolerance)),
         entries=found.by_name(found.best.values),
-        stderr=found.by_name(found.best.stderr()),
+        stderr=found.by_name(found.best.bars()),
     )
 
 

@@ -37,8 +37,8 @@ class Faced:
 class Found:
     """A diagonal in all its readings.
 
-    ``unbiased`` has the estimator's own values, for what is linear or quadratic in them;
-    ``best`` has them shrunk where that lowers their error, with the error bars of the first.
+    ``unbiased`` has the estimator's own values, for what is linear or quadratic in them; in
+    ``best`` what was probed is shrunk towards the shape of what is known, layer by layer.
     """
 
     problem: Problem
@@ -52,27 +52,26 @@ class Found:
         """The estimator's own entries."""
         return self.outcome.estimator.diagonal(self.problem.sampling_fraction or 1.0)
 
-    @cached_property
+    @property
     def best(self) -> Diagonal:
-        """Entries shrunk where that lowers their error; their bars are those without."""
-        return replace(self.unbiased, values=self._shrunk[0])
+        """Entries shrunk where that lowers their error, with bars that count it."""
+        return self._shrunk[0]
 
     @cached_property
-    def _shrunk(self) -> tuple[Tensor, tuple[float, ...] | None]:
-        """Entries, and what was kept of each layer's noisy part."""
+    def _shrunk(self) -> tuple[Diagonal, tuple[float, ...] | None]:
+        """The entries, and what was kept of each layer's noisy part."""
         found, estimator = self.unbiased, self.outcome.estimator
         probed = estimator.probed_diagonal(self.problem.sampling_fraction or 1.0)
-        if probed is None or probed.noise is None:
-            return found.values, None
         known = estimator.known_diagonal()
-        values, kept = found.values.clone(), []
+        if probed is None or probed.noise is None or known is None:
+            return found, None
+        moved, kept = torch.zeros_like(found.values), []
         for _, place in self._slices():
-            part = probed.part(place)
-            prior = torch.ones_like(part.values) if known is None else known[place]
-            pulled, share = shrunk(part, prior)
-            values[place] = pulled if known is None else prior + pulled
+            part, share = shrunk(probed.part(place), known[place])
+            if part.moved is not None:
+                moved[place] = part.moved
             kept.append(share)
-        return values, tuple(kept)
+        return replace(found, values=found.values + moved, moved=moved), tuple(kept)
 
     def report(self) -> DiagonalReport:
         """Of the whole diagonal."""

@@ -193,7 +193,7 @@ def _largest(
     places = np.flatnonzero((values >= sizes[-1]) | (values <= -sizes[-1]))
     places = places[np.argsort(-np.abs(values[places]), kind="stable")][: len(sizes)]
     chosen = diagonal.part(torch.from_numpy(places))
-    stderr = chosen.stderr().numpy() + shift
+    stderr = chosen.bars().numpy() + shift
     starts = np.cumsum([0, *(math.prod(p.shape) for p in parameters)])
     found = []
     for place, value, error in zip(places, chosen.values, stderr, strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.engines.quadratic import SquaredNorm, student
+from hesscli.engines.quadratic import SquaredNorm, student, student_scale
 
 _AT_ONCE = 1 << 20
 """Entries of replicates that are in float64 at a time."""
@@ -27,23 +27,42 @@ class Diagonal:
             uncorrelated draws of mean zero, whose covariance is an unbiased estimate of the
             error's. None where the values are exact.
         freedom: degrees of freedom of a variance estimated from the replicates, at most G.
+        moved: how far each entry was moved from its unbiased value ``(d,)``, None for not at all.
     """
 
     values: Tensor
     noise: Tensor | None
     freedom: float
+    moved: Tensor | None = None
 
     def part(self, entries: slice | Tensor) -> Diagonal:
         """Some entries alone: a slice (as views), or their places."""
         noise = None if self.noise is None else self.noise[:, entries]
-        return Diagonal(self.values[entries], noise, self.freedom)
+        moved = None if self.moved is None else self.moved[entries]
+        return Diagonal(self.values[entries], noise, self.freedom, moved)
 
-    def stderr(self) -> Tensor:
-        """Standard error of each entry, ``(d,)`` float64: root mean square over replicates."""
+    def variance(self) -> Tensor:
+        """Of each unbiased entry, ``(d,)`` float64: the mean square over replicates."""
         total = torch.zeros_like(self.values)
         for errors in self._errors():
             total += errors.square_().sum(0)
-        return total.div_(1 if self.noise is None else len(self.noise)).sqrt_()
+        return total.div_(1 if self.noise is None else len(self.noise))
+
+    def stderr(self) -> Tensor:
+        """Standard error of each unbiased entry, ``(d,)`` float64."""
+        return self.variance().sqrt_()
+
+    def bars(self) -> Tensor:
+        """Standard error of each entry, scaled so that ±1.96 of it covers 95%, ``(d,)`` float64.
+
+        By Student's quantile, since the variance is estimated; what was moved is in it too.
+        """
+        variance = self.variance()
+        if self.noise is not None:
+            variance *= student_scale(self.freedom) ** 2
+        if self.moved is not None:
+            variance += self.moved.square()
+        return variance.sqrt_()
 
     def squared_norm(self, linear: Callable[[Tensor], Tensor] = lambda v: v) -> SquaredNorm:
         """‖L t‖² of the true diagonal t, for a linear map of ``(…, d)``, default 1."""

@@ -153,10 +153,10 @@ class Estimator:
         return self.entries.diagonal(self._parts(self._sources, fraction), self.decay)
 
     def known_diagonal(self) -> Tensor | None:
-        """The entries of the part that has no probes, weight decay included."""
+        """The entries of the part that has no probes, without weight decay."""
         if self.gauss_newton is None or self.entries is None:
             return None
-        return self.entries.diagonal(self._parts([self.gauss_newton], 1.0), self.decay).values
+        return self.entries.diagonal(self._parts([self.gauss_newton], 1.0), 0.0).values
 
     def probed_diagonal(self, fraction: float) -> Diagonal | None:
         """The entries of the part that is probed, without weight decay."""

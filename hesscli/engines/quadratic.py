@@ -12,14 +12,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 Array = NDArray[np.float64]
+
+_UPPER = 0.975
 
 
 def student(freedom: float, replicates: int, tail: float) -> float:
     """Student's quantile; a variance around the mean of G replicates knows G − 1 at most."""
     return float(stdtrit(min(freedom, replicates - 1), 1 - tail))
+
+
+def student_scale(freedom: float) -> float:
+    """What makes a standard error of so many degrees of freedom cover 95% within ±1.96 of it."""
+    return float(stdtrit(freedom, _UPPER) / ndtri(_UPPER)) if math.isfinite(freedom) else 1.0
 
 
 @dataclass(frozen=True)

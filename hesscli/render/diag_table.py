@@ -76,7 +76,7 @@ def _diagonal_lines(result: DiagResult) -> tuple[Text, Facts]:
     details = [f"{words.percent(report.negative_fraction)} of {entries} entries negative"]
     if report.shrinkage:
         least, most = map(words.percent, (min(report.shrinkage), max(report.shrinkage)))
-        details.append(f"shrunk: {least} to {most} of the noisy part kept")
+        details.append(f"shrunk: {least} to {most} of the noisy part kept, bars conservative")
     return line, facts(details, indent=2, style="dim")
 
 

@@ -94,8 +94,8 @@ class DiagonalReport:
 
     ``relative_error`` is the expected ‖error‖ / ‖diag‖ with noise taken out of the norm,
     ``relative_error_bound`` what it stays below with probability ``confidence``; None where noise
-    hides the diagonal. ``shrinkage``
-    says for each layer how much of the noisy part was kept, None where nothing was shrunk.
+    hides the diagonal. ``shrinkage`` says for each layer how much of the noisy part was kept, None
+    where nothing was shrunk; where it was, the entries' own bars are conservative.
     """
 
     norm: float
@@ -142,7 +142,9 @@ class DiagonalRun(DiagResult):
     """A :class:`DiagResult` with its arrays, which files hold and documents do not.
 
     ``entries`` and ``stderr`` map each parameter's name to a numpy array of its shape; entries
-    are shrunk where that lowers their error, their standard errors are those without shrinkage.
+    are shrunk where that lowers their error, and their standard errors count how far. ±1.96
+    standard errors cover 95%, however few the draws they were estimated from; or more, where
+    entries were shrunk.
     """
 
     entries: dict[str, Any] = field(repr=False, metadata={"document": False})
