@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from hesscli.engines.diagonal import Diagonal
-
 
 _FURTHEST = 5.0
 """Standard errors that an entry may be moved by."""
