@@ -34,7 +34,10 @@ def resident() -> int:
 def test_errors_are_within_what_is_reported(
     shape: tuple[int, int], kind: str, damping: float
 ) -> None:
-    """While the window fills, when it is full, and after each of its rows was replaced."""
+    """While the window fills, when it is full, and after each of its rows was replaced.
+
+    Digits are left as well, unless κ² 2^-53 > 1: then what is measured of rounding is rounding.
+    """
     count, size = shape
     rows = rows_of(kind, 2 * count + 5, size)
     unit = float(rows.square().sum(1).mean() / size)
@@ -56,7 +59,7 @@ def test_errors_are_within_what_is_reported(
         ):
             error = distance(solution.vector, truth.solve(right))
             assert error <= solution.error + truth.condition * 2.0**-60
-            assert solution.error < 0.02
+            assert solution.error < 0.02 or truth.condition > 2.0**26.5
 
 
 def test_no_drift_and_no_growth() -> None:

@@ -11,21 +11,16 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.mfac.factor import (
-    SAFETY,
     Factor,
     NotPositiveError,
     factorised,
     inverse_lower,
     too_little,
-    unit,
 )
-from hesscli.engines.mfac.gram import Gram, panels
-from hesscli.engines.mfac.system import Solved, System, is_enough
+from hesscli.engines.mfac.gram import PANEL, Gram, panels
+from hesscli.engines.mfac.system import ENOUGH, Solved, System, is_enough
 from hesscli.engines.mfac.window import GradientWindow
-
-_OWN = 1e-4
-"""Of a row's squared length, what must be its own for a float32 Gram matrix: with less of it,
-rounding is too large a part of what tells rows apart."""
+from hesscli.engines.rounding import of_sum, unit
 
 
 class DualBlock:
@@ -136,13 +131,14 @@ class DualBlock:
 
         With ρ and σ the largest eigenvalues of D A⁻¹ D and D⁻¹ A D⁻¹: an error of u D_i D_j in A
         changes g ᵀA⁻¹g by u ‖DA⁻¹g‖² ≤ u ρ ‖v‖², and one of u |L⁻¹||g| in v by
-        2u √ρ ‖D⁻¹g‖ ‖v‖ ≤ 2u √(ρσ) ‖v‖².
+        2u √ρ ‖D⁻¹g‖ ‖v‖ ≤ 2u √(ρσ) ‖v‖². Squares are summed over a panel of rows.
         """
         scaled = self.factor.lower / self.factor.scales[:, None]
         values = torch.linalg.eigvalsh(scaled @ scaled.T)
         least, most = values[[0, -1]].clamp_min(unit(torch.float64)).tolist()
-        u_matrix = unit(self.gram.dtype) + math.sqrt(self.gram.count) * unit(torch.float64)
-        return float(SAFETY * (u_matrix / least + 2 * unit(self.dtype) * math.sqrt(most / least)))
+        u_matrix = self.gram.rounding + self.factor.rounding
+        u_sum, u_square = (of_sum(n + 1, self.dtype) for n in (self.gram.count, PANEL))
+        return float(u_matrix / least + 2 * u_sum * math.sqrt(most / least) + u_square)
 
     def _with_digits(self, attempt: Callable[[System], Solved]) -> Solved:
         """What an attempt finds; in float64 where that is needed, and may be done."""
@@ -155,7 +151,8 @@ class DualBlock:
         return DualBlock(self.window, self.columns, self.damping, True, self._grams).system
 
     def _factorised(self) -> tuple[Gram, Factor]:
-        """GGᵀ and the factor of A; in float64 where float32 tells rows apart too badly.
+        """GGᵀ and the factor of A; in float64 where rounding in float32 is more than a hundredth
+        of what some row has of its own, which is all that tells it from the others.
 
         Raises:
             UnsoundError: λ is too small for either.
@@ -163,7 +160,8 @@ class DualBlock:
         if self.precise is None and True not in self._grams:
             with suppress(NotPositiveError):
                 gram, factor = self._attempt(exact=False)
-                if float((factor.lower.diagonal() / factor.scales).square().min()) > _OWN:
+                own = float((factor.lower.diagonal() / factor.scales).square().min())
+                if gram.rounding <= ENOUGH * own:
                     return gram, factor
         try:
             return self._attempt(exact=self.precise is not False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hesscli.engines.mfac.window import GradientWindow
+from hesscli.engines.mfac.window import GradientWindow, inner_rounding
 
 PANEL = 256
 """Rows of a triangular matrix that are multiplied at once, up to the diagonal only."""
@@ -17,8 +17,9 @@ class Gram:
     """The matrix GGᵀ in float64, kept up as rows of the window are replaced.
 
     Products are made in float32 within a tile of columns and summed in float64 over tiles,
-    which leaves errors of 1e-8 to 1e-6 of ‖g_i‖‖g_j‖, however long the rows are: most where
-    all terms of a sum have one sign. Or all are made in float64.
+    which leaves errors of 1e-8 to 4e-6 of ‖g_i‖‖g_j‖, however long the rows are: most where
+    all terms of a sum have one sign and a processor adds them one by one. Or all are made in
+    float64.
 
     Args:
         window: whose rows.
@@ -49,6 +50,11 @@ class Gram:
     def dtype(self) -> torch.dtype:
         """Of the products within a tile."""
         return torch.float64 if self.exact else torch.float32
+
+    @property
+    def rounding(self) -> float:
+        """Bound of an entry's error, beside ‖g_i‖‖g_j‖."""
+        return inner_rounding(self.columns.stop - self.columns.start, self.dtype)
 
     def refresh(self) -> None:
         """Make all of it from the rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -10,16 +9,15 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.mfac.factor import (
-    SAFETY,
     Factor,
     NotPositiveError,
     factorised,
     inverse_lower,
     too_little,
-    unit,
 )
 from hesscli.engines.mfac.system import Solved
 from hesscli.engines.mfac.window import TILE, GradientWindow
+from hesscli.engines.rounding import of_sum
 
 _CHUNK = 2**22
 """Numbers in a chunk of matrices on which work is done at once."""
@@ -56,7 +54,7 @@ class PrimalRun:
             self.factor = factorised(A)
         except NotPositiveError as error:
             raise too_little(damping, error.missing) from error
-        self._u = SAFETY * math.sqrt(block) * unit(torch.float64)
+        self._u = of_sum(window.count + 1, torch.float64) + self.factor.rounding
 
     @property
     def table_nbytes(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from hesscli.engines.mfac.factor import SAFETY, Factor, unit
+from hesscli.engines.mfac.factor import Factor
 from hesscli.engines.mfac.gram import Gram
+from hesscli.engines.mfac.window import inner_rounding
+from hesscli.engines.rounding import of_sum, unit
 
 Solved = tuple[Tensor, Tensor]
 """Y ``(k, size)`` in float64, and bounds ``(k,)`` of the lengths of its rows' errors."""
@@ -30,10 +30,11 @@ class System:
     rows takes one, y = n Gᵀ A⁻¹ a, in which nothing cancels and nothing is divided by λ.
 
     Errors are bounded from what rounding does: an error of u ‖g_i‖‖x‖ in each entry of Gx, one
-    of u D_i D_j in those of A with D² its diagonal, and u ‖Dc‖ in the sum Gᵀc. The first two
-    come through Gᵀ A⁻¹ D, whose size τ is measured with vectors of signs; what they do to y is then
-    ‖x‖ τ + ‖Dc‖ (τ + 1), over λ or times n. That is to first order; the rest is a geometric
-    series in u ‖D A⁻¹ D‖, and where this is not below 1 nothing is known.
+    of u D_i D_j in those of A with D² its diagonal, and u ‖Dc‖₁ in the sum Gᵀc, each u from the
+    number of terms. The first two come through Gᵀ A⁻¹ D, whose size τ is measured with vectors
+    of signs; what they do to y is then ‖x‖ τ + ‖Dc‖ τ + ‖Dc‖₁, over λ or times n. That is to
+    first order; the rest is a geometric series in u ‖D A⁻¹ D‖, and where this is not below 1
+    nothing is known.
 
     Args:
         gram: GGᵀ, of the window and columns to work on.
@@ -44,11 +45,12 @@ class System:
 
     def __init__(self, gram: Gram, factor: Factor, damping: float, dtype: torch.dtype) -> None:
         self.gram, self.factor, self.damping, self.dtype = gram, factor, damping, dtype
-        self._u = SAFETY * unit(dtype)
+        self._u_inner = inner_rounding(gram.columns.stop - gram.columns.start, dtype)
+        self._u_sum = of_sum(gram.count + 1, dtype)
         errors = factor.solved_errors()
         squared = (errors * (gram.matrix @ errors)).sum(0).amax()
         self._spread = squared.clamp_min(0).sqrt()
-        u_matrix = SAFETY * (unit(gram.dtype) + math.sqrt(gram.count) * unit(torch.float64))
+        u_matrix = gram.rounding + factor.rounding
         share = u_matrix * torch.linalg.vector_norm(errors * factor.scales[:, None], dim=0).amax()
         self._u_matrix = u_matrix / (1 - share).clamp_min(0)
 
@@ -59,9 +61,7 @@ class System:
         units = rights / sizes.clamp_min(_TINY)  # so that squares fit into float32
         coefficients = self.factor.solve(window.project(units, columns, self.dtype).T).T
         inside = self._combined(coefficients)
-        weight = self._weight(coefficients)
-        off = self._u * (self._spread + weight) + self._u_matrix * weight * self._spread
-        off = off + 2 * unit(torch.float64)
+        off = self._u_inner * self._spread + self._off(coefficients) + 2 * unit(torch.float64)
         scale = sizes / self.damping
         return (units - inside) * scale, off * scale[:, 0]
 
@@ -69,16 +69,15 @@ class System:
         """Y for X = Gᵀa, of amounts ``(k, n)``, and bounds ``(k,)`` of their errors."""
         count = self.gram.count
         coefficients = self.factor.solve(amounts.T).T
-        weight = self._weight(coefficients)
-        off = count * weight * (self._u + self._u_matrix * self._spread)
-        return count * self._combined(coefficients), off
+        return count * self._combined(coefficients), count * self._off(coefficients)
 
     def _combined(self, coefficients: Tensor) -> Tensor:
         scale = coefficients.abs().amax(dim=1, keepdim=True).clamp_min(_TINY)
         sums = self.gram.window.combine(coefficients / scale, self.gram.columns, self.dtype)
         return sums.mul_(scale)
 
-    def _weight(self, coefficients: Tensor) -> Tensor:
-        """‖Dc‖ of each row."""
-        weight: Tensor = torch.linalg.vector_norm(coefficients * self.factor.scales, dim=1)
-        return weight
+    def _off(self, coefficients: Tensor) -> Tensor:
+        """Bounds ``(k,)`` of what errors in A and in the sums do to Gᵀc."""
+        scaled = coefficients * self.factor.scales
+        weights = torch.linalg.vector_norm(scaled, dim=1)
+        return self._u_matrix * weights * self._spread + self._u_sum * scaled.abs().sum(1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hesscli import storage
 from hesscli.engines.memory import require_room
+from hesscli.engines.rounding import of_sum
 from hesscli.errors import UnsoundError, UsageError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -268,6 +269,17 @@ class GradientWindow:
         """Of a file: keep none of its pages in the process's memory; the system may."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)  # shared: the file keeps what was written
+
+
+def inner_rounding(size: int, dtype: torch.dtype) -> float:
+    """Bound of the error of gᵀx beside ‖g‖‖x‖, for a row g and x of any dtype.
+
+    Args:
+        size: entries of each.
+        dtype: of the products within a tile, and of their sum; tiles are summed in float64.
+    """
+    tiles = -(-size // TILE)
+    return of_sum(min(size, TILE) + 1, dtype) + of_sum(tiles, torch.float64)
 
 
 def _times(matrix: Tensor, columns: Tensor) -> Tensor:
