@@ -139,19 +139,23 @@ def test_quadrature_is_exact_for_polynomials(steps: int) -> None:
 
 
 def test_quadrature_is_of_the_start_vector_alone() -> None:
-    """Four eigenvalues: the start vector reaches four directions, the rest comes after breakdowns.
+    """What else there is of an eigenvalue comes after breakdowns, or after steps of rounding alone.
 
-    vᵀ f(A) v is Σ f(λ) ‖v's part in λ's space‖², which is known, for any function.
+    vᵀ f(A) v is Σ f(λ) ‖v's part in λ's space‖², which is known, for any function. An error E of
+    A turns an eigenspace by ‖E‖ / gap (Davis & Kahan), and a part changes by twice that.
     """
     spectrum = SPECTRA["repeated"]
     lanczos = run(with_spectrum(spectrum), SIZE)
     ritz = lanczos.ritz()
     parts = np.square(hadamard(SIZE) @ lanczos.basis[0].numpy()) / SIZE
+    turned = 2 * MATVEC * np.abs(spectrum).max()  # the smallest gap is 1
+    for value in np.unique(spectrum):
+        near = np.abs(ritz.values - value) <= ritz.residuals
+        assert abs(ritz.weights[near].sum() - parts[spectrum == value].sum()) <= turned, value
     for function in (np.exp, np.cos, np.abs):
         expected = parts @ function(spectrum)
         found = ritz.weights @ function(ritz.values)
-        assert abs(found - expected) < 1e-12 * np.abs(function(spectrum)).max()
-    assert (ritz.weights > 0).sum() == 4
+        assert abs(found - expected) <= 4 * turned * np.abs(function(spectrum)).max()
 
 
 def test_outliers_are_found_long_before_the_end() -> None:
@@ -171,7 +175,7 @@ def test_ritz_vectors_are_orthonormal_and_chosen_as_asked() -> None:
     assert every.shape == (20, SIZE)
     assert (every @ every.T - torch.eye(20)).abs().max() < 1e-12
     ends = lanczos.vectors(ritz, [0, -1])
-    assert torch.equal(ends, every[[0, -1]])
+    torch.testing.assert_close(ends, every[[0, -1]], rtol=0, atol=20 * EPS)  # sums of 20 terms
     quotients = ((ends @ matrix) * ends).sum(1).numpy()
     np.testing.assert_allclose(quotients, ritz.values[[0, -1]], rtol=MATVEC)
 
