@@ -5,7 +5,8 @@ since products are rounded. How far the two may have come apart is kept count of
 recursion's may be nothing else, the true residual is computed and takes its place (residual
 replacement: van der Vorst & Ye 2000, "Residual replacement strategies for Krylov subspace
 iterative methods for the convergence of true residuals"), and where that does not help any more
-the solve ends.
+the solve ends. How much rounding is in a product with y is measured by another one with ¾y, which
+is rounded otherwise; a residual of which it makes half is as small as it gets.
 
 Each direction is made conjugate to the last by its own product, and each step minimises along it:
 both stay true of a preconditioner that is itself rounded (flexible conjugate gradients).
@@ -32,6 +33,9 @@ _PATIENCE = 10
 _IN_VAIN = 100
 """Steps without a gain, beside as many as there were up to it, after which a solve is held up."""
 
+_OTHERWISE = 0.75
+"""A multiple of a vector that has other digits."""
+
 _POWERS = 4
 """Products that go into ‖A‖, beside whose rounding a curvature must be negative."""
 
@@ -43,7 +47,8 @@ class _State:
     ``left`` is the residual vector of ``point`` as the recursion has it and ``residual`` its
     relative norm. ``since`` counts the steps since it was computed anew, ``reach`` is ‖y‖ then
     plus Σ‖change of y‖ since, and ``floor`` the last that was a gain, after ``gained`` steps.
-    ``image`` is A·direction over direction·A·direction; ``largest`` the largest ‖Ap‖/‖p‖.
+    ``image`` is A·direction over direction·A·direction; ``largest`` the largest ‖Ap‖/‖p‖;
+    ``noise`` the size of rounding in Ay, measured when a residual is first computed anew.
     """
 
     point: Tensor
@@ -58,6 +63,7 @@ class _State:
     gained: int = 0
     since: int = 0
     largest: float = 0.0
+    noise: float | None = None
     direction: Tensor | None = None
     image: Tensor | None = None
     negative_curvature: float | None = None
@@ -66,7 +72,8 @@ class _State:
 class ConjugateGradients:
     """The solution y of Ay = x with a fixed symmetric matrix, one product a step.
 
-    Only the step that meets negative curvature makes a few more, to make sure of it.
+    Only the step that meets negative curvature makes a few more, to make sure of it, and the
+    first that computes a residual anew one more, to measure its rounding.
 
     Args:
         product: A, damping included: ``(d,)`` to ``(d,)``. What it returns may be float32.
@@ -210,8 +217,9 @@ class ConjugateGradients:
         left = self._left_by(state.point)
         size, off, reach = _norms(left, left - state.left, state.point)
         residual, apart = self._relative(size), off / self._size
-        after = replace(state, left=left, residual=residual, since=0, reach=reach)
-        if residual == 0:
+        noise = self._noise(state.point, left) if state.noise is None else state.noise
+        after = replace(state, left=left, residual=residual, since=0, reach=reach, noise=noise)
+        if size <= 2 * noise:
             after = replace(after, ended=True)
         elif residual <= _GAIN * state.floor:
             after = replace(after, floor=residual, gained=state.iterations)
@@ -234,6 +242,12 @@ class ConjugateGradients:
         for _ in range(_POWERS):
             vector = self._image(vector / torch.linalg.vector_norm(vector))
         return _norms(vector)[0]
+
+    def _noise(self, point: Tensor, left: Tensor) -> float:
+        """‖what rounding does to A y, twice‖, of y with x − Ay ``left``."""
+        again = self._image(_OTHERWISE * point) / _OTHERWISE
+        (size,) = _norms(again - (self._right - left))
+        return size
 
     def _image(self, vector: Tensor) -> Tensor:
         return self._product(vector).to(torch.float64)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hesscli import streams
+from hesscli.engines.rounding import of_sum
 from hesscli.errors import UnsoundError
 
 Array = NDArray[np.float64]
@@ -54,7 +55,8 @@ class Lanczos:
         product: ``(d,)`` to ``(d,)``; called once for each vector of the basis, in order.
         size: d.
         seed: of the start vector, which is uniform on the sphere.
-        dtype: in which the product computes: its rounding is part of every residual.
+        dtype: in which the product computes: its rounding is part of every residual, as is that
+            of sums over the basis' entries.
         device: of the vectors; default the CPU.
         reserve: steps to make room for at first; where there are more, room doubles.
 
@@ -73,7 +75,7 @@ class Lanczos:
     ) -> None:
         self.size, self.seed = size, seed
         self._product = product
-        self._unit = ROUNDING * torch.finfo(dtype).eps
+        self._unit = ROUNDING * torch.finfo(dtype).eps + of_sum(size, torch.float64)
         self._rows = torch.empty(min(reserve, size), size, dtype=torch.float64, device=device)
         self._starts: list[int] = []
         self._diagonal: list[float] = []
@@ -129,7 +131,8 @@ class Lanczos:
 
         A Ritz pair's residual has length β|s|, with β what was left at its segment's end and s
         its vector's last coordinate there; the product's own error comes on top. That error
-        shows where it breaks symmetry, and is taken as ``ROUNDING`` · eps besides.
+        shows where it breaks symmetry, and is taken as ``ROUNDING`` · eps besides; inner
+        products with the basis have d terms.
         """
         rounding = self._asymmetry + self._unit * self._largest
         values, residuals, weights = (np.empty(self.count) for _ in range(3))
