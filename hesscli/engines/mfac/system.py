@@ -80,4 +80,5 @@ class System:
         """Bounds ``(k,)`` of what errors in A and in the sums do to Gᵀc."""
         scaled = coefficients * self.factor.scales
         weights = torch.linalg.vector_norm(scaled, dim=1)
-        return self._u_matrix * weights * self._spread + self._u_sum * scaled.abs().sum(1)
+        off: Tensor = self._u_matrix * self._spread * weights
+        return off + self._u_sum * scaled.abs().sum(1)
