@@ -90,7 +90,7 @@ class Estimation:
         self.relative_rounding, self.rethink = relative_rounding, rethink
         self._looks = 0
         self._turn: str | None = None
-        self._left: tuple[Estimator, Reading] | None = None
+        self._left: tuple[Estimator, float] | None = None
         self._shown: Reading | None = None
         self._shown_at = -math.inf
         self._start = estimator.products
@@ -120,8 +120,8 @@ class Estimation:
             miss = miss_probability(self.miss, self._looks + 1)
             stopped = self._extend(probes, miss)
             if stopped is not None and self._left is not None and self.estimator.coverage() < 1:
-                self.estimator, reading = self._left  # what was known before says more
-                return self._outcome(stopped, reading, self._looks)
+                self.estimator, miss = self._left  # what was known before says more
+                return self._outcome(stopped, self._read(miss), self._looks)
             self._looks += 1
             reading = self._read(miss)
             status = stopped or self._settled(reading)
@@ -145,7 +145,7 @@ class Estimation:
         self.rethink = None
         if better is None:
             return False
-        self._left = self.estimator, reading
+        self._left = self.estimator, reading.miss
         self.estimator, self._turn = better
         return True
 

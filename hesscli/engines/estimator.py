@@ -113,28 +113,34 @@ class Estimator:
             found = self.entries.diagonal(self._parts([source], 1.0), 0.0)
             return found.squared_norm().bias * source.count
         weights = [self.problem.masses[i] for i in source.seen]
-        table = reduce_table([source.cells[i] for i in source.seen], weights, "fresh")
+        table = reduce_table(source.aligned(source.seen), weights, "fresh")
         return float(table.within.value[-1]) * source.count
 
     def table(self) -> Table | None:
-        """What the sources say together of the batches that all of them have seen."""
+        """What the sources say together: of the batches that are probed, and of all that are known.
+
+        Where entries are kept, both rest on the same draws: those of complete rounds.
+        """
         seen = self._seen()
         if len(seen) < min(2, len(self.indices)):
             return None
-        masses = [self.problem.masses[i] for i in seen]
-        known = None if self.gauss_newton is None else [self.gauss_newton.cells[i] for i in seen]
+        known, masses = self.gauss_newton, self.problem.masses
+        if known is not None:
+            seen = [*seen, *(i for i in known.seen if i not in set(seen))]
+        added = None if known is None else known.aligned(seen)
         if self.probes is not None:
-            return reduce_table(self.probes.aligned(seen), masses, self.sharing, known)
-        assert known is not None  # or there is no source
-        return reduce_table([0 * rows[:1] for rows in known], masses, "fresh", known)
+            cells = self.probes.aligned(self._seen())
+        else:
+            assert added is not None  # or there is no source
+            cells = [0 * rows[:1] for rows in added]
+        return reduce_table(cells, [masses[i] for i in seen], self.sharing, added)
 
     def gauss_newton_traces(self) -> Array | None:
         """By layer and in all, weight decay included, over the batches of :meth:`table`."""
-        seen = self._seen()
-        if self.gauss_newton is None or not seen:
+        if self.gauss_newton is None or not (seen := self.gauss_newton.seen):
             return None
         masses = np.array([self.problem.masses[i] for i in seen])
-        means = np.stack([self.gauss_newton.cells[i].mean(0) for i in seen])
+        means = np.stack([rows.mean(0) for rows in self.gauss_newton.aligned(seen)])
         return np.asarray(masses @ means / masses.sum() + self.decay_traces())
 
     def decay_traces(self) -> Array:
@@ -174,7 +180,7 @@ class Estimator:
         ]
 
     def coverage(self) -> float:
-        """Share of the kept examples in the batches that :meth:`table` rests on."""
+        """Share of the kept examples in the batches that every source has seen."""
         return self._share(self._seen())
 
     def _share(self, batches: Sequence[int]) -> float:

@@ -8,7 +8,7 @@ columns, whatever the number of parameters. A random column in their place is un
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -111,6 +111,14 @@ class ExactDiagonal:
     def seen(self) -> list[int]:
         """Batches that are complete; random columns need two for their error bar."""
         return [i for i in self.indices if len(self.cells[i]) >= (2 if self.sampled else 1)]
+
+    def aligned(self, indices: Sequence[int]) -> list[Array]:
+        """The cells of some batches, of equal length where entries are kept.
+
+        Entries know nothing of a round that is not complete but is not the first.
+        """
+        common = None if self.stream is None else self.count
+        return [self.cells[i][:common] for i in indices]
 
     def extend(self, draws: int = 1) -> Iterator[None]:
         """Bring every batch to so many random columns, or to its exact diagonal.

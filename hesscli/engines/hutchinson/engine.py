@@ -133,7 +133,10 @@ class Hutchinson:
         return [s for s in (self.stream, self.design.stream) if s is not None]
 
     def aligned(self, indices: Sequence[int]) -> list[Array]:
-        """The cells of some batches, of equal length where probes are shared."""
-        cells = [self.cells[i] for i in indices]
-        common = min(len(cell) for cell in cells) if self.sharing == "shared" else None
-        return [cell[:common] for cell in cells]
+        """The cells of some batches: of equal length where probes are shared or entries kept.
+
+        Entries know nothing of a round that is not complete but is not the first.
+        """
+        together = self.sharing == "shared" or self.stream is not None
+        common = self.count if together else None
+        return [self.cells[i][:common] for i in indices]

@@ -37,6 +37,9 @@ class Table:
     ``probe`` is the variance that more probes shrink, ``label`` the one that more drawn columns
     of the output Hessian shrink; ``within`` is their sum. ``between`` is the variance of the
     batch means, None for a single batch, which holds a part ``overlap`` of noise from within.
+    ``probed`` is the share of the batches that has probes, and ``between_probed`` and
+    ``overlap_probed`` are of what is probed alone: they matter where the rest is known of more
+    batches.
     """
 
     estimate: Array
@@ -46,27 +49,37 @@ class Table:
     within: MeanSquare
     between: MeanSquare | None
     overlap: MeanSquare
+    probed: float
+    between_probed: MeanSquare | None
+    overlap_probed: MeanSquare
 
     @property
     def data_variance(self) -> Array | None:
         """Variance that more examples shrink, without the finite-population factor."""
-        if self.between is None:
+        if self.between is None or self.between_probed is None:
             return None
-        return np.maximum(self.between.value - self.overlap.value, 0.0)
+        known = self.probed * (self.between.value - self.overlap.value)
+        rest = (1 - self.probed) * (self.between_probed.value - self.overlap_probed.value)
+        return np.maximum(known + rest, 0.0)
 
     def variance(self, fraction: float) -> MeanSquare:
-        """Variance of the estimate when the examples are a share ``fraction`` of all.
+        """Variance of the estimate when the probed examples are a share ``fraction`` of all.
 
         within + (1 − f)(between − overlap). At f = 1 only noise from within is left; f = 0 is
-        the variance for unseen examples.
+        the variance for unseen examples. Where a share p of the batches is probed and the rest
+        of the matrix known of all of them, the batches are a sample and the probed ones a sample
+        of it (double sampling: Cochran 1977, chapter 12): the first share, p − f, has the whole's
+        differences between batches, and the second, 1 − p, those of what is probed.
         """
-        if self.between is None or fraction == 1:
+        if self.between is None or self.between_probed is None or fraction == 1:
             return self.within
-        if self.overlap is self.within:
-            parts = [(fraction, self.within), (1 - fraction, self.between)]
+        sampled = max(self.probed - fraction, 0.0)
+        if self.overlap is self.within and self.probed == 1:
+            parts = [(fraction, self.within), (sampled, self.between)]
         else:
-            sampled = 1 - fraction
             parts = [(1.0, self.within), (sampled, self.between), (-sampled, self.overlap)]
+        if (second := 1 - self.probed) > 0:
+            parts += [(second, self.between_probed), (-second, self.overlap_probed)]
         total = sum((c * part.value for c, part in parts), np.zeros_like(self.estimate))
         total = np.maximum(total, fraction * self.within.value)
         return MeanSquare(total, _freedom(total, [(c * m.value, m.freedom) for c, m in parts]))
@@ -83,30 +96,51 @@ def reduce_table(
     Args:
         cells: for each batch ``(P_b, C)``: at least two probes, shared ones in equal number, or
             one row that is exact.
-        weights: the batches' shares of the weight mass.
+        weights: the batches' shares of the weight mass, those with probes first.
         sharing: whether batches have probes of their own.
-        added: a second table, of traces without probes: one exact row, or some drawn ones.
+        added: a second table, of traces without probes: one exact row, or some drawn ones, for
+            these batches and as many more as have weights.
     """
-    share = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    count = len(cells)
+    share = np.asarray(weights[:count], dtype=np.float64) / np.sum(weights[:count])
     means = np.stack([cell.mean(0) for cell in cells])
-    size = _root_mean_square(cells, share)
+    estimate, size = share @ means, _root_mean_square(cells, share)
     shared = sharing == "shared" and len(cells[0]) > 1
     within = probe = _shared(cells, share) if shared else _within(cells, share)
-    overlap = _interaction(cells, share) if shared and len(cells) > 1 else probe
-    label = None
+    overlap = _interaction(cells, share) if shared and count > 1 else probe
+    between_probed, overlap_probed = _between(means, share), overlap
+    between, label = between_probed, None
     if added is not None:
-        means = means + np.stack([cell.mean(0) for cell in added])
-        size = size + _root_mean_square(added, share)
+        whole = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+        traces = np.stack([cell.mean(0) for cell in added])
+        estimate = estimate + whole @ traces
+        size = size + _root_mean_square(added, whole)
+        between = _between(means + traces[:count], share)
         if len(added[0]) > 1:
-            label = _within(added, share)
-            within, overlap = _sum(probe, label), _sum(overlap, label)
-            overlap = overlap if shared else within
-    estimate = share @ means
-    between = None
-    if (count := len(cells)) > 1:
-        residual = count * share[:, None] * (means - estimate)
-        between = MeanSquare(np.square(residual).sum(0) / (count * (count - 1)), count - 1)
-    return Table(estimate, size, probe, label, within, between, overlap)
+            label = _within(added, whole)
+            drawn = label if len(added) == count else _within(added[:count], share)
+            within, overlap = _sum(probe, label), _sum(overlap, drawn)
+            overlap = overlap if shared or drawn is not label else within
+    return Table(
+        estimate=estimate,
+        root_mean_square=size,
+        probe=probe,
+        label=label,
+        within=within,
+        between=between,
+        overlap=overlap,
+        probed=float(np.sum(weights[:count]) / np.sum(weights)),
+        between_probed=between_probed,
+        overlap_probed=overlap_probed,
+    )
+
+
+def _between(means: Array, share: Array) -> MeanSquare | None:
+    """Variance of the weighted mean of batches as they differ; None for a single one."""
+    if (count := len(means)) == 1:
+        return None
+    residual = count * share[:, None] * (means - share @ means)
+    return MeanSquare(np.square(residual).sum(0) / (count * (count - 1)), count - 1)
 
 
 def _sum(one: MeanSquare, other: MeanSquare) -> MeanSquare:
