@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, namedtuple
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.utils.data import (
 )
 
 from hesscli.errors import InputError, UsageError
-from hesscli.problem.batches import split_batch, tensors_of
+from hesscli.problem.batches import size_of, split_batch, tensors_of
 from hesscli.problem.data import FrozenData, Selection
 from hesscli.problem.freezing import MIN_GROUPS, freeze
 from hesscli.problem.sources import TensorRows
@@ -34,8 +35,24 @@ from hesscli.results import Snapshot
 ALL = Selection(None)
 
 
-def _freeze(source: Any, selection: Selection = ALL, **options: Any) -> FrozenData:
-    return freeze(source, selection, **{"batch_size": 8, "seed": 0, **options})
+@dataclass
+class Verdict:
+    """Decides beforehand what a trial would find out, and notes what it was shown."""
+
+    separable: bool = True
+    wants_more: bool = True
+    seen: list[int] = field(default_factory=list)
+
+    def see(self, batch: Any, part: Any) -> None:
+        self.seen.append(size_of(batch))
+
+
+def _freeze(
+    source: Any, selection: Selection = ALL, *, whole: bool = False, **options: Any
+) -> FrozenData:
+    """Cut anew, or in ``whole`` batches as they came."""
+    options = {"batch_size": 8, "seed": 0, "trial": Verdict(not whole), **options}
+    return freeze(source, selection, **options)
 
 
 def _numbers(count: int) -> Tensor:
@@ -79,11 +96,14 @@ class Stream(IterableDataset[Tensor]):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_each_index_is_fetched_once_and_frozen(wrapped: bool) -> None:
+def test_indices_are_fetched_once_and_frozen_but_a_few_twice(wrapped: bool) -> None:
     dataset = Augmented(100)
     source: Any = DataLoader(dataset, batch_size=10, shuffle=True) if wrapped else dataset
     data = _freeze(source)
-    assert dataset.fetched == Counter(range(100))
+    assert sorted(dataset.fetched) == list(range(100))
+    assert Counter(dataset.fetched.values()) == {1: 96, 2: 4}
+    assert data.changing  # by the noise that is added
+    assert not _freeze(TensorDataset(_numbers(100))).changing
     assert sorted(_kept(data)) == list(range(100))
     assert all(torch.equal(x[:, 0].long(), y) for x, y in data.batches)
     assert (data.count, data.available, data.sliceable) == (100, 100, True)
@@ -92,7 +112,7 @@ def test_each_index_is_fetched_once_and_frozen(wrapped: bool) -> None:
 def test_a_draw_fetches_only_what_it_keeps() -> None:
     dataset = Augmented(100)
     data = _freeze(dataset, Selection(30))
-    assert set(dataset.fetched.values()) == {1}
+    assert dataset.fetched.total() == 34
     assert sorted(dataset.fetched) == sorted(_kept(data))
     assert (data.count, data.available) == (30, 100)
     assert sorted(_kept(data)) != list(range(30))
@@ -198,17 +218,17 @@ def test_first_stops_reading(whole: bool) -> None:
             read += 1
             yield _numbers(4) + 4 * (read - 1)
 
-    data = _freeze(batches(), Selection(10, first=True), whole_batches=whole)
+    data = _freeze(batches(), Selection(10, first=True), whole=whole)
     assert sorted(_kept(data)) == list(range(12 if whole else 10))
     assert data.available is None
     assert read <= 4
-    ended = _freeze([_numbers(10)], Selection(10, first=True), whole_batches=whole)
+    ended = _freeze([_numbers(10)], Selection(10, first=True), whole=whole)
     assert ended.available == 10
 
 
 def test_whole_batches_are_drawn_as_they_came() -> None:
     batches = [_numbers(4) + 4 * i for i in range(20)]
-    data = _freeze(batches, Selection(10), whole_batches=True)
+    data = _freeze(batches, Selection(10), whole=True)
     assert len(data.batches) == 3
     assert data.available == 80
     assert {tuple(b[:, 0].tolist()) for b in data.batches} <= {
@@ -217,7 +237,7 @@ def test_whole_batches_are_drawn_as_they_came() -> None:
     taken = Counter(
         int(batch[0, 0]) // 4
         for seed in range(400)
-        for batch in _freeze(batches, Selection(4), whole_batches=True, seed=seed).batches
+        for batch in _freeze(batches, Selection(4), whole=True, seed=seed).batches
     )
     assert stats.chisquare([taken[i] for i in range(20)]).pvalue > 1e-3
 
@@ -225,7 +245,7 @@ def test_whole_batches_are_drawn_as_they_came() -> None:
 def test_later_changes_of_the_users_tensors_change_nothing() -> None:
     source = [_numbers(6)]
     for whole in (False, True):
-        data = _freeze(source, whole_batches=whole)
+        data = _freeze(source, whole=whole)
         source[0] += 100
         assert sorted(_kept(data)) == list(range(6))
         source[0] -= 100
@@ -286,13 +306,49 @@ def test_groups_are_many_and_nearly_equal(count: int, streamed: bool) -> None:
         assert _kept(data) != list(range(count))
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_an_exact_size_is_kept_however_few_batches_that_makes(streamed: bool) -> None:
-    source: Any = [_numbers(100)] if streamed else TensorRows(_numbers(100))
-    data = _freeze(source, batch_size=48, exact_size=True)
+def test_mixed_examples_stay_in_the_users_batches() -> None:
+    rows = TensorRows(_numbers(100))
+    data = _freeze(rows, batch_size=48, whole=True)
     assert data.counts == (48, 48, 4)
     assert sorted(_kept(data)) == list(range(100))
     assert _kept(data) != list(range(100))
+    listed = [_numbers(30), _numbers(50) + 30]
+    assert _freeze(listed, batch_size=48, whole=True).counts == (30, 50)
+
+
+def test_mixed_examples_stay_in_the_loaders_batches() -> None:
+    """Neighbours where it does not shuffle; its size, unless another is asked for."""
+    dataset = TensorDataset(_numbers(50))
+    in_order = DataLoader(dataset, batch_size=20)
+    data = _freeze(in_order, batch_size=None, whole=True)
+    assert data.counts == (20, 20, 10)
+    assert _kept(data) == list(range(50))
+    one = _kept(_freeze(in_order, Selection(20), batch_size=None, whole=True, seed=3))
+    assert one in [list(range(start, min(start + 20, 50))) for start in (0, 20, 40)]
+    assert _freeze(in_order, batch_size=25, whole=True).counts == (25, 25)
+    shuffled = DataLoader(dataset, batch_size=20, shuffle=True)
+    assert _freeze(shuffled, batch_size=None, whole=True).counts == (20, 20, 10)
+    assert sorted(_kept(_freeze(shuffled, batch_size=None, whole=True))) == list(range(50))
+    dropping = DataLoader(dataset, batch_size=20, drop_last=True)
+    assert _freeze(dropping, batch_size=None, whole=True).counts == (20, 20)
+    assert _freeze(dropping).count == 50  # independent: none need be left out
+
+
+def test_trials_are_shown_the_users_batches() -> None:
+    for source, shown in (
+        (TensorRows(_numbers(50)), [8] * 6 + [2]),
+        (DataLoader(TensorDataset(_numbers(50)), batch_size=20), [20, 20, 10]),
+        ([_numbers(30), _numbers(20)], [30, 20]),
+        ([_numbers(1)] * 10, [1] * 10 + [8]),  # and some together
+        (DataLoader(TensorDataset(_numbers(10)), batch_size=1), [1] * 10 + [8]),
+    ):
+        trial = Verdict()
+        _freeze(source, batch_size=None if isinstance(source, DataLoader) else 8, trial=trial)
+        assert trial.seen == shown
+    content = Verdict(wants_more=False)
+    data = _freeze(TensorRows(_numbers(50)), trial=content)
+    assert content.seen == [8]
+    assert sorted(_kept(data)) == list(range(50))
 
 
 def test_the_hash_names_content_order_and_seed() -> None:
@@ -351,26 +407,29 @@ def _refusal(source: Any, **options: Any) -> InputError:
     "empty", [[], TensorRows(_numbers(0)), DataLoader(Stream(0)), Augmented(0)]
 )
 def test_no_data(empty: Any, whole: bool) -> None:
-    assert _refusal(empty, whole_batches=whole).what == "the data set is empty"
+    assert _refusal(empty, whole=whole).what == "the data set is empty"
 
 
-def test_ragged_examples_are_refused_with_both_shapes() -> None:
-    error = _refusal([torch.zeros(20, 7), torch.zeros(20, 9)])
-    assert error.what == "the iterable's examples differ in shape"
-    assert "7" in error.got
-    assert "9" in error.got
-    assert "pad" in error.hint
-    assert "differ in shape" in _refusal([(_numbers(20), _numbers(20)), (_numbers(20),)]).what
+def test_ragged_batches_stay_whole_or_are_refused_with_both_shapes() -> None:
+    ragged = [torch.zeros(20, 7), torch.zeros(20, 9)]
+    assert _freeze(ragged).counts == (20, 20)  # seen in time, and not cut
+    error = _refusal(ragged, selection=Selection(20))
+    assert error.what == "the iterable's batches differ in kind"
+    assert "(7,)" in error.got
+    assert "(9,)" in error.got
+    assert "padded" in error.hint
 
 
 def test_batches_that_change_their_kind_are_refused() -> None:
     """Not dropped: keeping only what came after would be a biased sample, in silence."""
-    error = _refusal([(_numbers(4), _numbers(4)), (_numbers(4), torch.tensor(1.0))])
+    batches = [(_numbers(4), _numbers(4)), (_numbers(4), torch.tensor(1.0))]
+    assert _freeze(batches).counts == (4, 4)
+    error = _refusal(batches, selection=Selection(4))
     assert error.what == "the iterable's batches differ in kind"
     assert "after 4 examples" in error.got
 
 
-@pytest.mark.parametrize("source", [["a", "b"], [(1, 2)], [{}], [None]])
+@pytest.mark.parametrize("source", [["a", "b"], [("a", "b")], [{}], [None]])
 def test_batches_without_tensors(source: Any) -> None:
     assert _refusal(source).what == "a batch holds no tensor"
 

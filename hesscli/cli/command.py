@@ -54,6 +54,7 @@ _LOADING = (
     "weight_decay",
     "trust",
     "seed",
+    "budget",
 )
 
 

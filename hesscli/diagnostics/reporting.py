@@ -130,8 +130,6 @@ def warnings(
 ) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
     yield from warnings_of_products(problem, flight)
-    if problem.couples_examples is not None:
-        yield f"{problem.couples_examples} couples the examples of a batch: the batch is the unit"
     if problem.sampling_fraction is None:
         yield (
             f"the loader was not read to its end: intervals are about the {problem.data.count} "

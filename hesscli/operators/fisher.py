@@ -51,7 +51,7 @@ class EmpiricalFisher(Operator):
 
         def each(theta: Tensors | None) -> Tensor:
             outputs = self.problem.outputs(batch.data, self.named(theta))
-            return loss.numerators(outputs, batch.data) / masses.clamp_min(1e-30)
+            return loss.numerators(outputs, batch.data) / (loss.multiple * masses).clamp_min(1e-30)
 
-        weights = masses / masses.sum()
+        weights = loss.multiple * masses / masses.sum()
         return each, self.parameters.tensors, lambda pushed: pushed * weights

@@ -64,13 +64,14 @@ def require_examples(problem: Problem, matrix: str) -> None:
     """Refuse problems whose single examples have no gradient of their own.
 
     Raises:
-        UsageError: a step loss, batch norm in train mode, or batches that are no rows of examples.
+        UsageError: a step loss, examples that are mixed, or batches that are no rows of examples.
     """
     require_outputs(problem, matrix)
     if (module := problem.couples_examples) is not None:
         raise UsageError(
             "per-example gradients do not exist here",
             f"{module} mixes the examples of a batch",
+            "--method hutchinson with --matrix hessian or ggn, or, of batch norm, "
             "[model] training = false",
         )
     if not problem.data.sliceable:

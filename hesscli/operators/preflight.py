@@ -65,7 +65,7 @@ def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Pre
         Check(name="finite loss", passed=True, detail=problem.loss.name, value=proof.loss),
         determinism,
         _gradient(problem, precision),
-        check_independence(problem, make, precision),
+        check_independence(problem, make),
     )
     refusals: list[str] = []
     for candidate in [known for known in MODES if mode in ("auto", known)]:

@@ -17,6 +17,7 @@ from hesscli.problem.entrywise import BinaryCrossEntropy, MeanSquaredError
 from hesscli.problem.huggingface import HuggingFace
 from hesscli.problem.losses import Loss, StepLoss
 from hesscli.problem.user_loss import UserLoss
+from hesscli.results import Reduction
 
 NAMED: dict[str, type[Loss]] = {
     loss.name: loss
@@ -39,8 +40,8 @@ _CRITERIA = (
 )
 
 
-def as_loss(loss: Any, name: str | None = None) -> Loss:
-    """A Loss from a name, a torch criterion, or ``fn(outputs, targets) -> mean loss``.
+def as_loss(loss: Any, name: str | None = None, reduction: Reduction | None = None) -> Loss:
+    """A Loss from a name, a torch criterion, or ``fn(outputs, targets) -> mean or summed loss``.
 
     Torch's own criteria and functions become the named losses that they are, so that class
     weights and ignored targets are counted as torch does.
@@ -48,28 +49,40 @@ def as_loss(loss: Any, name: str | None = None) -> Loss:
     Args:
         loss: what the user has; a function's options may be bound by ``functools.partial``.
         name: of a function in reports; default its own.
+        reduction: ``"mean"`` or ``"sum"``; default what the loss says, if it does.
 
     Raises:
-        InputError: an unknown name, or a reduction that is not ``"mean"``.
+        InputError: an unknown name, or a reduction that gives no number.
     """
-    if isinstance(loss, Loss):
-        return loss
     if isinstance(loss, str) and loss in NAMED:
-        return NAMED[loss]()
+        loss = NAMED[loss]()
+    if isinstance(loss, Loss):
+        return _with_reduction(loss, reduction)
     if isinstance(loss, str) or not callable(loss):
         known = ", ".join(NAMED)
         raise InputError("unknown loss", repr(loss), f"{known}, or fn(outputs, targets)")
     function, options = _unbound(loss)
     own_name = getattr(function, "__name__", type(function).__name__)
-    reduction = options.get("reduction", getattr(loss, "reduction", "mean"))
-    if reduction != "mean":
+    own = options.get("reduction", getattr(loss, "reduction", None))
+    if own == "none":
         raise InputError(
-            "the loss must be a mean", f"{own_name}(reduction={reduction!r})", "reduction='mean'"
+            "the loss must be a mean or a sum", f"{own_name}(reduction='none')", "reduction='mean'"
         )
     criterion = next((kind for known, kind in _CRITERIA if known is function), None)
     if criterion and options.keys() <= inspect.signature(criterion).parameters.keys():
         loss = criterion(**options)
-    return _from_criterion(loss) or UserLoss(loss, name or own_name)
+    found = _from_criterion(loss) or UserLoss(loss, name or own_name)
+    said: Reduction | None = "sum" if own == "sum" else None
+    return _with_reduction(found, reduction or said)
+
+
+def _with_reduction(loss: Loss, reduction: Reduction | None) -> Loss:
+    """The loss with a reduction that somebody asked for."""
+    if reduction is None or reduction == loss.reduction:
+        return loss
+    settled = copy.copy(loss)
+    settled.reduction = reduction
+    return settled
 
 
 def reading(loss: Loss, output: str | int | None) -> Loss:

@@ -45,6 +45,7 @@ class FrozenData:
 
     ``available`` is the number of examples that the loader has, None where it was not seen to
     the end. ``sliceable`` says that rows are examples; else a batch is the smallest unit.
+    ``changing`` says that some came out otherwise when they were fetched again.
     """
 
     batches: tuple[Batch, ...]
@@ -52,6 +53,7 @@ class FrozenData:
     available: int | None
     sliceable: bool
     sha256: str
+    changing: bool = False
 
     @property
     def count(self) -> int:

@@ -13,7 +13,7 @@ from hesscli.problem.losses import Loss, doubles, require_shape
 
 
 class Entrywise(Loss):
-    """The mean over all entries of outputs and targets of one shape ``(N, ...)``."""
+    """The mean, or sum, over all entries of outputs and targets of one shape ``(N, ...)``."""
 
     def masses(self, batch: Batch) -> Tensor:
         """One an example."""
@@ -24,9 +24,10 @@ class Entrywise(Loss):
         """Loss of each entry."""
 
     def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Mean over an example's entries."""
+        """Mean over an example's entries, or their sum."""
         terms = self.terms(outputs, self.targets(batch).to(outputs.dtype))
-        return terms.reshape(len(terms), -1).mean(1)
+        terms = terms.reshape(len(terms), -1)
+        return terms.sum(1) if self.reduction == "sum" else terms.mean(1)
 
     def check(self, outputs: Tensor, batch: Batch) -> None:
         """One shape: broadcasting (N, 1) against (N,) would average N² differences."""

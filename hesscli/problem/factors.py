@@ -25,6 +25,7 @@ from hesscli.problem.batches import Batch
 from hesscli.problem.classification import CrossEntropy, LanguageModel
 from hesscli.problem.entrywise import BinaryCrossEntropy, Entrywise, MeanSquaredError
 from hesscli.problem.losses import Loss
+from hesscli.problem.summed import Summed
 
 
 class Factor(ABC):
@@ -49,7 +50,8 @@ class Factor(ABC):
 
 def has_factor(loss: Loss) -> bool:
     """Whether the Hessian of a loss in the model's outputs is known in closed form."""
-    return isinstance(loss.natural, (CrossEntropy, MeanSquaredError, BinaryCrossEntropy))
+    natural = loss.loss if isinstance(loss, Summed) else loss
+    return isinstance(natural.natural, (CrossEntropy, MeanSquaredError, BinaryCrossEntropy))
 
 
 def factor_of(loss: Loss, outputs: Tensor, batch: Batch) -> Factor:
@@ -62,6 +64,8 @@ def factor_of(loss: Loss, outputs: Tensor, batch: Batch) -> Factor:
         UsageError: the loss's output Hessian is not known.
         UnsoundError: a weight is negative, so that A has no real factor.
     """
+    if isinstance(loss, Summed):
+        return MultipliedFactor(factor_of(loss.loss, outputs, batch), loss.multiple)
     natural, outputs = loss.natural, outputs.detach()
     if isinstance(natural, CrossEntropy):
         return SoftmaxFactor(natural, outputs, batch)
@@ -124,7 +128,7 @@ class EntrywiseFactor(Factor):
     """A diagonal Hessian: one column an output entry, with one entry that is not zero."""
 
     def __init__(self, loss: Entrywise, outputs: Tensor, batch: Batch) -> None:
-        per_entry = max(1, outputs[0].numel())
+        per_entry = 1 if loss.reduction == "sum" else max(1, outputs[0].numel())
         self._root = _root(_entry_curvature(loss, outputs, batch) / per_entry)
         self.num_columns = outputs[0].numel()
 
@@ -137,6 +141,22 @@ class EntrywiseFactor(Factor):
     def draw(self, stream: int, first: int = 0) -> Tensor:
         """The root of the curvature with random signs."""
         return self._root * _signs(stream, first, self._root)
+
+
+class MultipliedFactor(Factor):
+    """Of a multiple of A."""
+
+    def __init__(self, factor: Factor, multiple: float) -> None:
+        self._factor, self._root = factor, math.sqrt(multiple)
+        self.num_columns = factor.num_columns
+
+    def column(self, index: int) -> Tensor:
+        """Multiplied by the root."""
+        return self._root * self._factor.column(index)
+
+    def draw(self, stream: int, first: int = 0) -> Tensor:
+        """Multiplied by the root."""
+        return self._root * self._factor.draw(stream, first)
 
 
 class ScoreFactor(Factor):
@@ -152,7 +172,8 @@ class ScoreFactor(Factor):
         with torch.enable_grad():
             outputs = outputs.detach().requires_grad_()
             slope = torch.autograd.grad(loss.numerators(outputs, batch).sum(), outputs)[0]
-        masses = loss.masses(batch).to(slope).clamp_min(torch.finfo(slope.dtype).tiny)
+        masses = loss.multiple * loss.masses(batch)  # Σ g gᵀ of the terms, not of their multiples
+        masses = masses.to(slope).clamp_min(torch.finfo(slope.dtype).tiny)
         self._slope = slope / masses.sqrt().view(-1, *[1] * (slope.dim() - 1))
 
     def column(self, index: int) -> Tensor:

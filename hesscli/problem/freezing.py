@@ -9,15 +9,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hesscli.errors import InputError
 from hesscli.problem.batches import (
     Batch,
     is_sliceable,
+    leaves_of,
     map_leaves,
     map_tensors,
     owned,
@@ -26,55 +28,59 @@ from hesscli.problem.batches import (
     tensors_of,
 )
 from hesscli.problem.data import FrozenData, Selection, digest_of
+from hesscli.problem.independence import MIN_GROUPS, Part, sliced
 from hesscli.problem.reservoir import Reservoir
-from hesscli.problem.sources import TensorRows, seeded, unwrapped
+from hesscli.problem.sources import Examples, as_source, seeded
 from hesscli.results import Observe, Snapshot
 
-MIN_GROUPS = 16
-"""Random batches at least, so that error bars from data have degrees of freedom."""
+BATCH_SIZE = 128
+"""Examples a batch at most, where the user does not say."""
+_FETCHED_TWICE = 4
+"""Examples that are fetched a second time, to see whether they change."""
+_TOGETHER = 8
+"""Single examples that are put together to see whether they mix."""
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """How examples are cut into batches: of nearly equal size, at least 16 where there can be.
+class Trial(Protocol):
+    """What is shown the user's own batches and tells whether they may be cut anew."""
 
-    ``exact`` keeps to the batch size, the last batch apart: a model that mixes the examples of
-    a batch is another function on smaller ones.
-    """
+    @property
+    def separable(self) -> bool:
+        """Whether all that was seen may be."""
 
-    batch_size: int
-    exact: bool = False
+    @property
+    def wants_more(self) -> bool:
+        """Whether one more batch would tell anything."""
 
-    def cut(self, order: np.ndarray) -> list[np.ndarray]:
-        """An order of examples in groups of at most ``batch_size``."""
-        if self.exact:
-            starts = range(0, len(order), self.batch_size)
-            return [order[start : start + self.batch_size] for start in starts]
-        if not len(order):
-            return []
-        wanted = max(-(-len(order) // self.batch_size), min(MIN_GROUPS, len(order)))
-        return np.array_split(order, wanted)
+    def see(self, batch: Batch, part: Part) -> None:
+        """One batch, and what makes parts of it."""
 
 
 def freeze(
     source: Any,
     selection: Selection,
     *,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
-    exact_size: bool = False,
-    whole_batches: bool = False,
+    trial: Trial,
+    collate: Callable[[list[Any]], Batch] | None = None,
+    steps: bool = False,
     observe: Observe | None = None,
 ) -> FrozenData:
     """Draw, fetch and keep examples.
 
+    Batches are first made as the user makes them: by the loader, or of ``batch_size``. Where the
+    trial finds that examples are independent, they are cut anew, at random into at least 16.
+
     Args:
-        source: a map-style dataset, a DataLoader, or any iterable of batches.
+        source: as :func:`hesscli.problem.sources.as_source` takes it.
         selection: how many, and whether at random.
-        batch_size: at most so many in a batch; fewer where that gives under 16 batches.
+        batch_size: at most so many in a batch; default the loader's own where batches stay as
+            they are, else 128.
         seed: of the draw and of the cut into batches.
-        exact_size: just ``batch_size`` in each batch but the last, however few that makes.
-        whole_batches: keep an iterable's batches as they come (the batch is the unit).
+        trial: is shown the batches as the user makes them.
+        collate: makes a batch of rows, instead of the loader's or torch's.
+        steps: batches go to a function of the user's as they are.
         observe: told the number of examples read; returning True stops the run.
 
     Raises:
@@ -82,112 +88,243 @@ def freeze(
         KeyboardInterrupt: the observer wanted no more.
     """
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 0xDA7A])))
-    grouping = Grouping(batch_size, exact_size)
-    source, collate = unwrapped(source)
+    found = as_source(source, collate, steps=steps)
     report = _Reporter(observe)
-    batches: list[Batch]
-    available: int | None
     with seeded(seed):
-        if collate is not None:
-            batches, available = _from_dataset(
-                source, collate, selection, grouping, generator, report
-            )
-        elif whole_batches:
-            batches, available = _whole_batches(_read(source, report), selection, generator)
+        if isinstance(found, Examples):
+            kept = _from_examples(found, selection, batch_size, generator, trial, report)
         else:
-            batches, available = _from_stream(_read(source, report), selection, grouping, generator)
-    if not batches:
+            kept = _from_stream(_read(found, report), selection, batch_size, generator, trial)
+    if not kept.batches:
         raise InputError("the data set is empty", "no example", "[data] factory or file with rows")
     return FrozenData(
-        batches=tuple(batches),
-        counts=tuple(size_of(batch) for batch in batches),
-        available=available,
-        sliceable=all(is_sliceable(batch) for batch in batches),
-        sha256=digest_of(batches),
+        batches=tuple(kept.batches),
+        counts=tuple(kept.counts),
+        available=kept.available,
+        sliceable=kept.sliceable,
+        sha256=digest_of(kept.batches),
+        changing=kept.changing,
     )
 
 
-def _from_dataset(
-    dataset: Any,
-    collate: Callable[[list[Any]], Batch],
+@dataclass(frozen=True)
+class _Kept:
+    """What was read: batches, how many examples each holds, and how many there were."""
+
+    batches: list[Batch]
+    counts: list[int]
+    available: int | None
+    sliceable: bool
+    changing: bool = False
+
+    @classmethod
+    def of(cls, batches: list[Batch], available: int | None) -> _Kept:
+        """Of batches of which nothing else is known."""
+        counts = [size_of(batch) for batch in batches]
+        return cls(batches, counts, available, all(map(is_sliceable, batches)))
+
+
+def _cut(order: np.ndarray, batch_size: int | None) -> list[np.ndarray]:
+    """An order of examples in groups of nearly equal size, at least 16 where there can be."""
+    wanted = max(-(-len(order) // (batch_size or BATCH_SIZE)), min(MIN_GROUPS, len(order)))
+    return np.array_split(order, wanted) if len(order) else []
+
+
+def _from_examples(
+    examples: Examples,
     selection: Selection,
-    grouping: Grouping,
+    batch_size: int | None,
     generator: np.random.Generator,
+    trial: Trial,
     report: _Reporter,
-) -> tuple[list[Batch], int]:
-    available: int = len(dataset)
+) -> _Kept:
+    """As the user batches them, until they are found to be independent."""
+    available = len(examples)
     count = min(selection.count or available, available)
     chosen = np.arange(count) if selection.first else generator.permutation(available)[:count]
+    order = generator.permutation(chosen)
+    size = batch_size or examples.batch_size or BATCH_SIZE
+    own = _users_groups(examples, order, size, generator)
+    fetch = _Fetching(examples, report, count)
     batches: list[Batch] = []
-    done = 0
-    for group in grouping.cut(generator.permutation(chosen)):
-        if isinstance(dataset, TensorRows):
-            batches.append(dataset[torch.from_numpy(group)])
-        else:
-            batches.append(owned(_as_tensors(collate([dataset[int(i)] for i in group]))))
-        done += len(group)
-        report(done, count)
-    return batches, available
+    for group in own:
+        if batches and not (fetch.one_row_each and trial.wants_more):
+            break
+        batches.append(fetch(group, trial))
+    if size == 1 and count > 1 and fetch.one_row_each:
+        fetch(order[:_TOGETHER], trial)
+    if not (fetch.one_row_each and trial.separable):
+        batches += [fetch(group) for group in own[len(batches) :]]
+        if examples.drop_last and len(own) > 1 and len(own[-1]) < size:
+            own, batches = own[:-1], batches[:-1]
+        counts = [len(group) for group in own]
+        return _Kept(batches, counts, available, fetch.one_row_each, fetch.changing)
+    groups = _cut(order, batch_size)
+    cut = _regrouped(batches, np.concatenate(own[: len(batches)]), groups) if groups else []
+    batches = [fetch(group) for group in groups] if cut is None else cut
+    counts = [len(group) for group in groups]
+    return _Kept(batches, counts, available, fetch.one_row_each, fetch.changing)
+
+
+def _users_groups(
+    examples: Examples, order: np.ndarray, size: int, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Which examples the user puts together: neighbours where the loader does not shuffle."""
+    if not examples.in_order:
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    every = np.arange(len(examples))
+    groups = [every[start : start + size] for start in range(0, len(every), size)]
+    wanted = -(-len(order) // size)
+    picked = range(wanted) if wanted == len(groups) else generator.permutation(len(groups))[:wanted]
+    return [groups[i] for i in sorted(picked)]
+
+
+class _Fetching:
+    """Fetches groups of examples as batches.
+
+    ``one_row_each`` says that every tensor so far had one row an example, ``changing`` that a
+    few examples came out otherwise when they were fetched twice.
+    """
+
+    def __init__(self, examples: Examples, report: _Reporter, total: int) -> None:
+        self.examples, self.report, self.total = examples, report, total
+        self.one_row_each, self.changing = True, False
+        self._done = 0
+
+    def __call__(self, group: np.ndarray, trial: Trial | None = None) -> Batch:
+        items = self.examples.fetch(group)
+        if not self._done:
+            self.changing = _changes(self.examples, group, items)
+        batch = owned(self._batch(items))
+        self.one_row_each = (
+            self.one_row_each and is_sliceable(batch) and size_of(batch) == len(group)
+        )
+        if trial is not None and self.one_row_each:
+            trial.see(batch, lambda places: self._batch([items[i] for i in places]))
+        self._done = min(self._done + len(group), self.total)
+        self.report(self._done, self.total)
+        return batch
+
+    def _batch(self, items: list[Any]) -> Batch:
+        """Put together by the user's own function: padding is part of it."""
+        return _as_tensors(self.examples.collate(items))
+
+
+def _changes(examples: Examples, group: np.ndarray, items: list[Any]) -> bool:
+    """Whether a few examples are others when they are fetched again."""
+    again = examples.fetch(group[:_FETCHED_TWICE])
+    before = leaves_of(items[:_FETCHED_TWICE])
+    return any(not _same(*pair) for pair in zip(before, leaves_of(again), strict=False))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two leaves are equal; what cannot be told counts as equal."""
+    if not isinstance(one, (Tensor, np.ndarray, np.generic, int, float)):
+        return True
+    first, second = torch.as_tensor(one), torch.as_tensor(other)
+    if first.layout != torch.strided:
+        return True
+    equal = (first == second) | ((first != first) & (second != second))
+    return first.shape == second.shape and bool(equal.all())
 
 
 def _from_stream(
     stream: Iterator[Batch],
     selection: Selection,
-    grouping: Grouping,
+    batch_size: int | None,
     generator: np.random.Generator,
-) -> tuple[list[Batch], int | None]:
-    """Single examples of one pass; whole batches where those cannot be taken apart."""
-    reservoir = Reservoir(selection.count, selection.first, generator)
+    trial: Trial,
+) -> _Kept:
+    """Single examples of one pass where they are independent, else whole batches."""
+    head: list[Batch] = []
+    seen = 0
     for batch in stream:
-        if not is_sliceable(batch):
-            if reservoir.seen:
-                raise InputError(
-                    "the iterable's batches differ in kind",
-                    f"after {reservoir.seen} examples, a batch without one row an example",
-                    "one row an example in every tensor of every batch",
-                )
-            return _whole_batches(itertools.chain([batch], stream), selection, generator)
+        head.append(owned(batch))
+        seen += size_of(batch)
+        if not is_sliceable(batch) or (selection.count is not None and seen >= selection.count):
+            break
+    if not all(map(is_sliceable, head)):
+        return _whole(head, stream, selection, generator)
+    for batch in head:
+        trial.see(batch, sliced(batch))
+    alike = len({_form(batch) for batch in head}) <= 1
+    if alike and len(head) > 1 and all(size_of(batch) == 1 for batch in head):
+        together = _joined(head[:_TOGETHER])
+        trial.see(together, sliced(together))
+    if not alike or not trial.separable:
+        return _whole(head, stream, selection, generator)
+    reservoir = Reservoir(selection.count, selection.first, generator)
+    for batch in itertools.chain(head, stream):
+        if _form(batch) != _form(head[0]):
+            raise InputError(
+                "the iterable's batches differ in kind",
+                f"after {reservoir.seen} examples, tensors {_form(batch)}; before {_form(head[0])}",
+                "one row an example in every tensor, padded to one shape",
+            )
         for i in range(size_of(batch)):
             if not reservoir.offer(rows(batch, i, i + 1)):
-                return _regrouped(reservoir.kept, grouping, generator), None
-    return _regrouped(reservoir.kept, grouping, generator), reservoir.seen
+                return _of_examples(reservoir.kept, None, batch_size, generator)
+    return _of_examples(reservoir.kept, reservoir.seen, batch_size, generator)
 
 
-def _whole_batches(
-    stream: Iterator[Batch], selection: Selection, generator: np.random.Generator
-) -> tuple[list[Batch], int | None]:
+def _of_examples(
+    examples: list[Batch],
+    available: int | None,
+    batch_size: int | None,
+    generator: np.random.Generator,
+) -> _Kept:
+    order = generator.permutation(len(examples))
+    groups = _cut(order, batch_size)
+    return _Kept.of([_joined([examples[i] for i in group]) for group in groups], available)
+
+
+def _whole(
+    head: list[Batch], stream: Iterator[Batch], selection: Selection, generator: np.random.Generator
+) -> _Kept:
     """Whole batches of one pass, as many as hold the wanted number of examples."""
-    head = list(itertools.islice(stream, 1))
     wanted = selection.count
     capacity = None if wanted is None or not head else -(-wanted // size_of(head[0]))
     reservoir = Reservoir(capacity, selection.first, generator)
     available = 0
     for batch in itertools.chain(head, stream):
         if not reservoir.offer(batch):
-            return reservoir.kept, None
+            return _Kept.of(reservoir.kept, None)
         available += size_of(batch)
-    return reservoir.kept, available
+    return _Kept.of(reservoir.kept, available)
+
+
+def _form(batch: Batch) -> tuple[Any, ...]:
+    """Shapes and types of a batch's tensors, the number of rows apart."""
+    return tuple((tuple(t.shape[1:]), str(t.dtype)) for t in tensors_of(batch))
 
 
 def _regrouped(
-    examples: list[Batch], grouping: Grouping, generator: np.random.Generator
-) -> list[Batch]:
-    groups = grouping.cut(generator.permutation(len(examples)))
-    return [_stacked([examples[i] for i in group]) for group in groups]
+    batches: list[Batch], order: np.ndarray, groups: list[np.ndarray]
+) -> list[Batch] | None:
+    """Rows that were fetched in an order, cut anew; None where they are others or do not fit."""
+    places = {int(index): place for place, index in enumerate(order)}
+    if len({_form(batch) for batch in batches}) > 1 or len(order) != sum(map(len, groups)):
+        return None
+    columns = [torch.cat(column) for column in zip(*map(tensors_of, batches), strict=True)]
+    regrouped = []
+    for group in groups:
+        if not places.keys() >= set(group.tolist()):
+            return None
+        rows_of = torch.tensor([places[int(index)] for index in group])
+        regrouped.append(_filled(batches[0], [column[rows_of] for column in columns]))
+    return regrouped
 
 
-def _stacked(examples: list[Batch]) -> Batch:
-    first = examples[0]
-    columns = [list(tensors_of(example)) for example in examples]
-    try:
-        joined = iter([torch.cat(column) for column in zip(*columns, strict=True)])
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            "the iterable's examples differ in shape",
-            str(error).splitlines()[0],
-            "pad them to one shape, or give a map-style dataset through a DataLoader",
-        ) from None
-    return map_tensors(lambda _: next(joined), first)
+def _joined(examples: list[Batch]) -> Batch:
+    """Rows of one form as a batch."""
+    columns = zip(*map(tensors_of, examples), strict=True)
+    return _filled(examples[0], [torch.cat(column) for column in columns])
+
+
+def _filled(like: Batch, tensors: list[Tensor]) -> Batch:
+    """A batch of a kind, of other tensors."""
+    left = iter(tensors)
+    return map_tensors(lambda _: next(left), like)
 
 
 def _read(source: Iterable[Batch], report: _Reporter) -> Iterator[Batch]:
@@ -200,12 +337,30 @@ def _read(source: Iterable[Batch], report: _Reporter) -> Iterator[Batch]:
 
 
 def _as_tensors(batch: Batch) -> Batch:
-    """The batch with its arrays as tensors, so that they are cut and hashed as tensors are."""
+    """The batch with its arrays as tensors, so that they are cut and hashed as tensors are.
+
+    Raises:
+        InputError: it holds no tensor, or one without rows in memory.
+    """
     batch = map_leaves(
         lambda leaf: torch.tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, batch
     )
-    if next(tensors_of(batch), None) is None:
-        raise InputError("a batch holds no tensor", type(batch).__name__, "batches of tensors")
+    tensors = list(tensors_of(batch))
+    if not tensors:
+        raise InputError(
+            "a batch holds no tensor",
+            type(batch).__name__,
+            "batches of tensors, in tuples, lists or dicts; a collate function makes them",
+        )
+    if odd := [t for t in tensors if t.layout != torch.strided]:
+        kind = "sparse" if "sparse" in str(odd[0].layout) else "nested"
+        raise InputError(
+            f"a batch holds a {kind} tensor",
+            f"{odd[0].layout} of shape {tuple(odd[0].shape)}",
+            "x.to_dense() in the data set or its collate function"
+            if kind == "sparse"
+            else "tensors padded to one length",
+        )
     return batch
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ from torch import nn
 from hesscli.errors import InputError, UsageError
 from hesscli.problem.checkpoint import Checkpoint, floating_dtype, load_state, read_checkpoint
 from hesscli.problem.criteria import NAMED, as_loss
+from hesscli.problem.data import DEFAULT_EXAMPLES
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
 from hesscli.problem.losses import Loss, StepLoss
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
 from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec
-from hesscli.results import CheckpointReport, Observe
+from hesscli.results import CheckpointReport, Observe, Snapshot
 
 
 def load(
@@ -31,6 +34,7 @@ def load(
     weight_decay: float | None = None,
     trust: bool = False,
     seed: int = 0,
+    budget: float | None = None,
     observe: Observe | None = None,
 ) -> Problem:
     """Load a checkpoint and the data that its spec names.
@@ -47,6 +51,7 @@ def load(
         weight_decay: instead of the spec's.
         trust: let code in the checkpoint run, and that of a spec found outside that tree.
         seed: of the draw of examples.
+        budget: seconds after which data that do not end are given up.
         observe: told of examples read.
 
     Raises:
@@ -68,6 +73,8 @@ def load(
             output=None if document.model is None else document.model.output,
             weight_decay=document.loss.weight_decay if weight_decay is None else weight_decay,
             examples=examples,
+            reduction=document.loss.reduction,
+            collate=_collate(document.data, document.path.parent),
             batch_size=document.data.batch_size if batch_size is None else batch_size,
             unseen=document.data.unseen,
             device=resolve_device(device),
@@ -75,8 +82,26 @@ def load(
             seed=seed,
             checkpoint=CheckpointReport(path=str(weights.path), sha256=weights.sha256),
             warnings=weights.notes,
-            observe=observe,
+            observe=_until(budget, observe),
         )
+
+
+def _until(budget: float | None, observe: Observe | None) -> Observe | None:
+    """Gives up reading a stream of unknown length when the budget is spent."""
+    if budget is None:
+        return observe
+    began = time.monotonic()
+
+    def watch(snapshot: Snapshot) -> bool:
+        if snapshot.total is None and time.monotonic() - began > budget:
+            raise InputError(
+                "the data did not end within the budget",
+                f"{snapshot.done:.0f} examples read in {budget:g} s",
+                f"--examples first:{DEFAULT_EXAMPLES}, which reads no more than those",
+            )
+        return observe is not None and observe(snapshot)
+
+    return watch
 
 
 def resolve_device(name: str) -> torch.device:
@@ -136,6 +161,10 @@ def _build_data(spec: DataSpec, folder: Path) -> Any:
         return TensorRows.from_file(spec.file, inputs, spec.targets)
     build = load_factory(str(spec.factory), folder, "[data] factory")
     return call_user(partial(build, **spec.kwargs), where="[data] factory")
+
+
+def _collate(spec: DataSpec, folder: Path) -> Callable[..., Any] | None:
+    return None if spec.collate is None else load_factory(spec.collate, folder, "[data] collate")
 
 
 def _build_loss(spec: LossSpec, folder: Path) -> Loss:

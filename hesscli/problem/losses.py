@@ -7,9 +7,10 @@ ragged last batch is right.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from hesscli.errors import InputError
 from hesscli.problem.batches import Batch, size_of, split_batch
 from hesscli.problem.outputs import named_output
+
+Reduction = Literal["mean", "sum"]
 
 
 class Loss(ABC):
@@ -29,6 +32,9 @@ class Loss(ABC):
         is_claim: that it is this function of these outputs is a claim, which the proof puts to
             the test.
         output: which of several outputs of the model it reads, a key, attribute or index.
+        reduction: what is analysed, the mean over all examples or their sum; None where a
+            function of the user's does not say and its batches have to tell.
+        multiple: what the mean is multiplied by to be it.
         warnings: what the model's outputs and the data say against it.
     """
 
@@ -36,6 +42,8 @@ class Loss(ABC):
     hidden: str | None = None
     is_claim = False
     output: str | int | None = None
+    reduction: Reduction | None = "mean"
+    multiple = 1.0
     warnings: tuple[str, ...] = ()
 
     def settled(self, model: nn.Module, batches: Iterable[Batch]) -> Loss:
@@ -72,9 +80,20 @@ class Loss(ABC):
         """The same loss as a function of natural parameters, for the Gauss-Newton matrix."""
         return self
 
-    def mass(self, model: nn.Module, batch: Batch) -> float:
-        """Weight mass of a whole batch; only a step loss needs the model for it."""
+    def mass(self, model: nn.Module, batch: Batch, count: int | None = None) -> float:
+        """Weight mass of a whole batch; only a step needs the model for it.
+
+        ``count`` is its number of examples where rows are none.
+        """
         return float(self.masses(batch).sum())
+
+    def reduced(self, reduction: Reduction) -> Self:
+        """The same loss with its reduction settled, where it did not say."""
+        if self.reduction is not None:
+            return self
+        settled = copy.copy(self)
+        settled.reduction = reduction
+        return settled
 
     def check(self, outputs: Tensor, batch: Batch) -> None:  # noqa: B027  nothing by default
         """Raise a HesscliError where outputs and targets cannot be meant together."""
@@ -85,20 +104,30 @@ class Loss(ABC):
 
 
 class StepLoss(Loss):
-    """``step(model, batch) -> mean loss``, or ``(mean loss, weight)``; the batch is the unit."""
+    """``step(model, batch) -> mean loss``, or ``(mean loss, weight)``, or a sum."""
 
-    def __init__(self, function: Callable[[nn.Module, Any], Any], name: str) -> None:
-        self.function, self.name = function, name
+    def __init__(
+        self,
+        function: Callable[[nn.Module, Any], Any],
+        name: str,
+        reduction: Reduction | None = None,
+    ) -> None:
+        self.function, self.name, self.reduction = function, name, reduction
         self.hidden = f"[loss] step = {name!r}"
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The user's own mean."""
-        return self._call(model, batch)[0]
+        """The user's own mean, or sum over the batch's weight."""
+        value, weight = self._call(model, batch)
+        if self.reduction != "sum":
+            return value
+        return value / (size_of(batch) if weight is None else weight)
 
-    def mass(self, model: nn.Module, batch: Batch) -> float:
+    def mass(self, model: nn.Module, batch: Batch, count: int | None = None) -> float:
         """The weight that the step returns, else the number of examples."""
         weight = self._call(model, batch)[1]  # with gradients on, for the step may take some
-        return float(size_of(batch) if weight is None else torch.as_tensor(weight).detach())
+        if weight is not None:
+            return float(torch.as_tensor(weight).detach())
+        return float(size_of(batch) if self.reduction == "sum" or count is None else count)
 
     def _call(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         result = self.function(model, batch)
@@ -132,6 +161,18 @@ def same_mean(value: Tensor, expected: float) -> bool:
 def doubles(values: list[float] | None) -> Tensor | None:
     """A spec's numbers as they are, not rounded to single precision."""
     return None if values is None else torch.tensor(values, dtype=torch.float64)
+
+
+def require_number(loss: Loss, value: object) -> None:
+    """Refuse a loss that is not one number in a tensor."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return
+    given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise InputError(
+        "the loss must be one number in a tensor",
+        f"{loss.name} gave {given}",
+        "a mean over the batch",
+    )
 
 
 def require_shape(name: str, expected: torch.Size, got: torch.Size) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +20,10 @@ from hesscli.problem.data import FrozenData, Selection
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import Run, retyped, run_with, undisturbed
 from hesscli.problem.freezing import freeze
-from hesscli.problem.losses import Loss, StepLoss
+from hesscli.problem.independence import IndependenceTest
+from hesscli.problem.losses import Loss, Reduction, StepLoss
 from hesscli.problem.proof import MODEL_RAISED, MUST_FIT, Proof, prove
+from hesscli.problem.summed import Summed
 from hesscli.results import CheckpointReport, Observe, ProblemReport
 
 
@@ -48,7 +50,10 @@ class Problem:
             returns several; default ``.logits``.
         weight_decay: coefficient of ½‖θ‖² over all trainable parameters.
         examples: how many to keep: ``N``, ``"all"`` or ``"first:N"``.
-        batch_size: at most so many examples a batch; just so many where batch norm mixes them.
+        reduction: ``"mean"`` or ``"sum"`` over the examples; default what the loss says or does.
+        collate: makes a batch of a list of examples, instead of the loader's or torch's.
+        batch_size: at most so many examples a batch; just so many where they are not independent
+            (default then the loader's own, else 128).
         unseen: the examples were not trained on, so that error bars may speak of new ones.
         device: where to compute; default where the model is.
         dtype: floating type to compute in; default the model's own.
@@ -70,7 +75,9 @@ class Problem:
         output: str | int | None = None,
         weight_decay: float = 0.0,
         examples: str | int = "4096",
-        batch_size: int = 128,
+        reduction: Reduction | None = None,
+        collate: Callable[[list[Any]], Batch] | None = None,
+        batch_size: int | None = None,
         unseen: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,7 +88,7 @@ class Problem:
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # a compiled module has no double backward
         self.model = model if dtype is None and device is None else model.to(device, dtype)
-        self.loss: Loss = reading(as_loss(loss), output)
+        self.loss: Loss = reading(as_loss(loss, reduction=reduction), output)
         self.parameters = Parameters.of(self.model)
         if not len(self.parameters):
             raise InputError(
@@ -94,29 +101,59 @@ class Problem:
         self._require_finite_weights()
         self.weight_decay, self.unseen = weight_decay, unseen
         self.checkpoint = checkpoint
-        self.data = (
-            data
-            if isinstance(data, FrozenData)
-            else freeze(
+        self._proof: Proof | None = None
+        test = IndependenceTest(self.model, self.loss, self.device, self.dtype)
+        if isinstance(data, FrozenData):
+            self.data = data
+            test.see_frozen(data.batches)
+        else:
+            self.data = freeze(
                 data,
                 Selection.parse(examples),
                 batch_size=batch_size,
                 seed=seed,
-                exact_size=self.couples_examples is not None,
-                whole_batches=isinstance(self.loss, StepLoss),
+                trial=test,
+                collate=collate,
+                steps=isinstance(self.loss, StepLoss),
                 observe=observe,
             )
-        )
+        self.independence = test.result
+        self.loss = self.loss.reduced(self.independence.reduction)
         self._batches = self._pinned(self.data.batches)
         with self.forward_context(), blamed_on_user(MODEL_RAISED, MUST_FIT):
             self.loss = self.loss.settled(self.model, map(self._placed, self._batches))
-            self.masses = [self.loss.mass(self.model, self._placed(b)) for b in self._batches]
-        self.warnings = (*warnings, *self.loss.warnings)
+            self.masses = self._weigh()
         self.total_weight = sum(self.masses)
-        self._proof: Proof | None = None
         if not self.total_weight > 0:
             raise UnsoundError(
                 "the examples weigh nothing", f"weight mass {self.total_weight}", "unmasked targets"
+            )
+        if self.loss.reduction == "sum":
+            self.loss = Summed(self.loss, self.total_weight / (self.sampling_fraction or 1.0))
+        self.warnings = (*warnings, *self.loss.warnings, *self._warnings())
+
+    def _weigh(self) -> list[float]:
+        counts = self.data.counts
+        return [
+            self.loss.mass(self.model, self._placed(batch), count)
+            for batch, count in zip(self._batches, counts, strict=True)
+        ]
+
+    def _warnings(self) -> Iterator[str]:
+        """What was done to the user's function, or could not be, before anything is computed."""
+        if (mixes := self.couples_examples) is not None:
+            yield f"{mixes} mixes the examples of a batch: the batch is the unit, as it was made"
+        if self.loss.reduction == "sum":
+            kept, available = self.data.count, self.data.available
+            scaled = "" if kept == available else f", from the {kept} that were kept"
+            yield (
+                f"the loss {self.loss.name} is a sum over the examples of a batch: numbers are of "
+                f"the sum over all {available or kept} examples{scaled}"
+            )
+        if self.data.changing:
+            yield (
+                "examples change each time they are read (random augmentation): "
+                f"the {self.data.count} that were kept are one draw of them"
             )
 
     # -- data ----------------------------------------------------------------------------------
@@ -149,7 +186,7 @@ class Problem:
         """The first examples of the first batch that weighs something, as a batch of its own."""
         index = next(i for i, mass in enumerate(self.masses) if mass > 0)
         batch = self.batch(index)
-        if not self.data.sliceable or isinstance(self.loss, StepLoss):
+        if not self.separable or isinstance(self.loss, StepLoss):
             return batch
         masses = self.loss.masses(batch.data).tolist()
         start = next(i for i, mass in enumerate(masses) if mass > 0)
@@ -200,15 +237,15 @@ class Problem:
         finally:
             self.dtype = previous
 
-    @cached_property
+    @property
     def couples_examples(self) -> str | None:
-        """The batch norm that makes an example's output depend on its batch, or None."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-                module.training or module.running_mean is None
-            ):
-                return f"{name} ({type(module).__name__})"
-        return None
+        """What makes an example's output or loss depend on its batch, or None."""
+        return self.independence.mixes
+
+    @property
+    def separable(self) -> bool:
+        """Whether a batch may be taken apart: rows are examples and nothing mixes them."""
+        return self.data.sliceable and self.independence.mixes is None
 
     # -- proof ---------------------------------------------------------------------------------
 

@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hesscli.errors import InputError, UnsoundError
+from hesscli.errors import UnsoundError
 from hesscli.problem.batches import tensors_of
 from hesscli.problem.blame import is_out_of_memory, no_gradient
 from hesscli.problem.factory import blamed_on_user
-from hesscli.problem.losses import same_mean
+from hesscli.problem.independence import MODEL_RAISED, MUST_FIT
+from hesscli.problem.losses import require_number, same_mean
 from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.results import Observe, Snapshot
 
 if TYPE_CHECKING:
     from hesscli.problem.problem import Problem, WeightedBatch
-
-MODEL_RAISED = "the model or its loss raised an error"
-MUST_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def prove(problem: Problem, observe: Observe | None = None) -> Proof:
     loss = correct = possible = 0.0
     hidden = problem.loss.hidden if problem.loss.is_claim else None
     for batch in problem.batches():
-        with blamed_on_user(MODEL_RAISED, MUST_FIT):
+        with blamed_on_user(MODEL_RAISED, _must_fit(problem, batch)):
             seen = _read_outputs(problem, batch)
             value = problem.evaluate(batch.data)
         correct, possible = correct + seen.right, possible + seen.of
@@ -93,6 +91,16 @@ def prove(problem: Problem, observe: Observe | None = None) -> Proof:
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
         hidden_outputs=hidden,
     )
+
+
+def _must_fit(problem: Problem, batch: WeightedBatch) -> str:
+    """What to try where the user's code raises."""
+    if batch.count == 1 and problem.couples_examples is not None:
+        return (
+            f"the last batch has one example, and {problem.couples_examples} mixes them: "
+            "--examples or --batch-size that leaves none over, or drop_last in the loader"
+        )
+    return MUST_FIT
 
 
 @dataclass(frozen=True)
@@ -149,14 +157,7 @@ def _gradient(problem: Problem, value: Tensor, batch: WeightedBatch) -> tuple[Te
 
 
 def _require_finite_loss(problem: Problem, value: Tensor, batch: WeightedBatch) -> None:
-    tensor = isinstance(value, Tensor)
-    if not tensor or value.numel() != 1:
-        given = f"shape {tuple(value.shape)}" if tensor else f"a {type(value).__name__}"
-        raise InputError(
-            "the loss must be one number in a tensor",
-            f"{problem.loss.name} gave {given}",
-            "a mean over the batch",
-        )
+    require_number(problem.loss, value)
     if not torch.isfinite(value):
         broken = [t for t in tensors_of(batch.data) if not torch.isfinite(t).all()]
         raise UnsoundError(

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hesscli.errors import InputError
+from hesscli.problem.losses import Reduction
 from hesscli.problem.nearest import missing_file
 from hesscli.problem.spec_errors import Tables, explain
 
@@ -113,7 +114,8 @@ class DataSpec(_Table):
     file: SpecPath | None = None
     inputs: str | list[str] | None = None
     targets: str | None = None
-    batch_size: int = Field(default=128, ge=1)
+    collate: str | None = None
+    batch_size: int | None = Field(default=None, ge=1)
     unseen: bool = False
 
     @property
@@ -134,7 +136,7 @@ class DataSpec(_Table):
         _exactly_one(self, "factory", "file")
         if self.file and self.inputs is None:
             raise _rule("needs inputs, the name of a tensor in the file", f"file = {self.file}")
-        foreign = {"kwargs"} if self.file else {"inputs", "targets"}
+        foreign = {"kwargs", "collate"} if self.file else {"inputs", "targets"}
         if unused := sorted(foreign & self.model_fields_set):
             source, other = ("file", "factory") if self.file else ("factory", "file")
             raise _rule(f"has {' and '.join(unused)}, which only {other} uses", f"{source} is set")
@@ -148,6 +150,7 @@ class LossSpec(_Table):
     factory: str | None = None
     step: str | None = None
     kwargs: dict[str, Any] = {}
+    reduction: Reduction | None = None
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     label_smoothing: float = Field(default=0.0, ge=0, le=1)
     ignore_index: int = -100

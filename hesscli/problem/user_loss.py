@@ -22,18 +22,24 @@ from hesscli.problem.batches import (
 from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.losses import Loss, returned
 from hesscli.problem.outputs import HiddenOutputsError, Layout, rows_of
+from hesscli.results import Reduction
 
 
 class UserLoss(Loss):
-    """``fn(what the model returned, targets) -> mean loss``; each example counts once.
+    """``fn(what the model returned, targets) -> mean loss``, or its sum; examples count once.
 
     Where the model returns a single tensor, that is its outputs as it is. Where it returns a tree
     of them, outputs are ``(N, M)``: the tree's tensors side by side, which the function gets back
     as the tree that they were.
     """
 
-    def __init__(self, function: Callable[[Any, Any], Tensor], name: str) -> None:
-        self.function, self.name = function, name
+    def __init__(
+        self,
+        function: Callable[[Any, Any], Tensor],
+        name: str,
+        reduction: Reduction | None = None,
+    ) -> None:
+        self.function, self.name, self.reduction = function, name, reduction
         self._layouts: dict[tuple[int, torch.dtype], Layout] = {}
 
     def settled(self, model: nn.Module, batches: Iterable[Batch]) -> Loss:
@@ -64,16 +70,24 @@ class UserLoss(Loss):
         return found
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The user's own mean of what the model returned."""
-        return self.function(returned(model, batch), split_batch(batch)[1])
+        """The user's own mean of what the model returned, or sum over the number of examples."""
+        return self._mean(returned(model, batch), batch)
 
     def masses(self, batch: Batch) -> Tensor:
         """One an example."""
         return torch.ones(size_of(batch), dtype=torch.float64)
 
     def mean(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The user's own mean."""
-        return self.function(self._as_returned(outputs), split_batch(batch)[1])
+        """The same of its rows."""
+        return self._mean(self._as_returned(outputs), batch)
+
+    def _mean(self, raw: Any, batch: Batch) -> Tensor:
+        value = self.function(raw, split_batch(batch)[1])
+        return value / size_of(batch) if self.reduction == "sum" else value
+
+    def mass(self, model: nn.Module, batch: Batch, count: int | None = None) -> float:
+        """The number of examples; of a sum, whose parts add up, what it was divided by."""
+        return float(size_of(batch) if self.reduction == "sum" or count is None else count)
 
     def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
         """By one call an example, all in one where the function goes through vmap."""

@@ -28,7 +28,6 @@ from hesscli.operators.gauss_newton import require_examples
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
 from hesscli.problem.factors import Factor, factor_of, has_factor, score_of
-from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem, WeightedBatch
 
 Name = Literal["sampled", "example", "microbatch"]
@@ -138,7 +137,7 @@ class Rows:
     @property
     def _whole_batches(self) -> bool:
         """Whether a batch is the smallest unit whose loss is known."""
-        return isinstance(self.problem.loss, StepLoss) or not self.problem.data.sliceable
+        return not (self.problem.separable and self.problem.loss.exposes_outputs)
 
     def _of_batch(self, batch: WeightedBatch, draw: int, wanted: int) -> Iterator[Tensor]:
         if self.kind.name == "microbatch":

@@ -1,0 +1,345 @@
+"""Whether examples are independent: whether a batch may be cut without becoming another function.
+
+A model may mix the examples of a batch (batch statistics in whatever form), a loss may (contrast,
+ranking, a mean over what a mask leaves), and a sum is no mean. None of it can be read off the
+code, so batches are taken apart and compared with their parts: outputs row by row, losses as the
+mass-weighted mean or the sum of the parts'. Until that is proven, batches stay as the user made
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hesscli.problem.batches import Batch, is_sliceable, map_tensors, place, size_of
+from hesscli.problem.blame import differing_module, is_out_of_memory, label
+from hesscli.problem.factory import blamed_on_user
+from hesscli.problem.forward import retyped, undisturbed
+from hesscli.problem.losses import Loss, Reduction, StepLoss, UserLoss, require_number
+from hesscli.problem.precision import Narrowing, tolerance
+
+MIN_GROUPS = 16
+"""Random batches at least, so that error bars from data have degrees of freedom."""
+
+MODEL_RAISED = "the model or its loss raised an error"
+MUST_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
+
+_MODEL_BATCHES = 3
+"""Batches on which the model is run on parts; a loss of one's own is tried on all of them."""
+_ROWS = 32
+"""Rows of a batch that named losses are tried on: they mix nothing that the model does not."""
+_ABSOLUTE = 1e3
+"""Rounding, in eps, of a loss that is a difference of numbers of order one."""
+
+Places = Sequence[int]
+Part = Callable[[Places], Batch]
+"""Makes a batch of some examples of another, by their places in it."""
+
+
+def sliced(batch: Batch) -> Part:
+    """Parts of a batch whose tensors have one row an example."""
+    return lambda places: map_tensors(lambda tensor: _take(tensor, places), batch)
+
+
+@dataclass(frozen=True)
+class Independence:
+    """What was found.
+
+    Attributes:
+        mixes: what makes an example depend on its batch; None where nothing was seen to.
+        unseen: why that could not be tested, else None.
+        reduction: what a loss function of the user's does over its batch.
+        change: the largest relative change that was seen.
+        bound: what rounding may do.
+    """
+
+    mixes: str | None
+    unseen: str | None
+    reduction: Reduction
+    change: float
+    bound: float
+
+    @property
+    def proven(self) -> bool:
+        """Whether batches may be cut at will."""
+        return self.mixes is None and self.unseen is None
+
+
+class IndependenceTest:
+    """Takes the user's batches one after the other, whole and in parts.
+
+    Args:
+        model: in the mode that it is analysed in; left as it was.
+        loss: what is computed of it.
+        device: where to compute.
+        dtype: the type that is analysed; float64 is tried first.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.model, self.loss, self.device = model, loss, device
+        self._own = self._dtype = dtype
+        self._bound = tolerance(dtype)
+        self._batches = self._tried = 0
+        self._change = 0.0
+        self._mixes: str | None = None
+        self._random = False
+        # A loss that says "sum" is already divided by its mass.
+        self._reductions: set[Reduction] = {"mean"}
+        if loss.reduction is None:
+            self._reductions = {"mean", "sum"}
+
+    @property
+    def result(self) -> Independence:
+        """What was found so far."""
+        return Independence(
+            mixes=self._mixes,
+            unseen=self._unseen,
+            reduction="sum" if self._reductions == {"sum"} else "mean",
+            change=self._change,
+            bound=self._bound,
+        )
+
+    @property
+    def separable(self) -> bool:
+        """Whether batches may be cut anew; steps are left alone where they are groups enough."""
+        enough = isinstance(self.loss, StepLoss) and self._batches >= MIN_GROUPS
+        return self.result.proven and not enough
+
+    @property
+    def _unseen(self) -> str | None:
+        if self._random:
+            return "the outputs are random"
+        return None if self._tried else "one example a batch, or no rows of examples"
+
+    def see(self, batch: Batch, part: Part) -> None:
+        """Compare a batch with its parts.
+
+        Args:
+            batch: of the user's, on the CPU.
+            part: makes parts of it.
+
+        Raises:
+            HesscliError: the model or its loss does not take the whole batch.
+        """
+        self._batches += 1
+        count = size_of(batch)
+        if self._batches == 1:
+            with blamed_on_user(MODEL_RAISED, MUST_FIT):
+                self._meet(batch if count <= _ROWS else part(range(_ROWS)))
+        if count < 2 or not self.wants_more:
+            return
+        if not self._is_users and count > _ROWS:
+            count, batch = _ROWS, part(range(_ROWS))
+        with self._running(self._dtype):
+            self._compare(batch, part, count)
+        self._tried += 1
+
+    def see_frozen(self, batches: Iterable[Batch]) -> None:
+        """Compare batches that were frozen elsewhere."""
+        for batch in batches:
+            if is_sliceable(batch):
+                self.see(batch, sliced(batch))
+
+    @property
+    def _is_users(self) -> bool:
+        """Whether the loss is a function of the user's."""
+        return isinstance(self.loss, (UserLoss, StepLoss))
+
+    @property
+    def _reads_loss(self) -> bool:
+        """Whether the loss may mix what the model does not."""
+        return self._is_users or self.loss.is_claim
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether one more batch would tell anything."""
+        if self._mixes is not None or self._random:
+            return False
+        if isinstance(self.loss, UserLoss):
+            return True
+        most = MIN_GROUPS if isinstance(self.loss, StepLoss) else _MODEL_BATCHES
+        return self._tried < most
+
+    def _meet(self, batch: Batch) -> None:
+        """Run the first batch as it is; then find whether float64 is to be had."""
+        with self._running(self._own):
+            self._check(self._placed(batch))
+        if self._own == torch.float64:
+            return
+        watch = Narrowing()
+        try:
+            with self._running(torch.float64), watch:
+                self.loss.evaluate(self.model, place(batch, self.device, torch.float64))
+        except Exception as error:  # of any kind: the code is the user's, made for another type
+            if is_out_of_memory(error):
+                raise
+            return
+        self._dtype, self._bound = torch.float64, tolerance(watch.narrowest)
+
+    def _check(self, batch: Batch) -> None:
+        """What the loss is of this model, outputs and targets that can be meant together."""
+        self.loss = self.loss.settled(self.model, [batch])
+        if self.loss.hidden is None:
+            self.loss.check(self.loss.outputs(self.model, batch), batch)
+        require_number(self.loss, self.loss.evaluate(self.model, batch))
+
+    @contextmanager
+    def _running(self, dtype: torch.dtype) -> Iterator[None]:
+        """The model in a type; with gradients on, for user's code may take some."""
+        with ExitStack() as stack:
+            if dtype != self._own:
+                stack.enter_context(retyped(self.model, dtype))
+            stack.enter_context(undisturbed(self.model, self.device))
+            yield
+
+    def _placed(self, batch: Batch) -> Batch:
+        return place(batch, self.device, self._dtype)
+
+    # -- one batch -----------------------------------------------------------------------------
+
+    def _compare(self, batch: Batch, part: Part, count: int) -> None:
+        whole = self._run(self._placed(batch), count)
+        runs_model = self._tried < _MODEL_BATCHES or whole.outputs is None
+        splits: list[list[_Piece]] = []
+        for split in _splits(count):
+            splits.append([])
+            for places in split:
+                piece = _Piece(places, self._placed(part(places)))
+                change = self._change_alone(whole, piece, runs_model=runs_model)
+                if not change <= self._bound:
+                    self._blame(whole, piece, change)
+                    return
+                self._change = max(self._change, change)
+                splits[-1].append(piece)
+        if self._reads_loss:
+            self._add_up(whole, splits)
+
+    def _run(self, batch: Batch, count: int) -> _Piece:
+        outputs = self._outputs(batch, count)
+        return _Piece(range(count), batch, outputs, self._value(batch, outputs))
+
+    def _change_alone(self, whole: _Piece, piece: _Piece, *, runs_model: bool) -> float:
+        """How much a part's rows change by themselves; its loss and mass are noted."""
+        try:
+            rows = None if whole.outputs is None else _take(whole.outputs, piece.places)
+            mine = self._outputs(piece.batch, len(piece.places)) if runs_model else rows
+            piece.value = self._value(piece.batch, mine)
+            piece.mass = self.loss.mass(self.model, piece.batch, len(piece.places))
+            if rows is None or mine is None or mine is rows:
+                return 0.0
+            if rows.shape == mine.shape:
+                return _relative(rows, mine)
+            # Padded to another width: the examples' losses are compared.
+            losses = self.loss.numerators(whole.outputs, whole.batch)  # type: ignore[arg-type]
+            return _relative(_take(losses, piece.places), self.loss.numerators(mine, piece.batch))
+        except Exception as error:  # what code that refuses fewer examples does to them: all
+            if is_out_of_memory(error):
+                raise
+            return math.inf
+
+    def _outputs(self, batch: Batch, count: int) -> Tensor | None:
+        """One row an example, or None where there is no such thing."""
+        if self.loss.hidden is not None:
+            return None
+        try:
+            outputs = self.loss.outputs(self.model, batch).detach()
+        except HiddenOutputsError:
+            return None
+        return outputs if outputs.dim() and len(outputs) == count else None
+
+    def _value(self, batch: Batch, outputs: Tensor | None) -> float:
+        if not self._reads_loss:
+            return 0.0
+        if outputs is None or self.loss.is_claim:
+            return float(self.loss.evaluate(self.model, batch).detach())
+        return float(self.loss.mean(outputs, batch).detach())
+
+    def _add_up(self, whole: _Piece, splits: list[list[_Piece]]) -> None:
+        """Strike out the reductions by which the parts' losses do not make the whole's."""
+        changes = {
+            reduction: max(self._change_of_loss(whole, split, reduction) for split in splits)
+            for reduction in self._reductions
+        }
+        self._reductions = {r for r, change in changes.items() if change <= self._bound}
+        least = min(changes.values())
+        if self._reductions:
+            self._change = max(self._change, least)
+        elif self._is_random(whole.batch):
+            self._random = True
+        else:
+            self._change, self._mixes = least, f"the loss {self.loss.name}"
+
+    def _change_of_loss(self, whole: _Piece, parts: list[_Piece], reduction: Reduction) -> float:
+        mass = sum(part.mass for part in parts) or math.nan
+        terms = [p.value * (p.mass / mass if reduction == "mean" else 1.0) for p in parts]
+        rounding = _ABSOLUTE * torch.finfo(self._dtype).eps / self._bound
+        size = max(abs(whole.value), sum(map(abs, terms)), rounding)
+        return _or_infinite(abs(sum(terms) - whole.value) / size)
+
+    def _blame(self, whole: _Piece, piece: _Piece, change: float) -> None:
+        """Name what mixes; outputs that differ from run to run say nothing of it."""
+        if self._is_random(whole.batch):
+            self._random = True
+            return
+
+        def same(together: Tensor, alone: Tensor) -> bool:
+            if not together.dim() or len(together) <= max(piece.places):
+                return True
+            rows = _take(together, piece.places)
+            return rows.shape != alone.shape or _relative(rows, alone) <= self._bound
+
+        module = None
+        if math.isfinite(change):
+            run = partial(self.loss.outputs, self.model)
+            module = differing_module(
+                self.model, partial(run, whole.batch), partial(run, piece.batch), same
+            )
+        self._change, self._mixes = change, module or label("", self.model)
+
+    def _is_random(self, batch: Batch) -> bool:
+        first, second = (float(self.loss.evaluate(self.model, batch).detach()) for _ in range(2))
+        return not abs(first - second) <= self._bound * max(abs(first), abs(second))
+
+
+@dataclass
+class _Piece:
+    """Some examples of a batch, what the model makes of them, their loss and its mass."""
+
+    places: Places
+    batch: Batch
+    outputs: Tensor | None = None
+    value: float = 0.0
+    mass: float = 0.0
+
+
+def _take(tensor: Tensor, places: Places) -> Tensor:
+    return tensor[torch.as_tensor(places, device=tensor.device)]
+
+
+def _splits(count: int) -> Iterator[list[list[int]]]:
+    """Halves, and a random third against the rest: pairs of whatever arrangement are broken."""
+    yield [list(range(count // 2)), list(range(count // 2, count))]
+    if count > 2:
+        order = np.random.Generator(np.random.Philox(key=count)).permutation(count).tolist()
+        third = max(count // 3, min(2, count // 2))
+        yield [order[:third], order[third:]]
+
+
+def _relative(value: Tensor, other: Tensor) -> float:
+    scale = torch.maximum(value.norm(), other.norm())
+    difference = float((value - other).norm())
+    return _or_infinite(difference / float(scale)) if difference else _or_infinite(difference)
+
+
+def _or_infinite(change: float) -> float:
+    return change if math.isfinite(change) else math.inf

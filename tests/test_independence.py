@@ -1,0 +1,306 @@
+"""Batches stay the user's own until their examples are proven independent; sums are sums.
+
+Truth is the user's objective on the user's own batches: its value, and its dense Hessian by
+differentiating twice in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import hesscli
+from hesscli.errors import InputError
+from hesscli.problem.losses import StepLoss
+from hesscli.problem.problem import Problem
+
+ROUNDING = 1e-10  # float64, a few thousand terms
+
+
+def _rows(count: int = 24, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (count,), generator=generator)
+
+
+def _net(middle: Callable[[Tensor], Tensor] = torch.tanh) -> nn.Module:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(middle(self.a(x)))
+            return out
+
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def _dense(model: nn.Module, objective: Callable[[nn.Module], Tensor]) -> tuple[float, Tensor]:
+    twin = copy.deepcopy(model)
+    tensors = list(twin.parameters())
+    value = objective(twin)
+    slopes = torch.autograd.grad(value, tensors, create_graph=True, materialize_grads=True)
+    slope = torch.cat([s.reshape(-1) for s in slopes])
+    rows = [
+        torch.autograd.grad(s, tensors, retain_graph=True, materialize_grads=True) for s in slope
+    ]
+    return float(value.detach()), torch.stack([torch.cat([p.reshape(-1) for p in r]) for r in rows])
+
+
+def _agrees(problem: Problem, model: nn.Module, objective: Callable[[nn.Module], Tensor]) -> None:
+    value, matrix = _dense(model, objective)
+    assert problem.prove().loss == pytest.approx(value, rel=ROUNDING)
+    found = hesscli.Hessian(problem).to_dense()
+    torch.testing.assert_close(found, matrix, rtol=0, atol=ROUNDING * float(matrix.norm()))
+
+
+# -- what mixes --------------------------------------------------------------------------------
+
+MODELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "centred": lambda h: torch.tanh(h - h.mean(0)),
+    "batch statistics": lambda h: functional.batch_norm(h, None, None, training=True).tanh(),
+    "attention over the batch": lambda h: torch.softmax(h @ h.T, 1) @ h,
+    "the neighbour": lambda h: torch.tanh(h + 0.5 * h.roll(1, 0)),
+    "pairs of neighbours": lambda h: h.view(-1, 2, 4).flip(1).reshape(-1, 4).tanh() + h,
+    "the other half": lambda h: torch.tanh(h) + torch.cat(h.chunk(2)[::-1]),
+    "the place in the batch": lambda h: torch.tanh(h + 0.1 * torch.arange(len(h))[:, None]),
+    "a little": lambda h: torch.tanh(h + 1e-6 * h.sum(0)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("form", ["listed", "loader", "rows"])
+def test_models_that_mix(kind: str, form: str) -> None:
+    x, y = _rows()
+    model = _net(MODELS[kind])
+    batches = [(x[:12], y[:12]), (x[12:], y[12:])]
+    data: Any = batches
+    if form == "loader":
+        data = DataLoader(TensorDataset(x, y), batch_size=12)
+    if form == "rows":
+        data, batches = TensorDataset(x, y), [(x, y)]
+    problem = Problem(model, "cross_entropy", data, batch_size=24 if form == "rows" else None)
+    assert problem.couples_examples is not None
+    assert any("mixes the examples" in warning for warning in problem.warnings)
+    if form == "rows":  # in another order
+        batches = list(problem.data.batches)
+        assert [len(t) for _, t in batches] == [24]
+    _agrees(
+        problem,
+        model,
+        lambda net: sum(functional.cross_entropy(net(x), y) * len(y) / 24 for x, y in batches),
+    )
+
+
+def _contrast(z: Tensor, y: Tensor) -> Tensor:
+    z = functional.normalize(z, dim=1)
+    return functional.cross_entropy(4 * z @ z.T - 9 * torch.eye(len(z)), (y + 1) % len(z))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "contrast": _contrast,
+    "masked mean": lambda o, y: functional.cross_entropy(o, y.where(o[:, 0] > 0, -100)),
+    "one masked row": lambda o, y: functional.cross_entropy(o, y.where(o[:, 0] < o.max(), -100)),
+    "class weights of the batch": lambda o, y: functional.cross_entropy(
+        o, y, weight=1 / (1 + torch.bincount(y, minlength=3).double())
+    ),
+    "variance": lambda o, y: o.var(0).sum(),
+    "hardest": lambda o, y: functional.cross_entropy(o, y, reduction="none").max(),
+    "pairs": lambda o, y: (o[0::2] - o[1::2]).square().mean(),
+    "root of the mean": lambda o, y: functional.cross_entropy(o, y).sqrt(),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("as_step", [False, True])
+def test_losses_that_mix(kind: str, as_step: bool) -> None:
+    x, y = _rows()
+    model, loss = _net(), LOSSES[kind]
+    batches = [(x[:8], y[:8]), (x[8:], y[8:])]
+    users = StepLoss(lambda net, b: loss(net(b[0]), b[1]), "step") if as_step else loss
+    problem = Problem(model, users, batches)
+    assert problem.couples_examples is not None
+    assert "loss" in problem.couples_examples
+    _agrees(
+        problem,
+        model,
+        lambda net: sum(loss(net(x), y) * len(y) / len(_rows()[1]) for x, y in batches),
+    )
+
+
+def test_a_mask_in_one_batch_of_many_is_seen() -> None:
+    """Only rows of the last batch are masked: every batch is put to the test."""
+    x, y = _rows(40 * 8)
+    y[-3:] = -100
+    batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, len(y), 8)]
+    problem = Problem(_net(), lambda o, y: functional.cross_entropy(o, y), batches)
+    assert problem.couples_examples == "the loss <lambda>"
+    assert problem.data.counts == (8,) * 40
+
+
+# -- what does not -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 30.0])
+def test_independent_examples_are_not_accused(dtype: torch.dtype, scale: float) -> None:
+    """Of sure predictions, whose loss is the difference of large numbers, too."""
+    x, y = _rows(40)
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    with torch.no_grad():
+        net[3].weight.mul_(scale)
+    for loss in (
+        "cross_entropy",
+        lambda o, y: functional.cross_entropy(o, y),
+        StepLoss(lambda net, b: functional.cross_entropy(net(b[0]), b[1]), "step"),
+        lambda o, y: functional.cross_entropy(o, y) + 0.1 * net[0].weight.square().sum(),
+    ):
+        problem = Problem(net, loss, [(x[:30], y[:30]), (x[30:], y[30:])])
+        assert problem.independence.proven
+        assert problem.warnings == ()
+        assert len(problem.data.counts) == 16
+
+
+def test_a_model_that_casts_is_judged_by_the_type_it_computes_in() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x.float(), self.linear.weight.float())
+
+    problem = Problem(Single(), "cross_entropy", [_rows(100)])
+    assert problem.independence.proven
+    assert problem.independence.bound > 1e-6
+
+
+def test_random_outputs_accuse_nobody() -> None:
+    """The determinism check refuses them by their own name."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    problem = Problem(model.train(), "cross_entropy", [_rows()])
+    assert problem.couples_examples is None
+    assert problem.independence.unseen is not None
+    assert problem.data.counts == (24,)
+
+
+def test_padding_of_the_users_is_part_of_the_function() -> None:
+    """A model that reads its padding is another function in batches that pad otherwise."""
+    generator = torch.Generator().manual_seed(2)
+    rows = [(torch.randn(2 + i % 5, 4, generator=generator), i % 3) for i in range(30)]
+
+    def collate(items: list[Any]) -> tuple[Tensor, Tensor]:
+        xs, ys = zip(*items, strict=True)
+        return nn.utils.rnn.pad_sequence(list(xs), batch_first=True), torch.tensor(ys)
+
+    class Mean(nn.Module):
+        def __init__(self, masked: bool) -> None:
+            super().__init__()
+            self.linear, self.masked = nn.Linear(4, 3), masked
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = (x != 0).any(2, keepdim=True).to(x)
+            over = kept.sum(1) if self.masked else torch.full_like(kept.sum(1), x.shape[1])
+            out: Tensor = (self.linear(x) * kept).sum(1) / over
+            return out
+
+    loader = DataLoader(rows, batch_size=10, collate_fn=collate)  # type: ignore[arg-type]
+    assert Problem(Mean(masked=True), "cross_entropy", loader).independence.proven
+    mixed = Problem(Mean(masked=False), "cross_entropy", loader)
+    assert mixed.couples_examples is not None
+    assert mixed.data.counts == (10, 10, 10)
+
+
+# -- sums --------------------------------------------------------------------------------------
+
+SUMS: dict[str, tuple[Any, Callable[[Tensor, Tensor], Tensor]]] = {
+    "criterion": (
+        nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).double(), reduction="sum"),
+        lambda o, y: functional.cross_entropy(
+            o, y, torch.tensor([1.0, 2.0, 0.5]).double(), reduction="sum"
+        ),
+    ),
+    "function": (
+        lambda o, y: functional.cross_entropy(o, y, reduction="sum"),
+        lambda o, y: functional.cross_entropy(o, y, reduction="sum"),
+    ),
+    "step": (
+        StepLoss(lambda net, b: functional.cross_entropy(net(b[0]), b[1], reduction="sum"), "s"),
+        lambda o, y: functional.cross_entropy(o, y, reduction="sum"),
+    ),
+    "square": (
+        nn.MSELoss(reduction="sum"),
+        lambda o, t: (o - t).square().sum(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_sums_are_sums_over_all_batches(kind: str) -> None:
+    x, y = _rows(25)
+    targets = torch.eye(3, dtype=torch.float64)[y] if kind == "square" else y
+    users, loss = SUMS[kind]
+    model = _net()
+    problem = Problem(model, users, [(x[:8], targets[:8]), (x[8:], targets[8:])], weight_decay=0.1)
+    assert problem.independence.proven
+    assert len(problem.data.counts) == 16
+    assert any("sum over all 25 examples" in warning for warning in problem.warnings)
+
+    def objective(net: nn.Module) -> Tensor:
+        decay = sum(p.square().sum() for p in net.parameters())
+        return loss(net(x), targets) + 0.05 * decay
+
+    _agrees(problem, model, objective)
+    _, matrix = _dense(model, objective)
+    result = hesscli.trace(problem, probes=8)
+    low, high = result.trace.interval
+    assert low <= float(matrix.trace()) <= high
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "fisher", "empirical-fisher"])
+def test_other_matrices_of_a_sum_are_its_own(matrix: str) -> None:
+    """N times the mean's, also the one that is made of squared slopes."""
+    x, y = _rows(25)
+    model = _net()
+    traces = [
+        hesscli.trace(Problem(model, nn.CrossEntropyLoss(reduction=r), [(x, y)]), matrix=matrix)
+        for r in ("mean", "sum")
+    ]
+    assert traces[1].trace.estimate == pytest.approx(25 * traces[0].trace.estimate, rel=1e-8)
+    mean, summed = (
+        hesscli.operators.matrices.matrix_named(matrix)(
+            Problem(model, nn.CrossEntropyLoss(reduction=r), [(x, y)])
+        ).to_dense()
+        for r in ("mean", "sum")
+    )
+    torch.testing.assert_close(summed, 25 * mean, rtol=1e-8, atol=1e-12)
+
+
+def test_a_subsample_of_a_sum_is_scaled_to_the_whole() -> None:
+    x, y = _rows(400)
+    model = _net()
+    data = TensorDataset(x, y)
+    whole = Problem(model, nn.CrossEntropyLoss(reduction="sum"), data)
+    part = Problem(model, nn.CrossEntropyLoss(reduction="sum"), data, examples=100)
+    mean = Problem(model, nn.CrossEntropyLoss(), data, examples=100)
+    assert part.prove().loss == pytest.approx(400 * mean.prove().loss, rel=ROUNDING)
+    assert part.prove().loss == pytest.approx(whole.prove().loss, rel=0.3)
+    assert any("all 400 examples, from the 100" in warning for warning in part.warnings)
+
+
+def test_a_sum_can_be_asked_for_and_none_is_refused() -> None:
+    x, y = _rows()
+    problem = Problem(_net(), "cross_entropy", [(x, y)], reduction="sum")
+    expected = functional.cross_entropy(_net()(x), y, reduction="sum")
+    assert problem.prove().loss == pytest.approx(float(expected.detach()), rel=ROUNDING)
+    with pytest.raises(InputError, match="a mean or a sum"):
+        Problem(_net(), nn.CrossEntropyLoss(reduction="none"), [(x, y)])
