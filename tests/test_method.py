@@ -223,7 +223,7 @@ CHOICES = {
         "hutchinson",
         "1 (BatchNorm1d)",
     ),
-    "coupled": (Coupled(), "cross_entropy", "hutchinson", "do not add up"),
+    "coupled": (Coupled(), "cross_entropy", "hutchinson", "mixes the examples of a batch"),
 }
 
 

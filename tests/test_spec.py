@@ -50,7 +50,7 @@ def test_values_defaults_and_paths(tmp_path: Path) -> None:
     assert spec.model is not None
     assert (spec.model.kwargs["deep"], spec.model.training) == ({"a": [1, 2]}, False)
     assert spec.data.file == tmp_path / "sub/data.safetensors"
-    assert (spec.data.inputs, spec.data.batch_size) == (["x", "y"], 128)
+    assert (spec.data.inputs, spec.data.batch_size) == (["x", "y"], None)
     assert (spec.loss.class_weights, spec.loss.weight_decay) == ([1.0, 2.5], 0.0)
     assert spec.held_out is None
 

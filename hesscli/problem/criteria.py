@@ -31,7 +31,6 @@ NAMED: dict[str, type[Loss]] = {
     )
 }
 
-
 _CRITERIA = (
     (functional.cross_entropy, nn.CrossEntropyLoss),
     (functional.nll_loss, nn.NLLLoss),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from hesscli.errors import InputError
 from hesscli.problem.batches import Batch, size_of, split_batch
 from hesscli.problem.outputs import named_output
-
-Reduction = Literal["mean", "sum"]
+from hesscli.results import Reduction
 
 
 class Loss(ABC):
@@ -32,6 +31,7 @@ class Loss(ABC):
         is_claim: that it is this function of these outputs is a claim, which the proof puts to
             the test.
         output: which of several outputs of the model it reads, a key, attribute or index.
+        shows_examples: whether the mass and the loss of single examples are known.
         reduction: what is analysed, the mean over all examples or their sum; None where a
             function of the user's does not say and its batches have to tell.
         multiple: what the mean is multiplied by to be it.
@@ -42,6 +42,7 @@ class Loss(ABC):
     hidden: str | None = None
     is_claim = False
     output: str | int | None = None
+    shows_examples = True
     reduction: Reduction | None = "mean"
     multiple = 1.0
     warnings: tuple[str, ...] = ()
@@ -105,6 +106,8 @@ class Loss(ABC):
 
 class StepLoss(Loss):
     """``step(model, batch) -> mean loss``, or ``(mean loss, weight)``, or a sum."""
+
+    shows_examples = False
 
     def __init__(
         self,

@@ -20,11 +20,11 @@ from hesscli.problem.data import FrozenData, Selection
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import Run, retyped, run_with, undisturbed
 from hesscli.problem.freezing import freeze
-from hesscli.problem.independence import IndependenceTest
-from hesscli.problem.losses import Loss, Reduction, StepLoss
-from hesscli.problem.proof import MODEL_RAISED, MUST_FIT, Proof, prove
+from hesscli.problem.independence import MODEL_RAISED, MUST_FIT, IndependenceTest
+from hesscli.problem.losses import Loss, StepLoss
+from hesscli.problem.proof import Proof, prove
 from hesscli.problem.summed import Summed
-from hesscli.results import CheckpointReport, Observe, ProblemReport
+from hesscli.results import CheckpointReport, Observe, ProblemReport, Reduction
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Problem:
         """The first examples of the first batch that weighs something, as a batch of its own."""
         index = next(i for i, mass in enumerate(self.masses) if mass > 0)
         batch = self.batch(index)
-        if not self.separable or isinstance(self.loss, StepLoss):
+        if not (self.separable and self.loss.shows_examples):
             return batch
         masses = self.loss.masses(batch.data).tolist()
         start = next(i for i, mass in enumerate(masses) if mass > 0)
@@ -308,6 +308,7 @@ class Problem:
             total_weight=self.total_weight,
             loss=proof.loss,
             loss_name=self.loss.name,
+            reduction=self.loss.reduction or "mean",
             weight_decay=self.weight_decay,
             accuracy=proof.accuracy,
             gradient_norm=proof.gradient_norm,

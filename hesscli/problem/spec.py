@@ -23,9 +23,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hesscli.errors import InputError
-from hesscli.problem.losses import Reduction
 from hesscli.problem.nearest import missing_file
 from hesscli.problem.spec_errors import Tables, explain
+from hesscli.results import Reduction
 
 SPEC_NAME = "hesscli.toml"
 _LARGEST = 1 << 20

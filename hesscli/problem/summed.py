@@ -21,6 +21,7 @@ class Summed(Loss):
     def __init__(self, loss: Loss, multiple: float) -> None:
         self.loss, self.multiple = loss, multiple
         self.name, self.reduction = loss.name, loss.reduction
+        self.shows_examples = loss.shows_examples
         self.hidden, self.is_claim, self.output = loss.hidden, loss.is_claim, loss.output
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:

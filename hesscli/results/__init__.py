@@ -18,6 +18,7 @@ from hesscli.results.common import (
     Observe,
     ParameterReport,
     ProblemReport,
+    Reduction,
     Snapshot,
     Status,
 )
@@ -104,6 +105,7 @@ __all__ = [
     "ProblemReport",
     "Quantile",
     "RankingReport",
+    "Reduction",
     "Refinement",
     "ResidualReport",
     "SaliencyReport",

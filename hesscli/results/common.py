@@ -10,6 +10,7 @@ SCHEMA_VERSION: Literal[1] = 1
 
 Interval = tuple[float, float]
 Mode = Literal["double-backward", "forward-over-reverse", "finite-difference"]
+Reduction = Literal["mean", "sum"]
 Status = Literal["exact", "converged", "budget", "data-limited", "interrupted"]
 
 
@@ -59,7 +60,8 @@ class CheckpointReport:
 class ProblemReport:
     """The proof that this is the user's model, and what exactly was analysed.
 
-    ``loss`` and ``gradient_norm`` are over the kept examples and include weight decay;
+    ``loss`` and ``gradient_norm`` are over the kept examples and include weight decay; those of
+    a sum are scaled to all available examples.
     ``total_weight`` is their weight mass (examples, unmasked tokens or class weights).
     """
 
@@ -73,6 +75,7 @@ class ProblemReport:
     total_weight: float
     loss: float
     loss_name: str
+    reduction: Reduction = "mean"
     weight_decay: float
     accuracy: float | None
     gradient_norm: float

@@ -137,7 +137,7 @@ class Rows:
     @property
     def _whole_batches(self) -> bool:
         """Whether a batch is the smallest unit whose loss is known."""
-        return not (self.problem.separable and self.problem.loss.exposes_outputs)
+        return not (self.problem.separable and self.problem.loss.shows_examples)
 
     def _of_batch(self, batch: WeightedBatch, draw: int, wanted: int) -> Iterator[Tensor]:
         if self.kind.name == "microbatch":
