@@ -380,7 +380,7 @@ def test_torchs_own_losses_in_a_spec_count_as_torch_does(reference: str, tmp_pat
         '[data]\nfile = "data.safetensors"\ninputs = "x"\ntargets = "y"\n'
         f'[loss]\nfactory = "{reference}"\nkwargs = {{ ignore_index = 1 }}\n'
     )
-    problem = hesscli.load(tmp_path / "model.pt")
+    problem = hesscli.load(tmp_path / "model.pt", trust=True)
     assert problem.loss.name == "cross_entropy"
     assert problem.total_weight == int((DATA[1] != 1).sum())
 
@@ -395,12 +395,12 @@ def test_double_precision_weights_are_not_rounded_on_the_way(tmp_path: Path) -> 
         '[data]\nfile = "data.safetensors"\ninputs = "x"\ntargets = "y"\n'
         '[loss]\nname = "cross_entropy"\n'
     )
-    problem = hesscli.load(tmp_path / "model.pt")
+    problem = hesscli.load(tmp_path / "model.pt", trust=True)
     assert problem.dtype == torch.float64
     assert all(torch.equal(p.tensor, state[p.name]) for p in problem.parameters)
     loss = functional.cross_entropy(DATA[0] @ state["weight"].T + state["bias"], DATA[1])
     assert problem.prove().loss == pytest.approx(float(loss), rel=ROUNDING)
-    single = hesscli.load(tmp_path / "model.pt", dtype="float32")
+    single = hesscli.load(tmp_path / "model.pt", trust=True, dtype="float32")
     assert single.dtype == torch.float32
     assert single.prove().loss == pytest.approx(float(loss), rel=1e-5)
     assert load_file(tmp_path / "data.safetensors")["x"].dtype == torch.float64
