@@ -130,7 +130,7 @@ class Problem:
             )
         if self.loss.reduction == "sum":
             self.loss = Summed(self.loss, self.total_weight / (self.sampling_fraction or 1.0))
-        self.warnings = (*warnings, *self.loss.warnings, *self._warnings())
+        self.warnings = (*warnings, *self.loss.warnings, *self._warnings(batch_size))
 
     def _weigh(self) -> list[float]:
         counts = self.data.counts
@@ -139,10 +139,16 @@ class Problem:
             for batch, count in zip(self._batches, counts, strict=True)
         ]
 
-    def _warnings(self) -> Iterator[str]:
+    def _warnings(self, batch_size: int | None) -> Iterator[str]:
         """What was done to the user's function, or could not be, before anything is computed."""
         if (mixes := self.couples_examples) is not None:
             yield f"{mixes} mixes the examples of a batch: the batch is the unit, as it was made"
+            largest = max(self.data.counts)
+            if batch_size is not None and largest > batch_size:
+                yield (
+                    f"batches stay as they came, of up to {largest} examples, though a batch size "
+                    f"of {batch_size} was asked for"
+                )
         if self.loss.reduction == "sum":
             kept, available = self.data.count, self.data.available
             scaled = "" if kept == available else f", from the {kept} that were kept"
