@@ -14,7 +14,11 @@ from hesscli.errors import UnsoundError, UsageError
 from hesscli.problem.batches import Batch, rows
 from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
 from hesscli.problem.criteria import as_loss
-from hesscli.problem.entrywise import BinaryCrossEntropy, MeanSquaredError
+from hesscli.problem.entrywise import (
+    BinaryCrossEntropy,
+    BinaryCrossEntropyOfProbabilities,
+    MeanSquaredError,
+)
 from hesscli.problem.factors import Factor, factor_of, has_factor
 from hesscli.problem.huggingface import HuggingFace
 from hesscli.problem.losses import Loss
@@ -53,6 +57,12 @@ CASES: dict[str, tuple[Loss, Tensor, Batch]] = {
     "mse": (MeanSquaredError(), GRID, (ANY, GRID + 1)),
     "bce": (BinaryCrossEntropy(), FLAT, (ANY, SOFT)),
     "bce weighted": (BinaryCrossEntropy(WEIGHTS), FLAT, (ANY, SOFT)),
+    "bce masked": (BinaryCrossEntropy(WEIGHTS, WEIGHTS), FLAT, (ANY, SOFT)),
+    "bce of probabilities": (
+        BinaryCrossEntropyOfProbabilities(WEIGHTS),
+        FLAT.sigmoid(),
+        (ANY, SOFT),
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hesscli.errors import ExitCode, HesscliError, InputError, UnsoundError
-from hesscli.problem.batches import Batch, rows
+from hesscli.errors import ExitCode, InputError, UnsoundError
+from hesscli.problem.batches import Batch, rows, shape_of
 from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
 from hesscli.problem.criteria import NAMED, as_loss
-from hesscli.problem.entrywise import BinaryCrossEntropy, MeanSquaredError
+from hesscli.problem.entrywise import (
+    BinaryCrossEntropy,
+    BinaryCrossEntropyOfProbabilities,
+    MeanSquaredError,
+)
 from hesscli.problem.losses import Loss, StepLoss
 from hesscli.problem.user_loss import UserLoss
 
@@ -111,6 +116,24 @@ CASES = {
         nn.BCEWithLogitsLoss(pos_weight=TENSOR),
         _draw(23, 4),
         SHARES.round(),
+    ),
+    "bce of probabilities": Case(
+        BinaryCrossEntropyOfProbabilities(WEIGHTS),
+        nn.BCELoss(TENSOR),
+        _draw(23, 4).sigmoid(),
+        SHARES,
+    ),
+    "bce with weights": Case(
+        BinaryCrossEntropy(weight=WEIGHTS),
+        nn.BCEWithLogitsLoss(TENSOR),
+        _draw(23, 4),
+        SHARES.round(),
+    ),
+    "divergence": Case(
+        as_loss(nn.KLDivLoss(reduction="batchmean")),
+        nn.KLDivLoss(reduction="batchmean"),
+        _draw(23, 4).log_softmax(1),
+        SHARES,
     ),
     "language": Case(
         LanguageModel(0.1),
@@ -298,7 +321,12 @@ def test_names_and_criteria_become_losses() -> None:
     assert type(as_loss(nn.NLLLoss(TENSOR))) is NegativeLogLikelihood
     assert type(as_loss(nn.MSELoss())) is MeanSquaredError
     assert type(as_loss(nn.L1Loss())) is UserLoss
-    assert type(as_loss(nn.BCEWithLogitsLoss(weight=TENSOR))) is UserLoss
+    weighed = as_loss(nn.BCEWithLogitsLoss(TENSOR, pos_weight=2 * TENSOR))
+    assert isinstance(weighed, BinaryCrossEntropy)
+    assert torch.equal(weighed.weight, TENSOR)  # type: ignore[arg-type]
+    assert torch.equal(weighed.pos_weight, 2 * TENSOR)  # type: ignore[arg-type]
+    assert type(as_loss(nn.BCELoss(TENSOR))) is BinaryCrossEntropyOfProbabilities
+    assert type(as_loss(nn.KLDivLoss(reduction="batchmean"))) is UserLoss
     assert as_loss(made) is made
 
 
@@ -370,16 +398,42 @@ def test_shapes_that_do_not_fit(
     with pytest.raises(InputError) as caught:
         as_loss(name).check(torch.zeros(outputs), _batch(labels))
     assert caught.value.exit_code == ExitCode.INPUT
-    assert caught.value.got.endswith(f"of shape {targets}") or "outputs of" in caught.value.got
+    shape = shape_of(torch.empty(targets), outputs[0])
+    assert caught.value.got.endswith(f"of shape {shape}") or "outputs of" in caught.value.got
 
 
-def test_labels_in_floating_point_are_refused_plainly() -> None:
+@pytest.mark.parametrize("shape", [(3,), (3, 2)])
+def test_labels_in_floating_point_are_refused_plainly(shape: tuple[int, ...]) -> None:
     """Class numbers stored as floats look like probabilities to torch."""
-    batch = _batch(torch.tensor([0.0, 1.0, 2.0]))
-    loss = CrossEntropy()
-    assert loss.masses(batch).tolist() == [1, 1, 1]
-    with pytest.raises(HesscliError, match="needs targets of shape"):
-        loss.check(torch.zeros(3, 4), batch)
+    batch, loss = _batch(torch.zeros(shape)), CrossEntropy()
+    assert loss.masses(batch).tolist() == [math.prod(shape[2:])] * 3
+    with pytest.raises(InputError, match="class labels that are whole numbers") as caught:
+        loss.check(torch.zeros(3, 4, *shape[1:]), batch)
+    assert caught.value.got == "targets of dtype float32"
+    assert "labels.long()" in caught.value.hint
+
+
+def test_targets_that_only_lack_a_column() -> None:
+    with pytest.raises(InputError) as caught:
+        BinaryCrossEntropy().check(torch.zeros(7, 1), _batch(torch.zeros(7)))
+    assert "(N, 1)" in caught.value.what
+    assert caught.value.got == "targets of shape (N,)"
+    assert "squeeze" in caught.value.hint
+
+
+def test_weights_of_binary_losses_are_of_the_entries_of_one_example() -> None:
+    outputs, targets = CASES["bce"].outputs, CASES["bce"].targets
+    for weight in (TENSOR, TENSOR[None], TENSOR[:1]):
+        as_loss(nn.BCEWithLogitsLoss(weight)).check(outputs, _batch(targets))
+    for weight in (torch.ones(23, 1), torch.ones(23, 4), torch.ones(3)):
+        with pytest.raises(InputError, match=r"entries of one example, \(4,\)"):
+            as_loss(nn.BCELoss(weight)).check(outputs.sigmoid(), _batch(targets))
+
+
+def test_probabilities_lie_between_zero_and_one() -> None:
+    with pytest.raises(UnsoundError, match="bce needs outputs that are probabilities") as caught:
+        BinaryCrossEntropyOfProbabilities().check(torch.tensor([[1.5]]), _batch(torch.zeros(1, 1)))
+    assert "1.5" in caught.value.got
 
 
 def test_accuracy() -> None:
@@ -389,6 +443,11 @@ def test_accuracy() -> None:
     pair = LanguageModel().correct(outputs[None], _batch(torch.tensor([[1, 1, 2, -100]])))
     assert [int(n) for n in pair or ()] == [2, 3]
     pair = BinaryCrossEntropy().correct(torch.tensor([[1.0, -1]]), _batch(torch.tensor([[1.0, 1]])))
+    assert [int(n) for n in pair or ()] == [1, 2]
+    shares = _batch(torch.tensor([[0.9, 1.0]]))
+    assert BinaryCrossEntropy().correct(torch.tensor([[1.0, -1]]), shares) is None
+    sure = torch.tensor([[0.9, 0.2]])
+    pair = BinaryCrossEntropyOfProbabilities().correct(sure, _batch(torch.tensor([[1.0, 1]])))
     assert [int(n) for n in pair or ()] == [1, 2]
     assert MeanSquaredError().correct(outputs, _batch(outputs)) is None
     assert CrossEntropy().correct(outputs, _batch(outputs.softmax(1))) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.gauss_newton import GaussNewton, require_examples
 from hesscli.operators.products import Apply, Function, Tensors
@@ -15,9 +16,21 @@ class Fisher(GaussNewton):
 
     The two are one matrix when the loss is the negative log-likelihood of an exponential family
     in its natural parameters (cross-entropy, bce_with_logits; mse up to the noise variance).
+
+    Raises:
+        UsageError: the loss is no such likelihood.
     """
 
     name = "fisher"
+
+    def __init__(self, problem: Problem, **options: object) -> None:
+        super().__init__(problem, **options)
+        if not problem.loss.natural.is_likelihood:
+            raise UsageError(
+                "--matrix fisher needs a distribution of labels, in its natural parameters",
+                f"the loss {problem.loss.name}, which the model's outputs make none of",
+                "--matrix ggn or empirical-fisher",
+            )
 
 
 class EmpiricalFisher(Operator):

@@ -75,6 +75,11 @@ def rows(batch: Batch, start: int, stop: int) -> Batch:
     return map_tensors(lambda t: t[start:stop], batch)
 
 
+def first_rows(batch: Batch, count: int) -> Batch:
+    """The first examples of a batch, all where it cannot be taken apart."""
+    return rows(batch, 0, count) if is_sliceable(batch) else batch
+
+
 def place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     """The batch on ``device``, floating tensors in ``dtype``; other tensors as stored."""
 

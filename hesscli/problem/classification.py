@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hesscli.errors import InputError, UnsoundError
-from hesscli.problem.batches import Batch
+from hesscli.problem.batches import Batch, shape_of, split_batch, tensors_of
 from hesscli.problem.losses import Loss, doubles, require_shape
 
 
@@ -17,6 +19,7 @@ class CrossEntropy(Loss):
     """``F.cross_entropy``: outputs ``(N, K, ...)``, targets of classes or of probabilities."""
 
     name = "cross_entropy"
+    is_likelihood = True
 
     def __init__(
         self,
@@ -26,6 +29,24 @@ class CrossEntropy(Loss):
     ) -> None:
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.class_weights = doubles(class_weights)
+
+    def settled(self, model: nn.Module, batches: Iterable[Batch]) -> Loss:
+        """The same; outputs that are probabilities already are told."""
+        outputs, settled = self._seen(model, batches), copy.copy(self)
+        logits = self.logits(outputs).detach().double()
+        if bool((logits >= 0).all()) and _is_rounding(logits.sum(1) - 1, outputs, logits.shape[1]):
+            settled.warnings = (
+                f"the model's outputs are probabilities already (they sum to 1), and {self.name} "
+                "puts a softmax on top: numbers are of that loss; nll of their log may be meant",
+            )
+        return settled
+
+    def _seen(self, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+        """Live outputs of a batch whose labels are in order."""
+        batch = next(iter(batches))
+        outputs = self.outputs(model, batch)
+        self.check(outputs.detach(), batch)
+        return outputs
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Class scores with the classes along dimension 1."""
@@ -74,8 +95,15 @@ class CrossEntropy(Loss):
                 "[loss] name = 'bce_with_logits' for one output an example",
             )
         if targets.is_floating_point():
-            return require_shape(self.name, logits.shape, targets.shape)
-        require_shape(self.name, logits[:, 0].shape, targets.shape)
+            if targets.dim() < logits.dim():
+                raise InputError(
+                    f"{self.name} needs class labels that are whole numbers",
+                    f"targets of dtype {str(targets.dtype).removeprefix('torch.')}",
+                    "labels.long(), or one probability a class in the shape of the outputs, "
+                    f"{shape_of(logits, len(logits))}",
+                )
+            return require_shape(self.name, logits, targets)
+        require_shape(self.name, logits[:, 0], targets)
         num_classes = logits.shape[1]
         outside = (targets != self.ignore_index) & ((targets < 0) | (targets >= num_classes))
         if outside.any():
@@ -96,18 +124,51 @@ class CrossEntropy(Loss):
 
 
 class NegativeLogLikelihood(CrossEntropy):
-    """``F.nll_loss``: outputs are log-probabilities ``(N, K, ...)``."""
+    """``F.nll_loss``: outputs ``(N, K, ...)`` are log-probabilities, or the loss is linear in them.
+
+    Of log-probabilities it is the cross-entropy, since log-softmax leaves them as they are.
+    Whether they are is asked of the outputs: their log-sum-exp is zero, and stays so when
+    parameters move.
+    """
 
     name = "nll"
 
     def __init__(self, ignore_index: int = -100, class_weights: list[float] | None = None) -> None:
         super().__init__(0.0, ignore_index, class_weights)
+        self.is_linear: bool | None = None  # not yet known
 
     @property
     def natural(self) -> Loss:
-        """Cross-entropy, since log-softmax leaves log-probabilities as they are."""
+        """Cross-entropy where outputs are log-probabilities, else the loss as it is."""
+        if self.is_linear:
+            return self
         weights = None if self.class_weights is None else self.class_weights.tolist()
         return CrossEntropy(0.0, self.ignore_index, weights)
+
+    def settled(self, model: nn.Module, batches: Iterable[Batch]) -> Loss:
+        """With what its outputs are."""
+        logits, settled = self.logits(self._seen(model, batches)), copy.copy(self)
+        normal = _are_log_probabilities(logits.detach()) and _stay_normalised(logits, model)
+        settled.is_linear, settled.is_likelihood = not normal, normal
+        if not normal:
+            settled.warnings = (
+                "the model's outputs are no log-probabilities, so that nll is linear in them and "
+                "its Gauss-Newton matrix is zero: numbers are of that loss; cross_entropy, or a "
+                "log_softmax at the model's end, may be meant",
+            )
+        return settled
+
+    def check(self, outputs: Tensor, batch: Batch) -> None:
+        """Shapes and labels; and log-probabilities everywhere if anywhere."""
+        super().check(outputs, batch)
+        logits = self.logits(outputs).detach()
+        if self.is_linear is False and not _are_log_probabilities(logits):
+            off = float(logits.double().logsumexp(1).abs().max())
+            raise UnsoundError(
+                "the model's outputs are log-probabilities of some examples and not of others",
+                f"probabilities that sum to exp({off:.2g}) or its inverse",
+                "a log_softmax at the model's end, or [loss] factory of a loss of your own",
+            )
 
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target, weighted and not divided."""
@@ -136,6 +197,27 @@ class LanguageModel(CrossEntropy):
         """Next tokens, int64."""
         return super().targets(_first_two(batch))
 
+    def settled(self, model: nn.Module, batches: Iterable[Batch]) -> Loss:
+        """The same; labels that nobody has shifted are told."""
+        batch = next(iter(batches))
+        settled = super().settled(model, [batch])
+        if self._copies_inputs(batch):
+            settled.warnings += (
+                "labels equal the inputs: language_model takes labels that are already shifted, "
+                "inputs[:, :-1] and labels = inputs[:, 1:]",
+            )
+        return settled
+
+    def _copies_inputs(self, batch: Batch) -> bool:
+        """Whether some input is the labels, up to what is masked of them."""
+        targets, inputs = self.targets(batch), split_batch(_first_two(batch))[0]
+        kept = targets != self.ignore_index
+        return bool(kept.any()) and any(
+            tensor.shape == targets.shape and torch.equal(tensor[kept], targets[kept])
+            for tensor in tensors_of(inputs)
+            if not tensor.is_floating_point()
+        )
+
     def logits(self, outputs: Tensor) -> Tensor:
         """``(N, V, T)``."""
         if outputs.dim() != 3:
@@ -162,6 +244,34 @@ class LanguageModel(CrossEntropy):
         terms = self.terms(self.logits(outputs), self.targets(batch))
         weights = self.token_weights(batch)
         return (terms if weights is None else terms * weights.to(terms)).sum(1)
+
+
+def _are_log_probabilities(logits: Tensor) -> bool:
+    """Whether exponentials sum to one."""
+    return _is_rounding(logits.double().logsumexp(1), logits, logits.shape[1])
+
+
+def _stay_normalised(logits: Tensor, model: nn.Module) -> bool:
+    """Whether the log-sum-exp has no slope in the parameters, as it has at a chance zero."""
+    tensors = [p for p in model.parameters() if p.requires_grad]
+
+    def pulled(weights: Tensor) -> float:
+        value = (weights.to(logits) * logits).sum()
+        parts = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
+        return math.hypot(*(float(p.norm()) for p in parts if p is not None))
+
+    if not logits.requires_grad:
+        return True
+    signs = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2)
+    size = pulled(signs.view(-1, *[1] * (logits.dim() - 2)).expand_as(logits))
+    slope = pulled(logits.detach().softmax(1))
+    return slope <= math.sqrt(torch.finfo(logits.dtype).eps) * size
+
+
+def _is_rounding(errors: Tensor, outputs: Tensor, classes: int) -> bool:
+    """Whether sums over classes are off by no more than their rounding: a few eps a class."""
+    bound = torch.finfo(outputs.dtype).eps * (classes + 16)
+    return bool((errors.abs() <= bound).all())
 
 
 def _first_two(batch: Batch) -> Batch:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import functional
 
 from hesscli.errors import InputError
 from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
-from hesscli.problem.entrywise import BinaryCrossEntropy, MeanSquaredError
+from hesscli.problem.entrywise import (
+    BinaryCrossEntropy,
+    BinaryCrossEntropyOfProbabilities,
+    MeanSquaredError,
+)
 from hesscli.problem.huggingface import HuggingFace
 from hesscli.problem.losses import Loss, StepLoss
 from hesscli.problem.user_loss import UserLoss
@@ -28,6 +33,7 @@ NAMED: dict[str, type[Loss]] = {
         HuggingFace,
         MeanSquaredError,
         BinaryCrossEntropy,
+        BinaryCrossEntropyOfProbabilities,
     )
 }
 
@@ -36,6 +42,7 @@ _CRITERIA = (
     (functional.nll_loss, nn.NLLLoss),
     (functional.mse_loss, nn.MSELoss),
     (functional.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
+    (functional.binary_cross_entropy, nn.BCELoss),
 )
 
 
@@ -107,6 +114,18 @@ def reading(loss: Loss, output: str | int | None) -> Loss:
     return chosen
 
 
+def with_tensors(loss: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec's options for a loss: lists of numbers become the tensors that torch's own take."""
+    if not str(getattr(loss, "__module__", "")).startswith("torch.nn."):
+        return dict(options)
+    known = any(loss in pair for pair in _CRITERIA)
+    dtype = torch.float64 if known else torch.get_default_dtype()  # read here, or by torch
+    return {
+        name: torch.tensor(value, dtype=dtype) if isinstance(value, list) else value
+        for name, value in options.items()
+    }
+
+
 def _unbound(loss: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """A function, and the options that are bound to it."""
     if isinstance(loss, partial) and not loss.args:
@@ -124,7 +143,9 @@ def _from_criterion(loss: Any) -> Loss | None:
         return NegativeLogLikelihood(loss.ignore_index, weights)
     if type(loss) is nn.MSELoss:
         return MeanSquaredError()
-    if type(loss) is nn.BCEWithLogitsLoss and weights is None:
+    if type(loss) is nn.BCEWithLogitsLoss:
         pos_weight = loss.pos_weight
-        return BinaryCrossEntropy(None if pos_weight is None else pos_weight.tolist())
+        return BinaryCrossEntropy(None if pos_weight is None else pos_weight.tolist(), weights)
+    if type(loss) is nn.BCELoss:
+        return BinaryCrossEntropyOfProbabilities(weights)
     return None

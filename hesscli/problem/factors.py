@@ -22,8 +22,8 @@ from torch import Tensor
 from hesscli import streams
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.problem.batches import Batch
-from hesscli.problem.classification import CrossEntropy, LanguageModel
-from hesscli.problem.entrywise import BinaryCrossEntropy, Entrywise, MeanSquaredError
+from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
+from hesscli.problem.entrywise import Entrywise
 from hesscli.problem.losses import Loss
 from hesscli.problem.summed import Summed
 
@@ -49,9 +49,9 @@ class Factor(ABC):
 
 
 def has_factor(loss: Loss) -> bool:
-    """Whether the Hessian of a loss in the model's outputs is known in closed form."""
-    natural = loss.loss if isinstance(loss, Summed) else loss
-    return isinstance(natural.natural, (CrossEntropy, MeanSquaredError, BinaryCrossEntropy))
+    """Whether the Hessian of a loss in the model's outputs has a factor that is known."""
+    natural = (loss.loss if isinstance(loss, Summed) else loss).natural
+    return isinstance(natural, (CrossEntropy, Entrywise)) and not _is_linear(natural)
 
 
 def factor_of(loss: Loss, outputs: Tensor, batch: Batch) -> Factor:
@@ -67,15 +67,39 @@ def factor_of(loss: Loss, outputs: Tensor, batch: Batch) -> Factor:
     if isinstance(loss, Summed):
         return MultipliedFactor(factor_of(loss.loss, outputs, batch), loss.multiple)
     natural, outputs = loss.natural, outputs.detach()
+    if _is_linear(natural):
+        return NoFactor(outputs)
     if isinstance(natural, CrossEntropy):
         return SoftmaxFactor(natural, outputs, batch)
-    if isinstance(natural, (MeanSquaredError, BinaryCrossEntropy)):
+    if isinstance(natural, Entrywise):
         return EntrywiseFactor(natural, outputs, batch)
     raise UsageError(
         "the loss's Hessian in the model's outputs is not known",
         f"[loss] {loss.name!r}",
-        "a named loss: cross_entropy, nll, language_model, mse or bce_with_logits",
+        "a named loss: cross_entropy, nll, language_model, mse, bce or bce_with_logits",
     )
+
+
+def _is_linear(loss: Loss) -> bool:
+    """Whether a loss has no curvature in the outputs."""
+    return isinstance(loss, NegativeLogLikelihood) and loss.is_linear is True
+
+
+class NoFactor(Factor):
+    """Of a loss that is linear in the outputs: A = 0, which takes no column."""
+
+    num_columns = 0
+
+    def __init__(self, outputs: Tensor) -> None:
+        self._outputs = outputs
+
+    def column(self, index: int) -> Tensor:
+        """Zero."""
+        return torch.zeros_like(self._outputs)
+
+    def draw(self, stream: int, first: int = 0) -> Tensor:
+        """Zero."""
+        return torch.zeros_like(self._outputs)
 
 
 class SoftmaxFactor(Factor):
@@ -129,7 +153,7 @@ class EntrywiseFactor(Factor):
 
     def __init__(self, loss: Entrywise, outputs: Tensor, batch: Batch) -> None:
         per_entry = 1 if loss.reduction == "sum" else max(1, outputs[0].numel())
-        self._root = _root(_entry_curvature(loss, outputs, batch) / per_entry)
+        self._root = _root(loss.curvature(outputs, batch) / per_entry)
         self.num_columns = outputs[0].numel()
 
     def column(self, index: int) -> Tensor:
@@ -204,17 +228,6 @@ def _target_weights(loss: CrossEntropy, logits: Tensor, batch: Batch) -> Tensor:
     total = kept * ((1 - smoothing) * chosen + smoothing * weights.mean())
     given = loss.token_weights(batch) if isinstance(loss, LanguageModel) else None
     return total if given is None else total * given.to(total)
-
-
-def _entry_curvature(loss: Entrywise, outputs: Tensor, batch: Batch) -> Tensor:
-    """Second derivative of each entry's loss."""
-    if not isinstance(loss, BinaryCrossEntropy):
-        return torch.full_like(outputs, 2.0)
-    curvature = outputs.sigmoid() * (-outputs).sigmoid()
-    if loss.pos_weight is None:
-        return curvature
-    targets = loss.targets(batch).to(outputs)
-    return curvature * (1 + (loss.pos_weight.to(outputs) - 1) * targets)
 
 
 def _signs(stream: int, first: int, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, Literal
@@ -83,8 +84,8 @@ class HuggingFace(CrossEntropy):
         return (outputs[:, :-1] if self.reading == "shifted" else outputs).transpose(1, 2)
 
     def _read(self, reading: Reading) -> HuggingFace:
-        chosen = HuggingFace(reading)
-        chosen.output = self.output
+        chosen = copy.copy(self)
+        chosen.reading = reading
         return chosen
 
     def _shifts(self, labels: Tensor) -> bool:

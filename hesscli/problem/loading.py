@@ -13,7 +13,7 @@ from torch import nn
 
 from hesscli.errors import InputError, UsageError
 from hesscli.problem.checkpoint import Checkpoint, floating_dtype, load_state, read_checkpoint
-from hesscli.problem.criteria import NAMED, as_loss
+from hesscli.problem.criteria import NAMED, as_loss, with_tensors
 from hesscli.problem.data import DEFAULT_EXAMPLES
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
 from hesscli.problem.losses import Loss, StepLoss
@@ -175,7 +175,7 @@ def _build_loss(spec: LossSpec, folder: Path) -> Loss:
         step = load_factory(spec.step, folder, "[loss] step")
         return StepLoss(partial(step, **spec.kwargs), spec.step)
     loss = load_factory(str(spec.factory), folder, "[loss] factory")
-    bound = partial(loss, **spec.kwargs)
+    bound = partial(loss, **with_tensors(loss, spec.kwargs))
     if isinstance(loss, type):  # a criterion, which is built first
         return as_loss(call_user(bound, where="[loss] factory"), spec.factory)
     return as_loss(bound, spec.factory)

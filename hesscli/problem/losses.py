@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import InputError
-from hesscli.problem.batches import Batch, size_of, split_batch
+from hesscli.problem.batches import Batch, shape_of, size_of, split_batch
 from hesscli.problem.outputs import named_output
 from hesscli.results import Reduction
 
@@ -35,12 +35,15 @@ class Loss(ABC):
         reduction: what is analysed, the mean over all examples or their sum; None where a
             function of the user's does not say and its batches have to tell.
         multiple: what the mean is multiplied by to be it.
+        is_likelihood: it is the negative log-likelihood of labels in natural parameters, so that
+            Fisher and Gauss-Newton matrices are one.
         warnings: what the model's outputs and the data say against it.
     """
 
     name: str
     hidden: str | None = None
     is_claim = False
+    is_likelihood = False
     output: str | int | None = None
     shows_examples = True
     reduction: Reduction | None = "mean"
@@ -178,13 +181,16 @@ def require_number(loss: Loss, value: object) -> None:
     )
 
 
-def require_shape(name: str, expected: torch.Size, got: torch.Size) -> None:
+def require_shape(name: str, like: Tensor, targets: Tensor) -> None:
     """Refuse targets of another shape than the outputs call for."""
-    if expected != got:
+    if like.shape != targets.shape:
+        count, hint = len(like), "another [loss] name, or targets in that shape"
+        if like.numel() == targets.numel():
+            hint = f"targets.view_as(outputs), or unsqueeze or squeeze one of the two; {hint}"
         raise InputError(
-            f"{name} needs targets of shape {tuple(expected)}",
-            f"targets of shape {tuple(got)}",
-            "another [loss] name, or targets in that shape",
+            f"{name} needs targets of shape {shape_of(like, count)}, N an example each",
+            f"targets of shape {shape_of(targets, count)}",
+            hint,
         )
 
 

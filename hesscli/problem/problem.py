@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hesscli.errors import InputError, UnsoundError
 from hesscli.parameters import Parameters
-from hesscli.problem.batches import Batch, map_tensors, place, rows
+from hesscli.problem.batches import Batch, first_rows, map_tensors, place, rows
 from hesscli.problem.criteria import as_loss, reading
 from hesscli.problem.data import FrozenData, Selection
 from hesscli.problem.factory import blamed_on_user
@@ -25,6 +25,9 @@ from hesscli.problem.losses import Loss, StepLoss
 from hesscli.problem.proof import Proof, prove
 from hesscli.problem.summed import Summed
 from hesscli.results import CheckpointReport, Observe, ProblemReport, Reduction
+
+_LOOKED_AT = 32
+"""Examples of a batch by which a loss is settled."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ class Problem:
         self.loss = self.loss.reduced(self.independence.reduction)
         self._batches = self._pinned(self.data.batches)
         with self.forward_context(), blamed_on_user(MODEL_RAISED, MUST_FIT):
-            self.loss = self.loss.settled(self.model, map(self._placed, self._batches))
+            few = (self._placed(first_rows(batch, _LOOKED_AT)) for batch in self._batches)
+            self.loss = self.loss.settled(self.model, few)
             self.masses = self._weigh()
         self.total_weight = sum(self.masses)
         if not self.total_weight > 0:

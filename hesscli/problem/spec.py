@@ -31,7 +31,7 @@ SPEC_NAME = "hesscli.toml"
 _LARGEST = 1 << 20
 
 LossName = Literal[
-    "cross_entropy", "mse", "bce_with_logits", "nll", "language_model", "huggingface"
+    "cross_entropy", "mse", "bce_with_logits", "bce", "nll", "language_model", "huggingface"
 ]
 
 # Which options of [loss] each named loss knows.
@@ -50,7 +50,7 @@ factory = "net:Net"               # module:callable, looked up beside this file 
 [data]
 factory = "data:dataset"          # returns a dataset, or batches (inputs, targets)
 [loss]
-name = "cross_entropy"            # mse, bce_with_logits, nll, language_model, huggingface
+name = "cross_entropy"            # mse, bce_with_logits, bce, nll, ...
 """
 
 

@@ -23,6 +23,7 @@ class Summed(Loss):
         self.name, self.reduction = loss.name, loss.reduction
         self.shows_examples = loss.shows_examples
         self.hidden, self.is_claim, self.output = loss.hidden, loss.is_claim, loss.output
+        self.is_likelihood, self.warnings = loss.is_likelihood, loss.warnings
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """As the loss reads them."""

@@ -127,7 +127,7 @@ def _loss_block(state: Mapping[str, Tensor], data: _Data | None) -> str:
     return (
         "[loss]\n"
         f'name = "{name}"  # a guess: {why}\n'
-        "# the others: cross_entropy, mse, bce_with_logits, nll, language_model, huggingface;\n"
+        "# others: cross_entropy, mse, bce_with_logits, bce, nll, language_model, huggingface;\n"
         '# or your own: factory = "losses:fn" of (outputs, targets), step = "losses:step" of '
         "(model, batch)\n"
         "# weight_decay = 0.0    # as trained with, where the curvature should include it\n"
