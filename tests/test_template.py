@@ -163,7 +163,8 @@ def test_the_samples_are_guessed_right() -> None:
 
 
 def test_samples_load() -> None:
-    from hesscli.problem.checkpoint import floating_dtype, load_state, read_checkpoint
+    from hesscli.problem.checkpoint import floating_dtype, read_checkpoint
+    from hesscli.problem.fitting import load_state
 
     specs = sorted((Path(__file__).parents[1] / "samples").glob("*/hesscli.toml"))
     assert specs
@@ -178,3 +179,28 @@ def test_samples_load() -> None:
         assert all(
             torch.equal(model.state_dict()[name], value) for name, value in read.state.items()
         )
+
+
+def test_a_folder_gets_a_path_that_is_right_from_where_the_spec_lies(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoint"
+    place.mkdir()
+    save_file(_net(), place / "weights.safetensors")
+    (place / "hesscli.toml").write_text(write_template(place))
+    found = read_spec(place / "hesscli.toml").checkpoint
+    assert found is not None
+    assert found.samefile(place / "weights.safetensors")
+
+
+def test_a_link_keeps_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    save_file(_net(), tmp_path / "blobs" / "0123")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "0123")
+    text = write_template(tmp_path / "model.safetensors")
+    assert tomllib.loads(text)["checkpoint"] == "model.safetensors"
+
+
+def test_one_of_several_sets_is_guessed(tmp_path: Path) -> None:
+    torch.save({"netG": _net(), "netD": _net(outputs=1)}, tmp_path / "model.pt")
+    text = write_template(tmp_path / "model.pt")
+    assert tomllib.loads(text)["checkpoint_keys"] == {"key": "netD"}
+    assert 'a guess; or "netG"' in text

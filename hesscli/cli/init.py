@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,9 @@ def init(
     context: typer.Context,
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CHECKPOINT", help="A .pt, .pth, .safetensors or .pt2 file."),
+        typer.Argument(
+            metavar="CHECKPOINT", help="A .pt, .pth, .safetensors or .pt2 file, or a folder of one."
+        ),
     ],
     trust: options.Trust = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a spec that is there.")] = False,
@@ -56,15 +59,16 @@ def init(
         raise UsageError(error.what, error.got, "--stdout to print the spec instead") from error
     console.note(f"wrote {spec}")
     console.note("next: look through its [model], [data] and [loss], above all at each 'a guess';")
-    console.note(f"then `hesscli check {checkpoint}` says whether they fit")
+    beside = spec.parent.resolve().is_relative_to(Path.cwd())
+    named = shlex.join([str(checkpoint), *([] if beside else ["--spec", str(spec)])])
+    console.note(f"then `hesscli check {named}` says whether they fit")
     return ExitCode.OK
 
 
 def spec_path(checkpoint: Path) -> Path:
     """Where the commands look first for a checkpoint's spec."""
+    from hesscli.problem.spec import SPEC_NAME, stem_of
+
     if checkpoint.is_dir():
-        return checkpoint / "hesscli.toml"
-    stem = checkpoint.name.removesuffix(".safetensors.index.json")
-    return checkpoint.with_name(
-        f"{stem}.toml" if stem != checkpoint.name else f"{checkpoint.stem}.toml"
-    )
+        return checkpoint / SPEC_NAME
+    return checkpoint.with_name(f"{stem_of(checkpoint)}.toml")

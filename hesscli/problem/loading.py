@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from hesscli.errors import InputError, UsageError
-from hesscli.problem.checkpoint import Checkpoint, floating_dtype, load_state, read_checkpoint
+from hesscli.problem.checkpoint import Checkpoint, floating_dtype, read_checkpoint
 from hesscli.problem.criteria import NAMED, as_loss, with_tensors
 from hesscli.problem.data import DEFAULT_EXAMPLES
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
+from hesscli.problem.fitting import load_state
 from hesscli.problem.losses import Loss, StepLoss
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
@@ -61,9 +62,10 @@ def load(
     path = None if checkpoint is None else Path(checkpoint)
     named = None if spec is None else Path(spec)
     document = read_spec(find_spec(path, named, trust=trust))
-    weights = read_checkpoint(_checkpoint_path(path, document), trust=trust)
+    chosen_key = document.checkpoint_keys.key
+    weights = read_checkpoint(_checkpoint_path(path, document), trust=trust, key=chosen_key)
     chosen = floating_dtype(weights.state) if dtype is None else getattr(torch, dtype)
-    model = _build_model(document, weights, chosen)
+    model, notes = _build_model(document, weights, chosen)
     where = f"[data] {document.data.factory or document.data.file}"
     with blamed_on_user(f"{where} failed", "data that can be read in full, in one type of batch"):
         return Problem(
@@ -81,7 +83,7 @@ def load(
             dtype=chosen,
             seed=seed,
             checkpoint=CheckpointReport(path=str(weights.path), sha256=weights.sha256),
-            warnings=weights.notes,
+            warnings=(*weights.notes, *notes),
             observe=_until(budget, observe),
         )
 
@@ -133,7 +135,10 @@ def _checkpoint_path(path: Path | None, spec: Spec) -> Path:
     )
 
 
-def _build_model(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+def _build_model(
+    spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model with its weights, and what was left out to make them fit."""
     if spec.model is None:
         if checkpoint.module is None:
             raise InputError(
@@ -141,7 +146,7 @@ def _build_model(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.M
                 f"{spec.path} has no [model]; {checkpoint.path.name} holds weights alone",
                 'factory = "net:Net" under [model]',
             )
-        return checkpoint.module
+        return checkpoint.module, ()
     build = load_factory(spec.model.factory, spec.path.parent, "[model] factory")
     model = call_user(partial(build, **spec.model.kwargs), where="[model] factory")
     if not isinstance(model, nn.Module):
@@ -151,8 +156,9 @@ def _build_model(spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.M
             "a class or function that builds the network",
         )
     model.to(dtype)  # before the weights come, for float64 ones would be rounded to the factory's
-    load_state(model, checkpoint)
-    return model.train(spec.model.training)
+    keys = spec.checkpoint_keys
+    notes = load_state(model, checkpoint, strip=keys.strip, ignore=keys.ignore)
+    return model.train(spec.model.training), notes
 
 
 def _build_data(spec: DataSpec, folder: Path) -> Any:

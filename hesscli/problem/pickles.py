@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscli.errors import InputError
+from hesscli.errors import InputError, first_line
+from hesscli.problem.archives import is_unpacked, names_in
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.importing import importing_beside
 from hesscli.problem.weights import Found, find_weights
@@ -72,7 +73,7 @@ def is_program(path: Path) -> bool:
     if path.suffix == ".pt2":
         return True
     endings = ("/archive_format", "/models/model.json", "serialized_exported_program.json")
-    return zipfile.is_zipfile(path) and any(name.endswith(endings) for name in _members(path))
+    return zipfile.is_zipfile(path) and any(name.endswith(endings) for name in names_in(path))
 
 
 def read_program(path: Path, *, trust: bool) -> Found:
@@ -127,18 +128,20 @@ def _require_free_batch(program: torch.export.ExportedProgram, path: Path) -> No
     )
 
 
-def read_pickle(path: Path, *, trust: bool) -> Found:
-    """Load a ``torch.save`` file and pick the model's weights out of it."""
+def read_pickle(path: Path, *, trust: bool, key: str | None = None) -> Found:
+    """Load a ``torch.save`` file and pick the model's weights, or those at ``key``, out of it."""
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         _require_torch_zip(path)
-    with warnings.catch_warnings(action="ignore"):
+    # Indices of sparse tensors come from the file: out of bounds, they would read any memory.
+    checked = torch.sparse.check_sparse_tensor_invariants()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings(action="ignore"), checked:
         payload = _trusted(path) if trust else _weights_only(path, is_zip)
-    return find_weights(payload, path)
+    return find_weights(payload, path, key)
 
 
 def _require_torch_zip(path: Path) -> None:
-    names = _members(path)
+    names = names_in(path)
     if any(name.endswith("/constants.pkl") for name in names):
         raise InputError(
             "a TorchScript archive does not carry the Python model that derivatives need",
@@ -151,11 +154,6 @@ def _require_torch_zip(path: Path) -> None:
         raise InputError("a zip, but not a checkpoint", got, "give a file that torch.save wrote")
 
 
-def _members(path: Path) -> list[str]:
-    with zipfile.ZipFile(path) as archive:
-        return archive.namelist()
-
-
 def _trusted(path: Path) -> Any:
     hint = "save model.state_dict() instead; a class must be importable from beside the file"
     what = f"the checkpoint cannot be unpickled: {path}"
@@ -165,17 +163,12 @@ def _trusted(path: Path) -> Any:
 
 def _weights_only(path: Path, is_zip: bool) -> Any:
     # Mapped, so that optimizer tensors cost no memory; packed members cannot be mapped.
-    mapped = is_zip and _is_unpacked(path)
+    mapped = is_zip and is_unpacked(path)
     try:
         with torch.serialization.safe_globals(_SAFE):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise _refused(path, str(error)) from error
-
-
-def _is_unpacked(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def _refused(path: Path, message: str) -> InputError:
@@ -186,6 +179,6 @@ def _refused(path: Path, message: str) -> InputError:
         )
     if "Unsupported operand" in message or "Can only" in message or "call reduce" in message:
         return InputError("the checkpoint needs a full unpickling", f"{path}: a pickle", trust)
-    reason = next(iter(message.strip().splitlines()), "it ends too early")
+    reason = first_line(message) or "it ends too early"
     hint = "copy or download it again: it is damaged, or torch.save did not write it"
     return InputError("the checkpoint cannot be read", f"{path}: {reason}", hint)

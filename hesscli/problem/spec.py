@@ -92,6 +92,14 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class KeysSpec(_Table):
+    """``[checkpoint_keys]``: which of a file's tensors are the model's, and by which names."""
+
+    key: str | None = None
+    strip: str | None = None
+    ignore: list[str] = []
+
+
 class ModelSpec(_Table):
     """``[model]``: what builds the network that the weights are loaded into."""
 
@@ -178,6 +186,7 @@ class _Document(_Table):
     """The keys and tables of the file."""
 
     checkpoint: SpecPath | None = None
+    checkpoint_keys: KeysSpec = KeysSpec()
     model: ModelSpec | None = None
     data: DataSpec
     held_out: DataSpec | None = None
@@ -195,6 +204,7 @@ class Spec(_Document):
 
 _TABLES: Tables = {
     (): _Document,
+    ("checkpoint_keys",): KeysSpec,
     ("model",): ModelSpec,
     ("data",): DataSpec,
     ("held_out",): DataSpec,
@@ -235,10 +245,17 @@ def _usual_places(checkpoint: Path | None) -> list[Path]:
         checkpoint = checkpoint.resolve()
     stem = checkpoint.name
     if checkpoint.is_file():
-        stem = checkpoint.name.removesuffix(".safetensors.index.json")
-        stem = checkpoint.stem if stem == checkpoint.name else stem
+        stem = stem_of(checkpoint)
     beside = [checkpoint.parent / f"{stem}.toml", checkpoint.parent / SPEC_NAME]
     return list(dict.fromkeys([*inside, *beside, here]))
+
+
+def stem_of(checkpoint: Path) -> str:
+    """A checkpoint file's name without what says its kind."""
+    for suffix in (".safetensors.index.json", ".bin.index.json"):
+        if checkpoint.name.endswith(suffix):
+            return checkpoint.name.removesuffix(suffix)
+    return checkpoint.stem
 
 
 def _from_elsewhere(place: Path) -> InputError:

@@ -13,7 +13,7 @@ from hesscli.errors import InputError
 from hesscli.problem.nearest import nearest
 
 Tables = Mapping[tuple[int | str, ...], type[BaseModel]]
-_TABLE_NAMES = ("model", "data", "held_out", "loss")
+_TABLE_NAMES = ("checkpoint_keys", "model", "data", "held_out", "loss")
 
 
 def explain(error: ValidationError, path: Path, tables: Tables, example: str) -> InputError:

@@ -16,7 +16,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hesscli.errors import shorten
 from hesscli.problem.checkpoint import read_checkpoint
+from hesscli.problem.weights import SeveralSetsError, key_line
 
 _PLACEHOLDER = "REPLACE:REPLACE"
 _TARGET = re.compile(r"(^|_)(targets?|labels?|y|next|classes)(_|$)", re.IGNORECASE)
@@ -50,15 +52,19 @@ def write_template(checkpoint: Path, *, trust: bool = False) -> str:
     """The text of a commented spec; every guess is marked as one.
 
     Args:
-        checkpoint: the file that the spec is for; the spec belongs beside it.
+        checkpoint: the file or folder that the spec is for; the spec belongs beside or in it.
         trust: whether code in the checkpoint may run.
     """
-    read = read_checkpoint(checkpoint, trust=trust)
-    checkpoint = checkpoint.resolve()
-    folder = checkpoint.parent
+    sets: tuple[str, ...] = ()
+    try:
+        read = read_checkpoint(checkpoint, trust=trust)
+    except SeveralSetsError as several:
+        sets = several.names[::-1]
+        read = read_checkpoint(checkpoint, trust=trust, key=sets[0])
+    folder = (checkpoint if checkpoint.is_dir() else checkpoint.parent).absolute()
     data = _find_data(folder, exclude=read.path)
     blocks = [
-        _describe(checkpoint, read.state),
+        _describe(read.path.name, read.state, sets),
         "" if read.module else _model_block(folder, read.state),
         _data_block(folder, data),
         _loss_block(read.state, data),
@@ -66,15 +72,17 @@ def write_template(checkpoint: Path, *, trust: bool = False) -> str:
     return "\n".join(block for block in blocks if block)
 
 
-def _describe(checkpoint: Path, state: Mapping[str, Tensor]) -> str:
-    matrices = [(name, tuple(value.shape)) for name, value in state.items() if value.dim() > 1]
+def _describe(name: str, state: Mapping[str, Tensor], sets: Sequence[str]) -> str:
+    """What the file holds, its name, and which of its sets of weights is meant."""
+    matrices = [(key, tuple(value.shape)) for key, value in state.items() if value.dim() > 1]
     ends = [matrices[0], matrices[-1]] if matrices else []
-    shapes = " ... ".join(f"{json.dumps(name)} {shape}" for name, shape in ends)
+    shapes = " ... ".join(f"{json.dumps(shorten(name, 120))} {shape}" for name, shape in ends)
+    chosen = f"{key_line(sets[0])}  # a guess{_or(list(map(_quote, sets[1:])))}\n" if sets else ""
     count = sum(value.numel() for value in state.values() if value.is_floating_point())
     return (
         f"# {len(state)} tensors, {count:,} numbers: {shapes}\n"
         f"# Paths are relative to this file. Try it with: hesscli check\n"
-        f"checkpoint = {_quote(checkpoint.name)}\n"
+        f"checkpoint = {_quote(name)}\n{chosen}"
     )
 
 

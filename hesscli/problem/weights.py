@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from hesscli.errors import InputError
+from hesscli.problem.nearest import nearest
 
 Place = tuple[str, ...]
 
@@ -17,9 +19,10 @@ _USUAL_NAMES = frozenset(
     {"model", "model_state", "model_state_dict", "module", "net", "net_state_dict", "network"}
     | {"parameters", "params", "state", "state_dict", "weights"}
 )
-_AVERAGED = re.compile(r"(^|[_.-])(ema|swa|avg|average|averaged|polyak)([_.-]|$)", re.IGNORECASE)
+AVERAGED = re.compile(r"(^|[_.-])(ema|swa|avg|average|averaged|polyak)([_.-]|$)", re.IGNORECASE)
 _BESIDE_MODEL = re.compile(r"optim|sched|scaler|rng|_extra_state$", re.IGNORECASE)
 _DEEPEST = 3
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -30,25 +33,56 @@ class Found:
     module: nn.Module | None = None
     notes: tuple[str, ...] = ()
 
+    def noted(self, notes: Sequence[str]) -> Found:
+        """The same with more notes, which come first."""
+        return replace(self, notes=(*notes, *self.notes))
 
-def find_weights(payload: object, path: Path) -> Found:
+
+class SeveralSetsError(InputError):
+    """A file holds several sets of weights, and none of them alone can be meant."""
+
+    def __init__(self, what: str, path: Path, names: Sequence[str]) -> None:
+        lines = ", ".join(names[:_MOST_NAMED])
+        hint = f"name the one that you mean at the top of the spec: {key_line(names[-1])}"
+        super().__init__(what, f"{path}: {lines}", hint)
+        self.names = tuple(names)
+
+
+def key_line(name: str) -> str:
+    """The line of a spec that chooses a set of weights."""
+    return f"checkpoint_keys = {{ key = {json.dumps(name, ensure_ascii=False)} }}"
+
+
+def find_weights(payload: object, path: Path, key: str | None = None) -> Found:
     """Pick the model out of what a file held: alone, or nested beside optimizer and settings.
 
-    An average of the weights is another model: it is never chosen in place of the plain one.
+    An average of the weights is another model: it is never chosen in place of the plain one, but
+    by its ``key``.
+
+    Raises:
+        SeveralSetsError: it cannot be known which set is meant.
+        InputError: there is none, or none at ``key``.
     """
-    places = _places(payload, ())
-    averaged = [place for place in places if any(_AVERAGED.search(name) for name in place)]
+    places = _places(payload, (), set())
+    averaged = [place for place in places if any(AVERAGED.search(name) for name in place)]
     plain = {place: held for place, held in places.items() if place not in averaged}
-    chosen = _choose(plain, averaged, path)
-    held = plain[chosen]
-    notes = tuple(f"averaged weights left aside: {_spell(place)}" for place in averaged)
+    chosen = _choose(plain, averaged, path) if key is None else _named(places, key, path)
+    held = places[chosen]
+    notes = tuple(
+        f"averaged weights left aside: {_spell(place)}" for place in averaged if key is None
+    )
     if isinstance(held, nn.Module):
         return Found(held.state_dict(), held, notes)
     return Found(held, None, notes)
 
 
-def _places(node: object, place: Place) -> dict[Place, dict[str, Tensor] | nn.Module]:
-    """Every set of named tensors, by the keys that lead to it; optimizers are passed over."""
+def _places(
+    node: object, place: Place, seen: set[int]
+) -> dict[Place, dict[str, Tensor] | nn.Module]:
+    """Every set of named tensors, by the keys that lead to it first; optimizers are passed over."""
+    if id(node) in seen:  # a pickle may hold one dictionary at many places
+        return {}
+    seen.add(id(node))
     if isinstance(node, nn.Module):
         return {place: node}
     if not isinstance(node, Mapping) or {"state", "param_groups"} <= node.keys():
@@ -58,7 +92,7 @@ def _places(node: object, place: Place) -> dict[Place, dict[str, Tensor] | nn.Mo
     found: dict[Place, dict[str, Tensor] | nn.Module] = {place: tensors} if tensors else {}
     for key, value in named.items():
         if len(place) < _DEEPEST and not _BESIDE_MODEL.search(key):
-            found |= _places(value, (*place, key))
+            found |= _places(value, (*place, key), seen)
     return found
 
 
@@ -76,10 +110,18 @@ def _choose(plain: Mapping[Place, object], averaged: list[Place], path: Path) ->
     else:
         hint = "save model.state_dict() with torch.save"
         raise InputError("the checkpoint holds no named tensors", str(path), hint)
-    names = ", ".join(map(_spell, candidates))
-    keys = "".join(f"[{key!r}]" for key in candidates[-1])
-    hint = f"save the one that you mean: torch.save(torch.load({path.name!r}){keys}, 'weights.pt')"
-    raise InputError(what, f"{path}: {names}", hint)
+    raise SeveralSetsError(what, path, [_spell(place) for place in candidates])
+
+
+def _named(places: Mapping[Place, object], key: str, path: Path) -> Place:
+    """The place that a spec names."""
+    spelled = {_spell(place): place for place in places}
+    if key in spelled:
+        return spelled[key]
+    close = nearest(key, spelled)
+    got = f"{path}: {', '.join(list(spelled)[:_MOST_NAMED]) or 'no named tensors'}"
+    hint = key_line(close) if close else "correct key under [checkpoint_keys] in the spec"
+    raise InputError(f"the checkpoint holds no weights at {key!r}", got, hint)
 
 
 def _within(inner: Place, outer: Place) -> bool:
