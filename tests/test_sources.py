@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import hesscli
 from hesscli.errors import InputError
@@ -217,8 +217,11 @@ def test_what_has_to_be_collated_is_refused(data: Any, what: str, hint: str) -> 
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-3])
-def test_examples_that_change_are_said_to(noise: float) -> None:
-    data = Rows(lambda i: (X[i] + noise * torch.randn(4), int(Y[i])))
+@pytest.mark.parametrize("sampled", [False, True])
+def test_examples_that_change_are_said_to(noise: float, sampled: bool) -> None:
+    data: Any = Rows(lambda i: (X[i] + noise * torch.randn(4), int(Y[i])))
+    if sampled:
+        data = DataLoader(data, batch_size=5, sampler=SubsetRandomSampler(range(20)))
     problem = Problem(nn.Linear(4, 3), "cross_entropy", data)
     assert problem.data.changing == (noise > 0)
     result = hesscli.trace(problem)

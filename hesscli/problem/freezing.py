@@ -7,7 +7,7 @@ same matrix, and hashed, so that a report says which examples it speaks of.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -103,7 +103,7 @@ def freeze(
         available=kept.available,
         sliceable=kept.sliceable,
         sha256=digest_of(kept.batches),
-        changing=kept.changing,
+        changing=kept.changing or _changes_behind(found),
     )
 
 
@@ -210,11 +210,23 @@ class _Fetching:
         return _as_tensors(self.examples.collate(items))
 
 
-def _changes(examples: Examples, group: np.ndarray, items: list[Any]) -> bool:
+def _changes(examples: Examples, group: Sequence[int] | np.ndarray, items: list[Any]) -> bool:
     """Whether a few examples are others when they are fetched again."""
     again = examples.fetch(group[:_FETCHED_TWICE])
     before = leaves_of(items[:_FETCHED_TWICE])
     return any(not _same(*pair) for pair in zip(before, leaves_of(again), strict=False))
+
+
+def _changes_behind(stream: Examples | Iterable[Batch]) -> bool:
+    """The same of a data set that a loader reads in an order of its own."""
+    dataset = getattr(stream, "dataset", None)
+    if isinstance(stream, Examples) or not hasattr(dataset, "__getitem__"):
+        return False
+    examples = Examples(dataset)
+    try:
+        return _changes(examples, [0], examples.fetch([0]))
+    except Exception:  # it is asked by keys of another kind
+        return False
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -37,7 +37,7 @@ MUST_FIT = "[model], [data] and [loss] that fit together; its own lines are belo
 
 _MODEL_BATCHES = 3
 """Batches on which the model is run on parts; a loss of one's own is tried on all of them."""
-_ROWS = 32
+_ROWS = 16
 """Rows of a batch that named losses are tried on: they mix nothing that the model does not."""
 _ABSOLUTE = 1e3
 """Rounding, in eps, of a loss that is a difference of numbers of order one."""

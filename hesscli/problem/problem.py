@@ -48,7 +48,8 @@ class Problem:
         loss: a name (``"cross_entropy"``, ...), a torch criterion with mean reduction,
             ``fn(outputs, targets) -> mean loss`` of what the model returned, whole, or a
             :class:`Loss`.
-        data: a map-style dataset, a DataLoader, an iterable of batches, or frozen data as it is.
+        data: a map-style dataset, a DataLoader, a list of examples or of batches, a pair of arrays
+            ``(X, y)``, an iterable of batches, or frozen data as it is.
         output: key, attribute or index of the tensor that a named loss reads, where the model
             returns several; default ``.logits``.
         weight_decay: coefficient of ½‖θ‖² over all trainable parameters.
