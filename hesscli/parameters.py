@@ -70,8 +70,8 @@ class Parameters(Sequence[Parameter]):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Layer names, each once, in order."""
-        return tuple(dict.fromkeys(p.layer for p in self._items))
+        """Names of layers that have an entry, each once, in order."""
+        return tuple(dict.fromkeys(p.layer for p in self._items if p.numel))
 
     def in_layer(self, layer: str) -> tuple[Parameter, ...]:
         """The parameters that ``layer`` owns."""
@@ -108,7 +108,8 @@ class Parameters(Sequence[Parameter]):
     def layer_index(self) -> Tensor:
         """For each parameter tensor, the position of its layer in :attr:`layers`."""
         position = {layer: i for i, layer in enumerate(self.layers)}
-        return torch.tensor([position[p.layer] for p in self._items], dtype=torch.long)
+        # A tensor without entries adds nothing, wherever it is counted.
+        return torch.tensor([position.get(p.layer, 0) for p in self._items], dtype=torch.long)
 
 
 def matches(pattern: str, name: str) -> bool:

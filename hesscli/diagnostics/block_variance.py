@@ -79,7 +79,7 @@ class LayerBlocks:
     def _parts(self, vectors: Tensor) -> list[tuple[Blocks, Tensor]]:
         parts = torch.split(vectors, self._numels, dim=-1)
         lead = vectors.shape[:-1]
-        return [(block, parts[i].reshape(*lead, *block.shape)) for i, block in self._covered]
+        return [(block, parts[i].reshape((*lead, *block.shape))) for i, block in self._covered]
 
 
 def block_report(

@@ -20,7 +20,9 @@ class LayerSums:
         self._sizes = parameters.sizes
         layers = (parameters if whole is None else whole).layers
         position = {layer: i for i, layer in enumerate(layers)}
-        self._columns = torch.tensor([position[p.layer] for p in parameters], dtype=torch.long)
+        # A tensor without entries adds nothing, wherever it is counted.
+        columns = [position.get(p.layer, 0) for p in parameters]
+        self._columns = torch.tensor(columns, dtype=torch.long)
         self.num_layers = len(layers)
 
     def __call__(self, rows: Tensor) -> Tensor:

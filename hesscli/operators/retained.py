@@ -48,9 +48,10 @@ class Retained:
         sizes: dict[int, int] = {}
 
         def weigh(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._storages:
-                sizes[storage.data_ptr()] = storage.nbytes()
+            for part in _dense_parts(tensor):
+                storage = part.untyped_storage()
+                if storage.data_ptr() not in self._storages:
+                    sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
@@ -60,3 +61,12 @@ class Retained:
             self._kept[term.index] = term
             self._storages.update(sizes)
         return product
+
+
+def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What takes the memory of a tensor; a sparse one, as of an embedding's gradient, has two."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    return ()

@@ -9,22 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hesscli.errors import UnsoundError
+from hesscli.problem.placing import converted
+
 Run = Callable[[nn.Module], Tensor]
 """A function of a model, such as its loss on a batch."""
 
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Kernels that can be differentiated twice, and buffers that no forward pass changes.
+    """Kernels that can be differentiated twice, and tensors that no forward pass changes.
 
     Fused attention has neither double backward nor forward mode, and neither has cuDNN's
     recurrent kernel a double backward.
+
+    Raises:
+        UnsoundError: an embedding has rescaled its own weights, which are put back.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_unchanged_buffers(model))
+        stack.enter_context(_unscaled_embeddings(model))
         yield
 
 
@@ -32,10 +39,10 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 def retyped(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Compute in another floating type; the original tensors come back untouched."""
     tensors = [*model.parameters(), *model.buffers()]
-    originals = [(t, t.data) for t in tensors if t.is_floating_point()]
+    originals = [(t, t.data) for t in tensors if t.is_floating_point() or t.is_complex()]
     try:
         for tensor, data in originals:
-            tensor.data = data.to(dtype)
+            tensor.data = converted(data, dtype)
         yield
     finally:
         for tensor, data in originals:
@@ -86,3 +93,28 @@ def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer in swapped:
             module._buffers[name] = buffer
+
+
+@contextmanager
+def _unscaled_embeddings(model: nn.Module) -> Iterator[None]:
+    """Put back what ``max_norm`` does to the rows that are read, and refuse to go on."""
+    kept = [
+        (f"{name} ({type(module).__name__})".lstrip(), module, module.weight.detach().clone())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    ]
+    changed = []
+    try:
+        yield
+    finally:
+        for name, module, weight in kept:
+            if not torch.equal(module.weight, weight):
+                changed.append(f"{name}, max_norm = {module.max_norm:g}")
+                with torch.no_grad():
+                    module.weight.copy_(weight)
+    if changed:
+        raise UnsoundError(
+            "the model changes its own weights as it runs",
+            "; ".join(changed),
+            "rescale its rows once, before hesscli, or train and analyse it without max_norm",
+        )

@@ -18,6 +18,7 @@ from hesscli.problem.data import DEFAULT_EXAMPLES
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
 from hesscli.problem.fitting import load_state
 from hesscli.problem.losses import Loss, StepLoss
+from hesscli.problem.placing import cast, require_real
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
 from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec
@@ -65,7 +66,8 @@ def load(
     chosen_key = document.checkpoint_keys.key
     weights = read_checkpoint(_checkpoint_path(path, document), trust=trust, key=chosen_key)
     chosen = floating_dtype(weights.state) if dtype is None else getattr(torch, dtype)
-    model, notes = _build_model(document, weights, chosen)
+    place = resolve_device(device)
+    model, notes = _build_model(document, weights, place, chosen)
     where = f"[data] {document.data.factory or document.data.file}"
     with blamed_on_user(f"{where} failed", "data that can be read in full, in one type of batch"):
         return Problem(
@@ -79,7 +81,7 @@ def load(
             collate=_collate(document.data, document.path.parent),
             batch_size=document.data.batch_size if batch_size is None else batch_size,
             unseen=document.data.unseen,
-            device=resolve_device(device),
+            device=place,
             dtype=chosen,
             seed=seed,
             checkpoint=CheckpointReport(path=str(weights.path), sha256=weights.sha256),
@@ -136,7 +138,7 @@ def _checkpoint_path(path: Path | None, spec: Spec) -> Path:
 
 
 def _build_model(
-    spec: Spec, checkpoint: Checkpoint, dtype: torch.dtype
+    spec: Spec, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model with its weights, and what was left out to make them fit."""
     if spec.model is None:
@@ -146,7 +148,7 @@ def _build_model(
                 f"{spec.path} has no [model]; {checkpoint.path.name} holds weights alone",
                 'factory = "net:Net" under [model]',
             )
-        return checkpoint.module, ()
+        return cast(checkpoint.module, device, dtype), ()
     build = load_factory(spec.model.factory, spec.path.parent, "[model] factory")
     model = call_user(partial(build, **spec.model.kwargs), where="[model] factory")
     if not isinstance(model, nn.Module):
@@ -155,7 +157,9 @@ def _build_model(
             f"{spec.model.factory} returned {type(model).__name__}",
             "a class or function that builds the network",
         )
-    model.to(dtype)  # before the weights come, for float64 ones would be rounded to the factory's
+    require_real(model)
+    # Before the weights come, for float64 ones would be rounded to the factory's.
+    cast(model, device, dtype)
     keys = spec.checkpoint_keys
     notes = load_state(model, checkpoint, strip=keys.strip, ignore=keys.ignore)
     return model.train(spec.model.training), notes

@@ -22,6 +22,7 @@ from hesscli.problem.forward import Run, retyped, run_with, undisturbed
 from hesscli.problem.freezing import freeze
 from hesscli.problem.independence import MODEL_RAISED, MUST_FIT, IndependenceTest
 from hesscli.problem.losses import Loss, StepLoss
+from hesscli.problem.placing import placed, require_real
 from hesscli.problem.proof import Proof, prove
 from hesscli.problem.summed import Summed
 from hesscli.results import CheckpointReport, Observe, ProblemReport, Reduction
@@ -44,7 +45,8 @@ class Problem:
     """A weighted mean loss over frozen examples, plus ½·weight_decay·‖θ‖².
 
     Args:
-        model: analysed in the mode that it is in; its parameters and buffers end as they began.
+        model: analysed in the mode that it is in; its parameters and buffers end as they began,
+            and a copy is made where another device or type is asked for.
         loss: a name (``"cross_entropy"``, ...), a torch criterion with mean reduction,
             ``fn(outputs, targets) -> mean loss`` of what the model returned, whole, or a
             :class:`Loss`.
@@ -91,7 +93,9 @@ class Problem:
         observe: Observe | None = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # a compiled module has no double backward
-        self.model = model if dtype is None and device is None else model.to(device, dtype)
+        require_real(model)
+        self.model = placed(model, device, dtype)
+        self.originals = () if self.model is model else tuple(model.parameters())
         self.loss: Loss = reading(as_loss(loss, reduction=reduction), output)
         self.parameters = Parameters.of(self.model)
         if not len(self.parameters):

@@ -68,6 +68,7 @@ def prove(problem: Problem, observe: Observe | None = None) -> Proof:
             value = problem.evaluate(batch.data)
         correct, possible = correct + seen.right, possible + seen.of
         _require_finite_loss(problem, value, batch)
+        _require_own_weights(problem, value)
         hidden = hidden or seen.hidden or _why_another(problem, value, seen.mean)
         parts = _gradient(problem, value, batch)
         reached = [r or p is not None for r, p in zip(reached, parts, strict=True)]
@@ -154,6 +155,23 @@ def _gradient(problem: Problem, value: Tensor, batch: WeightedBatch) -> tuple[Te
             raise
         run = partial(problem.evaluate, batch.data)
         raise no_gradient(problem.model, run, error) from None
+
+
+def _require_own_weights(problem: Problem, value: Tensor) -> None:
+    """See that a copy of the model reads none of the weights that it was copied from.
+
+    A function that closes over a module of the model, as a hook may, still reads the old one.
+    """
+    originals = [p for p in problem.originals if p.requires_grad]
+    if not originals or not value.requires_grad:
+        return
+    slopes = torch.autograd.grad(value, originals, allow_unused=True, retain_graph=True)
+    if any(slope is not None for slope in slopes):
+        raise UnsoundError(
+            "a copy of the model in another type or place still reads your model's weights",
+            f"{sum(slope is not None for slope in slopes)} of {len(originals)} tensors",
+            "hand over a model that has the --dtype and is on the --device already",
+        )
 
 
 def _require_finite_loss(problem: Problem, value: Tensor, batch: WeightedBatch) -> None:

@@ -13,6 +13,7 @@ sample of all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -168,7 +169,7 @@ class Rows:
         column = column * (problem.data.count / problem.total_weight) ** 0.5
         self._count(stop - start, 4 / 3)
         pulled = self._mapper.each(part, column[:, None], list(problem.parameters))
-        block = torch.cat([torch.cat([g.flatten(1) for g in chunk], 1) for chunk in pulled])
+        block = torch.cat([torch.cat([_by_example(g) for g in chunk], 1) for chunk in pulled])
         if not self._verified:
             self._verify(block, data, column)
         return block
@@ -196,3 +197,8 @@ class Rows:
                 "--rows microbatch:N",
             )
         self._verified = True
+
+
+def _by_example(gradients: Tensor) -> Tensor:
+    """``(N, ...)`` as ``(N, numel)``, where a parameter has no dimension or no entry too."""
+    return gradients.reshape(len(gradients), math.prod(gradients.shape[1:]))
