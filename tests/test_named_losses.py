@@ -109,6 +109,37 @@ def test_nll_of_anything_else_is_linear_in_it(name: str, hidden: nn.Module | Non
         assert warning in result.warnings
 
 
+@pytest.mark.parametrize("name", LOG_PROBABILITIES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_last_log_softmax_leaves_cross_entropy_exact(name: str, reduction: str) -> None:
+    """Its log-sum-exp has the weights p − y, which sum to zero: R is that of the logits."""
+    model = Ends(LOG_PROBABILITIES[name], nn.ReLU())
+    truth = _truth(model, lambda out: functional.nll_loss(out, LABELS, reduction=reduction))
+    for loss in ("nll", "cross_entropy"):
+        result = hesscli.trace(Problem(model, loss, [(X, LABELS)], reduction=reduction), probes=2)
+        if name == "by hand":
+            assert result.status != "exact"  # no such operation is seen
+            continue
+        assert result.status == "exact"
+        assert result.trace.estimate == pytest.approx(float(truth.trace()), rel=ROUNDING)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_another_normalisation_is_curved(loss: str) -> None:
+    """Over another dimension than the classes, or under another loss, nothing cancels."""
+    dim = 1 if loss == "mse" else 2
+    model = Ends(lambda x: torch.stack([x, 2 * x.relu()], 2).log_softmax(dim))
+    labels = _draw(N, K, 2) if loss == "mse" else LABELS[:, None].expand(N, 2)
+    assert hesscli.trace(Problem(model, loss, [(X, labels)]), probes=2).status != "exact"
+
+
+def test_tokens_are_normalised_over_the_vocabulary() -> None:
+    tokens = torch.randint(7, (N, 5), generator=torch.Generator().manual_seed(3))
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7), nn.LogSoftmax(-1)).double()
+    data = [(tokens[:, :-1], tokens[:, 1:])]
+    assert hesscli.trace(Problem(model, "language_model", data), method="split").status == "exact"
+
+
 def test_ggn_of_a_linear_loss_is_exactly_its_weight_decay() -> None:
     problem = Problem(Ends(OTHERS["raw"]), nn.NLLLoss(), [(X, LABELS)], weight_decay=0.5)
     result = hesscli.trace(problem, matrix="ggn")

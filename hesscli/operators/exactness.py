@@ -15,11 +15,14 @@ import torch
 
 from hesscli import streams
 from hesscli.errors import UsageError
-from hesscli.operators.linearity import bends
+from hesscli.operators.base import Operator
+from hesscli.operators.hessian import Hessian
+from hesscli.operators.linearity import bends, normalisation
 from hesscli.operators.precision import doubled, working_precision
 from hesscli.operators.recording import recorded
 from hesscli.operators.residual import Residual
 from hesscli.parameters import Parameters
+from hesscli.problem.classification import CrossEntropy
 from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem, WeightedBatch
 from hesscli.results import Mode
@@ -74,15 +77,19 @@ def exact_parameters(
 
 
 def within_parameters(
-    residual: Residual, parameters: Iterable[int], sample: WeightedBatch
+    residual: Residual,
+    parameters: Iterable[int],
+    sample: WeightedBatch,
+    beside: Operator | None = None,
 ) -> Iterator[float]:
-    """|vᵀRv| / (‖v‖ ‖Rv‖) for a Gaussian v on each of some parameters alone.
+    """|vᵀRv| / (‖v‖ ‖Bv‖) for a Gaussian v on each of some parameters alone.
 
-    Signs would not do: on f = (a² − b²) x they cancel.
+    Signs would not do: on f = (a² − b²) x they cancel. B is the matrix ``beside``, by default R.
     """
     selection, problem = residual.parameters, residual.problem
     with problem.forward_context():
         apply = residual.live(sample)
+        measure = apply if beside is None else beside.live(sample)
         for index in parameters:
             vector = torch.zeros(selection.size, dtype=problem.dtype, device=problem.device)
             part = selection.split(vector)[index].view(-1)
@@ -90,7 +97,8 @@ def within_parameters(
             part.copy_(streams.gaussian(stream, 0, len(part), dtype=part.dtype, device=part.device))
             product = apply(vector[None])[0]
             form = abs(float(vector @ product))
-            yield form / float(vector.norm() * product.norm()) if form else 0.0
+            size = product if beside is None else measure(vector[None])[0]
+            yield form / float(vector.norm() * size.norm()) if form else 0.0
 
 
 def _found(residual: Residual, claims: Parameters) -> dict[str, str]:
@@ -99,19 +107,26 @@ def _found(residual: Residual, claims: Parameters) -> dict[str, str]:
     precision = working_precision(problem, _SAMPLE)
     indices = [residual.parameters.names.index(name) for name in claims.names]
     with doubled(problem) if precision == torch.float64 else nullcontext():
-        forms = within_parameters(residual, indices, problem.sample(_SAMPLE))
-        return {
-            name: f"a probe found {form:.1e} of R on it"
-            for name, form in zip(claims.names, forms, strict=True)
-            if not form <= tolerance(precision)
-        }
+        sample, bound = problem.sample(_SAMPLE), tolerance(precision)
+        forms = dict(zip(indices, within_parameters(residual, indices, sample), strict=True))
+        left = [index for index, form in forms.items() if not form <= bound]
+        if left:  # where R cancels as a whole, what is left of it is rounding beside H
+            whole = Hessian(problem, parameters=residual.parameters, mode=residual.mode)
+            beside = within_parameters(residual, left, sample, whole)
+            left = [i for i, form in zip(left, beside, strict=True) if not form <= bound]
+        names = residual.parameters.names
+        return {names[i]: f"a probe found {forms[i]:.1e} of R on it" for i in left}
 
 
 def _bends(problem: Problem, parameters: Parameters, batch: WeightedBatch) -> dict[str, str]:
     """The parameters that the outputs of a batch may be curved in, and by what."""
     with recorded(problem.model) as recording:
         outputs = problem.outputs(batch.data)
-    found = bends(outputs, parameters.tensors, recording)
+    natural = problem.loss.natural.unscaled
+    # The slope of a cross-entropy sums to zero over the classes.
+    dim = natural.class_dim(outputs) if isinstance(natural, CrossEntropy) else None
+    straight = () if dim is None else normalisation(outputs, dim)
+    found = bends(outputs, parameters.tensors, recording, straight)
     return {parameters.names[index]: reason for index, reason in found.items()}
 
 

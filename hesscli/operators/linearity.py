@@ -12,7 +12,7 @@ constant, as it does for autograd.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -81,13 +81,19 @@ _NODE = re.compile(r"(\w+)(?:Backward\d+|Backwards)")
 """Of torch's own operations: those of a user's ``autograd.Function`` end in no digit."""
 
 
-def bends(outputs: Tensor, tensors: Tensors, recording: Recording | None = None) -> dict[int, str]:
+def bends(
+    outputs: Tensor,
+    tensors: Tensors,
+    recording: Recording | None = None,
+    straight: Collection[Node] = (),
+) -> dict[int, str]:
     """Where outputs may be curved in a tensor alone: its position, and the first such operation.
 
     Args:
         outputs: live, with their graph.
         tensors: leaves of the graph, or of none.
         recording: of the pass that made the outputs; without it a write into a view is unknown.
+        straight: operations whose curvature does not count.
     """
     recording = recording or Recording()
     positions = {id(tensor): index for index, tensor in enumerate(tensors)}
@@ -96,13 +102,33 @@ def bends(outputs: Tensor, tensors: Tensors, recording: Recording | None = None)
     for node in _inputs_first(outputs):
         inputs = [0 if source is None else depends[source] for source, _ in node.next_functions]
         kind = _kind(node, recording)
-        for index in _bits(_bent(_rule(kind, node), inputs)):
+        rule = _LINEAR if node in straight else _rule(kind, node)
+        for index in _bits(_bent(rule, inputs)):
             found.setdefault(index, _words(kind or node.name(), recording.places.get(node)))
         leaf = positions.get(id(getattr(node, "variable", None)))
         depends[node] = 0 if leaf is None else 1 << leaf
         for bits in inputs:
             depends[node] |= bits
     return found
+
+
+def normalisation(outputs: Tensor, dim: int) -> tuple[Node, ...]:
+    """The log-softmax along a dimension that ends a graph, or the logarithm of a softmax.
+
+    It takes from a row x its log-sum-exp, the same from each entry, so that with weights that
+    sum to zero along the dimension its curvature cancels.
+    """
+    last = get_gradient_edge(outputs).node if outputs.requires_grad else None
+    nodes = [last]
+    if last is not None and last.name().startswith("LogBackward"):
+        nodes.append(last.next_functions[0][0])
+    softmax = "LogSoftmaxBackward" if len(nodes) == 1 else "SoftmaxBackward"
+    end = nodes[-1]
+    if end is None or not end.name().startswith(softmax):
+        return ()
+    along = int(getattr(end, "_saved_dim", 1 << 63))
+    along = along - (1 << 64) if along >> 63 else along  # saved without its sign
+    return tuple(n for n in nodes if n is not None) if along in (dim, dim - outputs.dim()) else ()
 
 
 def _kind(node: Node, recording: Recording) -> str:

@@ -52,6 +52,10 @@ class CrossEntropy(Loss):
         """Class scores with the classes along dimension 1."""
         return outputs
 
+    def class_dim(self, outputs: Tensor) -> int:
+        """The dimension of the outputs along which classes lie."""
+        return 1
+
     def targets(self, batch: Batch) -> Tensor:
         """Classes as int64, or probabilities as they are."""
         targets = super().targets(batch)
@@ -227,6 +231,10 @@ class LanguageModel(CrossEntropy):
                 "[loss] name = 'cross_entropy' for one label an example",
             )
         return outputs.transpose(1, 2)
+
+    def class_dim(self, outputs: Tensor) -> int:
+        """The last one."""
+        return 2
 
     def token_weights(self, batch: Batch) -> Tensor | None:
         """The batch's third tensor ``(N, T)``, if it has one."""

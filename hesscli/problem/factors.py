@@ -50,7 +50,7 @@ class Factor(ABC):
 
 def has_factor(loss: Loss) -> bool:
     """Whether the Hessian of a loss in the model's outputs has a factor that is known."""
-    natural = (loss.loss if isinstance(loss, Summed) else loss).natural
+    natural = loss.natural.unscaled
     return isinstance(natural, (CrossEntropy, Entrywise)) and not _is_linear(natural)
 
 

@@ -83,6 +83,10 @@ class HuggingFace(CrossEntropy):
             return outputs
         return (outputs[:, :-1] if self.reading == "shifted" else outputs).transpose(1, 2)
 
+    def class_dim(self, outputs: Tensor) -> int:
+        """The last one where there are tokens."""
+        return 2 if outputs.dim() == 3 else 1
+
     def _read(self, reading: Reading) -> HuggingFace:
         chosen = copy.copy(self)
         chosen.reading = reading

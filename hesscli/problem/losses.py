@@ -84,6 +84,11 @@ class Loss(ABC):
         """The same loss as a function of natural parameters, for the Gauss-Newton matrix."""
         return self
 
+    @property
+    def unscaled(self) -> Loss:
+        """The mean that it is a multiple of."""
+        return self
+
     def mass(self, model: nn.Module, batch: Batch, count: int | None = None) -> float:
         """Weight mass of a whole batch; only a step needs the model for it.
 

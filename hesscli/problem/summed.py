@@ -54,6 +54,11 @@ class Summed(Loss):
         return self.multiple * self.loss.evaluate(model, batch)
 
     @property
+    def unscaled(self) -> Loss:
+        """The mean."""
+        return self.loss
+
+    @property
     def natural(self) -> Loss:
         """Of the mean, multiplied."""
         return Summed(self.loss.natural, self.multiple)
