@@ -129,9 +129,13 @@ def check_result() -> CheckResult:
             attention_kernel="math",
             fallback="encoder.pool (MaxPool3d)",
             relative_rounding=2.3e-7,
+            product_rounding=4.1e-7,
             checks=(
-                Check(name="finite", passed=True, detail="loss and gradient are finite"),
-                Check(name="symmetry", passed=False, detail="u'Hv = v'Hu", value=0.032, bound=1e-4),
+                Check(name="finite", state="passed", detail="loss and gradient are finite"),
+                Check(name="gradient", state="skipped", detail="float32 has too few"),
+                Check(
+                    name="symmetry", state="passed", detail="u'Hv = v'Hu", value=3e-12, bound=1e-9
+                ),
             ),
         ),
         plan=Plan(

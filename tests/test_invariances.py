@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import hesscli
-from hesscli.engines.exact_diagonal import ExactDiagonal
-from hesscli.errors import UnsoundError
 from hesscli.problem.problem import Problem
 
 N, POSITIONS, WIDTH = 32, 5, 4
@@ -111,18 +109,6 @@ def test_they_do_not_stand_in_the_way_of_the_split(build: Callable[[], nn.Module
     torch.manual_seed(0)
     problem = problem_of(build(), torch.float32)
     assert hesscli.trace(problem, method="split", probes=2).method.name == "split"
-
-
-def test_examples_that_depend_on_each_other_are_still_found() -> None:
-    """Beside a bias whose gradient is rounding, a parameter whose examples do not add up."""
-
-    class Mixed(BareBias):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * self.key_bias.sum() * x.mean()
-
-    torch.manual_seed(0)
-    with pytest.raises(UnsoundError, match="do not add up"):
-        ExactDiagonal(problem_of(Mixed(), torch.float32)).verify()
 
 
 # -- modules with a forward of their own ---------------------------------------------------------

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import hesscli
-from hesscli.operators.precision import working_precision
 
 WIDE: dict[str, Callable[[Tensor], Tensor]] = {
     "comparison": lambda h: h * (h > 0),
@@ -41,7 +40,7 @@ def precision(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(12, 4), torch.randint(3, (12,)))
     model = Between(function).to(dtype)
-    return working_precision(hesscli.Problem(model, "cross_entropy", data), 8)
+    return hesscli.Problem(model, "cross_entropy", data).precision.plain
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -211,7 +211,8 @@ def test_batches_without_mass_are_passed_over() -> None:
     expected = _problem().prove()
     assert problem.prove().loss == pytest.approx(expected.loss, rel=ROUNDING)
     assert problem.prove().accuracy == expected.accuracy
-    assert problem.sample(8).index == 1
+    assert problem.sample(8).count == 8
+    assert all((row == DATA[0]).all(1).any() for row in problem.sample(8).data[0])
     with pytest.raises(UnsoundError, match="the examples weigh nothing"):
         Problem(Net().eval(), "cross_entropy", [(_draw(20, 4), masked)])
 

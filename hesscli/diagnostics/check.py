@@ -12,6 +12,7 @@ from hesscli.diagnostics.clock import Clock
 from hesscli.diagnostics.collecting import WindowOptions
 from hesscli.diagnostics.opening import opened
 from hesscli.diagnostics.pilot import run_pilot
+from hesscli.diagnostics.reporting import warnings_of_products
 from hesscli.diagnostics.spectral_plan import plan_spectrum
 from hesscli.diagnostics.surroundings import environment
 from hesscli.diagnostics.window_plan import plan_ihvp
@@ -85,7 +86,7 @@ def check(
         ),
         environment=environment(problem.device),
         hesscli_version=hesscli.__version__,
-        warnings=(*problem.warnings, *problem.prove().warnings),
+        warnings=(*problem.warnings, *warnings_of_products(problem, flight)),
     )
 
 

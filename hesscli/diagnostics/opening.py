@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-
-import torch
 
 from hesscli.diagnostics.clock import Clock
 from hesscli.operators.base import Operator
 from hesscli.operators.matrices import matrix_named
 from hesscli.operators.preflight import preflight
+from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
 from hesscli.results import Preflight
 
@@ -40,10 +39,5 @@ def opened(problem: Problem, matrix: str, mode: str, clock: Clock) -> Iterator[O
     problem.prove(clock.observer)
     clock.tell("preflight")
     flight = preflight(problem, build, mode)
-    with problem.in_dtype(_working_dtype(problem, flight)):
+    with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
         yield Opening(build(problem, mode=flight.mode), flight)
-
-
-def _working_dtype(problem: Problem, flight: Preflight) -> torch.dtype:
-    """The problem's own type, but float64 for differences."""
-    return torch.float64 if flight.mode == "finite-difference" else problem.dtype

@@ -20,8 +20,8 @@ from hesscli.diagnostics.clock import Clock
 from hesscli.diagnostics.perturbations import Change, applied, changes_of
 from hesscli.engines.lanczos import ROUNDING
 from hesscli.operators.base import Operator, Term
-from hesscli.operators.precision import doubled
 from hesscli.parameters import Parameter, Parameters
+from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem, WeightedBatch
 
 Array = NDArray[np.float64]

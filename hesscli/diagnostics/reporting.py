@@ -144,6 +144,12 @@ def warnings(
 def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:
     """What proof and preflight have seen of the loss and its products."""
     yield from problem.prove().warnings
+    if problem.precision.widened:
+        narrow = str(problem.precision.plain).removeprefix("torch.")
+        yield f"the model casts to {narrow}: it was checked with those casts made to float64"
+    if skipped := [check for check in flight.checks if check.state == "skipped"]:
+        names = " and ".join(check.name for check in skipped)
+        yield f"not checked: {names}, {skipped[0].detail}"
     if flight.fallback is not None:
         yield f"slower {flight.mode} products, for {flight.fallback}"
     if flight.mode == "finite-difference":

@@ -141,9 +141,8 @@ class Study:
 
     def _verify(self, predictions: Predictions) -> None:
         """In float64 where the preflight has seen the model run in it."""
-        exact = self.opening.flight.relative_rounding is not None
         measured = Measured(self.problem, self.clock)
-        self.measured = measured.changes(predictions.layers, exact)
+        self.measured = measured.changes(predictions.layers, self.problem.precision.is_float64)
         self.rounding = measured.rounding
         self._gradients += measured.gradients
         if self.measured is None:

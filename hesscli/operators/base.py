@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.kernels import twice_differentiable
-from hesscli.operators.precision import doubled
 from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Tensors
 from hesscli.parameters import Parameters
+from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem, WeightedBatch
 from hesscli.results import Mode
 

@@ -12,14 +12,18 @@ from hesscli import streams
 from hesscli.operators.products import STEP, flatten
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
+from hesscli.problem.sampling import Sample
 
 _ATTEMPTS = ((STEP / 2, 0.0), (STEP / 10, 1e-3), (STEP / 100, 1e-3))
 """Step along a unit direction, and relative shift of the weights: a kink that the weights sit
 on, or that a step crosses, says nothing about the mode. No step is that of the mode of central
 differences, which would be compared with itself."""
 
-Measure = Callable[[Tensor, float], tuple[float, float]]
-"""A relative error along a unit direction with a step, and what is allowed."""
+_LEAST = 4
+"""Examples that are not taken apart any more: a wrong one among them shows."""
+
+Measure = Callable[[Sample, Tensor, float], tuple[float, float]]
+"""A relative error on some examples along a unit direction with a step, and what is allowed."""
 
 
 class MismatchError(Exception):
@@ -41,34 +45,50 @@ def vectors(problem: Problem, count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def within_bound(problem: Problem, measure: Measure, what: str) -> tuple[float, float]:
+def within_bound(sample: Sample, measure: Measure, what: str) -> tuple[float, float]:
     """An error within what is allowed, at one of a few points and steps.
 
+    The more examples, the more kinks lie within a step: where they are too many, halves of the
+    sample must each be right by themselves.
+
     Args:
-        problem: what is analysed, in float64.
+        sample: examples of a problem in float64.
         measure: what compares with a difference.
         what: what a mismatch is called.
 
     Raises:
-        MismatchError: there is none; the layers are named.
+        MismatchError: some examples have none; the layers are named.
     """
     errors = []
-    for number, (step, shift) in enumerate(_ATTEMPTS):
-        direction = vectors(problem, number + 1)[-1] * _moving(problem)
-        with _shifted(problem.parameters, shift):
-            value, bound = measure(direction / direction.norm(), step)
+    for number, attempt in enumerate(_ATTEMPTS):
+        with _at(sample.problem, number, attempt) as (direction, step):
+            value, bound = measure(sample, direction, step)
         if value <= bound:
             return value, bound
         errors.append(value)
+    if sample.count > _LEAST and (halves := sample.halves()):
+        found = [within_bound(half, measure, what) for half in halves]
+        return max(found, key=lambda pair: pair[0] / pair[1])
 
     def is_wrong(mask: Tensor) -> bool:
         part = mask * direction
-        value, bound = measure(part / part.norm(), step)
+        value, bound = measure(sample, part / part.norm(), step)
         return not value <= bound
 
-    with _shifted(problem.parameters, shift):
-        layers = layers_where(problem.parameters, is_wrong)
+    with _at(sample.problem, number, attempt) as (direction, step):
+        layers = layers_where(sample.problem.parameters, is_wrong)
     raise MismatchError(f"{what} by {min(errors):.2%}{layers}")
+
+
+@contextmanager
+def _at(
+    problem: Problem, number: int, attempt: tuple[float, float]
+) -> Iterator[tuple[Tensor, float]]:
+    """The weights of an attempt, and its unit direction and step."""
+    step, shift = attempt
+    direction = vectors(problem, number + 1)[-1] * moving(problem)
+    with _shifted(problem.parameters, shift):
+        yield direction / direction.norm(), step
 
 
 def layers_where(parameters: Parameters, is_wrong: Callable[[Tensor], bool]) -> str:
@@ -84,7 +104,7 @@ def layers_where(parameters: Parameters, is_wrong: Callable[[Tensor], bool]) -> 
     return f", in {', '.join(wrong[:5])}{more}" if wrong else ""
 
 
-def _moving(problem: Problem) -> Tensor:
+def moving(problem: Problem) -> Tensor:
     """Zero at padding rows of embeddings, which no gradient reaches though outputs use them."""
     rows = {
         module.weight: module.padding_idx

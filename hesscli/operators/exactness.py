@@ -18,12 +18,11 @@ from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.hessian import Hessian
 from hesscli.operators.linearity import bends, normalisation
-from hesscli.operators.precision import doubled, working_precision
 from hesscli.operators.recording import recorded
 from hesscli.operators.residual import Residual
 from hesscli.parameters import Parameters
 from hesscli.problem.classification import CrossEntropy
-from hesscli.problem.precision import tolerance
+from hesscli.problem.precision import doubled, tolerance
 from hesscli.problem.problem import Problem, WeightedBatch
 from hesscli.results import Mode
 
@@ -104,10 +103,10 @@ def within_parameters(
 def _found(residual: Residual, claims: Parameters) -> dict[str, str]:
     """The claims on which a probe finds something."""
     problem = residual.problem
-    precision = working_precision(problem, _SAMPLE)
     indices = [residual.parameters.names.index(name) for name in claims.names]
-    with doubled(problem) if precision == torch.float64 else nullcontext():
-        sample, bound = problem.sample(_SAMPLE), tolerance(precision)
+    precision = problem.precision
+    with doubled(problem) if precision.is_float64 else nullcontext():
+        sample, bound = problem.sample(_SAMPLE), tolerance(precision.narrowest)
         forms = dict(zip(indices, within_parameters(residual, indices, sample), strict=True))
         left = [index for index, form in forms.items() if not form <= bound]
         if left:  # where R cancels as a whole, what is left of it is rounding beside H

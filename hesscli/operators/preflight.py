@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import HesscliError, UnsoundError, UsageError, first_line
+from hesscli.operators import narrow
 from hesscli.operators.base import Operator
 from hesscli.operators.directions import MismatchError
 from hesscli.operators.independence import check_independence
-from hesscli.operators.precision import doubled, working_precision
 from hesscli.operators.products import MODES, flatten, gradient
 from hesscli.operators.verification import (
+    Products,
     check_difference,
     check_gradient,
     check_symmetry,
-    quadratic_forms,
+    product,
+    products,
 )
 from hesscli.problem.blame import (
     Attempt,
@@ -28,12 +30,15 @@ from hesscli.problem.blame import (
     failing_module,
     is_out_of_memory,
 )
-from hesscli.problem.precision import tolerance
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.problem.precision import doubled, tolerance
+from hesscli.problem.problem import Problem
+from hesscli.problem.sampling import Sample
 from hesscli.results import Check, Mode, Preflight
 
-SAMPLE = 8
-"""Examples for the checks of products: few, so that few kinks lie within a difference step."""
+_FEWEST, _FEW, _MANY = 8, 16, 64
+"""Examples: at least; for what takes many products; and for a comparison with differences."""
+_NUMBERS = 1 << 20
+"""That a forward pass over the many may make, lest checks cost more than what they check."""
 
 _FLOOR = 100 * torch.finfo(torch.float64).eps
 """Rounding of quadratic forms in float64 itself."""
@@ -58,18 +63,18 @@ def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Pre
     if mode not in ("auto", *MODES):
         raise UsageError("no such autodiff mode", repr(mode), f"auto, {', '.join(MODES)}")
     proof = problem.prove()
-    sample = problem.sample(SAMPLE)
-    determinism = _determinism(problem, sample)
-    precision = working_precision(problem, SAMPLE)
+    wanted = _NUMBERS // max(1, problem.precision.numbers)
+    many = Sample.of(problem, min(max(wanted, _FEWEST), _MANY))
+    few = Sample.of(problem, min(many.count, _FEW))
     checks = (
-        Check(name="finite loss", passed=True, detail=problem.loss.name, value=proof.loss),
-        determinism,
-        _gradient(problem, precision),
+        Check(name="finite loss", state="passed", detail=problem.loss.name, value=proof.loss),
+        _determinism(few),
+        _gradient(many),
         check_independence(problem, make),
     )
     refusals: list[str] = []
     for candidate in [known for known in MODES if mode in ("auto", known)]:
-        outcome = _try(problem, make, candidate, precision)
+        outcome = _try(make, candidate, few, many)
         if isinstance(outcome, str):
             refusals.append(f"{candidate}: {outcome}")
             continue
@@ -77,7 +82,8 @@ def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Pre
             mode=candidate,
             attention_kernel="math",
             fallback="; ".join(refusals) or None,
-            relative_rounding=outcome.rounding,
+            relative_rounding=outcome.forms,
+            product_rounding=outcome.products,
             checks=(*checks, *outcome.checks),
         )
     raise UnsoundError(
@@ -89,11 +95,12 @@ def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Pre
     )
 
 
-def _determinism(problem: Problem, sample: WeightedBatch) -> Check:
+def _determinism(sample: Sample) -> Check:
     """Loss and gradient twice on the same examples; equal but for the order of sums."""
+    problem = sample.problem
 
     def once() -> tuple[float, Tensor]:
-        value = problem.evaluate(sample.data)
+        value = sample.evaluate()
         return float(value.detach()), flatten(gradient(value, problem.parameters.tensors))
 
     (first, slope), (second, again) = once(), once()
@@ -103,11 +110,7 @@ def _determinism(problem: Problem, sample: WeightedBatch) -> Check:
     )
     bound = tolerance(problem.dtype)
     if not difference <= bound:
-
-        def run() -> object:
-            return problem.evaluate(sample.data)
-
-        culprit = differing_module(problem.model, run, run, torch.equal)
+        culprit = differing_module(problem.model, sample.evaluate, sample.evaluate, torch.equal)
         raise UnsoundError(
             "the loss is random",
             f"{first:.6g}, then {second:.6g} on the same examples"
@@ -116,20 +119,21 @@ def _determinism(problem: Problem, sample: WeightedBatch) -> Check:
         )
     return Check(
         name="determinism",
-        passed=True,
+        state="passed",
         detail="same loss and gradient twice",
         value=difference,
         bound=bound,
     )
 
 
-def _gradient(problem: Problem, precision: torch.dtype) -> Check:
-    """Autograd's gradient against the loss, where that computes in float64."""
-    if precision != torch.float64:
-        return _skipped("gradient", precision)
+def _gradient(sample: Sample) -> Check:
+    """Autograd's gradient against the loss, in float64 wherever that is to be had."""
+    precision = sample.problem.precision
     try:
-        with doubled(problem):
-            return check_gradient(problem, problem.sample(SAMPLE))
+        if not precision.is_float64:
+            return narrow.check_gradient(sample, precision.narrowest)
+        with doubled(sample.problem):
+            return check_gradient(sample)
     except MismatchError as mismatch:
         raise UnsoundError(
             "the gradient is not that of the loss",
@@ -138,29 +142,28 @@ def _gradient(problem: Problem, precision: torch.dtype) -> Check:
         ) from None
 
 
-def _skipped(name: str, precision: torch.dtype) -> Check:
-    narrow = str(precision).removeprefix("torch.")
-    return Check(name=name, passed=True, detail=f"skipped: the model computes in {narrow}")
-
-
 @dataclass(frozen=True)
 class _Outcome:
-    """A mode that passed, and the relative error of its quadratic forms where that is known."""
+    """A mode that passed, and its rounding where that is known.
+
+    ``forms`` is the relative error of quadratic forms, ``products`` the length of a product's
+    error beside the largest product with a unit vector.
+    """
 
     checks: tuple[Check, ...]
-    rounding: float | None
+    forms: float | None
+    products: float | None
 
 
-def _try(
-    problem: Problem, make: type[Operator], mode: Mode, precision: torch.dtype
-) -> _Outcome | str:
+def _try(make: type[Operator], mode: Mode, few: Sample, many: Sample) -> _Outcome | str:
     """The checks of one mode, or why it cannot be used."""
+    problem = few.problem
     try:
-        if precision != torch.float64:
-            return _in_own_type(problem, make, mode, precision)
+        if not problem.precision.is_float64:
+            return _in_own_type(make, mode, few, many)
         if mode == "finite-difference":
-            return _by_differences(problem, make)
-        return _against_float64(problem, make, mode)
+            return _by_differences(make, few, many)
+        return _against_float64(make, mode, few, many)
     except MismatchError as mismatch:
         return str(mismatch)
     except HesscliError:
@@ -171,38 +174,54 @@ def _try(
         return f"{_obstacle(problem, mode)} ({first_line(error)})"
 
 
-def _against_float64(problem: Problem, make: type[Operator], mode: Mode) -> _Outcome:
-    """Quadratic forms in the problem's own type against float64, and float64 against truth."""
-    own = quadratic_forms(make(problem, mode=mode), problem.sample(SAMPLE))
+def _against_float64(make: type[Operator], mode: Mode, few: Sample, many: Sample) -> _Outcome:
+    """Products in the problem's own type against float64, and float64 against truth."""
+    problem = few.problem
+    own = products(make(problem, mode=mode), few)
     with doubled(problem):
-        sample, operator = problem.sample(SAMPLE), make(problem, mode=mode)
-        exact = quadratic_forms(operator, sample)
-        symmetry = check_symmetry(operator, sample, torch.float64)
-        difference = check_difference(operator, sample)
-    rounding = float((own - exact).norm() / exact.norm().clamp_min(1e-300))
-    return _Outcome((symmetry, difference), max(rounding, _FLOOR))
+        operator = make(problem, mode=mode)
+        exact = products(operator, few)
+        symmetry = check_symmetry(operator, few, exact, torch.float64)
+        difference = check_difference(operator, many)
+        largest = _largest(operator, few, exact)
+    forms = float((own.forms - exact.forms).norm() / exact.forms.norm().clamp_min(1e-300))
+    # For signs v, ‖Ev‖² is ‖E‖² of Frobenius in the mean: no unit vector's product is off by more.
+    errors = (own.values.double() - exact.values).norm(dim=1)
+    error = float(errors.square().mean().sqrt()) / max(largest, 1e-300)
+    return _Outcome((symmetry, difference), max(forms, _FLOOR), max(error, _FLOOR))
 
 
-def _by_differences(problem: Problem, make: type[Operator]) -> _Outcome:
+def _largest(operator: Operator, sample: Sample, found: Products) -> float:
+    """The length of the largest product with a unit vector: a step of the power method."""
+    lengths = found.values.norm(dim=1)
+    if not float(lengths[0]):
+        return 0.0
+    top = product(operator, sample, found.values[:1] / lengths[0])
+    return max(float(top.norm()), float((lengths / found.vectors.norm(dim=1)).max()))
+
+
+def _by_differences(make: type[Operator], few: Sample, many: Sample) -> _Outcome:
     """Differences in float64 only, whose error is what another step makes of them."""
+    problem = few.problem
     with doubled(problem):
-        sample, operator = problem.sample(SAMPLE), make(problem, mode="finite-difference")
-        quadratic_forms(operator, sample)
-        symmetry = check_symmetry(operator, sample, torch.float64)
-        difference = check_difference(operator, sample)
-    return _Outcome((symmetry, difference), max(difference.value or 0.0, _FLOOR))
+        operator = make(problem, mode="finite-difference")
+        symmetry = check_symmetry(operator, few, products(operator, few, 2), torch.float64)
+        difference = check_difference(operator, many)
+    error = max(difference.value or 0.0, _FLOOR)
+    return _Outcome((symmetry, difference), error, error)
 
 
-def _in_own_type(
-    problem: Problem, make: type[Operator], mode: Mode, precision: torch.dtype
-) -> _Outcome:
-    """Symmetry alone, of a model that does not compute in float64."""
-    skipped = _skipped("central difference", precision)
+def _in_own_type(make: type[Operator], mode: Mode, few: Sample, many: Sample) -> _Outcome:
+    """What can be seen of a model that does not compute in float64."""
+    problem = few.problem
+    precision = problem.precision.narrowest
     if mode == "finite-difference":
-        raise MismatchError(f"central differences need float64: {skipped.detail}")
-    sample, operator = problem.sample(SAMPLE), make(problem, mode=mode)
-    quadratic_forms(operator, sample)
-    return _Outcome((check_symmetry(operator, sample, precision), skipped), None)
+        told = str(precision).removeprefix("torch.")
+        raise MismatchError(f"central differences need float64: the model computes in {told}")
+    operator = make(problem, mode=mode)
+    symmetry = check_symmetry(operator, few, products(operator, few), precision)
+    difference = narrow.check_difference(operator, many, precision)
+    return _Outcome((symmetry, difference), None, None)
 
 
 _ATTEMPTS: dict[Mode, Attempt] = {

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from hesscli.problem.blame import is_out_of_memory
+
+if TYPE_CHECKING:
+    from hesscli.problem.problem import Problem
+
+_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32}
+_EXAMPLES = 8
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -19,12 +29,83 @@ def tolerance(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.6)
 
 
+@dataclass(frozen=True)
+class Precision:
+    """What becomes of a problem where float64 is asked for.
+
+    Attributes:
+        plain: the narrowest type between parameters and loss; where float64 fails, its own.
+        narrowest: the same once casts and constants are widened as well, if that helps.
+        numbers: that are made for one example on the way to the loss; 0 where float64 fails.
+    """
+
+    plain: torch.dtype
+    narrowest: torch.dtype
+    numbers: int
+
+    @property
+    def widened(self) -> bool:
+        """Whether casts and constants have to be widened for it to be float64."""
+        return self.plain != self.narrowest
+
+    @property
+    def is_float64(self) -> bool:
+        """Whether checks in float64 mean anything."""
+        return self.narrowest == torch.float64
+
+
+def precision_of(problem: Problem) -> Precision:
+    """Run a few examples in float64, and once more with casts and constants widened if need be.
+
+    Args:
+        problem: what is analysed; it has run in its own type.
+    """
+    own = torch.float32 if problem.dtype == torch.float64 else problem.dtype
+    seen = _seen(problem, widened=False)
+    plain, numbers = (own, 0) if seen is None else seen
+    if plain != torch.float64:
+        wider = _seen(problem, widened=True)
+        if wider is not None and wider[0] == torch.float64:
+            return Precision(plain, *wider)
+    return Precision(plain, plain, numbers)
+
+
+def _seen(problem: Problem, *, widened: bool) -> tuple[torch.dtype, int] | None:
+    """The narrowest type and how much is made for an example, or None where it does not run."""
+    watch = Narrowing()
+    with problem.in_dtype(torch.float64, widened=widened):
+        sample = problem.sample(_EXAMPLES)
+        try:
+            with watch:
+                value = problem.evaluate(sample.data)
+            # Compiled code may run as Python while it is watched, and not be widened otherwise.
+            unwatched = problem.evaluate(sample.data)
+            with problem.forward_context():
+                torch.autograd.grad(unwatched, problem.parameters.tensors, allow_unused=True)
+        except Exception as error:  # of any kind: the code is the user's, made for another type
+            if is_out_of_memory(error):
+                raise
+            return None
+    change = abs(float(value.detach()) - float(unwatched.detach()))
+    if widened and not change <= tolerance(torch.float64) * max(1.0, abs(float(value.detach()))):
+        return None
+    return watch.narrowest, watch.numbers // sample.count
+
+
+def doubled(problem: Problem) -> AbstractContextManager[None]:
+    """The problem in float64 meanwhile, and what it casts to less too where that is needed."""
+    return nullcontext() if problem.is_doubled else problem.in_dtype(torch.float64)
+
+
 class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches for operations that turn float64 values into a narrower type, ``narrowest``."""
+    """Watches for operations that turn float64 values into a narrower type, ``narrowest``.
+
+    ``numbers`` counts what the operations make.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.narrowest = torch.float64
+        self.narrowest, self.numbers = torch.float64, 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -35,13 +116,20 @@ class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func, types, args=(), kwargs=None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if torch.float64 in _types(args):
-            met = {self.narrowest, *_types(result)}  # a comparison's result has none
+        made = _floating(result)
+        self.numbers += sum(tensor.numel() for tensor in made)
+        if torch.float64 in map(_real, _floating(args)):
+            met = {self.narrowest, *map(_real, made)}  # a comparison's result has none
             self.narrowest = max(met, key=lambda dtype: torch.finfo(dtype).eps)
         return result
 
 
-def _types(tree: Any) -> set[torch.dtype]:
-    """Floating types of a tree's tensors."""
+def _floating(tree: Any) -> list[Tensor]:
+    """A tree's real and complex tensors."""
     leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-    return {leaf.dtype for leaf in leaves if leaf.is_floating_point()}
+    return [leaf for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+
+
+def _real(tensor: Tensor) -> torch.dtype:
+    """The type of a tensor's real part."""
+    return _REAL.get(tensor.dtype, torch.float64) if tensor.is_complex() else tensor.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hesscli.errors import InputError, UnsoundError
 from hesscli.parameters import Parameters
-from hesscli.problem.batches import Batch, first_rows, map_tensors, place, rows
+from hesscli.problem.batches import Batch, first_rows, map_tensors, place, size_of
 from hesscli.problem.criteria import as_loss, reading
 from hesscli.problem.data import FrozenData, Selection
 from hesscli.problem.factory import blamed_on_user
@@ -23,8 +23,11 @@ from hesscli.problem.freezing import freeze
 from hesscli.problem.independence import MODEL_RAISED, MUST_FIT, IndependenceTest
 from hesscli.problem.losses import Loss, StepLoss
 from hesscli.problem.placing import placed, require_real
+from hesscli.problem.precision import Precision, precision_of
 from hesscli.problem.proof import Proof, prove
+from hesscli.problem.sampling import Sample
 from hesscli.problem.summed import Summed
+from hesscli.problem.widening import Widened
 from hesscli.results import CheckpointReport, Observe, ProblemReport, Reduction
 
 _LOOKED_AT = 32
@@ -106,6 +109,7 @@ class Problem:
             )
         self.device = self.parameters[0].tensor.device
         self.dtype = self.parameters[0].tensor.dtype
+        self._widened = self._is_widening = False
         self._require_finite_weights()
         self.weight_decay, self.unseen = weight_decay, unseen
         self.checkpoint = checkpoint
@@ -198,15 +202,12 @@ class Problem:
         )
 
     def sample(self, count: int) -> WeightedBatch:
-        """The first examples of the first batch that weighs something, as a batch of its own."""
-        index = next(i for i, mass in enumerate(self.masses) if mass > 0)
-        batch = self.batch(index)
-        if not (self.separable and self.loss.shows_examples):
-            return batch
-        masses = self.loss.masses(batch.data).tolist()
-        start = next(i for i, mass in enumerate(masses) if mass > 0)
-        part = rows(batch.data, start, start + count)
-        return WeightedBatch(index, part, 1.0, min(count, batch.count - start))
+        """Examples of one form from all over the batches, as a batch of its own."""
+        return next(Sample.of(self, count).batches())
+
+    def batch_of(self, batch: Batch, index: int, weight: float) -> WeightedBatch:
+        """Kept examples as a batch on the device, in the present type."""
+        return WeightedBatch(index, self._placed(batch), weight, size_of(batch))
 
     def _placed(self, batch: Batch) -> Batch:
         return place(batch, self.device, self.dtype)
@@ -218,9 +219,24 @@ class Problem:
 
     # -- the function --------------------------------------------------------------------------
 
-    def forward_context(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
         """What every forward and backward pass runs in; no buffer of the model changes."""
-        return undisturbed(self.model, self.device)
+        with undisturbed(self.model, self.device), self._widening():
+            yield
+
+    @contextmanager
+    def _widening(self) -> Iterator[None]:
+        """Casts and constants widened, where that is wanted now and not done already."""
+        if not self._widened or self._is_widening:
+            yield
+            return
+        self._is_widening = True
+        try:
+            with Widened():
+                yield
+        finally:
+            self._is_widening = False
 
     def evaluate(self, batch: Batch, theta: Mapping[str, Tensor] | None = None) -> Tensor:
         """Mean loss of a batch, without weight decay, as a live scalar.
@@ -242,15 +258,33 @@ class Problem:
             return run(self.model) if theta is None else run_with(self.model, theta, run)
 
     @contextmanager
-    def in_dtype(self, dtype: torch.dtype) -> Iterator[None]:
-        """Compute in another floating type meanwhile; the original tensors come back untouched."""
-        previous = self.dtype
+    def in_dtype(self, dtype: torch.dtype, *, widened: bool | None = None) -> Iterator[None]:
+        """Compute in another floating type meanwhile; the original tensors come back untouched.
+
+        Args:
+            dtype: the type.
+            widened: in float64, whether what the code casts to less is widened too; default where
+                it would not be float64 otherwise.
+        """
+        if widened is None:
+            widened = dtype == torch.float64 and self.precision.widened
+        previous = self.dtype, self._widened
         try:
             with retyped(self.model, dtype):
-                self.dtype = dtype
+                self.dtype, self._widened = dtype, widened
                 yield
         finally:
-            self.dtype = previous
+            self.dtype, self._widened = previous
+
+    @cached_property
+    def precision(self) -> Precision:
+        """What becomes of it where float64 is asked for."""
+        return precision_of(self)
+
+    @property
+    def is_doubled(self) -> bool:
+        """Whether it computes in float64 now, as far as it can."""
+        return self.dtype == torch.float64 and (self._widened or not self.precision.widened)
 
     @property
     def couples_examples(self) -> str | None:

@@ -11,7 +11,10 @@ from rich.text import Text
 from hesscli.render import words
 from hesscli.render.layout import GAP, Facts, Plainable, facts, ruled_table
 from hesscli.render.proof import proof_line
-from hesscli.results import Check, CheckResult, Plan, Preflight
+from hesscli.results import Check, CheckResult, CheckState, Plan, Preflight
+
+_MARKS: dict[CheckState, str] = {"passed": "pass", "skipped": "skip", "not applicable": "n/a"}
+_STYLES: dict[CheckState, str] = {"passed": "green", "skipped": "yellow", "not applicable": "dim"}
 
 
 def check_table(result: CheckResult) -> RenderableType:
@@ -42,7 +45,7 @@ def check_table(result: CheckResult) -> RenderableType:
 def _checks(checks: tuple[Check, ...]) -> Table:
     table = Table.grid(padding=(0, 2))
     for check in checks:
-        mark = Text("pass", style="green") if check.passed else Text("FAIL", style="bold red")
+        mark = Text(_MARKS[check.state], style=_STYLES[check.state])
         measured = words.number(check.value, 2) if check.value is not None else ""
         bound = f"bound {words.number(check.bound, 2)}" if check.bound is not None else ""
         table.add_row(mark, Text(check.name), Text(measured), Text(bound), Text(check.detail))
@@ -55,6 +58,8 @@ def _preflight(preflight: Preflight) -> Facts:
         items.append(f"a faster mode was ruled out by {preflight.fallback}")
     if preflight.relative_rounding is not None:
         items.append(f"relative rounding error {words.number(preflight.relative_rounding, 2)}")
+    else:
+        items.append("rounding error unknown")
     return facts(items)
 
 

@@ -4,7 +4,14 @@ No torch and no numpy here: pictures, tables and documents are made from these a
 A number that is not known is None (JSON null), never NaN.
 """
 
-from hesscli.results.check import Check, CheckResult, Plan, PlannedCommand, Preflight
+from hesscli.results.check import (
+    Check,
+    CheckResult,
+    CheckState,
+    Plan,
+    PlannedCommand,
+    Preflight,
+)
 from hesscli.results.common import (
     SCHEMA_VERSION,
     CheckpointReport,
@@ -72,6 +79,7 @@ __all__ = [
     "BlockReport",
     "Check",
     "CheckResult",
+    "CheckState",
     "CheckpointReport",
     "Condition",
     "ConvergencePoint",

@@ -7,16 +7,26 @@ from typing import Literal
 
 from hesscli.results.common import SCHEMA_VERSION, Environment, Mode, ProblemReport
 
+CheckState = Literal["passed", "skipped", "not applicable"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One preflight check: what was measured, against which bound."""
+    """One preflight check: what was measured, against which bound.
+
+    ``state`` says whether it passed, could not be made, or asks what has no meaning here;
+    ``passed`` is the first of these alone. What fails is refused.
+    """
 
     name: str
-    passed: bool
+    state: CheckState
     detail: str
     value: float | None = None
     bound: float | None = None
+    passed: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passed", self.state == "passed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +34,16 @@ class Preflight:
     """The checks, and the autodiff mode that passed them.
 
     ``fallback`` names the module that ruled a faster mode out, or is None;
-    ``relative_rounding`` is the relative error of quadratic forms against float64 (None where
-    the model does not run in float64).
+    ``relative_rounding`` is the relative error of quadratic forms against float64, and
+    ``product_rounding`` that of a product beside the largest with a unit vector (None where the
+    model does not run in float64: then nobody knows).
     """
 
     mode: Mode
     attention_kernel: str
     fallback: str | None
     relative_rounding: float | None
+    product_rounding: float | None
     checks: tuple[Check, ...]
 
 

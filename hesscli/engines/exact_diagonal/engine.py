@@ -23,11 +23,11 @@ from hesscli.engines.layers import LayerSums
 from hesscli.errors import UsageError
 from hesscli.operators.base import BLOCK_BYTES
 from hesscli.operators.gauss_newton import require_examples
-from hesscli.operators.precision import doubled, working_precision
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch
 from hesscli.problem.factors import Factor, factor_of
 from hesscli.problem.losses import Loss
+from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem, WeightedBatch
 
 MakeFactor = Callable[[Loss, Tensor, Batch], Factor]
@@ -202,7 +202,7 @@ def relative_rounding(engine: ExactDiagonal) -> float | None:
     None where the model does not run in float64.
     """
     problem = engine.problem
-    if working_precision(problem, _SAMPLE) != torch.float64:
+    if not problem.precision.is_float64:
         return None
     rough = engine.traces_of(problem.sample(_SAMPLE))
     with doubled(problem):

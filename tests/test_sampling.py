@@ -1,0 +1,109 @@
+"""The examples on which products are put to the test: from where they come, and their weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hesscli.problem.data import FrozenData
+from hesscli.problem.losses import StepLoss
+from hesscli.problem.problem import Problem
+from hesscli.problem.sampling import Sample
+
+
+def numbered(first: int, count: int, width: int = 4) -> Tensor:
+    """Rows that begin with their number."""
+    x = torch.randn(count, width)
+    x[:, 0] = torch.arange(first, first + count)
+    return x
+
+
+def frozen(batches: list[tuple[Tensor, Tensor]]) -> FrozenData:
+    counts = tuple(len(x) for x, _ in batches)
+    return FrozenData(tuple(batches), counts, sum(counts), sliceable=True, sha256="")
+
+
+def labels(count: int) -> Tensor:
+    return torch.randint(0, 3, (count,))
+
+
+def problem_of(sizes: list[int]) -> Problem:
+    torch.manual_seed(0)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    batches = [(numbered(a, n), labels(n)) for a, n in zip(starts, sizes, strict=True)]
+    return Problem(nn.Linear(4, 3), "cross_entropy", frozen(batches))
+
+
+def numbers(sample: Sample) -> list[int]:
+    return [int(row[0]) for batch in sample.batches() for row in batch.data[0]]
+
+
+@pytest.mark.parametrize("count", [1, 4, 8, 16, 24, 64])
+def test_rows_come_evenly_from_all_batches(count: int) -> None:
+    sample = Sample.of(problem_of([4] * 16), count)
+    rows = numbers(sample)
+    assert len(set(rows)) == len(rows) == count
+    batches = {row // 4 for row in rows}
+    assert len(batches) == min(count, 16)
+    gaps = torch.tensor(sorted(batches)).diff()
+    assert not len(gaps) or gaps.max() - gaps.min() <= 1
+
+
+def test_small_problems_are_taken_whole() -> None:
+    problem = problem_of([1] * 10)
+    sample = Sample.of(problem, 64)
+    assert numbers(sample) == list(range(10))
+    loss = sum(b.weight * float(problem.evaluate(b.data)) for b in problem.batches())
+    assert float(sample.evaluate()) == pytest.approx(loss, rel=1e-6)  # float32, some ten terms
+
+
+def test_halves_make_the_whole() -> None:
+    sample = Sample.of(problem_of([3] * 7), 20)
+    first, second = sample.halves()
+    assert sorted(numbers(first) + numbers(second)) == sorted(numbers(sample))
+    parts = sum(h.count * float(h.evaluate()) for h in (first, second))
+    assert parts / sample.count == pytest.approx(float(sample.evaluate()), rel=1e-6)
+    single = Sample.of(problem_of([3] * 7), 1)
+    assert single.halves() == ()
+
+
+def test_examples_of_other_lengths_stay_apart() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(1, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(x.mean(1, keepdim=True))
+            return result
+
+    torch.manual_seed(0)
+    batches = [(numbered(8 * i, 8, width), labels(8)) for i, width in enumerate([3, 5, 3])]
+    problem = Problem(Mean(), "cross_entropy", frozen(batches))
+    sample = Sample.of(problem, 12)
+    assert [tuple(b.data[0].shape) for b in sample.batches()] == [(8, 3), (4, 5)]
+    assert [b.weight for b in sample.batches()] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_steps_give_whole_batches_until_there_are_enough() -> None:
+    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
+        return functional.cross_entropy(model(batch[0]), batch[1]), float(batch[0][0, 0] + 1)
+
+    torch.manual_seed(0)
+    batches = [(numbered(6 * i, 6), labels(6)) for i in range(5)]
+    problem = Problem(nn.Linear(4, 3), StepLoss(step, "step"), batches)
+    sample = Sample.of(problem, 10)
+    assert [batch.count for batch in sample.batches()] == [6, 6]
+    assert sum(batch.weight for batch in sample.batches()) == pytest.approx(1)
+    assert [half.count for half in sample.halves()] == [6, 6]
+    assert sample.halves()[0].halves() == ()
+
+
+def test_they_can_be_had_in_the_present_type() -> None:
+    problem = problem_of([4] * 2)
+    sample = Sample.of(problem, 4)
+    with problem.in_dtype(torch.float64):
+        assert all(b.data[0].dtype == torch.float64 for b in sample.batches())
+    assert all(b.data[0].dtype == torch.float32 for b in sample.batches())
