@@ -110,6 +110,7 @@ def test_a_common_prefix_is_found_and_said(
         {"criterion.weight": torch.ones(3)},
         {"ema_model.conv.weight": torch.ones(2, 1, 3, 3), "loss.scale": torch.ones(1)},
         {"temperature": torch.ones(())},
+        {"blocks[0]*.w": torch.ones(1)},
     ],
 )
 @pytest.mark.parametrize("prefix", ["model.", ""])

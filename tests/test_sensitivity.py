@@ -396,3 +396,29 @@ def test_too_few_rows_give_no_ranking(problem: hesscli.Problem) -> None:
         hesscli.sensitivity(problem, window=hesscli.WindowOptions(size=8))
     found = hesscli.ihvp(problem, window=hesscli.WindowOptions(size=8))
     assert found.window.rows == 8
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_the_matrix_curves_down_there_is_a_y_and_its_own_residual(seed: int) -> None:
+    """One example's Hessian + λI is indefinite: conjugate gradients may come no nearer than 0."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    problem = hesscli.Problem(model, nn.MSELoss(), [(torch.randn(1, 3), torch.randn(1, 1))])
+    matrix = hesscli.Hessian(problem).to_dense().double() + 1e-3 * torch.eye(16)
+    assert float(torch.linalg.eigvalsh(matrix)[0]) < 0
+    right = torch.randn(16, dtype=torch.float64)
+    run = hesscli.ihvp(
+        problem,
+        right,
+        refine=1e-8,
+        window=hesscli.WindowOptions(
+            size=64, dtype="float64", blocks="whole", damping=1e-3, absolute=True
+        ),
+    )
+    y = torch.cat([torch.from_numpy(part).reshape(-1).double() for part in run.direction.values()])
+    left = float((matrix @ y - right).norm() / right.norm())
+    assert float(y.norm()) > 0
+    assert run.residual.operator == pytest.approx(left, rel=1e-6)
+    assert run.solve.refinement is not None
+    assert run.solve.refinement.residual == run.residual.operator
+    assert run.solve.refinement.converged == (left <= 1e-8)

@@ -10,6 +10,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -21,7 +22,15 @@ from hesscli.cli import check, diag, ihvp, init, schema, spectrum, trace
 from hesscli.cli.command import Command
 from hesscli.cli.console import Console, interrupts
 from hesscli.cli.process import keep_freed_memory, yield_waiting_cores
-from hesscli.errors import ExitCode, HesscliError, UnsoundError, UsageError, first_line
+from hesscli.cli.results_stream import results_alone
+from hesscli.errors import (
+    ExitCode,
+    HesscliError,
+    InputError,
+    UnsoundError,
+    UsageError,
+    first_line,
+)
 
 EXAMPLES = """\
 Examples:
@@ -91,13 +100,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         program.main(prog_name="hesscli")  # answers the shell that completes, and exits
     keep_freed_memory()
     yield_waiting_cores()
-    console = Console.open()
-    code = int(ExitCode.OK)
-    try:
-        code = _run(program, args, console)
-        console.flush()
-    except OSError:  # the reader has left, or it has been said what could not be written
-        console.abandon()
+    with results_alone(for_good=argv is None):
+        console = Console.open()
+        code = int(ExitCode.OK)
+        try:
+            code = _run(program, args, console)
+            console.flush()
+        except BrokenPipeError:  # the reader has left, and has what it wanted
+            console.abandon()
+        except OSError:  # nor can it be said what could not be written
+            console.abandon()
+            code = code or int(ExitCode.USAGE)
     return code
 
 
@@ -114,7 +127,7 @@ def _run(program: Any, args: list[str], console: Console) -> int:
         return finished.exit_code
     except BrokenPipeError:
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:  # SystemExit too, for it can only be the user's code's
         # A command may have replaced the console by one that is quieter or more verbose.
         return report(error, context.obj if context else console, args)
 
@@ -122,10 +135,12 @@ def _run(program: Any, args: list[str], console: Console) -> int:
 def report(error: BaseException, console: Console, args: Sequence[str]) -> ExitCode:
     """Say what went wrong, and give the exit code that stands for it."""
     if isinstance(error, KeyboardInterrupt):
-        console.note("interrupted before there was a result")
+        with suppress(OSError):
+            console.note("interrupted before there was a result")
         return ExitCode.INTERRUPTED
     known = explain(error, args, verbose=console.verbose)
-    console.error(known)
+    with suppress(OSError):  # a full disk: the code says it still
+        console.error(known)
     return known.exit_code
 
 
@@ -143,10 +158,17 @@ def explain(error: BaseException, args: Sequence[str], *, verbose: bool) -> Hess
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return UsageError("the disk is full", first_line(error), "free some space, then run again")
+    if frames := _frames_of_the_user(error):
+        return InputError(
+            "the model, its data or its loss raised an error that it had not raised before",
+            f"{type(error).__name__}: {first_line(error)}",
+            "correct it there: its own lines are below",
+            frames,
+        )
     versions = f"hesscli {__version__}, torch {version('torch')}"
     return HesscliError(
         f"hesscli has a bug, or met something it does not know: {type(error).__name__}",
-        first_line(error),
+        first_line(error) or "no message",
         f"{'a' if verbose else '-v for the traceback, and a'} bug report that names {versions}, "
         f"Python {platform.python_version()} and {platform.platform(terse=True)}",
         tuple("".join(traceback.format_exception(error)).splitlines()) if verbose else (),
@@ -166,10 +188,19 @@ def _misuse(error: TyperException, args: Sequence[str]) -> UsageError:
     )
 
 
+def _frames_of_the_user(error: BaseException) -> tuple[str, ...]:
+    """Lines of the user's code that hesscli called and that failed; empty where it was hesscli."""
+    if "hesscli.problem.factory" not in sys.modules:  # nothing of the user's is loaded
+        return ()
+    from hesscli.problem.factory import is_blamed_on_user, user_frames
+
+    return user_frames(error) if is_blamed_on_user(error) else ()
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     return (
         isinstance(error, MemoryError)
         or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-        or "DefaultCPUAllocator" in str(error)  # a plain RuntimeError on a CPU
+        or "DefaultCPUAllocator" in first_line(error)  # a plain RuntimeError on a CPU
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Literal, NoReturn, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -169,7 +169,16 @@ def _writable(stream: TextIO | None) -> TextIO:
 
 
 def _rich(stream: TextIO) -> RichConsole:
-    width = None if stream.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH
-    if os.environ.get("NO_COLOR"):
-        return _Rich(file=stream, width=width, color_system=None, highlight=False, emoji=False)
-    return _Rich(file=stream, width=width, highlight=False, emoji=False)
+    colors: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    width = _width(stream)
+    return _Rich(file=stream, width=width, color_system=colors, highlight=False, emoji=False)
+
+
+def _width(stream: TextIO) -> int | None:
+    """Columns, where COLUMNS says so or the stream is no terminal; some schedulers set it to 0."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    if not stream.isatty():
+        return PIPE_WIDTH
+    return os.get_terminal_size(stream.fileno()).columns or PIPE_WIDTH

@@ -110,14 +110,14 @@ def _save(
 ) -> ResultT:
     from hesscli.render.document import to_json
 
-    files = {"json": folder / f"{result.command}.json"}
+    files = {"json": folder / f"{_file_name(result, result.command)}.json"}
     for name, arrays in tensors.items():
         kind = _kind(result, name, "tensors") if "tensors" in files else "tensors"
-        files[kind] = _write_tensors(folder, name, arrays)
+        files[kind] = _write_tensors(folder, _file_name(result, name), arrays)
     for name, draw in figures.items():
         from hesscli.render.canvas import save_figure
 
-        saved = save_figure(draw(), folder, name)
+        saved = save_figure(draw(), folder, _file_name(result, name))
         files |= {_kind(result, name, kind): path for kind, path in saved.items()}
     result = replace(result, files={kind: str(path) for kind, path in files.items()})
     write_text(files["json"], to_json(result))
@@ -130,6 +130,12 @@ def _kind(result: ResultT, name: str, kind: str) -> str:
     """What ``files`` calls a file: the command's main ones by their kind alone."""
     extra = name.removeprefix(result.command).strip("-_")
     return f"{kind}_{extra}" if extra else kind
+
+
+def _file_name(result: ResultT, name: str) -> str:
+    """A file's name without its ending; it carries the matrix where that is not the Hessian."""
+    matrix = result.problem.matrix
+    return name if matrix == "hessian" else f"{name}-{matrix}"
 
 
 def _write_tensors(folder: Path, name: str, arrays: Mapping[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,19 @@ MODES = ("auto", "double-backward", "forward-over-reverse", "finite-difference")
 DTYPES = ("float32", "float64")
 WINDOW_DTYPES = ("float32", "bfloat16", "float64")
 OUTPUTS = ("table", "json")
+
+_HALF = ("bfloat16", "float32")
+ALIASES = {
+    **dict.fromkeys(("gauss-newton", "generalized-gauss-newton", "gn", "gauss"), ("ggn",)),
+    **dict.fromkeys(("fim", "natural", "true-fisher"), ("fisher",)),
+    **dict.fromkeys(("ef", "emp-fisher", "efisher"), ("empirical-fisher",)),
+    **dict.fromkeys(("fp64", "f64", "double", "torch-float64", "64"), ("float64",)),
+    **dict.fromkeys(("fp32", "f32", "single", "float", "torch-float32", "32"), ("float32",)),
+    **dict.fromkeys(("bf16", "bfloat16", "fp16", "f16", "half", "float16", "16"), _HALF),
+    **dict.fromkeys(("reverse-over-reverse", "double-backprop"), ("double-backward",)),
+    **dict.fromkeys(("forward", "jvp"), ("forward-over-reverse",)),
+}
+"""What else the choices are called, the first of those that an option has being meant."""
 
 PROBLEM, ACCURACY, COMPUTE, OUTPUT = "Problem", "Accuracy", "Computation", "Output"
 WINDOW = "Window of gradients"
@@ -50,12 +64,10 @@ def _choice(*flags: str, choices: Sequence[str], **settings: Any) -> Any:
     def parse(value: Any) -> Any:
         if value is None or value in choices:
             return value
-        near = [choice for choice in choices if choice.startswith(str(value))]
-        near = near or difflib.get_close_matches(str(value), choices)
         raise UsageError(
             f"{flags[0]} must be {_listed(choices)}",
             repr(value),
-            f"{flags[0]} {(near or choices)[0]}",
+            f"{flags[0]} {_meant(str(value), choices)}",
         )
 
     return typer.Option(
@@ -66,6 +78,15 @@ def _choice(*flags: str, choices: Sequence[str], **settings: Any) -> Any:
         show_default=False,
         **settings,
     )
+
+
+def _meant(text: str, choices: Sequence[str]) -> str:
+    """The choice that is probably meant: by another name, by its beginning, or nearly spelled."""
+    folded = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    names = [folded, *(name for name in ALIASES.get(folded, ()))]
+    known = [name for name in names if name in choices]
+    begun = [choice for choice in choices if folded and choice.startswith(folded)]
+    return (known or begun or difflib.get_close_matches(folded, choices) or choices)[0]
 
 
 def _listed(names: Sequence[str]) -> str:

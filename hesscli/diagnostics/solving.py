@@ -44,7 +44,7 @@ def solve(
         UnsoundError: a product is not finite.
     """
     right = right.double()
-    direction, refinement = fisher.ihvp(right).vector.double(), None
+    direction, solver = fisher.ihvp(right).vector.double(), None
 
     def damped(vector: Tensor) -> Tensor:
         return operator.apply(vector[None])[0] + fisher.damping * vector
@@ -56,12 +56,26 @@ def solve(
             precondition=lambda r: fisher.ihvp(r).vector.double(),
             dtype=operator.problem.dtype,
         )
-        refinement = _refined(solver, refine, clock)
-        direction = solver.solution if solver.iterations else direction
+        while not (solver.done or solver.residual <= refine or clock.out_of_time):
+            solver.step()
+            clock.tell("refining", done=float(solver.iterations), estimate=solver.residual)
+        # Where the matrix curves down, no step may have come nearer than y = 0, which is no answer.
+        direction = solver.solution if solver.residual < 1 else direction
+    left = relative_residual(damped(direction), right)
     residual = ResidualReport(
         window=relative_residual(fisher.multiply(direction), right),
-        operator=relative_residual(damped(direction), right),
+        operator=left,
         operator_name=operator.name,
+    )
+    if solver is None or refine is None:
+        return Solved(direction, residual, None)
+    found = left or 0.0
+    refinement = Refinement(
+        tolerance=refine,
+        iterations=solver.iterations,
+        residual=found,
+        converged=found <= refine,
+        negative_curvature=solver.negative_curvature,
     )
     return Solved(direction, residual, refinement)
 
@@ -70,18 +84,3 @@ def relative_residual(image: Tensor, right: Tensor) -> float | None:
     """‖Ay − x‖ / ‖x‖; None where x is zero."""
     size = float(torch.linalg.vector_norm(right))
     return float(torch.linalg.vector_norm(image - right)) / size if size else None
-
-
-def _refined(solver: ConjugateGradients, tolerance: float, clock: Clock) -> Refinement:
-    """Steps until the tolerance is met, or none helps, or the time is over."""
-    while not (solver.done or solver.residual <= tolerance or clock.out_of_time):
-        solver.step()
-        clock.tell("refining", done=float(solver.iterations), estimate=solver.residual)
-    found = solver.true_residual()
-    return Refinement(
-        tolerance=tolerance,
-        iterations=solver.iterations,
-        residual=found,
-        converged=found <= tolerance,
-        negative_curvature=solver.negative_curvature,
-    )

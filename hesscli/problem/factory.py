@@ -102,6 +102,14 @@ def user_frames(error: BaseException) -> tuple[str, ...]:
     )
 
 
+def is_blamed_on_user(error: BaseException) -> bool:
+    """Whether hesscli called the user's code, and the error arose in that or below it."""
+    places = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [i for i, place in enumerate(places) if place.is_relative_to(OURS)]
+    users = [i for i, place in enumerate(places) if _is_users(str(place))]
+    return bool(ours and users) and users[-1] > ours[-1]
+
+
 def _import(name: str, folder: Path, where: str) -> ModuleType:
     hint = "correct the module; its own lines are below"
     with importing_beside(folder), blamed_on_user(f"{where}: importing {name} failed", hint):

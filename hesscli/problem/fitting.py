@@ -238,8 +238,8 @@ def _mismatch(
 def _advise(fit: _Fit, prefix: str | None) -> str:
     check = "check [model] factory and kwargs in the spec against the training code"
     if not fit.missing and not fit.misfits:
-        tops = dict.fromkeys(re.sub(r"\..*", ".*", name) for name in fit.strangers)
-        keys = {"strip": prefix, "ignore": list(tops)[:_MOST_NAMED]}
+        globs = list(dict.fromkeys(map(_glob, fit.strangers)))
+        keys = {"strip": prefix, "ignore": globs[:_MOST_NAMED]}
         table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items() if value)
         line = f"checkpoint_keys = {{ {table} }}"
         return f"if these are no part of the model, at the top of the spec: {line}; else {check}"
@@ -253,6 +253,15 @@ def _advise(fit: _Fit, prefix: str | None) -> str:
                 "module that was saved"
             )
     return check
+
+
+def _glob(name: str) -> str:
+    """A short glob for all that lies under the same module."""
+    top, dot, _ = name.partition(".")
+    if cut := len(top) > _LONGEST_NAME // 2:
+        top = top[: _LONGEST_NAME // 2]
+    plain = re.sub(r"[*?[]", lambda special: f"[{special[0]}]", top)
+    return plain + ("*" if cut else ".*" if dot else "")
 
 
 def _with_shape(name: str, value: Tensor | None) -> str:
