@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ SPEC = ("--spec", str(SUNSPOTS.parent / "hesscli.toml"))
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment, without what changes colours and widths."""
     kept = {k: v for k, v in os.environ.items() if not re.search("COLOR|COLUMNS|TTY|GITHUB", k)}
-    return {**kept, "OMP_NUM_THREADS": "1", **changes}
+    return {"OMP_NUM_THREADS": "1", **kept, **changes}
 
 
 def words(args: tuple[object, ...]) -> list[str]:
@@ -38,7 +39,6 @@ def hesscli_run(*args: object, cwd: Path, **changes: str) -> subprocess.Complete
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=120,
     )
 
 
@@ -50,11 +50,40 @@ def three_lines(stderr: str) -> tuple[str, str, str]:
     return what.removeprefix("error: "), got.removeprefix("  got: "), hint.removeprefix("  try: ")
 
 
-def hesscli_warm(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which saves the start: for what a fresh one would not change."""
-    line = words(args)
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(line)
-    printed, said = (stream.buffer.getvalue().decode() for stream in (out, err))
-    return subprocess.CompletedProcess(line, code, printed, said)
+class Stream(io.TextIOWrapper):
+    """What is written; Ctrl-C is pressed as soon as a word is in it."""
+
+    def __init__(self, word: str | None = None) -> None:
+        super().__init__(io.BytesIO(), "utf-8", write_through=True)
+        self.word = word
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        if self.word is not None and self.word in text:
+            self.word = None
+            signal.raise_signal(signal.SIGINT)
+        return count
+
+    def written(self) -> str:
+        return self.buffer.getvalue().decode()  # type: ignore[attr-defined]
+
+
+def hesscli_warm(
+    *args: object, cwd: Path, ctrl_c_at: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which saves the start: for what a fresh one would not change.
+
+    Args:
+        args: the command line.
+        cwd: the working folder.
+        ctrl_c_at: what the run says on stderr when Ctrl-C is pressed.
+    """
+    line, out, err = words(args), Stream(), Stream(ctrl_c_at)
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with contextlib.chdir(cwd), streams[0], streams[1]:
+            code = main(line)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return subprocess.CompletedProcess(line, code, out.written(), err.written())

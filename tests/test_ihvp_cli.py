@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
-from program import HESSCLI, SPEC, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
+from program import SPEC, SUNSPOTS, hesscli_run, hesscli_warm, three_lines
 from safetensors.numpy import load_file, save_file
 
 from hesscli.cli.app import main
@@ -135,24 +132,11 @@ def test_a_window_in_a_file_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_prints_the_ranking_so_far(tmp_path: Path) -> None:
-    line = [*HESSCLI, "ihvp", str(SUNSPOTS), *SPEC, "--verify", "-v", "--window", "2048"]
-    with subprocess.Popen(
-        [*line, "--rtol", "0.01%", "--dir", "-", "--out", "json", "--examples", "all"],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stderr is not None
-        for said in process.stderr:
-            if "perturbing" in said:
-                break
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    document = json.loads(out)
+    options = ("--verify", "-v", "--dir", "-", "--out", "json")
+    run = hesscli_warm("ihvp", SUNSPOTS, *options, cwd=tmp_path, ctrl_c_at="perturbing")
+    assert run.returncode == 130, run.stderr
+    assert "Traceback" not in run.stderr
+    document = json.loads(run.stdout)
     assert document["status"] == "interrupted"
     assert document["ranking"]["layers"]
 

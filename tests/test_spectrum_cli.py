@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
-from program import HESSCLI, SPEC, SUNSPOTS, environment, hesscli_run, hesscli_warm, three_lines
+from program import SPEC, SUNSPOTS, hesscli_run, hesscli_warm, three_lines
 from safetensors.numpy import load_file
 
 from hesscli.cli.app import main
@@ -107,31 +105,11 @@ def test_an_unreached_tolerance_exits_5(
     assert json.loads(capsys.readouterr().out)["status"] == "budget"
 
 
-def heed_ctrl_c() -> None:
-    """Background jobs inherit an ignored SIGINT, and the suite may run as one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_ctrl_c_prints_the_result_so_far(tmp_path: Path) -> None:
-    line = ["spectrum", str(SUNSPOTS), *SPEC, "--steps", "315", "--out", "json", "-v", "--dir", "-"]
-    with subprocess.Popen(
-        [*HESSCLI, *line],
-        cwd=tmp_path,
-        env=environment(PYTHONUTF8="1"),
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=heed_ctrl_c,
-    ) as run:
-        assert run.stdout is not None
-        assert run.stderr is not None
-        for said in run.stderr:
-            if "iterating" in said:
-                break
-        run.send_signal(signal.SIGINT)
-        document, rest = run.stdout.read(), run.stderr.read()
-    assert run.returncode == 130, rest
-    assert "Traceback" not in rest
-    result = json.loads(document)
+    line = ("spectrum", SUNSPOTS, "--steps", 315, "--out", "json", "-v", "--dir", "-")
+    run = hesscli_warm(*line, cwd=tmp_path, ctrl_c_at="iterating")
+    assert run.returncode == 130, run.stderr
+    assert "Traceback" not in run.stderr
+    result = json.loads(run.stdout)
     assert result["status"] == "interrupted"
     assert 1 <= result["steps"] < 315

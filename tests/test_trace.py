@@ -15,6 +15,7 @@ from scipy.stats import binom
 from torch import nn
 
 import hesscli
+from hesscli.diagnostics import estimation
 from hesscli.errors import UsageError
 from hesscli.problem.data import FrozenData
 from hesscli.problem.sources import TensorRows
@@ -183,9 +184,9 @@ def test_seeds_differ_and_repeat(relu: hesscli.Problem) -> None:
 
 
 def test_budget_ends_a_run(relu: hesscli.Problem) -> None:
-    result = probed(relu, rtol=1e-6, budget=0.5)
+    """However short it is, and however far the tolerance: there is none of 1e-6 to be had."""
+    result = probed(relu, rtol=1e-6, budget=1e-3)
     assert result.status == "budget"
-    assert result.cost.seconds < 5
     assert all(layer.status == "budget" for layer in result.layers)
 
 
@@ -196,7 +197,7 @@ def test_data_limited(relu: hesscli.Problem) -> None:
         torch.cat([b.data[1] for b in relu.batches()]),
     )
     part = hesscli.Problem(relu.model, "cross_entropy", rows, examples=32)
-    result = probed(part, rtol=0.01, budget=60)
+    result = probed(part, rtol=0.01, budget=None)
     assert result.status == "data-limited"
     assert any("--examples" in warning for warning in result.warnings)
 
@@ -222,15 +223,20 @@ def test_the_observer_can_stop_a_run(relu: hesscli.Problem, after: int) -> None:
     assert [s.phase for s in seen if s.phase != "probing"][-1] == "preflight"
 
 
-def test_progress_tells_the_truth(relu: hesscli.Problem) -> None:
-    """What is done never exceeds what is expected by the end, and the end is where it was said."""
+def test_progress_tells_the_truth(relu: hesscli.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done never exceeds what is expected by the end, and the end is where it was said.
+
+    The table is read at every step, on a fast machine as on a slow one.
+    """
+    monkeypatch.setattr(estimation, "_SHOW_EVERY", -1.0)
     seen: list[Snapshot] = []
     probed(relu, rtol=0.05, observe=lambda s: bool(seen.append(s)))
     probing = [s for s in seen if s.phase == "probing"]
     done = [s.done for s in probing]
     assert done == sorted(done)
-    assert all(s.total is None or s.done <= s.total for s in probing)
-    assert probing[-1].total is not None
+    rounding = len(done) * 2.0**-52  # what is done is a sum of as many shares
+    assert all(s.total is None or s.done <= s.total * (1 + rounding) for s in probing)
+    assert probing[-1].total == pytest.approx(done[-1], rel=rounding)
     assert probing[-1].interval is not None
 
 
