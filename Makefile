@@ -13,6 +13,9 @@ demo: $(VENV)/demo  ## Install, and trace the Hessian of a small trained network
 test: $(VENV)/test  ## Run the test suite on two processes
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
 
+portable: $(VENV)/test  ## Tests of numbers on older instruction sets, other BLAS paths, two threads
+	$(BIN)/python tests/portable.py $(PYTEST)
+
 lint: $(VENV)/test  ## Style, docstrings, imports and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -62,6 +65,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[bench]'
 	touch $@
 
-.PHONY: help demo test lint bench bench-estimates bench-mfac bench-spectrum \
+.PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum \
 	calibration coverage gallery gpu clean
 .DEFAULT_GOAL := help
