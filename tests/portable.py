@@ -19,7 +19,7 @@ import torch
 NUMBERS = """
     block_variance blocks conjugate_gradients dense diagonal entries exact_diagonal exactness
     factors kernels lanczos losses mfac_rows mfac_static mfac_window mfac_windowed modes operators
-    perturbations preflight quadrature repeat residual root_mean_square shrinkage spectrum streams
+    perturbations preflight quadrature residual root_mean_square shrinkage spectrum streams
 """
 """The test files in which it matters how sums are rounded."""
 

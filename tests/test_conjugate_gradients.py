@@ -187,7 +187,7 @@ def test_a_window_that_knows_outliers_saves_their_steps() -> None:
     for solver in alone, helped:
         solve(solver, 1e-9)
     assert helped.iterations <= 2
-    assert 2 < alone.iterations <= 9 + 1  # one for rounding
+    assert alone.iterations >= 9  # and rounding may cost some more
     assert off(matrix, helped.solution, x) <= 2e-9
 
 
@@ -361,11 +361,16 @@ def test_the_best_is_kept_where_residuals_rise() -> None:
 
 
 def test_what_rounding_holds_up_ends() -> None:
-    """κ is 1e9 in float64: where no residual comes down any more, the solve is over."""
+    """κ is 1e9 in float64: where no residual comes down any more, the solve is over.
+
+    That is after a hundred steps in vain and as many as there were before any doubt, here three or
+    four hundred, for each time that a residual is halved. What is in doubt is within 16 eps of
+    ‖A‖ ‖y‖, and is not halved much below one of them.
+    """
     spectrum = np.repeat(2.0 ** np.arange(0, 32, 2), 4)
     matrix, x = with_spectrum(spectrum), vector()
     solver = ConjugateGradients(lambda v: matrix @ v, x)
-    products = solve(solver, limit=600)
+    products = solve(solver)
     assert products - solver.iterations < 0.2 * products
     assert solver.residual <= ROUNDING * EPS * spectrum.max() * float(solver.solution.norm())
     assert off(matrix, solver.solution, x) == pytest.approx(solver.residual, rel=0.5)

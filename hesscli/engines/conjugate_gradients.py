@@ -31,7 +31,8 @@ _GAIN = 0.5
 _PATIENCE = 10
 """Steps after which one within rounding is computed anew even if it has not come down so far."""
 _IN_VAIN = 100
-"""Steps without a gain, beside as many as there were up to it, after which a solve is held up."""
+"""Steps without a gain, beside as many as there were before any doubt, after which a solve is held
+up."""
 
 _OTHERWISE = 0.75
 """A multiple of a vector that has other digits."""
@@ -48,7 +49,8 @@ class _State:
     relative norm. ``since`` counts the steps since it was computed anew, ``reach`` is ‖y‖ then
     plus Σ‖change of y‖ since, and ``floor`` the last that was a gain, after ``gained`` steps.
     ``image`` is A·direction over direction·A·direction; ``largest`` the largest ‖Ap‖/‖p‖;
-    ``noise`` the size of rounding in Ay, measured when a residual is first computed anew.
+    ``noise`` the size of rounding in Ay, measured when a residual is first computed anew, which is
+    after ``sure`` steps.
     """
 
     point: Tensor
@@ -64,6 +66,7 @@ class _State:
     since: int = 0
     largest: float = 0.0
     noise: float | None = None
+    sure: int = 0
     direction: Tensor | None = None
     image: Tensor | None = None
     negative_curvature: float | None = None
@@ -217,14 +220,17 @@ class ConjugateGradients:
         left = self._left_by(state.point)
         size, off, reach = _norms(left, left - state.left, state.point)
         residual, apart = self._relative(size), off / self._size
-        noise = self._noise(state.point, left) if state.noise is None else state.noise
-        after = replace(state, left=left, residual=residual, since=0, reach=reach, noise=noise)
+        noise, sure = state.noise, state.sure
+        if noise is None:
+            noise, sure = self._noise(state.point, left), state.iterations
+        after = replace(state, left=left, residual=residual, since=0, reach=reach)
+        after = replace(after, noise=noise, sure=sure)
         if size <= 2 * noise:
             after = replace(after, ended=True)
         elif residual <= _GAIN * state.floor:
             after = replace(after, floor=residual, gained=state.iterations)
         else:
-            in_vain = state.iterations >= 2 * state.gained + _IN_VAIN
+            in_vain = state.iterations >= state.gained + state.sure + _IN_VAIN
             after = replace(after, ended=in_vain or apart > residual / 2)
         return _with_best(after)
 
