@@ -36,6 +36,9 @@ bench-spectrum: $(VENV)/bench  ## Eigenvalues and densities against three librar
 calibration: $(VENV)/demo  ## Predicted against measured loss changes, in float64 (an hour)
 	$(BIN)/python tests/benchmarks/calibration.py
 
+fuzz: $(VENV)/test  ## Random networks with faults planted in them, and without (a quarter of an hour)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
+
 gallery: $(VENV)/demo  ## Every picture of all samples; they go to hesscli-out/
 	for model in $(SAMPLES); do for command in trace diag ihvp spectrum; do \
 		$(BIN)/hesscli $$command $$model --budget 5m || exit; done; done
@@ -67,4 +70,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum \
 	calibration coverage gallery gpu clean
+.PHONY: help demo test lint bench bench-estimates bench-mfac bench-spectrum \
+	calibration coverage fuzz gallery gpu clean
 .DEFAULT_GOAL := help
