@@ -43,6 +43,8 @@ _BACK = 0.75
 """Where it is looked whether the largest eigenvalues have been the same for some steps."""
 _RESTARTS = 3
 """Later runs leave out at most as many vectors as the first made, and reflect them once more."""
+_MEASURED = 5
+"""Ritz vectors by which the rounding of products is measured."""
 _GRAPHS_SHARE = 4
 """Graphs may take this part of the memory that is free then."""
 _NEXT_START = 0x5BEC7
@@ -56,7 +58,7 @@ class Plan:
     """How long and how often to iterate.
 
     ``goal`` is the relative bar of the ``count`` largest eigenvalues that is wanted; the first run
-    ends with it if it is ``early``.
+    ends with it if it is ``early``. ``rounding`` is a product's, beside the largest.
     """
 
     steps: int
@@ -65,6 +67,7 @@ class Plan:
     goal: float
     early: bool
     seed: int
+    rounding: float = 0.0
 
     def products(self, size: int) -> int:
         """At most, for a matrix of so many rows."""
@@ -94,6 +97,7 @@ class Exploration:
     halves: list[Run] = field(default_factory=list)
     known: tuple[Counted, ...] = ()
     convergence: list[ConvergencePoint] = field(default_factory=list)
+    rounding_measured: bool = False
 
     @property
     def ritz(self) -> Ritz:
@@ -139,7 +143,7 @@ def explore(operator: Operator, plan: Plan, clock: Clock, done: float, total: fl
     free = available_bytes(operator.problem.device) - needed_bytes(size, plan.steps, plan.probes)
     product = Retained(operator, free // _GRAPHS_SHARE)
     reserve = min(plan.steps, STEPS) if plan.early else plan.steps
-    found = Exploration(size, plan, _lanczos(operator, product, size, plan.seed, reserve))
+    found = Exploration(size, plan, _lanczos(operator, product, size, plan, plan.seed, reserve))
 
     def after_a_step() -> None:
         top, bar = float(found.ritz.values[-1]), float(found.ritz.residuals[-1])
@@ -155,6 +159,7 @@ def explore(operator: Operator, plan: Plan, clock: Clock, done: float, total: fl
 
     try:
         _first(found, after_a_step)
+        _allow_for_rounding(found, product)
         _others(found, operator, product, after_a_step)
         if reached(found):
             found.status = "converged"
@@ -164,9 +169,10 @@ def explore(operator: Operator, plan: Plan, clock: Clock, done: float, total: fl
         if not found.lanczos.count:
             raise
         found.status = "interrupted"
-    finally:
-        product.forget()
     _read(found)
+    if not found.rounding_measured:
+        _allow_for_rounding(found, product)
+    product.forget()
     if found.runs[0].complete:
         found.status = "exact"
     return found
@@ -187,6 +193,18 @@ def _first(found: Exploration, after_a_step: Callable[[], None]) -> None:
         after_a_step()
         if plan.early and reached(found):
             break
+    _read(found)
+
+
+def _allow_for_rounding(found: Exploration, product: Retained) -> None:
+    """Measure the rounding of products with the largest Ritz vectors, and count it in all bars."""
+    total = len(found.ritz.values)
+    largest = np.argsort(-np.abs(found.ritz.values))[: min(_MEASURED, total)]
+    vectors = found.lanczos.vectors(found.ritz, largest.tolist())
+    found.lanczos.allow(product.rounding(vectors))
+    found.rounding_measured = True
+    found.convergence.pop()
+    found.runs.clear()
     _read(found)
 
 
@@ -239,9 +257,10 @@ def _others(
         if not complement.size:
             return
         seed = key(_NEXT_START, found.plan.seed, number)
-        lanczos = _lanczos(operator, _within(complement, product), complement.size, seed, steps)
+        within, size = _within(complement, product), complement.size
+        lanczos = _lanczos(operator, within, size, found.plan, seed, steps)
         half, whole = _readings(lanczos, steps, after_a_step)
-        size, before = complement.size, found.known
+        before = found.known
         found.halves.append(Run(_light(half), size, before))
         found.runs.append(Run(_light(whole), size, before))
         if again := copies(before, whole):
@@ -274,8 +293,16 @@ def _light(ritz: Ritz) -> Ritz:
     return replace(ritz, coordinates=np.empty((0, len(ritz.values))))
 
 
-def _lanczos(operator: Operator, product: Product, size: int, seed: int, reserve: int) -> Lanczos:
+def _lanczos(
+    operator: Operator, product: Product, size: int, plan: Plan, seed: int, reserve: int
+) -> Lanczos:
     problem = operator.problem
     return Lanczos(
-        product, size, seed=seed, dtype=problem.dtype, device=problem.device, reserve=reserve
+        product,
+        size,
+        seed=seed,
+        dtype=problem.dtype,
+        device=problem.device,
+        reserve=reserve,
+        rounding=plan.rounding,
     )

@@ -35,7 +35,6 @@ from hesscli.results import (
     MethodReport,
     Observe,
     SpectrumRun,
-    Status,
 )
 
 EXACT_LIMIT = 5000
@@ -131,9 +130,8 @@ def _result(
     found, flight = study.whole, study.opening.flight
     indices = listed(found.ritz, study.plan.count)
     of_all = functions(found)
-    status = _status(study, problem)
     return SpectrumRun(
-        status=status,
+        status=study.status,
         problem=problem.report(study.operator.name),
         method=MethodReport(
             name="lanczos",
@@ -167,13 +165,6 @@ def _result(
         warnings=(*problem.warnings, *_warnings(problem, study)),
         vectors=_vectors(study, indices) if vectors else {},
     )
-
-
-def _status(study: Study, problem: Problem) -> Status:
-    """Exact only where every example was used."""
-    if study.status == "exact" and problem.sampling_fraction != 1:
-        return "converged"
-    return study.status
 
 
 def _note(found: Exploration) -> str:
@@ -211,7 +202,7 @@ def _layers(study: Study, indices: list[int], bandwidth: float | None) -> Iterat
             num_parameters=sum(p.numel for p in owned),
             parameters=described(owned),
             participation=tuple(shares[:, column].tolist()),
-            status=None if own is None else own.status,
+            status=None if own is None else study.status_of(own),
             eigenvalues=None
             if own is None
             else tuple(eigenvalues(own, listed(own.ritz, own.plan.count))),

@@ -59,6 +59,8 @@ class Lanczos:
             of sums over the basis' entries.
         device: of the vectors; default the CPU.
         reserve: steps to make room for at first; where there are more, room doubles.
+        rounding: error of a product relative to the largest, where it was measured to be more
+            than is usual for its type.
 
     The basis is float64 whatever the product computes in, ``8 d`` bytes a step.
     """
@@ -72,10 +74,12 @@ class Lanczos:
         dtype: torch.dtype = torch.float64,
         device: torch.device | None = None,
         reserve: int = 16,
+        rounding: float = 0.0,
     ) -> None:
         self.size, self.seed = size, seed
         self._product = product
         self._unit = ROUNDING * torch.finfo(dtype).eps + of_sum(size, torch.float64)
+        self._error = max(self._unit, rounding)
         self._rows = torch.empty(min(reserve, size), size, dtype=torch.float64, device=device)
         self._starts: list[int] = []
         self._diagonal: list[float] = []
@@ -131,10 +135,10 @@ class Lanczos:
 
         A Ritz pair's residual has length β|s|, with β what was left at its segment's end and s
         its vector's last coordinate there; the product's own error comes on top. That error
-        shows where it breaks symmetry, and is taken as ``ROUNDING`` · eps besides; inner
-        products with the basis have d terms.
+        shows where it breaks symmetry, and is taken as it was measured besides, ``ROUNDING`` · eps
+        at least; inner products with the basis have d terms.
         """
-        rounding = self._asymmetry + self._unit * self._largest
+        rounding = self._asymmetry + self._error * self._largest
         values, residuals, weights = (np.empty(self.count) for _ in range(3))
         coordinates = np.zeros((self.count, self.count))
         for start, stop in self._segments():
@@ -147,6 +151,10 @@ class Lanczos:
         return Ritz(
             values[order], residuals[order], weights[order], coordinates[:, order], rounding
         )
+
+    def allow(self, error: float) -> None:
+        """Count an error of products in all bars from now on, where it is more than they have."""
+        self._error = max(self._error, error / self._largest if self._largest else 0.0)
 
     def vectors(self, ritz: Ritz, which: slice | Sequence[int]) -> Tensor:
         """Some of the Ritz vectors, as orthonormal rows ``(m, d)``."""

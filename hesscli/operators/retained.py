@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from hesscli.operators.base import Operator, Term
+from hesscli.problem.precision import doubled
+
+_HEAVIEST = 2
+"""Batches on which rounding is measured."""
 
 
 class Retained:
@@ -24,6 +28,7 @@ class Retained:
         self.operator = operator
         self._room = room if operator.mode == "double-backward" else 0
         self._kept: dict[int, Term] = {}
+        self._parts: dict[int, float] = {}
         self._storages: set[int] = set()
 
     def __call__(self, vector: Tensor) -> Tensor:
@@ -34,7 +39,35 @@ class Retained:
         for term in self.operator.batches():
             product = self._apply(term, row)
             total.add_(product.double(), alpha=term.weight)
+            part = term.weight * float(product.norm())
+            self._parts[term.index] = max(part, self._parts.get(term.index, 0.0))
         return total[0]
+
+    def rounding(self, vectors: Tensor) -> float:
+        """How far off a product with one of some unit vectors may be; 0 where it is float64.
+
+        Measured on the batches that have the largest part in any product so far: errors come from
+        where the curvature does, and that may be a few examples.
+
+        Args:
+            vectors: orthonormal rows ``(k, d)``, float64.
+        """
+        problem = self.operator.problem
+        if problem.is_doubled or not problem.precision.is_float64:
+            return 0.0
+        heaviest = sorted(self._parts, key=lambda index: -self._parts[index])[:_HEAVIEST]
+        relative = max(self._relative_error(index, vectors) for index in heaviest)
+        return relative * sum(self._parts.values())
+
+    def _relative_error(self, index: int, vectors: Tensor) -> float:
+        """Of a batch's products with some vectors, beside the largest of them."""
+        problem, operator = self.operator.problem, self.operator
+        with problem.forward_context():
+            own = operator.live(problem.batch(index))(vectors.to(problem.device, problem.dtype))
+        with doubled(problem), problem.forward_context():
+            exact = operator.live(problem.batch(index))(vectors.to(problem.device))
+        size = float(exact.norm(dim=1).max())
+        return float((own.double() - exact).norm(dim=1).max()) / size if size else 0.0
 
     def forget(self) -> None:
         """Give the graphs back; the next product makes new ones."""
