@@ -26,7 +26,7 @@ from hesscli.engines.estimator import Estimator
 from hesscli.engines.hutchinson.blocks import BlockRule, Blocks
 from hesscli.engines.hutchinson.deflation import Deflated
 from hesscli.engines.hutchinson.designs import Stratified, stratified_ratio
-from hesscli.engines.reading import Reading
+from hesscli.engines.reading import Reading, Rounding
 from hesscli.engines.stopping import Tolerance
 from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.base import Operator
@@ -294,7 +294,7 @@ def estimates(operator: Operator, method: str, seeds: int, probes: int) -> list[
         entries = Entries(operator.parameters, torch.device("cpu"))
         choice = choose(operator, method, Draw(seed, entries=entries))
         goal = lambda estimator, reading: Standing(1.0, 1.0, 0.0, 1.0)  # noqa: E731
-        run = Estimation(choice.estimator, goal, 0.05, 0.0, Clock(None, None))
+        run = Estimation(choice.estimator, goal, 0.05, Rounding(0.0), Clock(None, None))
         reading = run.fixed(probes).reading
         found.append((reading, choice.estimator.diagonal(1.0)))
     return found
@@ -332,7 +332,9 @@ def test_a_diagonal_s_bars_hold_at_the_stop(matrices: Dense) -> None:
         draw = Draw(seed, entries=Entries(matrices.parameters, torch.device("cpu")))
         choice = choose(matrices, "hutchinson", draw)
         goal = partial(diagonal_standing, tolerance=tolerance)
-        outcome = Estimation(choice.estimator, goal, 0.05, 0.0, Clock(None, None)).to_tolerance()
+        outcome = Estimation(
+            choice.estimator, goal, 0.05, Rounding(0.0), Clock(None, None)
+        ).to_tolerance()
         assert outcome.status == "converged"
         found = choice.estimator.diagonal(1.0)
         error = (found.values - truth).abs()
@@ -431,7 +433,9 @@ def test_many_probes_ahead_change_the_design(matrices: Dense) -> None:
         return Standing(float(reading.half_width[-1]), 0.02 * truth, 0.0, share)
 
     truth = float(matrices.to_dense().trace())
-    run = Estimation(choice.estimator, standing, 0.05, 0.0, Clock(60.0, None), choice.rethink)
+    run = Estimation(
+        choice.estimator, standing, 0.05, Rounding(0.0), Clock(60.0, None), choice.rethink
+    )
     outcome = run.to_tolerance()
     assert outcome.status == "converged"
     assert outcome.turn is not None

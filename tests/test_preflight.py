@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hesscli
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.fisher import EmpiricalFisher
@@ -309,6 +310,25 @@ def test_code_that_cannot_be_widened_is_checked_as_it_is() -> None:
     assert check_of(flight, "symmetry").bound == pytest.approx(7e-5, rel=0.01)
     with pytest.raises(UnsoundError, match="central differences need float64"):
         preflight(problem_of(Compiled()), Hessian, "finite-difference")
+
+
+@pytest.mark.parametrize("method", ["exact", "hutchinson"])
+def test_rounding_that_nobody_can_measure_is_unknown(method: str) -> None:
+    """What is usual for float32 stands in for it, and nothing is called exact."""
+    model = Compiled()
+    model.net[1] = nn.ReLU()
+    problem = problem_of(model)
+    for run in (hesscli.trace, hesscli.diagonal):
+        result = run(problem, method=method, probes=4)
+        assert result.status in ("converged", "budget")
+        assert all(layer.status != "exact" for layer in result.layers)
+        assert result.trace.rounding_error is None
+        low, high = result.trace.interval
+        assert low < result.trace.estimate < high
+        assert any("rounding is unknown" in warning for warning in result.warnings)
+    found = hesscli.spectrum(problem, probes=1)
+    assert found.status == "converged"
+    assert any("rounding is unknown" in warning for warning in found.warnings)
 
 
 class CompiledLouder(Compiled):

@@ -14,7 +14,7 @@ from hesscli.diagnostics.opening import opened
 from hesscli.diagnostics.reporting import (
     cost,
     method_report,
-    relative_rounding,
+    rounding_of,
     total,
     warnings,
 )
@@ -84,7 +84,7 @@ def diagonal(
             choice.estimator,
             partial(_standing, tolerance=tolerance),
             1 - confidence,
-            relative_rounding(problem, opening.flight, choice),
+            rounding_of(problem, opening.flight, choice),
             clock,
             choice.rethink,
         )

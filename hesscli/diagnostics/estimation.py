@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hesscli.diagnostics.clock import Clock
 from hesscli.engines.estimator import Estimator
-from hesscli.engines.reading import Reading, read
+from hesscli.engines.reading import Reading, Rounding, read
 from hesscli.engines.stopping import first_look, miss_probability
 from hesscli.results import Status
 
@@ -55,12 +55,16 @@ Rethink = Callable[[Estimator, float], tuple[Estimator, str] | None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an estimation ended, and with what; ``turn`` is why its estimator was changed."""
+    """How an estimation ended, and with what.
+
+    ``rounding`` is that of the reading; ``turn`` is why its estimator was changed.
+    """
 
     status: Status
     estimator: Estimator
     reading: Reading
     looks: int
+    rounding: Rounding
     turn: str | None = None
 
 
@@ -71,7 +75,7 @@ class Estimation:
         estimator: to be extended.
         goal: how far a reading is from what is wanted.
         miss: probability with which the interval may miss, all looks together.
-        relative_rounding: error of a quadratic form relative to its size.
+        rounding: error of a quadratic form relative to its size.
         clock: the time limit, and whom to tell.
         rethink: is given the estimator after a first look and the probes that it would take;
             may have a better one.
@@ -82,12 +86,12 @@ class Estimation:
         estimator: Estimator,
         goal: Goal,
         miss: float,
-        relative_rounding: float,
+        rounding: Rounding,
         clock: Clock,
         rethink: Rethink | None = None,
     ) -> None:
         self.estimator, self.goal, self.miss, self.clock = estimator, goal, miss, clock
-        self.relative_rounding, self.rethink = relative_rounding, rethink
+        self.rounding, self.rethink = rounding, rethink
         self._looks = 0
         self._turn: str | None = None
         self._left: tuple[Estimator, float] | None = None
@@ -134,7 +138,7 @@ class Estimation:
                 probes *= 2
 
     def _outcome(self, status: Status, reading: Reading, looks: int) -> Outcome:
-        return Outcome(status, self.estimator, reading, looks, self._turn)
+        return Outcome(status, self.estimator, reading, looks, self.rounding, self._turn)
 
     def _turns(self, reading: Reading) -> bool:
         """Whether there is a better estimator for the way that is left; asked once."""
@@ -152,7 +156,7 @@ class Estimation:
     def _settled(self, reading: Reading) -> Status | None:
         """What a look decides."""
         standing = self._standing(reading)
-        if self.estimator.exact and reading.fraction == 1:
+        if self.estimator.exact and reading.fraction == 1 and self.rounding.known:
             return "exact"
         if standing.reached:
             return "converged"
@@ -179,12 +183,12 @@ class Estimation:
 
     def _in_time(self, miss: float) -> Status:
         """What the end of the budget means for what there is."""
-        reading = read(self.estimator, miss, self.relative_rounding)
+        reading = read(self.estimator, miss, self.rounding.relative)
         reached = reading is not None and self._standing(reading).reached
         return "converged" if reached else "budget"
 
     def _read(self, miss: float) -> Reading:
-        reading = read(self.estimator, miss, self.relative_rounding)
+        reading = read(self.estimator, miss, self.rounding.relative)
         assert reading is not None  # a round is over, or _extend has seen a table
         return reading
 
@@ -192,7 +196,7 @@ class Estimation:
         """Tell the observer what is done, what is expected, and the estimate so far."""
         if (now := time.monotonic()) - self._shown_at > _SHOW_EVERY:
             self._shown_at = now
-            self._shown = read(self.estimator, miss, self.relative_rounding)
+            self._shown = read(self.estimator, miss, self.rounding.relative)
         reading = self._shown
         probing = self.estimator.probes is not None
         self.clock.tell(

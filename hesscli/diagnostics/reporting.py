@@ -13,9 +13,10 @@ from hesscli.diagnostics.method import Choice, Draw
 from hesscli.diagnostics.opening import PROOF_GRADIENTS
 from hesscli.diagnostics.surroundings import peak_bytes
 from hesscli.engines.exact_diagonal.engine import relative_rounding as rounding_of_squares
-from hesscli.engines.reading import Reading
+from hesscli.engines.reading import Reading, Rounding
 from hesscli.engines.stopping import Tolerance
 from hesscli.parameters import Parameter
+from hesscli.problem.precision import tolerance as rounding_bound
 from hesscli.problem.problem import Problem
 from hesscli.results import (
     Cost,
@@ -30,13 +31,18 @@ from hesscli.results import (
 _FEW_EXAMPLES = 100
 
 
-def relative_rounding(problem: Problem, flight: Preflight, choice: Choice) -> float:
-    """Error of a table's cells relative to their size, from a few examples in float64."""
-    estimator = choice.estimator
-    forms = flight.relative_rounding if estimator.probes is not None else None
-    known = estimator.gauss_newton
-    squares = None if known is None else rounding_of_squares(known)
-    return max(forms or 0.0, squares or 0.0)
+def rounding_of(problem: Problem, flight: Preflight, choice: Choice) -> Rounding:
+    """Of a table's cells: measured on a few examples against float64, or else allowed for."""
+    estimator, errors = choice.estimator, []
+    if estimator.probes is not None:
+        errors.append(flight.relative_rounding)
+    if estimator.gauss_newton is not None:
+        errors.append(rounding_of_squares(estimator.gauss_newton))
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
+        allowed = rounding_bound(problem.precision.narrowest)
+        return Rounding(max((*known, allowed)), known=False)
+    return Rounding(max(known))
 
 
 def method_report(choice: Choice, outcome: Outcome, draw: Draw, flight: Preflight) -> MethodReport:
@@ -82,7 +88,7 @@ def total(problem: Problem, choice: Choice, outcome: Outcome, confidence: float)
         confidence=confidence,
         gauss_newton=None if gauss_newton is None else float(gauss_newton[-1]),
         residual=None if gauss_newton is None else estimate - float(gauss_newton[-1]),
-        rounding_error=float(reading.rounding[-1]),
+        rounding_error=float(reading.rounding[-1]) if outcome.rounding.known else None,
     )
 
 
@@ -91,6 +97,7 @@ def layers(problem: Problem, outcome: Outcome, tolerance: Tolerance) -> Iterator
     reading, parameters = outcome.reading, problem.parameters
     data = _data_variance(problem, reading)
     exact = reading.table.within.value == 0
+    is_certain = reading.fraction == 1 and outcome.rounding.known
     for column, layer in enumerate(parameters.layers):
         owned = parameters.in_layer(layer)
         wanted = tolerance.half_width(float(reading.estimate[column]))
@@ -101,7 +108,7 @@ def layers(problem: Problem, outcome: Outcome, tolerance: Tolerance) -> Iterator
             name=layer,
             num_parameters=sum(p.numel for p in owned),
             parameters=described(owned),
-            status="exact" if exact[column] and reading.fraction == 1 else status,
+            status="exact" if exact[column] and is_certain else status,
             estimate=float(reading.estimate[column]),
             probe_stderr=math.sqrt(reading.table.within.value[column]),
             data_stderr=None if data is None else math.sqrt(data[column]),
@@ -150,6 +157,9 @@ def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:
     if skipped := [check for check in flight.checks if check.state == "skipped"]:
         names = " and ".join(check.name for check in skipped)
         yield f"not checked: {names}, {skipped[0].detail}"
+    if flight.relative_rounding is None:
+        narrow = str(problem.precision.narrowest).removeprefix("torch.")
+        yield f"rounding is unknown: the model computes in {narrow}, whatever it is asked for"
     if flight.fallback is not None:
         yield f"slower {flight.mode} products, for {flight.fallback}"
     if flight.mode == "finite-difference":

@@ -13,7 +13,7 @@ from hesscli.diagnostics.reporting import (
     cost,
     layers,
     method_report,
-    relative_rounding,
+    rounding_of,
     total,
     warnings,
 )
@@ -96,7 +96,7 @@ def estimation(
 ) -> tuple[Choice, Estimation]:
     """What estimates the trace of a matrix to a tolerance, ready to run."""
     choice = choose(opening.operator, method, draw)
-    rounding = relative_rounding(opening.operator.problem, opening.flight, choice)
+    rounding = rounding_of(opening.operator.problem, opening.flight, choice)
     goal = partial(_standing, tolerance=tolerance)
     return choice, Estimation(choice.estimator, goal, miss, rounding, clock, choice.rethink)
 

@@ -9,6 +9,17 @@ from hesscli.engines.hutchinson.statistics import Array, MeanSquare, Table, half
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """Error of a quadratic form relative to its size, root mean square.
+
+    Where it is not ``known``, it is what is allowed for: nobody could measure it.
+    """
+
+    relative: float
+    known: bool = True
+
+
+@dataclass(frozen=True)
 class Reading:
     """Numbers with half-widths, each ``(L + 1,)``: the layers, and the total last.
 
@@ -51,13 +62,13 @@ class Reading:
         return float(self.table.within.value[-1]) / variance if variance else 0.0
 
 
-def read(estimator: Estimator, miss: float, relative_rounding: float) -> Reading | None:
+def read(estimator: Estimator, miss: float, relative: float) -> Reading | None:
     """What an estimator's table says with intervals that miss with probability ``miss``.
 
     Args:
         estimator: rounds so far; a first one that was stopped counts as a sample of the batches.
         miss: probability.
-        relative_rounding: error of a quadratic form relative to its size, root mean square.
+        relative: error of a quadratic form relative to its size, root mean square.
 
     Returns:
         None before there is anything to read.
@@ -68,7 +79,7 @@ def read(estimator: Estimator, miss: float, relative_rounding: float) -> Reading
     # Where the loader's size is not known, intervals are about the kept examples.
     fraction = (estimator.problem.sampling_fraction or 1.0) * estimator.coverage()
     variance = table.variance(fraction)
-    rounding = relative_rounding * table.root_mean_square
+    rounding = relative * table.root_mean_square
     return Reading(
         table=table,
         estimate=table.estimate + estimator.decay_traces(),

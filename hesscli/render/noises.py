@@ -25,7 +25,7 @@ def noises(result: words.Estimated) -> list[Noise]:
         Noise("probe noise", trace.probe_stderr, f"{more_work(result)} halves it"),
         Noise("data noise", _sampling_stderr(result), more_examples(result.problem)),
         Noise("label noise", trace.label_stderr or 0.0, "more --probes draw more labels"),
-        Noise("rounding", trace.rounding_error, _more_precision(result.problem)),
+        Noise("rounding", trace.rounding_error or 0.0, _more_precision(result.problem)),
     )
     return sorted((noise for noise in found if noise.size > 0), key=lambda noise: -noise.size)
 

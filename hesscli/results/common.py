@@ -123,7 +123,8 @@ class Estimate:
 
     ``interval`` is for the loss over the whole loader (all available examples);
     ``population_interval`` for unseen examples of the same kind, where that can be claimed.
-    The standard errors are one sigma; ``rounding_error`` is part of the interval.
+    The standard errors are one sigma; ``rounding_error`` is part of the interval. Where it is
+    None nobody could measure it, and the interval has what is usual for the type.
     """
 
     estimate: float
@@ -136,7 +137,7 @@ class Estimate:
     confidence: float
     gauss_newton: float | None
     residual: float | None
-    rounding_error: float
+    rounding_error: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
