@@ -103,6 +103,10 @@ class Collected:
         """Tr F̂ / d."""
         return self.window.mean_square() / self.window.size
 
+    def depends_on(self, place: slice) -> bool:
+        """Whether any row is anything but zero there."""
+        return any(bool(tile.any()) for _, tile in self.window.tiles(place))
+
     def report(self) -> WindowReport:
         """What the window is."""
         file = self.options.file

@@ -14,7 +14,7 @@ import hesscli
 from hesscli.diagnostics.predictions import SCALES, order_of
 from hesscli.diagnostics.ranking import QUANTILES, quantiles
 from hesscli.diagnostics.ranks import rank_correlation
-from hesscli.diagnostics.reporting import described
+from hesscli.diagnostics.reporting import described, warnings_of_products
 from hesscli.diagnostics.study import Ranked, Study
 from hesscli.diagnostics.surroundings import environment, peak_bytes
 from hesscli.results import (
@@ -210,9 +210,7 @@ def _by_name(study: Study, vector: Tensor) -> dict[str, Any]:
 def _warnings(study: Study, layers: Sequence[LayerSensitivity]) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
     collected, flight = study.collected, study.opening.flight
-    yield from study.problem.prove().warnings
-    if flight.fallback is not None:
-        yield f"slower {flight.mode} products, for {flight.fallback}"
+    yield from warnings_of_products(study.problem, flight)
     if collected.reason:
         yield f"{collected.kind} rows, since {collected.reason}"
     if collected.window.count < collected.window.capacity:
@@ -221,7 +219,8 @@ def _warnings(study: Study, layers: Sequence[LayerSensitivity]) -> Iterator[str]
             f"{study.problem.data.count} examples"
         )
     yield from _solve_warnings(study)
-    low = [layer.name for layer in layers if layer.leverage < LOW_LEVERAGE]
+    ranked = [layer for layer in layers if layer.saliency.mean > 0]
+    low = [layer.name for layer in ranked if layer.leverage < LOW_LEVERAGE]
     if low:
         yield (
             f"leverage below {LOW_LEVERAGE:.0%} in {', '.join(low[:5])} ({len(low)} layers): "

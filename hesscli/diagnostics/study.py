@@ -93,6 +93,20 @@ class Study:
         parameters = self.problem.parameters
         return parameters.flatten([t.detach().double() for t in parameters.tensors])
 
+    @cached_property
+    def mattering(self) -> Tensor:
+        """The weights, with zeros for each tensor on which no row of the window depends.
+
+        Damping alone would rank such a tensor, by its size, and the loss does not know of it.
+        """
+        found, start = self.weights.clone(), 0
+        for parameter in self.problem.parameters:
+            place = slice(start, start + parameter.numel)
+            if not self.collected.depends_on(place):
+                found[place] = 0
+            start = place.stop
+        return found
+
     def solve_only(self) -> None:
         """The dampings of one solve."""
         with self._until_stopped():
@@ -100,10 +114,9 @@ class Study:
 
     def run(self, rtol: float, verify: bool, seed: int) -> None:
         """Everything, or as much as time and the observer allow."""
-        saliency = saliencies(self.weights, self.collected.fisher.diagonal())
-        self.ranked = Ranked(
-            saliency, repeats(self.collected, self.weights, self.problem.parameters.layer_places())
-        )
+        places = self.problem.parameters.layer_places()
+        saliency = saliencies(self.mattering, self.collected.fisher.diagonal())
+        self.ranked = Ranked(saliency, repeats(self.collected, self.mattering, places))
         with self._until_stopped():
             self._sweep()
             self._trace(seed)
@@ -126,7 +139,7 @@ class Study:
 
     def _sweep(self) -> None:
         self.sweep = sweep(
-            self.opening.operator, self.collected, self.weights, self.right, self.clock
+            self.opening.operator, self.collected, self.mattering, self.right, self.clock
         )
 
     def _trace(self, seed: int) -> None:
