@@ -2,6 +2,7 @@
 
 L(θ + δ) − L(θ) ≈ gᵀδ + ½ δᵀAδ. The gradient g is that of all kept examples; the quadratic term
 is summed over batches, which are random samples, until it is known well enough or all are done.
+Where the kept examples are a sample themselves, so is g, and batches differ in both terms.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from torch import Tensor
 
 from hesscli.diagnostics.clock import Clock
 from hesscli.diagnostics.perturbations import Change, applied, changes_of
+from hesscli.engines.hutchinson.statistics import variance_between
 from hesscli.engines.lanczos import ROUNDING
+from hesscli.engines.quadratic import student_scale
 from hesscli.operators.base import Operator, Term
+from hesscli.operators.products import gradient
 from hesscli.parameters import Parameter, Parameters
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.results import Status
 
 Array = NDArray[np.float64]
 
@@ -34,7 +39,8 @@ FEWEST_BATCHES = 4
 class Layer:
     """One layer's changes and what is known of them so far.
 
-    ``forms`` has a row δᵀA_b δ for each batch b that was seen.
+    ``forms`` has a row δᵀA_b δ for each batch b that was seen, and ``slopes`` one of g_bᵀδ where
+    examples were left out.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Layer:
     saliency: Tensor
     weights: list[float] = field(default_factory=list)
     forms: list[Array] = field(default_factory=list)
+    slopes: list[Array] = field(default_factory=list)
 
     def changes(self) -> list[Change]:
         """Made anew each time: they are cheap, and large."""
@@ -59,7 +66,8 @@ class Layer:
 class Prediction:
     """Linear and quadratic terms of one layer's changes, in their order ``(k,)``.
 
-    ``stderr`` is of the quadratic term, for the batches that were not seen.
+    ``stderr`` is of their sum, for the batches that were not seen and the examples that were left
+    out; ±1.96 of it covers 95%, however few the batches.
     """
 
     squared_norm: Array
@@ -85,11 +93,14 @@ class Predictions:
         self.problem, self.decay = operator.problem, operator.decay
         self.layers = list(_layers(operator, saliency))
         self._gradient = operator.problem.prove().gradient
+        self._fraction = operator.problem.sampling_fraction or 1.0
+        self._slopes_gradients = 0.0
 
     @property
     def gradients(self) -> float:
         """Work so far in full-data gradients."""
-        return sum(layer.operator.meter.gradients for layer in self.layers)
+        quadratic = sum(layer.operator.meter.gradients for layer in self.layers)
+        return quadratic + self._slopes_gradients
 
     @property
     def products(self) -> float:
@@ -101,7 +112,7 @@ class Predictions:
         """Batches that are done."""
         return min(len(layer.forms) for layer in self.layers)
 
-    def to_tolerance(self, rtol: float, clock: Clock) -> bool:
+    def to_tolerance(self, rtol: float, clock: Clock) -> Status:
         """See batches until every standard error is small beside what is predicted.
 
         Args:
@@ -109,7 +120,7 @@ class Predictions:
             clock: the time limit, and whom to tell.
 
         Returns:
-            Whether that was reached, or all batches were seen.
+            Whether that was reached, or what was in the way.
 
         Raises:
             KeyboardInterrupt: the observer wanted no more; what was seen is kept.
@@ -119,36 +130,59 @@ class Predictions:
         for number, index in enumerate(batches, 1):
             self._see(self.problem.batch(index), number, len(batches), clock)
             if number == look:
-                if number == len(batches) or self._known_within(rtol):
-                    return True
+                if self._known_within(rtol):
+                    return "converged"
                 look = min(2 * look, len(batches))
-            if clock.out_of_time:
-                return False
-        return True
+            if clock.out_of_time and number < len(batches):
+                return "budget"
+        return "data-limited"
 
     def of(self, layer: Layer) -> Prediction:
         """What is predicted of a layer's changes; two batches at least must have been seen."""
         changes = layer.changes()
         squared = np.array([float(change.delta.square().sum()) for change in changes])
         slope = self._gradient[layer.start : layer.start + layer.size]
-        mean, error = _mean(layer, len([mass for mass in self.problem.masses if mass > 0]))
+        masses = [mass for mass in self.problem.masses if mass > 0]
+        seen = len(layer.forms)
+        probed = sum(masses[:seen]) / sum(masses)
+        mean, error = sampled_mean(
+            np.stack(layer.forms) / 2,
+            np.stack(layer.slopes) if layer.slopes else None,
+            np.array(layer.weights),
+            probed,
+            probed * self._fraction,
+        )
         return Prediction(
             squared_norm=squared,
             linear=np.array([float(slope @ change.delta.to(slope)) for change in changes]),
-            quadratic=(mean + self.decay * squared) / 2,
-            stderr=error / 2,
+            quadratic=mean + self.decay * squared / 2,
+            stderr=error,
         )
 
     def _see(self, batch: WeightedBatch, number: int, total: int, clock: Clock) -> None:
         """One batch's quadratic forms of all layers; nothing is kept of a batch cut short."""
-        forms = []
+        forms, slopes = [], list[Array]()
+        slope = self._slope(batch) if self._fraction < 1 else None
         for position, layer in enumerate(self.layers):
-            forms.append(_quadratic_forms(layer, Term(batch, layer.operator)))
+            changes = torch.stack([change.delta for change in layer.changes()])
+            forms.append(_quadratic_forms(Term(batch, layer.operator), changes))
+            if slope is not None:
+                own = slope[layer.start : layer.start + layer.size]
+                slopes.append((changes.to(own) @ own).cpu().numpy())
             share = (position + 1) / len(self.layers)
             clock.tell("perturbing", done=number - 1 + share, total=float(total))
         for layer, form in zip(self.layers, forms, strict=True):
             layer.weights.append(batch.weight)
             layer.forms.append(form)
+        for layer, row in zip(self.layers, slopes, strict=slope is not None):
+            layer.slopes.append(row)
+
+    def _slope(self, batch: WeightedBatch) -> Tensor:
+        """The gradient of one batch's loss, float64 ``(d,)``."""
+        problem, parameters = self.problem, self.problem.parameters
+        self._slopes_gradients += batch.count / problem.data.count
+        parts = gradient(problem.evaluate(batch.data), parameters.tensors)
+        return parameters.flatten(parts).double()
 
     def _known_within(self, rtol: float) -> bool:
         known = map(self.of, self.layers)
@@ -162,27 +196,45 @@ def _layers(operator: Operator, saliency: Tensor) -> Iterator[Layer]:
         yield Layer(name, owned, operator.block(Parameters(owned)), place.start, saliency[place])
 
 
-def _quadratic_forms(layer: Layer, term: Term) -> Array:
+def _quadratic_forms(term: Term, changes: Tensor) -> Array:
     """δᵀA_b δ of every change, a block of products at a time."""
-    dtype = layer.operator.problem.dtype
-    block = torch.stack([change.delta for change in layer.changes()]).to(dtype)
-    size = layer.operator.block_size
+    operator = term.operator
+    block = changes.to(operator.problem.dtype)
     parts = [
-        (term.apply(rows).double() * rows.double()).sum(1) for rows in torch.split(block, size)
+        (term.apply(rows).double() * rows.double()).sum(1)
+        for rows in torch.split(block, operator.block_size)
     ]
     return np.asarray(torch.cat(parts).cpu().numpy())
 
 
-def _mean(layer: Layer, batches: int) -> tuple[Array, Array]:
-    """Mean over all batches of the forms, and its standard error: a ratio, from those seen."""
-    forms, weights = np.stack(layer.forms), np.array(layer.weights)[:, None]
-    seen = len(forms)
-    mean = (weights * forms).sum(0) / weights.sum()
-    if seen == batches:
+def sampled_mean(
+    quadratic: Array, linear: Array | None, weights: Array, probed: float, fraction: float
+) -> tuple[Array, Array]:
+    """Mean of the batches' quadratic terms, and the standard error of its sum with the linear one.
+
+    The linear term's own mean is over all kept batches, so that it errs only where examples were
+    left out.
+
+    Args:
+        quadratic: of the batches that were seen ``(B, k)``.
+        linear: of the same; None where no example was left out.
+        weights: their masses ``(B,)``.
+        probed: the share of all kept mass that they make up.
+        fraction: the share of all there is.
+
+    Returns:
+        The mean ``(k,)``, and the error: infinite from a single batch that is not all.
+    """
+    share = weights / weights.sum()
+    mean = share @ quadratic
+    if fraction == 1:
         return mean, np.zeros_like(mean)
-    off = weights * (forms - mean) / weights.mean()
-    variance = np.square(off).sum(0) / (seen - 1) / seen if seen > 1 else np.full_like(mean, np.inf)
-    return mean, np.sqrt(variance * (1 - seen / batches))
+    alone = variance_between(quadratic, share)
+    both = alone if linear is None else variance_between(quadratic + linear, share)
+    if alone is None or both is None:
+        return mean, np.full_like(mean, np.inf)
+    variance = (1 - probed) * alone.value + (probed - fraction) * both.value
+    return mean, student_scale(len(weights) - 1) * np.sqrt(np.maximum(variance, 0.0))
 
 
 class Measured:

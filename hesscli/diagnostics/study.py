@@ -121,8 +121,7 @@ class Study:
             self._sweep()
             self._trace(seed)
             self.predictions = Predictions(self.opening.operator, saliency)
-            if not self.predictions.to_tolerance(rtol, self.clock):
-                self.status = "budget"
+            self.status = self.predictions.to_tolerance(rtol, self.clock)
             if verify:
                 self._verify(self.predictions)
 

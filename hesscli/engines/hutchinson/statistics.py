@@ -108,14 +108,14 @@ def reduce_table(
     shared = sharing == "shared" and len(cells[0]) > 1
     within = probe = _shared(cells, share) if shared else _within(cells, share)
     overlap = _interaction(cells, share) if shared and count > 1 else probe
-    between_probed, overlap_probed = _between(means, share), overlap
+    between_probed, overlap_probed = variance_between(means, share), overlap
     between, label = between_probed, None
     if added is not None:
         whole = np.asarray(weights, dtype=np.float64) / np.sum(weights)
         traces = np.stack([cell.mean(0) for cell in added])
         estimate = estimate + whole @ traces
         size = size + _root_mean_square(added, whole)
-        between = _between(means + traces[:count], share)
+        between = variance_between(means + traces[:count], share)
         if len(added[0]) > 1:
             label = _within(added, whole)
             drawn = label if len(added) == count else _within(added[:count], share)
@@ -135,7 +135,7 @@ def reduce_table(
     )
 
 
-def _between(means: Array, share: Array) -> MeanSquare | None:
+def variance_between(means: Array, share: Array) -> MeanSquare | None:
     """Variance of the weighted mean of batches as they differ; None for a single one."""
     if (count := len(means)) == 1:
         return None
