@@ -21,6 +21,7 @@ from hesscli.diagnostics.predictions import sampled_mean
 from hesscli.diagnostics.ranking import GROUPS, repeats, saliencies
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.rows import RowKind, Rows
+from hesscli.engines.quadratic import student_scale
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.results import IhvpRun, Snapshot
 
@@ -171,7 +172,7 @@ def test_weights_are_the_same_bytes_afterwards(problem: hesscli.Problem, result:
 @pytest.mark.parametrize("available", [16, 64])
 @pytest.mark.parametrize("seen", [4, 8, 16])
 def test_standard_errors_of_predictions_hold(seen: int, available: int) -> None:
-    """±1.96 of them, from some of 16 kept batches: 93 to 97% of 2,000 draws.
+    """±1.96 of them as scaled, from some of 16 kept batches: 93 to 97% of 2,000 draws.
 
     The linear term is of all kept batches and goes against the quadratic one, as it does where a
     network has been trained.
@@ -191,7 +192,8 @@ def test_standard_errors_of_predictions_hold(seen: int, available: int) -> None:
             probed * 16 / available,
         )
         known = weights[:16] @ linear[:16] / weights[:16].sum()
-        missed += abs(mean[0] + known - truth) > 1.96 * error[0] + 1e-12
+        bar = 1.96 * student_scale(seen - 1) * error[0]
+        missed += abs(mean[0] + known - truth) > bar + 1e-12
     if seen == available:
         assert missed == 0
     else:

@@ -67,13 +67,19 @@ class Prediction:
     """Linear and quadratic terms of one layer's changes, in their order ``(k,)``.
 
     ``stderr`` is of their sum, for the batches that were not seen and the examples that were left
-    out; ±1.96 of it covers 95%, however few the batches.
+    out, with ``freedom``.
     """
 
     squared_norm: Array
     linear: Array
     quadratic: Array
     stderr: Array
+    freedom: float
+
+    @property
+    def bar(self) -> Array:
+        """The standard error, scaled so that ±1.96 of it covers 95%, however few the batches."""
+        return np.asarray(student_scale(self.freedom) * self.stderr)
 
     @property
     def size(self) -> Array:
@@ -157,6 +163,7 @@ class Predictions:
             linear=np.array([float(slope @ change.delta.to(slope)) for change in changes]),
             quadratic=mean + self.decay * squared / 2,
             stderr=error,
+            freedom=seen - 1,
         )
 
     def _see(self, batch: WeightedBatch, number: int, total: int, clock: Clock) -> None:
@@ -234,7 +241,7 @@ def sampled_mean(
     if alone is None or both is None:
         return mean, np.full_like(mean, np.inf)
     variance = (1 - probed) * alone.value + (probed - fraction) * both.value
-    return mean, student_scale(len(weights) - 1) * np.sqrt(np.maximum(variance, 0.0))
+    return mean, np.sqrt(np.maximum(variance, 0.0))
 
 
 class Measured:

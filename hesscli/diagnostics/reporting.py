@@ -29,6 +29,8 @@ from hesscli.results import (
 )
 
 _FEW_EXAMPLES = 100
+_FEW_BATCHES = 16
+"""Batches below which heavy tails would not be seen."""
 
 
 def rounding_of(problem: Problem, flight: Preflight, choice: Choice) -> Rounding:
@@ -126,8 +128,8 @@ def _data_variance(problem: Problem, reading: Reading) -> np.ndarray | None:
 
 
 def _freedom(reading: Reading) -> float | None:
-    """Degrees of freedom of the total's variance; None where there is no variance."""
-    if not reading.variance.value[-1]:
+    """Degrees of freedom of the total's variance; None where there is none, or none is known."""
+    if not 0 < reading.variance.value[-1] < math.inf:
         return None
     return float(np.broadcast_to(reading.variance.freedom, reading.estimate.shape)[-1])
 
@@ -142,10 +144,32 @@ def warnings(
             f"the loader was not read to its end: intervals are about the {problem.data.count} "
             "examples that were kept"
         )
-    elif problem.data.count < _FEW_EXAMPLES and problem.data.count < (problem.data.available or 0):
-        yield f"only {problem.data.count} examples: their error bars are rough"
-    if outcome.status == "data-limited":
+    elif problem.sampling_fraction < 1:
+        yield from _warnings_of_samples(problem, outcome.reading)
+    if outcome.status == "data-limited" and math.isfinite(outcome.reading.half_width[-1]):
         yield from _examples_advice(problem, outcome.reading, tolerance)
+
+
+def _warnings_of_samples(problem: Problem, reading: Reading) -> Iterator[str]:
+    """How far what was kept can speak of what was left out."""
+    count, tails = problem.data.count, reading.table.tails
+    if tails.count == 1:
+        yield (
+            f"one batch of {count} of {problem.data.available} examples: what the others would "
+            "change is unknown; --examples all"
+        )
+    elif reading.table.heavy:
+        yield (
+            f"heavy tails: one of {tails.count} batches carries {tails.largest:.0%} of the trace; "
+            "what the examples that were left out would change is unknown; --examples all"
+        )
+    elif tails.count < _FEW_BATCHES:
+        yield (
+            f"error bars rest on {tails.count} batches, too few to show whether some examples "
+            "carry much of the trace"
+        )
+    elif count < _FEW_EXAMPLES:
+        yield f"only {count} examples: their error bars are rough"
 
 
 def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:
@@ -171,7 +195,11 @@ def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:
 def _examples_advice(problem: Problem, reading: Reading, tolerance: Tolerance) -> Iterator[str]:
     """How many examples would bring data noise to half of the tolerance's variance."""
     available = problem.data.available or problem.data.count
-    ratio = reading.data_half_width() / tolerance.half_width(float(reading.estimate[-1]))
+    allowed = tolerance.half_width(float(reading.estimate[-1]))
+    if not (allowed and math.isfinite(reading.data_half_width())):
+        yield "data noise alone exceeds the tolerance: --examples all"
+        return
+    ratio = reading.data_half_width() / allowed
     unused = 1 / problem.data.count - 1 / available
-    wanted = math.ceil(1 / (unused / (2 * ratio**2) + 1 / available)) if math.isfinite(ratio) else 0
-    yield f"data noise alone exceeds the tolerance: about --examples {wanted or 'all'} would do"
+    wanted = math.ceil(1 / (unused / (2 * ratio**2) + 1 / available))
+    yield f"data noise alone exceeds the tolerance: about --examples {wanted} would do"

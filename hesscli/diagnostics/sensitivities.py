@@ -184,7 +184,7 @@ def _perturbations(study: Study, position: int) -> Iterator[Perturbation]:
             squared_norm=float(known.squared_norm[row]),
             linear=linear,
             quadratic=quadratic,
-            stderr=float(known.stderr[row]),
+            stderr=float(known.bar[row]),
             hawq=mean_curvature * float(known.squared_norm[row]) / 2,
             measured=None if measured is None else float(measured[0]),
             changes=()

@@ -68,16 +68,17 @@ def summarise(
     again = [] if diagonal.noise is None else [_Again(values, e.numpy()) for e in diagonal.noise]
     spread, shift = _spread_and_shift([noisy.statistics - plain for noisy in again], plain)
     variance = diagonal.squared_norm(_centred)
+    unknown = 0.0 if diagonal.freedom else math.inf
     return Summary(
         mean=float(values.mean()),
-        mean_stderr=_root_mean_square([noisy.shift for noisy in again]),
+        mean_stderr=_root_mean_square([noisy.shift for noisy in again]) + unknown,
         std=variance.estimate**0.5,
         std_stderr=_std_stderr(variance),
         negative_fraction=_negative(ordered),
-        negative_stderr=_negative_stderr(again),
+        negative_stderr=_negative_stderr(again) + unknown,
         quantiles=tuple(
             Quantile(level=level, value=float(value), stderr=float(error))
-            for level, value, error in zip(LEVELS, plain, spread + shift, strict=False)
+            for level, value, error in zip(LEVELS, plain, spread + shift + unknown, strict=False)
         ),
         histogram=Histogram(edges=tuple(edges), counts=_counts(ordered, edges)),
         largest=_largest(diagonal, plain[len(LEVELS) :], shift[len(LEVELS) :], parameters),

@@ -26,7 +26,8 @@ class Diagonal:
         noise: ``(G, d)`` float32, replicates of the joint error of all entries: given the data
             uncorrelated draws of mean zero, whose covariance is an unbiased estimate of the
             error's. None where the values are exact.
-        freedom: degrees of freedom of a variance estimated from the replicates, at most G.
+        freedom: degrees of freedom of a variance estimated from the replicates, at most G; 0 where
+            the error is not known.
         moved: how far each entry was moved from its unbiased value ``(d,)``, None for not at all.
     """
 
@@ -43,6 +44,8 @@ class Diagonal:
 
     def variance(self) -> Tensor:
         """Of each unbiased entry, ``(d,)`` float64: the mean square over replicates."""
+        if not self.freedom:
+            return torch.full_like(self.values, math.inf)
         total = torch.zeros_like(self.values)
         for errors in self._errors():
             total += errors.square_().sum(0)
@@ -58,7 +61,7 @@ class Diagonal:
         By Student's quantile, since the variance is estimated; what was moved is in it too.
         """
         variance = self.variance()
-        if self.noise is not None:
+        if self.noise is not None and self.freedom:
             variance *= student_scale(self.freedom) ** 2
         if self.moved is not None:
             variance += self.moved.square()
@@ -88,6 +91,8 @@ class Diagonal:
     def relative_error(self) -> float:
         """Expected ‖error‖ / ‖t‖, with noise taken out of the norm; infinite where it is all."""
         norm = self._norm
+        if not self.freedom:
+            return math.inf
         if norm.bias == 0:
             return 0.0
         return math.sqrt(norm.bias / norm.debiased) if norm.debiased > 0 else math.inf
@@ -103,6 +108,8 @@ class Diagonal:
         the left side's mean and spread leave room. Infinite where noise hides the diagonal.
         """
         norm = self._norm
+        if not self.freedom:
+            return math.inf
         if norm.bias == 0:
             return 0.0
         roots = np.cbrt(norm.biases)

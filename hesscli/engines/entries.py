@@ -149,7 +149,7 @@ class Stream:
         self._open = None
 
     def snapshot(self, fraction: float, open_count: int) -> tuple[Tensor, Tensor | None, float]:
-        """The diagonal ``(d,)``, replicates of its error ``(G, d)`` and their freedom.
+        """The diagonal ``(d,)``, replicates of its error ``(G, d)`` and their freedom, if any.
 
         Args:
             fraction: share of all examples that the batches seen make up.
@@ -162,7 +162,9 @@ class Stream:
         noise = None if now.within is None else now.within * (math.sqrt(fraction) / (count * mass))
         batches = len(now.weights)
         freedom = float(now.freedom) if not self.exact else math.inf
-        if fraction < 1 and batches > 1:
+        if fraction < 1 and batches == 1:
+            return values, noise, 0.0  # one batch tells nothing of others
+        if fraction < 1:
             signs = torch.cat([self._signs((_BETWEEN, b), 1) for b in now.weights], dim=1)
             weights = torch.tensor(list(now.weights.values()), device=self.device)
             drift = (signs @ weights)[:, None] * values.float()
@@ -239,7 +241,8 @@ class Entries:
                 noise = torch.zeros(self.replicates, len(values)) if noise is None else noise
                 _embed(noise, error, self.parameters, part.stream.parameters)
             freedom = min(freedom, own)
-        freedom = 1 / (1 / self.replicates + 1 / max(freedom, 1))
+        if freedom:
+            freedom = 1 / (1 / self.replicates + 1 / max(freedom, 1))
         return Diagonal(values=values, noise=noise, freedom=freedom)
 
 

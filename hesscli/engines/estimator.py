@@ -133,7 +133,8 @@ class Estimator:
         else:
             assert added is not None  # or there is no source
             cells = [0 * rows[:1] for rows in added]
-        return reduce_table(cells, [masses[i] for i in seen], self.sharing, added)
+        weights = [masses[i] for i in seen]
+        return reduce_table(cells, weights, self.sharing, added, examples=self._examples(seen))
 
     def gauss_newton_traces(self) -> Array | None:
         """By layer and in all, weight decay included, over the batches of :meth:`table`."""
@@ -178,6 +179,12 @@ class Estimator:
             for stream in source.streams
             if source.seen
         ]
+
+    def _examples(self, batches: Sequence[int]) -> float:
+        """Independent ones in a batch, on average."""
+        if self.problem.couples_examples is not None:
+            return 1.0
+        return sum(self.problem.data.counts[i] for i in batches) / len(batches)
 
     def coverage(self) -> float:
         """Share of the kept examples in the batches that every source has seen."""

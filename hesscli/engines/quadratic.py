@@ -37,7 +37,8 @@ class SquaredNorm:
         plain: T(x).
         slopes: ``(G,)`` 2⟨Lx, Le_g⟩, or none where x is exact.
         biases: ``(G,)`` T(e_g).
-        freedom: degrees of freedom of a variance estimated from the replicates.
+        freedom: degrees of freedom of a variance estimated from the replicates, 0 where nothing
+            is known of the error.
     """
 
     plain: float
@@ -68,6 +69,8 @@ class SquaredNorm:
     @property
     def stderr(self) -> float:
         """Standard error of the estimate."""
+        if not self.freedom:
+            return math.inf
         growth, floor = self._variance()
         return math.sqrt(growth * self.estimate + floor)
 
@@ -79,6 +82,8 @@ class SquaredNorm:
         quantile · stderr it covers down to T₀ = 0, where it has but one end, and with noise in
         one direction as in many.
         """
+        if not self.freedom:
+            return 0.0, math.inf
         if not self.biases.size:
             return self.plain, self.plain
         growth, floor = self._variance()
@@ -108,6 +113,8 @@ def share_interval(part: SquaredNorm, rest: SquaredNorm, confidence: float) -> t
     itself is not significantly off zero, any share is.
     """
     estimate = share(part, rest)
+    if not part.freedom:
+        return 0.0, 1.0
     if not part.biases.size or part.plain + rest.plain == 0:
         return estimate, estimate
     slopes, biases = part.slopes + rest.slopes, part.biases + rest.biases

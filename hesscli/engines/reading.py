@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hesscli.engines.estimator import Estimator
@@ -36,7 +37,7 @@ class Reading:
     miss: float
 
     def interval(self, column: int = -1) -> tuple[float, float]:
-        """Of a layer, or of the total."""
+        """Of a layer, or of the total; without ends where nothing is known."""
         value, width = float(self.estimate[column]), float(self.half_width[column])
         return value - width, value + width
 
@@ -44,14 +45,16 @@ class Reading:
         """Of the total, for unseen examples of the same kind."""
         if self.table.between is None:
             return None
-        width = half_width(self.table.variance(0.0), self.miss)[-1] + self.rounding[-1]
+        width = self.table.half_width(0.0, self.miss)[-1] + self.rounding[-1]
         return float(self.estimate[-1] - width), float(self.estimate[-1] + width)
 
     def data_half_width(self) -> float:
         """The part of the total's half-width that no number of probes can take away."""
         data = self.table.data_variance
-        if data is None or self.table.between is None:
+        if self.fraction == 1:
             return float(self.rounding[-1])
+        if data is None or self.table.between is None or self.table.heavy:
+            return math.inf
         noise = MeanSquare((1 - self.fraction) * data, self.table.between.freedom)
         return float(half_width(noise, self.miss)[-1] + self.rounding[-1])
 
@@ -84,7 +87,7 @@ def read(estimator: Estimator, miss: float, relative: float) -> Reading | None:
         table=table,
         estimate=table.estimate + estimator.decay_traces(),
         variance=variance,
-        half_width=half_width(variance, miss) + rounding,
+        half_width=table.half_width(fraction, miss) + rounding,
         rounding=rounding,
         fraction=fraction,
         miss=miss,

@@ -31,8 +31,10 @@ def shrunk(layer: Diagonal, prior: Tensor) -> tuple[Diagonal, float]:
 
     Returns:
         The entries with how far they were moved, and the share of their distance from the prior
-        that was to be kept: 1 where there is no noise, or no shape where it is.
+        that was to be kept: 1 where there is no noise, none that is known, or no shape where it is.
     """
+    if not layer.freedom:
+        return layer, 1.0
     values, error = layer.values, layer.stderr()
     noisy = (error > 0).double()
     shape = prior.abs() * noisy

@@ -35,6 +35,9 @@ from hesscli.results import Observe, Snapshot
 
 BATCH_SIZE = 128
 """Examples a batch at most, where the user does not say."""
+SAMPLED_GROUPS = 64
+"""Groups at least, where some of the examples were left out and examples are independent: heavy
+tails, which the rest may have too, do not show in 16."""
 _FETCHED_TWICE = 4
 """Examples that are fetched a second time, to see whether they change."""
 _TOGETHER = 8
@@ -70,7 +73,8 @@ def freeze(
     """Draw, fetch and keep examples.
 
     Batches are first made as the user makes them: by the loader, or of ``batch_size``. Where the
-    trial finds that examples are independent, they are cut anew, at random into at least 16.
+    trial finds that examples are independent, they are cut anew, at random into at least 16, or
+    64 where some are left out.
 
     Args:
         source: as :func:`hesscli.problem.sources.as_source` takes it.
@@ -124,9 +128,10 @@ class _Kept:
         return cls(batches, counts, available, all(map(is_sliceable, batches)))
 
 
-def _cut(order: np.ndarray, batch_size: int | None) -> list[np.ndarray]:
-    """An order of examples in groups of nearly equal size, at least 16 where there can be."""
-    wanted = max(-(-len(order) // (batch_size or BATCH_SIZE)), min(MIN_GROUPS, len(order)))
+def _cut(order: np.ndarray, batch_size: int | None, available: int | None) -> list[np.ndarray]:
+    """An order of examples in groups of nearly equal size, as many as error bars need."""
+    least = MIN_GROUPS if available in (None, len(order)) else SAMPLED_GROUPS
+    wanted = max(-(-len(order) // (batch_size or BATCH_SIZE)), min(least, len(order)))
     return np.array_split(order, wanted) if len(order) else []
 
 
@@ -159,7 +164,7 @@ def _from_examples(
             own, batches = own[:-1], batches[:-1]
         counts = [len(group) for group in own]
         return _Kept(batches, counts, available, fetch.one_row_each, fetch.changing)
-    groups = _cut(order, batch_size)
+    groups = _cut(order, batch_size, available)
     cut = _regrouped(batches, np.concatenate(own[: len(batches)]), groups) if groups else []
     batches = [fetch(group) for group in groups] if cut is None else cut
     counts = [len(group) for group in groups]
@@ -286,7 +291,7 @@ def _of_examples(
     generator: np.random.Generator,
 ) -> _Kept:
     order = generator.permutation(len(examples))
-    groups = _cut(order, batch_size)
+    groups = _cut(order, batch_size, available)
     return _Kept.of([_joined([examples[i] for i in group]) for group in groups], available)
 
 

@@ -15,6 +15,8 @@ from hesscli.results import CheckResult, DiagResult, IhvpResult, SpectrumResult,
 
 Result = TraceResult | DiagResult | IhvpResult | SpectrumResult | CheckResult
 
+_UNKNOWN = (-math.inf, math.inf)
+"""An interval of which nothing is known."""
 _COMMANDS = (CheckResult, TraceResult, DiagResult, IhvpResult, SpectrumResult)
 
 
@@ -22,7 +24,7 @@ def to_json(result: Result) -> str:
     """Write a result as one JSON document.
 
     Keys are the field names, in their order; numbers keep all their digits; a number that is
-    not finite, such as the end of an unbounded interval, becomes null.
+    not finite, such as an unknown error, becomes null, and so does an interval without ends.
 
     Args:
         result: what a command returned.
@@ -44,6 +46,10 @@ def schema() -> dict[str, Any]:
         [(command.__name__, "serialization", TypeAdapter(command)) for command in _COMMANDS],
         schema_generator=_DocumentSchema,
     )
+    for definition in definitions.get("$defs", {}).values():
+        for name, described in definition.get("properties", {}).items():
+            if name.endswith("stderr") and described == {"type": "number"}:
+                described["type"] = ["number", "null"]  # null where it is not known
     return {
         "$schema": GenerateJsonSchema.schema_dialect,
         "title": "hesscli",
@@ -63,7 +69,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        plain = [_plain(item) for item in value]
+        return None if value == _UNKNOWN else plain
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -86,10 +93,11 @@ class _DocumentSchema(GenerateJsonSchema):
         return self.generate_inner(schema["schema"])
 
     def tuple_schema(self, schema: core_schema.TupleSchema) -> JsonSchemaValue:
-        """Let the ends of intervals be null: nothing is known on that side."""
+        """Let intervals be null, or one of their ends: nothing is known, or not on that side."""
         described = super().tuple_schema(schema)
         ends = described.get("prefixItems", [])
         if [end.get("type") for end in ends] == ["number", "number"]:
             described["prefixItems"] = [{"type": ["number", "null"]}] * 2
             described["description"] = "From, to; null where unbounded."
+            return {"anyOf": [described, {"type": "null"}]}
         return described

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rich.console import RenderableType
@@ -45,7 +46,8 @@ def error_budget(result: words.Estimated, heading: str) -> Iterator[RenderableTy
     found = noises(result)
     if not found:
         return
-    largest = "largest; " if len(found) > 1 else ""
+    known = math.isfinite(words.half_width(result.trace.interval))
+    largest = "largest; " if len(found) > 1 and known else ""
     table = Table.grid(padding=(0, 2))
     for index, noise in enumerate(found):
         size = words.number(noise.size, 2)

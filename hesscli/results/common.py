@@ -121,7 +121,8 @@ class Cost:
 class Estimate:
     """A number with its error bars, by source.
 
-    ``interval`` is for the loss over the whole loader (all available examples);
+    ``interval`` is for the loss over the whole loader (all available examples), without ends where
+    nothing is known of those that were left out;
     ``population_interval`` for unseen examples of the same kind, where that can be claimed.
     The standard errors are one sigma; ``rounding_error`` is part of the interval. Where it is
     None nobody could measure it, and the interval has what is usual for the type.

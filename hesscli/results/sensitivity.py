@@ -98,8 +98,9 @@ class Perturbation:
     ``kind`` is ``prune`` (``level`` the share of least salient weights set to zero) or ``round``
     (``level`` in bits, with one grid a ``tensor`` or a ``channel``). The loss is predicted to grow
     by ``linear`` + ``quadratic`` = gᵀδ + ½δᵀAδ; ``stderr`` is of their sum, from the examples
-    that were not used. ``hawq`` is ½ (tr A_layer / n) ‖δ‖² (Dong et al. 2020, arXiv 1911.03852).
-    ``measured`` is the loss that was found with δ applied; ``changes`` also at shrunken δ.
+    that were not used, scaled so that ±1.96 of it covers 95% from few batches too. ``hawq`` is
+    ½ (tr A_layer / n) ‖δ‖² (Dong et al. 2020, arXiv 1911.03852). ``measured`` is the loss that was
+    found with δ applied; ``changes`` also at shrunken δ.
     ``order`` is the power of the scale with which the error of the prediction falls, and
     ``holds`` whether at full size the error is within 10% of |linear| + |quadratic|.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,9 +38,10 @@ class TraceResult:
     def __str__(self) -> str:
         """One honest line."""
         low, high = self.trace.interval
+        known = f"[{low:.6g}, {high:.6g}]" if low > -math.inf or high < math.inf else "unknown"
         return (
             f"trace({self.problem.matrix}) = {self.trace.estimate:.6g}, "
-            f"{self.trace.confidence:.0%} interval [{low:.6g}, {high:.6g}], "
+            f"{self.trace.confidence:.0%} interval {known}, "
             f"{self.problem.num_examples} examples, {self.method.num_probes} probes, "
             f"{self.cost.products:.3g} products, {self.status}"
         )

@@ -17,9 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from hesscli.engines.hutchinson.tails import Tails, tails_of
+
 Sharing = Literal["fresh", "shared"]
 """Whether batches have probes of their own."""
 Array = NDArray[np.float64]
+_NOISY = 0.5
+"""Share of noise in what batches differ by from which on it hides how they differ."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Table:
     probed: float
     between_probed: MeanSquare | None
     overlap_probed: MeanSquare
+    tails: Tails
 
     @property
     def data_variance(self) -> Array | None:
@@ -66,13 +71,16 @@ class Table:
         """Variance of the estimate when the probed examples are a share ``fraction`` of all.
 
         within + (1 − f)(between − overlap). At f = 1 only noise from within is left; f = 0 is
-        the variance for unseen examples. Where a share p of the batches is probed and the rest
+        the variance for unseen examples. A single batch tells nothing of others: theirs is
+        infinite. Where a share p of the batches is probed and the rest
         of the matrix known of all of them, the batches are a sample and the probed ones a sample
         of it (double sampling: Cochran 1977, chapter 12): the first share, p − f, has the whole's
         differences between batches, and the second, 1 − p, those of what is probed.
         """
-        if self.between is None or self.between_probed is None or fraction == 1:
+        if fraction == 1:
             return self.within
+        if self.between is None or self.between_probed is None:
+            return MeanSquare(np.full_like(self.estimate, np.inf), 1.0)
         sampled = max(self.probed - fraction, 0.0)
         if self.overlap is self.within and self.probed == 1:
             parts = [(fraction, self.within), (sampled, self.between)]
@@ -84,12 +92,38 @@ class Table:
         total = np.maximum(total, fraction * self.within.value)
         return MeanSquare(total, _freedom(total, [(c * m.value, m.freedom) for c, m in parts]))
 
+    @property
+    def heavy(self) -> bool:
+        """Whether batches differ by heavy tails, and not by the noise of what was drawn."""
+        return (
+            self.between is not None
+            and self.tails.heavy
+            and bool(self.overlap.value[-1] <= _NOISY * self.between.value[-1])
+        )
+
+    def half_width(self, fraction: float, miss: float) -> Array:
+        """Of intervals that miss with probability ``miss``, infinite where nothing is known.
+
+        Student's, widened by the skewness of the batches as far as these make up the variance.
+        """
+        variance = self.variance(fraction)
+        if fraction == 1:
+            return half_width(variance, miss)
+        if self.between is None or self.heavy:
+            return np.full_like(self.estimate, np.inf)
+        sampled = 1 - self.within.value / np.where(variance.value, variance.value, np.inf)
+        quantile = np.broadcast_to(stdtrit(variance.freedom, 1 - miss / 2), self.estimate.shape)
+        widening = 1 + np.maximum(sampled, 0.0) * (self.tails.widening(quantile) - 1)
+        return np.asarray(widening * half_width(variance, miss))
+
 
 def reduce_table(
     cells: Sequence[Array],
     weights: Sequence[float],
     sharing: Sharing,
     added: Sequence[Array] | None = None,
+    *,
+    examples: float = 1.0,
 ) -> Table:
     """Reduce a table of quadratic forms.
 
@@ -100,6 +134,7 @@ def reduce_table(
         sharing: whether batches have probes of their own.
         added: a second table, of traces without probes: one exact row, or some drawn ones, for
             these batches and as many more as have weights.
+        examples: independent ones in a batch, on average.
     """
     count = len(cells)
     share = np.asarray(weights[:count], dtype=np.float64) / np.sum(weights[:count])
@@ -110,12 +145,14 @@ def reduce_table(
     overlap = _interaction(cells, share) if shared and count > 1 else probe
     between_probed, overlap_probed = variance_between(means, share), overlap
     between, label = between_probed, None
+    whole_means = means
     if added is not None:
         whole = np.asarray(weights, dtype=np.float64) / np.sum(weights)
         traces = np.stack([cell.mean(0) for cell in added])
         estimate = estimate + whole @ traces
         size = size + _root_mean_square(added, whole)
-        between = variance_between(means + traces[:count], share)
+        whole_means = means + traces[:count]
+        between = variance_between(whole_means, share)
         if len(added[0]) > 1:
             label = _within(added, whole)
             drawn = label if len(added) == count else _within(added[:count], share)
@@ -132,6 +169,7 @@ def reduce_table(
         probed=float(np.sum(weights[:count]) / np.sum(weights)),
         between_probed=between_probed,
         overlap_probed=overlap_probed,
+        tails=tails_of(whole_means, share, examples),
     )
 
 
