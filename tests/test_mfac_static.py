@@ -168,9 +168,10 @@ def test_a_window_that_is_not_full(shape: tuple[int, int], blocking: Any) -> Non
     damping, blocks = relative(full, 1e-3), blocking(full.size)
     expected = StaticFisher(full, damping, blocks=blocks)
     found = StaticFisher(partial, damping, blocks=blocks)
-    x = normal(full.size)
-    assert torch.equal(found.ihvp(x).vector, expected.ihvp(x).vector)
-    assert torch.equal(found.diagonal(), expected.diagonal())
+    one, other = (fisher.ihvp(normal(full.size)) for fisher in (found, expected))
+    assert distance(one.vector, other.vector) <= one.error + other.error
+    allowed = found.diagonal_error() + expected.diagonal_error()
+    assert ((found.diagonal() - expected.diagonal()).abs() <= allowed).all()
 
 
 @every_shape
@@ -186,8 +187,8 @@ def test_what_is_one_thing_in_two_ways(shape: tuple[int, int], blocking: Any) ->
         assert distance(fisher.multiply(y), x) < 1e-9
     another = fisher.with_damping(relative(window, 1e-1))
     fresh = StaticFisher(window, another.damping, blocks=blocks, precise=True)
-    assert torch.equal(another.ihvp(X[0]).vector, fresh.ihvp(X[0]).vector)
-    assert torch.equal(another.diagonal(), fresh.diagonal())
+    assert distance(another.ihvp(X[0]).vector, fresh.ihvp(X[0]).vector) < 1e-12
+    assert distance(another.diagonal(), fresh.diagonal()) < 1e-12
     assert fisher.damping < another.damping
     assert distance(fisher.ihvp(X[0]).vector, many[0]) < 1e-12
     assert torch.equal(fisher.leverage(), 1 - fisher.damping * fisher.diagonal())

@@ -107,7 +107,9 @@ def test_few_steps_are_exact_where_eigenvalues_are_few() -> None:
 @pytest.mark.parametrize("steps", [2, 8])
 def test_one_kind_of_eigenvalue_takes_all_that_is_left(name: str, steps: int) -> None:
     found = exploration(with_spectrum(SPECTRA[name]), steps, probes=2)
-    assert distance(SPECTRA[name], found.measure) < 1e-14
+    sizes = np.abs(SPECTRA[name])
+    rounding = SIZE * EPS * sizes.max() / (sizes.mean() or 1.0)  # of each, beside the mean
+    assert distance(SPECTRA[name], found.measure) <= rounding
 
 
 def test_a_copy_is_found_by_the_second_start() -> None:
@@ -166,9 +168,10 @@ def test_the_complement_is_what_is_orthogonal() -> None:
     assert complement.size == 14
     basis = torch.stack([complement.embed(unit) for unit in torch.eye(14, dtype=torch.float64)])
     together = torch.cat([rows, basis])
-    assert (together @ together.T - torch.eye(20)).abs().max() < 1e-14
+    rounding = 7 * 20 * EPS  # of six reflections and a product, of 20 terms each
+    assert (together @ together.T - torch.eye(20)).abs().max() < rounding
     vector = torch.randn(20, generator=generator, dtype=torch.float64)
-    assert (complement.restrict(vector) - basis @ vector).abs().max() < 1e-14
+    assert (complement.restrict(vector) - basis @ vector).abs().max() < rounding * vector.norm()
 
 
 @every_spectrum
