@@ -451,7 +451,7 @@ def test_examples_that_depend_on_each_other_are_found() -> None:
 def test_unknown_output_hessians_and_shapeless_batches_are_refused() -> None:
     model = nn.Linear(3, 3).double()
     with pytest.raises(UsageError, match="is not known"):
-        ExactDiagonal(Problem(model, nn.functional.smooth_l1_loss, _cut((POINTS, POINTS), [N])))
+        ExactDiagonal(Problem(model, nn.MultiMarginLoss(), _cut(SMALL, [N])))
     whole = FrozenData((SMALL,), (N,), N, False, "by hand")
     with pytest.raises(UsageError, match="one row an example"):
         ExactDiagonal(Problem(model, "cross_entropy", whole))

@@ -8,7 +8,7 @@ from functools import partial
 from hesscli.diagnostics.estimation import Rethink
 from hesscli.engines.entries import Entries, Stream
 from hesscli.engines.estimator import Estimator
-from hesscli.engines.exact_diagonal.engine import ExactDiagonal, columns_of
+from hesscli.engines.exact_diagonal.engine import ExactDiagonal, columns_of_sample
 from hesscli.engines.hutchinson.deflation import Deflated
 from hesscli.engines.hutchinson.designs import (
     Design,
@@ -24,9 +24,10 @@ from hesscli.operators.exactness import Exactness, exact_parameters
 from hesscli.operators.fisher import EmpiricalFisher
 from hesscli.operators.gauss_newton import require_examples
 from hesscli.operators.hessian import Hessian
+from hesscli.operators.loss_curvature import require_output_hessian
 from hesscli.operators.residual import Residual
 from hesscli.parameters import Parameters
-from hesscli.problem.factors import factor_of, score_of
+from hesscli.problem.output_hessian import columns_at, scores_at
 from hesscli.streams import Distribution, key
 
 METHODS = ("auto", "exact", "split", "deflated", "stratified", "hutchinson")
@@ -117,13 +118,15 @@ def _split(operator: Operator, method: str, draw: Draw) -> Choice:
     """
     problem = operator.problem
     require_examples(problem, operator.name)
-    factor = score_of if isinstance(operator, EmpiricalFisher) else factor_of
-    columns = columns_of(problem, factor)
+    make_columns = scores_at if isinstance(operator, EmpiricalFisher) else columns_at
+    if make_columns is columns_at:
+        require_output_hessian(problem)
+    columns = columns_of_sample(problem, make_columns).num_columns
     sampled = method != "exact" and columns > AFFORDABLE_COLUMNS
     gauss_newton = ExactDiagonal(
         problem,
         sampled=sampled,
-        factor=factor,
+        columns=make_columns,
         seed=draw.seed,
         batches=draw.batches,
         stream=draw.stream(problem.parameters, exact=not sampled),
@@ -136,7 +139,9 @@ def _split(operator: Operator, method: str, draw: Draw) -> Choice:
         gauss_newton=gauss_newton,
         entries=draw.entries,
     )
-    passes = "one backward pass" if columns == 1 else f"{columns} backward passes"
+    passes = {0: "no backward pass", 1: "one backward pass"}.get(
+        columns, f"{columns} backward passes"
+    )
     if not isinstance(operator, Hessian):
         note = "random columns of the output Hessian" if sampled else f"{passes}, no probes"
         return Choice(make(), "split" if sampled else "exact", note)

@@ -48,10 +48,14 @@ class Factor(ABC):
         """
 
 
+def has_closed_form(loss: Loss) -> bool:
+    """Whether the Hessian of a loss in the model's outputs is known without differentiating it."""
+    return isinstance(loss.natural.unscaled, (CrossEntropy, Entrywise))
+
+
 def has_factor(loss: Loss) -> bool:
-    """Whether the Hessian of a loss in the model's outputs has a factor that is known."""
-    natural = loss.natural.unscaled
-    return isinstance(natural, (CrossEntropy, Entrywise)) and not _is_linear(natural)
+    """Whether that Hessian has a factor which says anything."""
+    return has_closed_form(loss) and not _is_linear(loss.natural.unscaled)
 
 
 def factor_of(loss: Loss, outputs: Tensor, batch: Batch) -> Factor:
@@ -207,11 +211,6 @@ class ScoreFactor(Factor):
     def draw(self, stream: int, first: int = 0) -> Tensor:
         """The column: there is but one."""
         return self._slope
-
-
-def score_of(loss: Loss, outputs: Tensor, batch: Batch) -> Factor:
-    """The empirical Fisher matrix's factor at a batch's outputs."""
-    return ScoreFactor(loss, outputs, batch)
 
 
 def _target_weights(loss: CrossEntropy, logits: Tensor, batch: Batch) -> Tensor:

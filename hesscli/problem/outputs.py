@@ -186,9 +186,8 @@ class Layout:
     plain: tuple[tuple[str, Any], ...]
 
     def is_like(self, other: Layout) -> bool:
-        """Whether rows of the one may be read as those of the other."""
-        mine = (self.shapes, self.dtypes, self.plain)
-        return mine == (other.shapes, other.dtypes, other.plain)
+        """Whether rows of the one may be read as those of the other, but for their types."""
+        return (self.shapes, self.plain) == (other.shapes, other.plain)
 
     def tree(self, rows: Tensor) -> Any:
         """What the model returned, from its rows ``(N, M)``."""
@@ -196,7 +195,8 @@ class Layout:
 
         def filled(slot: _Slot) -> Tensor:
             piece: Tensor = pieces[slot.index].reshape(len(rows), *self.shapes[slot.index])
-            return piece.to(self.dtypes[slot.index])
+            dtype = self.dtypes[slot.index]
+            return piece.to(dtype) if dtype.is_floating_point else piece.detach().round().to(dtype)
 
         return _mapped(filled, self.template)
 

@@ -64,9 +64,10 @@ class UserLoss(Loss):
         if isinstance(raw, Tensor) and not self._layouts:
             return raw
         found, layout = rows_of(raw, size_of(batch))
-        known = self._layouts.setdefault((found.shape[1], found.dtype), layout)
-        if not known.is_like(layout):
+        place = found.shape[1], found.dtype
+        if not self._layouts.get(place, layout).is_like(layout):
             raise HiddenOutputsError("outputs that are of another form in another batch")
+        self._layouts[place] = layout  # its types may be others meanwhile
         return found
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:

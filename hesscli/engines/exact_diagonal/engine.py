@@ -1,8 +1,8 @@
 """The diagonal of the Gauss-Newton matrix without probes: exact, or from random columns.
 
-G = Σ_i J_iᵀ A_i J_i / M with A_i = S_i S_iᵀ the Hessian of example i's loss in its outputs, so
-diag G = Σ_i Σ_s (J_iᵀ s_i)² / M over the columns s of S: as many backward passes as S has
-columns, whatever the number of parameters. A random column in their place is unbiased.
+G = Σ_i J_iᵀ A_i J_i / M with A_i = Σ_s ± s_i s_iᵀ the Hessian of example i's loss in its outputs,
+so diag G = Σ_i Σ_s ± (J_iᵀ s_i)² / M: as many backward passes as there are columns s, whatever
+the number of parameters. Random columns in their place are unbiased.
 """
 
 from __future__ import annotations
@@ -25,15 +25,13 @@ from hesscli.operators.base import BLOCK_BYTES
 from hesscli.operators.gauss_newton import require_examples
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch
-from hesscli.problem.factors import Factor, factor_of
 from hesscli.problem.losses import Loss
+from hesscli.problem.output_hessian import Columns, columns_at
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem, WeightedBatch
 
-MakeFactor = Callable[[Loss, Tensor, Batch], Factor]
+MakeColumns = Callable[[Loss, Tensor, Batch], Columns]
 
-MAX_COLUMNS = 1024
-"""Columns up to which the exact diagonal is made."""
 _SAMPLE = 16
 _DRAWS = 0xD4A35
 """Separates label streams from other uses of a seed."""
@@ -46,7 +44,7 @@ class ExactDiagonal:
         problem: its loss's output Hessian must be known and its examples independent.
         parameters: the entries; default all trainable ones.
         sampled: random columns, as many as are asked for, in place of all of them.
-        factor: the factor at a batch's outputs; default that of the loss's output Hessian.
+        columns: those at a batch's outputs; default of the loss's output Hessian.
         seed: of the random columns.
         batches: only so many of the first batches (a pilot), default all.
         stream: takes the estimates of single entries, where they are wanted.
@@ -65,7 +63,7 @@ class ExactDiagonal:
         *,
         parameters: Parameters | None = None,
         sampled: bool = False,
-        factor: MakeFactor = factor_of,
+        columns: MakeColumns = columns_at,
         seed: int = 0,
         batches: int | None = None,
         stream: Stream | None = None,
@@ -73,9 +71,10 @@ class ExactDiagonal:
         require_examples(problem, "ggn")
         self.problem, self.sampled, self.seed = problem, sampled, seed
         self.parameters = problem.parameters if parameters is None else parameters
-        self._factor = factor
-        self.num_columns = columns_of(problem, factor)
-        if not sampled and self.num_columns > MAX_COLUMNS:
+        self._columns = columns
+        found = columns_of_sample(problem, columns)
+        self.num_columns = found.num_columns
+        if not sampled and self.num_columns > found.most:
             raise UsageError(
                 "the exact diagonal takes one backward pass for each column of the outputs",
                 f"{self.num_columns} columns",
@@ -146,18 +145,19 @@ class ExactDiagonal:
         next(self._jacobian.passes(next(self.problem.batches())))
 
     def traces_of(self, batch: WeightedBatch) -> Array:
-        """Traces ``(L + 1,)`` of a few examples by one column, for comparisons."""
+        """Traces ``(L + 1,)`` of a few examples by one draw, for comparisons."""
         live = Pass(self._jacobian, batch)
-        column = self._factor(self.problem.loss, live.outputs, batch.data).draw(0)
-        return np.asarray(self._sums(live.squares([column])[None])[0].cpu().numpy())
+        drawn = self._columns(self.problem.loss, live.outputs, batch.data).draw(0)
+        squares = torch.stack([sign * live.squares([column]) for sign, column in drawn])
+        return np.asarray(self._sums(squares.sum(0, keepdim=True))[0].cpu().numpy())
 
     def _visit(self, batch: WeightedBatch, done: int, wanted: int) -> Iterator[None]:
         """Add a batch: its parts, on one graph each, and on that all its columns."""
         size = self.parameters.size
         kept = torch.zeros(wanted - done, size, dtype=torch.float64, device=self.problem.device)
         for first, live in self._jacobian.passes(batch):
-            for row, columns in self._estimates(live, first, done, wanted):
-                kept[row] += live.squares(columns)
+            for row, sign, columns in self._estimates(live, first, done, wanted):
+                kept[row] += sign * live.squares(columns)
                 yield
         kept /= self.problem.masses[batch.index]
         if self.stream is not None and self.sampled:
@@ -171,29 +171,32 @@ class ExactDiagonal:
 
     def _estimates(
         self, live: Pass, first: int, done: int, wanted: int
-    ) -> Iterator[tuple[int, list[Tensor]]]:
-        """Columns in blocks, each with the row of the estimate that it is a part of."""
-        factor = self._factor(self.problem.loss, live.outputs, live.batch.data)
+    ) -> Iterator[tuple[int, float, list[Tensor]]]:
+        """Columns of one sign in blocks, with the row of the estimate that they are a part of."""
+        columns = self._columns(self.problem.loss, live.outputs, live.batch.data)
         if not self.sampled:
-            size, count = live.block_size, factor.num_columns
-            for start in range(0, count, size):
-                yield 0, [factor.column(j) for j in range(start, min(start + size, count))]
+            signed = map(columns.column, range(columns.num_columns))
+            for sign, block in itertools.groupby(signed, lambda pair: pair[0]):
+                each = (column for _, column in block)
+                while part := list(itertools.islice(each, live.block_size)):
+                    yield 0, sign, part
             return
         for draw in range(done, wanted):
             stream = streams.key(_DRAWS, self.seed, live.batch.index, draw)
-            yield draw - done, [factor.draw(stream, first)]
+            for sign, column in columns.draw(stream, first):
+                yield draw - done, sign, [column]
 
 
-def columns_of(problem: Problem, factor: MakeFactor = factor_of) -> int:
-    """Backward passes that the exact diagonal takes for each batch.
+def columns_of_sample(problem: Problem, columns: MakeColumns = columns_at) -> Columns:
+    """The columns of a few examples, which say how many backward passes the exact diagonal takes.
 
     Raises:
         UsageError: the loss's output Hessian is not known.
     """
-    example = problem.sample(1)
-    outputs = problem.fixed_outputs(example.data)
-    problem.loss.check(outputs, example.data)
-    return factor(problem.loss, outputs, example.data).num_columns
+    sample = problem.sample(_SAMPLE)
+    outputs = problem.fixed_outputs(sample.data)
+    problem.loss.check(outputs, sample.data)
+    return columns(problem.loss, outputs, sample.data)
 
 
 def relative_rounding(engine: ExactDiagonal) -> float | None:

@@ -28,7 +28,7 @@ from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.operators.gauss_newton import require_examples
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
-from hesscli.problem.factors import Factor, factor_of, has_factor, score_of
+from hesscli.problem.factors import Factor, ScoreFactor, factor_of, has_factor
 from hesscli.problem.problem import Problem, WeightedBatch
 
 Name = Literal["sampled", "example", "microbatch"]
@@ -175,7 +175,7 @@ class Rows:
         return block
 
     def _factor(self, outputs: Tensor, data: object) -> Factor:
-        make = factor_of if self.kind.name == "sampled" else score_of
+        make = factor_of if self.kind.name == "sampled" else ScoreFactor
         return make(self.problem.loss, outputs, data)
 
     def _count(self, examples: int, gradients: float) -> None:
