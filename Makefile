@@ -47,6 +47,9 @@ coverage: $(VENV)/test  ## How often intervals hold, end to end (most of an hour
 	$(BIN)/python -m pytest -n 2 -m study
 	$(BIN)/python tests/benchmarks/coverage.py
 
+hostile: $(VENV)/test  ## 5,000 checkpoints, indexes and specs that nobody meant (minutes)
+	$(BIN)/python tests/hostile.py 5000
+
 gpu: $(VENV)/test  ## Run the checks that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -rs
 
@@ -69,7 +72,5 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum \
-	calibration coverage gallery gpu clean
-.PHONY: help demo test lint bench bench-estimates bench-mfac bench-spectrum \
-	calibration coverage fuzz gallery gpu clean
+	calibration coverage fuzz gallery gpu hostile clean
 .DEFAULT_GOAL := help

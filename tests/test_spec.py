@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,54 @@ def test_syntax_errors_have_a_line(tmp_path: Path) -> None:
     error = _refusal(tmp_path, '[data]\nfactory = d:f"\n')
     assert error.what == "the spec is not valid TOML"
     assert "line 2, column 11" in error.got
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 5000,
+        "a = " + "{b = " * 3000,
+        "a." * 5000 + "a = 1",
+        "[" + "a ." * 5000 + "a]",
+        '"a". ' * 5000 + "a = 1",
+        "'a,'." * 5000 + "a = 1",
+    ],
+)
+def test_depth_without_end_is_refused_before_it_costs_anything(tmp_path: Path, text: str) -> None:
+    tracemalloc.start()
+    assert "nested too deeply" in _refusal(tmp_path, text).what
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20  # it was 100 MB for the square of 5,000 references
+
+
+def test_dots_that_are_no_keys_are_no_depth(tmp_path: Path) -> None:
+    dots = "." * 100
+    lines = f"kwargs = {{ a = \"{dots}\", b = '{dots}', c = [{'1.5, ' * 100}] }}  # {dots}\n"
+    spec = _write(tmp_path, GOOD.replace("kwargs = { width = 16, deep = { a = [1, 2] } }", lines))
+    assert spec.model is not None
+    assert len(spec.model.kwargs["c"]) == 100
+
+
+@pytest.mark.parametrize("text", ["a = " + "9" * 5000, "x" * (2 << 20), "a = 1979-99-99"])
+def test_what_the_parser_cannot_read_is_no_bug(tmp_path: Path, text: str) -> None:
+    _refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("line", ["ignore_index", "batch_size", "kwargs = { deep = { a"])
+def test_numbers_that_do_not_fit_are_named(tmp_path: Path, line: str) -> None:
+    table = "model" if "kwargs" in line else "data" if "batch" in line else "loss"
+    closing = " } }" if "kwargs" in line else ""
+    text = GOOD.replace("kwargs = { width = 16, deep = { a = [1, 2] } }", "")
+    text = text.replace(f"[{table}]\n", f"[{table}]\n{line} = {2**63}{closing}\n")
+    error = _refusal(tmp_path, text)
+    assert "too large" in error.what
+    assert str(2**63) in error.got
+
+
+def test_the_home_of_nobody_is_named(tmp_path: Path) -> None:
+    error = _refusal(tmp_path, GOOD.replace("sub/data", "~nosuchuser/data"))
+    assert "~nosuchuser" in error.got
 
 
 def test_not_text(tmp_path: Path) -> None:

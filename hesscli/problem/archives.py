@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,15 @@ def is_unpacked(path: Path) -> bool:
     """Whether all members lie in the file as they are, so that it can be mapped."""
     with _opened(path) as archive:
         return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+
+
+def holds(path: Path, text: bytes, *, member: str) -> bool:
+    """Whether a text is in an archive's members of that ending, or in a file that is no archive."""
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as all_:
+            return all_.find(text) >= 0
+    with _opened(path) as archive:
+        return any(text in archive.read(n) for n in archive.namelist() if n.endswith(member))
 
 
 def verify(path: Path) -> bool:

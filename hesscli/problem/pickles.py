@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import InputError, first_line
-from hesscli.problem.archives import is_unpacked, names_in
+from hesscli.problem.archives import holds, is_unpacked, names_in
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.importing import importing_beside
 from hesscli.problem.weights import Found, find_weights
@@ -68,6 +68,9 @@ _SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
+_TRUST = "give --trust if you trust whoever made it, or save model.state_dict() instead"
+
+
 def is_program(path: Path) -> bool:
     """Whether this is a torch.export program, by its name or by what is in the archive."""
     if path.suffix == ".pt2":
@@ -82,7 +85,7 @@ def read_program(path: Path, *, trust: bool) -> Found:
         raise InputError(
             "a torch.export program can run code when it is loaded",
             str(path),
-            "give --trust if you trust whoever made it, or save model.state_dict() instead",
+            _TRUST,
         )
     if not zipfile.is_zipfile(path):
         hint = "write it with torch.export.save, or name a torch.save file .pt"
@@ -162,6 +165,9 @@ def _trusted(path: Path) -> Any:
 
 
 def _weights_only(path: Path, is_zip: bool) -> Any:
+    # torch's safe unpickler would make one of any length that the file says.
+    if holds(path, b"\nbytearray\n", member="/data.pkl"):
+        raise InputError("the checkpoint needs a full unpickling", f"{path}: a bytearray", _TRUST)
     # Mapped, so that optimizer tensors cost no memory; packed members cannot be mapped.
     mapped = is_zip and is_unpacked(path)
     try:
@@ -172,13 +178,12 @@ def _weights_only(path: Path, is_zip: bool) -> Any:
 
 
 def _refused(path: Path, message: str) -> InputError:
-    trust = "give --trust if you trust whoever made it, or save model.state_dict() instead"
     if match := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message):
         return InputError(
-            f"the checkpoint needs code to load: {match[1]}", f"{path}: a pickle", trust
+            f"the checkpoint needs code to load: {match[1]}", f"{path}: a pickle", _TRUST
         )
     if "Unsupported operand" in message or "Can only" in message or "call reduce" in message:
-        return InputError("the checkpoint needs a full unpickling", f"{path}: a pickle", trust)
+        return InputError("the checkpoint needs a full unpickling", f"{path}: a pickle", _TRUST)
     reason = first_line(message) or "it ends too early"
     hint = "copy or download it again: it is damaged, or torch.save did not write it"
     return InputError("the checkpoint cannot be read", f"{path}: {reason}", hint)

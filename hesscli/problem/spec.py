@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from hesscli.results import Reduction
 
 SPEC_NAME = "hesscli.toml"
 _LARGEST = 1 << 20
+_MOST_DOTS = 32
 
 LossName = Literal[
     "cross_entropy", "mse", "bce_with_logits", "bce", "nll", "language_model", "huggingface"
@@ -318,7 +320,10 @@ def _parse(path: Path) -> dict[str, Any]:
         if len(content) > _LARGEST:
             got = f"{path}: more than {_LARGEST:,} bytes"
             raise InputError("too large for a spec", got, "name the spec with --spec")
-        document = tomllib.loads(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        if _dots(text) > _MOST_DOTS:  # of which the parser takes memory as their square
+            raise _too_deep(path)
+        document = tomllib.loads(text)
         if number := _too_large(document):
             got = f"{path}: {number}"
             raise InputError("the spec holds a number that is too large", got, "at most 2^63 - 1")
@@ -335,6 +340,13 @@ def _parse(path: Path) -> dict[str, Any]:
     except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         hint = "text goes in quotes, tables in [brackets], one key = value a line"
         raise InputError("the spec is not valid TOML", f"{path}: {error}", hint) from None
+
+
+def _dots(text: str) -> int:
+    """The most dots in one key, or in what may be one."""
+    bare = re.sub(r""""(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?""", "s", text)
+    bare = re.sub(r"#[^\n]*|[ \t]+", "", bare)
+    return max((token.count(".") for token in re.findall(r"[\w.-]+", bare)), default=0)
 
 
 def _too_deep(path: Path) -> InputError:
