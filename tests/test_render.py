@@ -179,6 +179,15 @@ def test_the_largest_noise_and_its_remedy(result: TraceResult, largest: str) -> 
     assert budget.count("largest;") == 1
 
 
+def test_rounding_is_called_a_bound() -> None:
+    """It widens the interval by itself; the other sources do so by their variance."""
+    alone = estimate(probe_stderr=0.0, data_stderr=None, rounding_error=0.012)
+    text = on_one_line(printed(trace_table(trace_result(trace=alone)), width=200))
+    assert "error budget (a bound) rounding ± 0.012" in text
+    text = on_one_line(printed(trace_table(trace_result()), width=200))
+    assert "(one standard error each; rounding is a bound)" in text
+
+
 def test_unknown_number_of_examples_is_said() -> None:
     result = trace_result(problem=problem(num_examples_available=None))
     text = on_one_line(printed(trace_table(result), width=200))

@@ -28,7 +28,8 @@ class Proof:
 
     ``gradient`` is of the whole loss, float64 ``(d,)``; ``unreached`` names the parameters that
     the loss of no batch depends on. ``hidden_outputs`` says why the loss is not the function of
-    the outputs that it was taken for; None where it is.
+    the outputs that it was taken for; None where it is. ``saturated`` says that the classes of all
+    examples are so sure that their loss has no digit left.
     """
 
     loss: float
@@ -36,6 +37,7 @@ class Proof:
     gradient: Tensor
     unreached: tuple[str, ...]
     hidden_outputs: str | None
+    saturated: str | None = None
 
     @property
     def gradient_norm(self) -> float:
@@ -45,9 +47,10 @@ class Proof:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What its reader should be told."""
-        if self.hidden_outputs is None:
-            return ()
-        return (f"{self.hidden_outputs}: no accuracy, and no matrix but hessian",)
+        told = [self.saturated] if self.saturated else []
+        if self.hidden_outputs is not None:
+            told.append(f"{self.hidden_outputs}: no accuracy, and no matrix but hessian")
+        return tuple(told)
 
 
 def prove(problem: Problem, observe: Observe | None = None) -> Proof:
@@ -91,6 +94,16 @@ def prove(problem: Problem, observe: Observe | None = None) -> Proof:
         gradient=gradient + decay * theta,
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
         hidden_outputs=hidden,
+        saturated=_saturation(problem) if possible and loss == 0 else None,
+    )
+
+
+def _saturation(problem: Problem) -> str:
+    """Probabilities that are 1 to the last digit have no derivatives left to see."""
+    name = str(problem.dtype).removeprefix("torch.")
+    more = "" if problem.dtype == torch.float64 else "; --dtype float64 may see more"
+    return (
+        f"the loss of every example is exactly 0 in {name}: saturated, as its derivatives are{more}"
     )
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hesscli.render import words
 from hesscli.render.layout import GAP, Facts, facts
-from hesscli.render.noises import more_examples, noises
+from hesscli.render.noises import Noise, more_examples, noises
 from hesscli.results import Cost, LayerTrace
 
 _MANY_LAYERS = 40
@@ -54,7 +54,7 @@ def error_budget(result: words.Estimated, heading: str) -> Iterator[RenderableTy
         remedy = f"{largest}{noise.remedy}" if index == 0 else ""
         table.add_row(Text(noise.source), Text(f"± {size}", justify="right"), Text(remedy))
     yield GAP
-    yield Text(f"{heading} (one standard error each)", style="dim")
+    yield Text(f"{heading} ({_scale(found)})", style="dim")
     yield Padding(table, (0, 0, 0, 2), expand=False)
     if result.trace.data_stderr and result.problem.num_examples_available is None:
         size = words.number(result.trace.data_stderr, 2)
@@ -62,6 +62,14 @@ def error_budget(result: words.Estimated, heading: str) -> Iterator[RenderableTy
             f"  data noise of ± {size} is left out: how many examples there are is not known",
             style="dim",
         )
+
+
+def _scale(found: list[Noise]) -> str:
+    """What the sizes are: the interval holds rounding as a bound, and the rest by its variance."""
+    bounds = [noise.source == "rounding" for noise in found]
+    if all(bounds):
+        return "a bound"
+    return "one standard error each" + ("; rounding is a bound" if any(bounds) else "")
 
 
 def listed(layers: list[words.LayerT], full: bool) -> list[words.LayerT]:
