@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,8 @@ from hesscli.errors import ExitCode, HesscliError
 
 Verdict = Literal["right", "refused", "warned", "misnamed", "wrong", "crash"]
 
+NOT_SMOOTH = (r"not finite", r"\bNaN\b", r"infinit", r"differentiab", r"gradient")
+"""Words for a network that chance has put where its function has no derivatives."""
 REFUSALS = (ExitCode.USAGE, ExitCode.INPUT, ExitCode.UNSOUND)
 BUDGET = 20.0
 """Seconds: a limit that no run of a right program comes near."""
@@ -71,6 +73,8 @@ def judge(subject: Subject, dice: Dice, *, brief: bool = False) -> Report:
     if subject.must_refuse:
         return judge_refusal(subject)
     right, report = truth(subject), Report()
+    if not right.is_finite:
+        subject = replace(subject, causes=(*subject.causes, *NOT_SMOOTH))
     report.exact_is_due = exactness_is_due(subject, right)
     found: list[str] = []
     try:
