@@ -216,6 +216,16 @@ def test_what_has_to_be_collated_is_refused(data: Any, what: str, hint: str) -> 
     assert hint in caught.value.hint
 
 
+def test_a_list_that_is_no_list_of_batches_is_sent_to_a_loader() -> None:
+    """Ids (5,) with a target (3,) each could be a batch of some model; it is none of this one."""
+    data = list(zip(IDS, torch.rand(20, 3), strict=True))
+    with pytest.raises(InputError, match="the model or its loss raised") as caught:
+        Problem(Tokens(), "bce_with_logits", data).prove()
+    assert "DataLoader" in caught.value.hint
+    loaded = Problem(Tokens(), "bce_with_logits", DataLoader(data, batch_size=32))
+    assert loaded.data.count == 20
+
+
 @pytest.mark.parametrize("noise", [0.0, 1e-3])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_examples_that_change_are_said_to(noise: float, sampled: bool) -> None:

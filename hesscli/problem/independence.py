@@ -33,7 +33,7 @@ MIN_GROUPS = 16
 """Random batches at least, so that error bars from data have degrees of freedom."""
 
 MODEL_RAISED = "the model or its loss raised an error"
-MUST_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
+_MUST_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
 
 _MODEL_BATCHES = 3
 """Batches on which the model is run on parts; a loss of one's own is tried on all of them."""
@@ -45,6 +45,13 @@ _ABSOLUTE = 1e3
 Places = Sequence[int]
 Part = Callable[[Places], Batch]
 """Makes a batch of some examples of another, by their places in it."""
+
+
+def must_fit(batch: Batch) -> str:
+    """What to try where the user's code raises on a batch."""
+    if is_sliceable(batch):
+        return _MUST_FIT
+    return f"a list of single examples goes in as DataLoader(examples, batch_size=32); {_MUST_FIT}"
 
 
 def sliced(batch: Batch) -> Part:
@@ -137,7 +144,7 @@ class IndependenceTest:
         self._batches += 1
         count = size_of(batch)
         if self._batches == 1:
-            with blamed_on_user(MODEL_RAISED, MUST_FIT):
+            with blamed_on_user(MODEL_RAISED, must_fit(batch)):
                 self._meet(batch if count <= _ROWS else part(range(_ROWS)))
         if count < 2 or not self.wants_more:
             return

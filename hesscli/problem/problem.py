@@ -20,7 +20,7 @@ from hesscli.problem.data import FrozenData, Selection
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import Run, retyped, run_with, undisturbed
 from hesscli.problem.freezing import freeze
-from hesscli.problem.independence import MODEL_RAISED, MUST_FIT, IndependenceTest
+from hesscli.problem.independence import MODEL_RAISED, IndependenceTest, must_fit
 from hesscli.problem.losses import Loss, StepLoss
 from hesscli.problem.placing import placed, require_real
 from hesscli.problem.precision import Precision, precision_of
@@ -132,7 +132,7 @@ class Problem:
         self.independence = test.result
         self.loss = self.loss.reduced(self.independence.reduction)
         self._batches = self._pinned(self.data.batches)
-        with self.forward_context(), blamed_on_user(MODEL_RAISED, MUST_FIT):
+        with self.forward_context(), blamed_on_user(MODEL_RAISED, must_fit(self._batches[0])):
             few = (self._placed(first_rows(batch, _LOOKED_AT)) for batch in self._batches)
             self.loss = self.loss.settled(self.model, few)
             self.masses = self._weigh()
