@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hesscli.diagnostics.clock import Clock
 from hesscli.operators.base import Operator
 from hesscli.operators.matrices import matrix_named
-from hesscli.operators.preflight import preflight
+from hesscli.operators.preflight import checked
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
 from hesscli.results import Preflight
@@ -38,6 +38,6 @@ def opened(problem: Problem, matrix: str, mode: str, clock: Clock) -> Iterator[O
     build = matrix_named(matrix)
     problem.prove(clock.observer)
     clock.tell("preflight")
-    flight = preflight(problem, build, mode)
+    flight = checked(problem, build, mode)
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
         yield Opening(build(problem, mode=flight.mode), flight)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Tensors
 from hesscli.parameters import Parameters
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem, WeightedBatch
-from hesscli.results import Mode
+from hesscli.results import Mode, Preflight
 
 BLOCK_BYTES = 1 << 26
 """Bytes of probes that are held at once (and as many of products)."""
@@ -79,8 +80,9 @@ class Operator(ABC):
     Args:
         problem: model, loss and frozen examples.
         parameters: the rows and columns; default all trainable ones.
-        mode: autodiff mode of the products.
+        mode: autodiff mode of the products, which must hold; ``auto`` takes the cheapest that does.
 
+    Products are put to the test before the first, once for a problem, as those of a command are.
     ``A @ V`` takes ``(d,)`` or ``(d, k)``, as a tensor or an array, and gives the same kind.
     """
 
@@ -94,11 +96,26 @@ class Operator(ABC):
         problem: Problem,
         *,
         parameters: Parameters | None = None,
-        mode: Mode = "double-backward",
+        mode: Mode | Literal["auto"] = "auto",
     ) -> None:
-        self.problem, self.mode = problem, mode
+        self.problem, self._wanted = problem, mode
         self.parameters = problem.parameters if parameters is None else parameters
         self.meter = Meter()
+
+    def check(self) -> Preflight:
+        """Put the products to the test, unless that was done before.
+
+        Raises:
+            UnsoundError: the problem's curvature would mean nothing, or not in this mode.
+        """
+        from hesscli.operators.preflight import checked  # which makes operators itself
+
+        return checked(self.problem, type(self), self._wanted)
+
+    @property
+    def mode(self) -> Mode:
+        """Autodiff mode of the products."""
+        return self.check().mode if self._wanted == "auto" else self._wanted
 
     @abstractmethod
     def parts(self, batch: WeightedBatch) -> tuple[Any, ...]:
@@ -134,7 +151,12 @@ class Operator(ABC):
         return self.problem.weight_decay
 
     def batches(self) -> Iterator[Term]:
-        """The terms, one at a time: a term's graph is freed when the next is taken."""
+        """The terms, one at a time: a term's graph is freed when the next is taken.
+
+        Raises:
+            UnsoundError: the products did not pass their checks.
+        """
+        self.check()
         for batch in self.problem.batches():
             yield Term(batch, self)
 
@@ -148,7 +170,7 @@ class Operator(ABC):
 
     def block(self, parameters: Parameters) -> Operator:
         """The diagonal block of some parameters."""
-        return type(self)(self.problem, parameters=parameters, mode=self.mode)
+        return type(self)(self.problem, parameters=parameters, mode=self._wanted)
 
     @overload
     def __matmul__(self, vectors: Tensor) -> Tensor: ...
@@ -169,12 +191,14 @@ class Operator(ABC):
 
     def apply(self, block: Tensor) -> Tensor:
         """Products with rows ``(k, d)``, summed over the batches in float64."""
-        rows = block.to(self.problem.device, self.problem.dtype)
-        total = self.decay * rows.double()
-        for term in self.batches():
-            for start in range(0, len(rows), self.block_size):
-                part = slice(start, start + self.block_size)
-                total[part] += term.weight * term.apply(rows[part]).double()
+        differs = self.mode == "finite-difference"
+        with doubled(self.problem) if differs else nullcontext():
+            rows = block.to(self.problem.device, self.problem.dtype)
+            total = self.decay * rows.double()
+            for term in self.batches():
+                for start in range(0, len(rows), self.block_size):
+                    part = slice(start, start + self.block_size)
+                    total[part] += term.weight * term.apply(rows[part]).double()
         return total
 
     @property

@@ -14,6 +14,7 @@ from hesscli.problem.batches import Batch
 from hesscli.problem.data import FrozenData, digest_of
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.results import Preflight
 
 
 class Dense(Hessian):
@@ -57,6 +58,17 @@ class Dense(Hessian):
             {name: torch.zeros(size, dtype=matrices.dtype) for name, size in sizes.items()}
         )
         return cls(Problem(model, StepLoss(_quadratic, "quadratic"), _frozen(matrices, weights)))
+
+    def check(self) -> Preflight:
+        """Nothing was differentiated that could have gone wrong."""
+        return Preflight(
+            mode="double-backward",
+            attention_kernel="math",
+            fallback=None,
+            relative_rounding=torch.finfo(self.problem.dtype).eps,
+            product_rounding=torch.finfo(self.problem.dtype).eps,
+            checks=(),
+        )
 
     def live(self, batch: WeightedBatch) -> Apply:
         """Products with a batch's matrix, in the rows and columns of this operator."""

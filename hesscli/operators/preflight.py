@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -42,6 +43,23 @@ _NUMBERS = 1 << 20
 
 _FLOOR = 100 * torch.finfo(torch.float64).eps
 """Rounding of quadratic forms in float64 itself."""
+
+
+_PASSED: WeakKeyDictionary[Problem, dict[tuple[type[Operator], str, torch.dtype], Preflight]]
+_PASSED = WeakKeyDictionary()
+
+
+def checked(problem: Problem, make: type[Operator], mode: str = "auto") -> Preflight:
+    """The preflight of a problem, made once; arguments and errors are those of :func:`preflight`.
+
+    A mode that was chosen has been checked by that.
+    """
+    passed = _PASSED.setdefault(problem, {})
+    key = make, mode, problem.dtype
+    if key not in passed:
+        found = preflight(problem, make, mode)
+        passed[key] = passed[make, found.mode, problem.dtype] = found
+    return passed[key]
 
 
 def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Preflight:

@@ -12,8 +12,10 @@ from torch import Tensor
 from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.gauss_newton import require_outputs
+from hesscli.operators.hessian import Hessian
 from hesscli.operators.products import Function, Tensors
 from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.results import Preflight
 
 
 class Residual(Operator):
@@ -31,6 +33,10 @@ class Residual(Operator):
     def __init__(self, problem: Problem, **options: object) -> None:
         super().__init__(problem, **options)  # type: ignore[arg-type]
         require_outputs(problem, self.name)
+
+    def check(self) -> Preflight:
+        """The Hessian's: what makes its products right makes these right."""
+        return Hessian(self.problem, mode=self._wanted).check()
 
     @property
     def decay(self) -> float:
