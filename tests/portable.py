@@ -19,7 +19,7 @@ import torch
 NUMBERS = """
     block_variance blocks conjugate_gradients dense diagonal entries exact_diagonal exactness
     factors independence invariances kernels lanczos losses mfac_rows mfac_static mfac_window
-    mfac_windowed modes named_losses odd_parameters operators perturbations precision preflight
+    mfac_windowed modes named_losses operators perturbations precision preflight
     quadrature residual root_mean_square shrinkage spectrum spectrum_rounding streams widening
     wrong_derivatives
 """
