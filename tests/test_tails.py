@@ -189,6 +189,19 @@ def test_ordinary_examples_are_not_either() -> None:
     assert math.isfinite(result.trace.interval[1])
 
 
+def test_data_noise_that_keeps_from_a_tolerance_is_said() -> None:
+    """Whatever part of the interval is widening: a run without probes does not ask for more."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(800, 3, generator=generator)
+    data = TensorDataset(rows[:, :2], rows[:, 2:])
+    problem = hesscli.Problem(nn.Linear(2, 1), "mse", data, examples=200)
+    low, high = hesscli.trace(problem).trace.interval
+    for share in (0.5, 0.9, 0.99):
+        tight = hesscli.trace(problem, rtol=None, atol=share * (high - low) / 2)
+        assert tight.status == "data-limited"
+    assert hesscli.trace(problem, rtol=None, atol=1.01 * (high - low) / 2).status == "converged"
+
+
 def one_of_many(loss: Any) -> hesscli.Problem:
     torch.manual_seed(0)
     x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))

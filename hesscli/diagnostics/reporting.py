@@ -139,21 +139,22 @@ def warnings(
 ) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
     yield from warnings_of_products(problem, flight)
-    if problem.sampling_fraction is None:
-        yield (
-            f"the loader was not read to its end: intervals are about the {problem.data.count} "
-            "examples that were kept"
-        )
-    elif problem.sampling_fraction < 1:
-        yield from _warnings_of_samples(problem, outcome.reading)
+    yield from warnings_of_samples(problem, outcome.reading)
     if outcome.status == "data-limited" and math.isfinite(outcome.reading.half_width[-1]):
         yield from _examples_advice(problem, outcome.reading, tolerance)
 
 
-def _warnings_of_samples(problem: Problem, reading: Reading) -> Iterator[str]:
+def warnings_of_samples(problem: Problem, reading: Reading) -> Iterator[str]:
     """How far what was kept can speak of what was left out."""
     count, tails = problem.data.count, reading.table.tails
-    if tails.count == 1:
+    if problem.sampling_fraction is None:
+        yield (
+            f"the loader was not read to its end: intervals are about the {count} examples that "
+            "were kept"
+        )
+    elif problem.sampling_fraction == 1:
+        return
+    elif tails.count == 1:
         yield (
             f"one batch of {count} of {problem.data.available} examples: what the others would "
             "change is unknown; --examples all"

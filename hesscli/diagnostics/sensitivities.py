@@ -14,7 +14,7 @@ import hesscli
 from hesscli.diagnostics.predictions import SCALES, order_of
 from hesscli.diagnostics.ranking import QUANTILES, quantiles
 from hesscli.diagnostics.ranks import rank_correlation
-from hesscli.diagnostics.reporting import described, warnings_of_products
+from hesscli.diagnostics.reporting import described, warnings_of_products, warnings_of_samples
 from hesscli.diagnostics.study import Ranked, Study
 from hesscli.diagnostics.surroundings import environment, peak_bytes
 from hesscli.results import (
@@ -167,11 +167,11 @@ def _edges(saliency: Tensor) -> Array:
 
 def _perturbations(study: Study, position: int) -> Iterator[Perturbation]:
     """A layer's changes, with all that is known of them; none before two batches were seen."""
-    predictions, traces = study.predictions, study.traces
-    if predictions is None or traces is None or predictions.seen < 2:
+    predictions, reading = study.predictions, study.reading
+    if predictions is None or reading is None or predictions.seen < 2:
         return
     layer = predictions.layers[position]
-    known, mean_curvature = predictions.of(layer), float(traces[position]) / layer.size
+    known, mean_curvature = predictions.of(layer), float(reading.estimate[position]) / layer.size
     for row, change in enumerate(layer.changes()):
         measured = None if study.measured is None else study.measured[position][row]
         linear, quadratic = float(known.linear[row]), float(known.quadratic[row])
@@ -211,6 +211,8 @@ def _warnings(study: Study, layers: Sequence[LayerSensitivity]) -> Iterator[str]
     """What a careful reader of the numbers must know."""
     collected, flight = study.collected, study.opening.flight
     yield from warnings_of_products(study.problem, flight)
+    if study.reading is not None:
+        yield from warnings_of_samples(study.problem, study.reading)
     if collected.reason:
         yield f"{collected.kind} rows, since {collected.reason}"
     if collected.window.count < collected.window.capacity:

@@ -21,6 +21,7 @@ from hesscli.diagnostics.ranking import Repeats, repeats, saliencies
 from hesscli.diagnostics.solving import Solved
 from hesscli.diagnostics.sweep import sweep
 from hesscli.diagnostics.trace import estimation
+from hesscli.engines.reading import Reading
 from hesscli.engines.stopping import Tolerance
 from hesscli.problem.problem import Problem
 from hesscli.results import DampingPoint, Status
@@ -51,7 +52,7 @@ class Study:
         solved: its y.
         clock: the time limit, and whom to tell.
 
-    ``traces`` are the layers' ``(L,)``, for HAWQ's form; ``measured`` each layer's loss
+    ``reading`` has the layers' traces, for HAWQ's form; ``measured`` each layer's loss
     differences ``(changes, scales)``, each off by ``rounding`` at most.
     """
 
@@ -63,7 +64,7 @@ class Study:
     status: Status = "converged"
     sweep: tuple[DampingPoint, ...] = ()
     ranked: Ranked | None = None
-    traces: Array | None = None
+    reading: Reading | None = None
     predictions: Predictions | None = None
     measured: list[Array] | None = None
     rounding: float = 0.0
@@ -145,7 +146,7 @@ class Study:
         """Traces of all layers, without probes where that is possible."""
         choice, run = estimation(self.opening, "auto", Draw(seed), _ANY, 0.05, self.clock)
         outcome = run.fixed(_TRACE_PROBES)
-        self.traces = np.asarray(outcome.reading.estimate[:-1])
+        self.reading = outcome.reading
         self._products += outcome.estimator.products
         self._gradients += choice.gradients + outcome.estimator.gradients
         if outcome.status == "interrupted":

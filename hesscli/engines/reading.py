@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from hesscli.engines.estimator import Estimator
-from hesscli.engines.hutchinson.statistics import Array, MeanSquare, Table, half_width
+from hesscli.engines.hutchinson.statistics import Array, MeanSquare, Table
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,8 @@ class Reading:
 
     def data_half_width(self) -> float:
         """The part of the total's half-width that no number of probes can take away."""
-        data = self.table.data_variance
-        if self.fraction == 1:
-            return float(self.rounding[-1])
-        if data is None or self.table.between is None or self.table.heavy:
-            return math.inf
-        noise = MeanSquare((1 - self.fraction) * data, self.table.between.freedom)
-        return float(half_width(noise, self.miss)[-1] + self.rounding[-1])
+        width = self.table.data_half_width(self.fraction, self.miss)
+        return float(width[-1] + self.rounding[-1])
 
     @property
     def random_share(self) -> float:

@@ -109,11 +109,23 @@ class Table:
         variance = self.variance(fraction)
         if fraction == 1:
             return half_width(variance, miss)
+        drawn = self.within.value / np.where(variance.value, variance.value, np.inf)
+        return self._widened(variance, np.maximum(1 - drawn, 0.0), miss)
+
+    def data_half_width(self, fraction: float, miss: float) -> Array:
+        """The part of :meth:`half_width` that no number of probes can take away."""
+        if fraction == 1:
+            return np.zeros_like(self.estimate)
+        freedom = 1.0 if self.between is None else self.between.freedom
+        data = np.zeros_like(self.estimate) if self.data_variance is None else self.data_variance
+        return self._widened(MeanSquare((1 - fraction) * data, freedom), 1.0, miss)
+
+    def _widened(self, variance: MeanSquare, sampled: Array | float, miss: float) -> Array:
+        """Of a variance of which a part is from how batches differ."""
         if self.between is None or self.heavy:
             return np.full_like(self.estimate, np.inf)
-        sampled = 1 - self.within.value / np.where(variance.value, variance.value, np.inf)
         quantile = np.broadcast_to(stdtrit(variance.freedom, 1 - miss / 2), self.estimate.shape)
-        widening = 1 + np.maximum(sampled, 0.0) * (self.tails.widening(quantile) - 1)
+        widening = 1 + sampled * (self.tails.widening(quantile) - 1)
         return np.asarray(widening * half_width(variance, miss))
 
 
