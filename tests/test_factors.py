@@ -51,6 +51,16 @@ CASES: dict[str, tuple[Loss, Tensor, Batch]] = {
     "soft": (CrossEntropy(0.3, -100, WEIGHTS), FLAT, (ANY, SOFT)),
     "soft positions": (CrossEntropy(0.3), GRID, (ANY, SOFT_GRID)),
     "nll": (NegativeLogLikelihood(1, WEIGHTS), FLAT.log_softmax(1), (ANY, _labels(N))),
+    "mse by weight": (
+        MeanSquaredError(),
+        GRID,
+        {"x": ANY, "y": GRID + 1, "loss_weights": _draw(N, K, 2, 3, seed=5).square()},
+    ),
+    "positions by weight": (
+        CrossEntropy(0.1, 2, WEIGHTS),
+        GRID,
+        {"x": ANY, "y": _labels(N, 2, 3), "loss_weights": (_draw(N, seed=5) > 0).double()},
+    ),
     "language": (LanguageModel(), SEQUENCE, (ANY, MASKED)),
     "tokens": (LanguageModel(0.2), SEQUENCE, (ANY, MASKED, _draw(N, T, seed=3).square())),
     "huggingface": (HuggingFace(), SEQUENCE, {"labels": MASKED}),

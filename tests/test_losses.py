@@ -211,6 +211,79 @@ def test_weights_are_not_rounded_to_single_precision() -> None:
     assert torch.equal(loss.pos_weight, TENSOR)  # type: ignore[arg-type]
 
 
+# -- weights of targets ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_example", [False, True], ids=["targets", "examples"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "classes",
+        "segmentation",
+        "soft segmentation",
+        "nll of pixels",
+        "mse",
+        "bce",
+        "mse of scalars",
+    ],
+)
+def test_weights_of_targets_are_means_by_weight(name: str, by_example: bool) -> None:
+    """(w · terms).sum() / w.sum(), a mask where weights are 0 and 1."""
+    case = CASES[name]
+    terms = _terms(case)
+    weights = _draw(*(terms.shape[:1] if by_example else terms.shape)).square().round()
+    weights[3] = 0
+    batch = {"x": torch.zeros(23, 1), "y": case.targets, "loss_weights": weights}
+    spread = weights.view(*weights.shape, *[1] * (terms.dim() - weights.dim())).expand_as(terms)
+    kept = torch.ones_like(terms)
+    if isinstance(case.loss, CrossEntropy) and not case.targets.is_floating_point():
+        kept = (case.targets != case.loss.ignore_index).double()
+        if case.loss.class_weights is not None:
+            kept = kept * TENSOR[case.targets.clamp(0, 3)]
+    value, _ = _value_and_slope(lambda f: case.loss.mean(f, batch), case.outputs)
+    expected = (spread * terms).sum() / (spread * kept).sum()
+    torch.testing.assert_close(value, expected, rtol=ROUNDING, atol=0)
+    halves = [rows(batch, 0, 10), rows(batch, 10, 23)]
+    masses = [case.loss.mass(nn.Identity(), half) for half in halves]
+    means = [
+        float(case.loss.mean(outputs, half))
+        for outputs, half in zip((case.outputs[:10], case.outputs[10:]), halves, strict=True)
+    ]
+    together = sum(m * v for m, v in zip(masses, means, strict=True)) / sum(masses)
+    assert together == pytest.approx(float(expected), rel=ROUNDING)
+
+
+def _terms(case: Case) -> Tensor:
+    """Loss of each target by torch, unreduced."""
+    loss, f, y = case.loss, case.outputs, case.targets
+    if isinstance(loss, MeanSquaredError):
+        return functional.mse_loss(f, y, reduction="none")
+    if isinstance(loss, BinaryCrossEntropy):
+        return functional.binary_cross_entropy_with_logits(f, y, reduction="none")
+    assert isinstance(loss, CrossEntropy)
+    if isinstance(loss, NegativeLogLikelihood):
+        return functional.nll_loss(f, y, reduction="none")
+    return functional.cross_entropy(
+        f,
+        y,
+        weight=loss.class_weights,
+        ignore_index=loss.ignore_index,
+        label_smoothing=loss.label_smoothing,
+        reduction="none",
+    )
+
+
+def test_weights_are_no_input_of_the_model() -> None:
+    x, y = _draw(5, 1), _draw(5, 1).cos()
+    mask = torch.tensor([True, False, True, True, False])
+    batch = {"x": x, "y": y, "loss_weights": mask}
+    value = MeanSquaredError().evaluate(Linear(), batch)
+    assert float(value.detach()) == pytest.approx(float((2 * x - y)[mask].square().mean()))
+    with pytest.raises(InputError, match="a weight for each target or example") as caught:
+        MeanSquaredError().masses({**batch, "loss_weights": mask[:, None, None]})
+    assert "(N, 1, 1)" in caught.value.got
+
+
 # -- language models ---------------------------------------------------------------------------
 
 

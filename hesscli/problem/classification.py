@@ -62,16 +62,17 @@ class CrossEntropy(Loss):
         return targets if targets.is_floating_point() else targets.long()
 
     def masses(self, batch: Batch) -> Tensor:
-        """Unmasked targets, or the sum of their class weights, as torch divides by them."""
+        """Unmasked targets, or the sum of their weights, as torch divides by them."""
         targets = self.targets(batch)
         if targets.is_floating_point():
-            cells = math.prod(targets.shape[2:])
-            return targets.new_full((len(targets),), cells, dtype=torch.float64)
-        kept = (targets != self.ignore_index).double()
-        if self.class_weights is not None:
+            kept = torch.ones_like(targets[:, 0] if targets.dim() > 1 else targets)
+        else:
+            kept = targets != self.ignore_index
+        kept = kept.double()
+        if self.class_weights is not None and not targets.is_floating_point():
             weights = self.class_weights.to(targets.device)
             kept = kept * weights[targets.clamp(0, len(weights) - 1)]
-        return kept.reshape(len(kept), -1).sum(1)
+        return self.weighed(kept, batch).reshape(len(kept), -1).sum(1)
 
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target, weighted and not divided, in the shape of the targets."""
@@ -86,7 +87,7 @@ class CrossEntropy(Loss):
 
     def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Sum over an example's targets of their weighted losses."""
-        terms = self.terms(self.logits(outputs), self.targets(batch))
+        terms = self.weighed(self.terms(self.logits(outputs), self.targets(batch)), batch)
         return terms.reshape(len(terms), -1).sum(1)
 
     def check(self, outputs: Tensor, batch: Batch) -> None:
@@ -123,7 +124,7 @@ class CrossEntropy(Loss):
         logits, targets = self.logits(outputs), self.targets(batch)
         if targets.is_floating_point():
             return None
-        kept = targets != self.ignore_index
+        kept = self.weighed((targets != self.ignore_index).double(), batch) != 0
         return ((logits.argmax(1) == targets) & kept).sum(), kept.sum()
 
 
@@ -236,22 +237,11 @@ class LanguageModel(CrossEntropy):
         """The last one."""
         return 2
 
-    def token_weights(self, batch: Batch) -> Tensor | None:
-        """The batch's third tensor ``(N, T)``, if it has one."""
-        return batch[2] if isinstance(batch, (tuple, list)) and len(batch) == 3 else None
-
-    def masses(self, batch: Batch) -> Tensor:
-        """Unmasked tokens, or the sum of their weights."""
-        weights = self.token_weights(batch)
-        if weights is None:
-            return super().masses(batch)
-        return (weights.double() * (self.targets(batch) != self.ignore_index)).sum(1)
-
-    def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Sum over an example's tokens."""
-        terms = self.terms(self.logits(outputs), self.targets(batch))
-        weights = self.token_weights(batch)
-        return (terms if weights is None else terms * weights.to(terms)).sum(1)
+    def weights(self, batch: Batch) -> Tensor | None:
+        """The batch's third tensor ``(N, T)``, if it has one, or a dict's ``loss_weights``."""
+        if isinstance(batch, (tuple, list)):
+            return batch[2] if len(batch) == 3 else None
+        return super().weights(batch)
 
 
 def _are_log_probabilities(logits: Tensor) -> bool:

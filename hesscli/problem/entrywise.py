@@ -17,8 +17,9 @@ class Entrywise(Loss):
     """The mean, or sum, over all entries of outputs and targets of one shape ``(N, ...)``."""
 
     def masses(self, batch: Batch) -> Tensor:
-        """One an example."""
-        return torch.ones(len(self.targets(batch)), dtype=torch.float64)
+        """One an example, or the mean weight of its entries."""
+        ones = torch.ones_like(torch.as_tensor(self.targets(batch)), dtype=torch.float64)
+        return self.weighed(ones, batch).reshape(len(ones), -1).mean(1)
 
     @abstractmethod
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class Entrywise(Loss):
     def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Mean over an example's entries, or their sum."""
         terms = self.terms(outputs, self.targets(batch).to(outputs.dtype))
-        terms = terms.reshape(len(terms), -1)
+        terms = self.weighed(terms, batch).reshape(len(terms), -1)
         return terms.sum(1) if self.reduction == "sum" else terms.mean(1)
 
     def check(self, outputs: Tensor, batch: Batch) -> None:
@@ -82,8 +83,8 @@ class _Binary(Entrywise):
                 "[loss] factory of a loss that reads each example's weight from the targets",
             )
 
-    def weighed(self, outputs: Tensor) -> Tensor | None:
-        """The weights in the outputs' type."""
+    def entry_weight(self, outputs: Tensor) -> Tensor | None:
+        """The weights of entries in the outputs' type."""
         return None if self.weight is None else self.weight.to(outputs)
 
     def correct(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
@@ -91,8 +92,9 @@ class _Binary(Entrywise):
         targets = self.targets(batch)
         if not bool(((targets == 0) | (targets == 1)).all()):
             return None
+        kept = self.weighed(torch.ones_like(outputs), batch) != 0
         right = (outputs > self.boundary) == (targets > 0.5)
-        return right.sum(), torch.tensor(right.numel(), device=right.device)
+        return (right & kept).sum(), kept.sum()
 
     boundary: float
 
@@ -114,7 +116,7 @@ class BinaryCrossEntropy(_Binary):
         """Loss of each entry."""
         pos_weight = None if self.pos_weight is None else self.pos_weight.to(outputs)
         return functional.binary_cross_entropy_with_logits(
-            outputs, targets, self.weighed(outputs), pos_weight=pos_weight, reduction="none"
+            outputs, targets, self.entry_weight(outputs), pos_weight=pos_weight, reduction="none"
         )
 
     def curvature(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -137,7 +139,7 @@ class BinaryCrossEntropyOfProbabilities(_Binary):
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each entry."""
         return functional.binary_cross_entropy(
-            outputs, targets, self.weighed(outputs), reduction="none"
+            outputs, targets, self.entry_weight(outputs), reduction="none"
         )
 
     def check(self, outputs: Tensor, batch: Batch) -> None:

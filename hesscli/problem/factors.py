@@ -22,7 +22,7 @@ from torch import Tensor
 from hesscli import streams
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.problem.batches import Batch
-from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
+from hesscli.problem.classification import CrossEntropy, NegativeLogLikelihood
 from hesscli.problem.entrywise import Entrywise
 from hesscli.problem.losses import Loss
 from hesscli.problem.summed import Summed
@@ -157,7 +157,7 @@ class EntrywiseFactor(Factor):
 
     def __init__(self, loss: Entrywise, outputs: Tensor, batch: Batch) -> None:
         per_entry = 1 if loss.reduction == "sum" else max(1, outputs[0].numel())
-        self._root = _root(loss.curvature(outputs, batch) / per_entry)
+        self._root = _root(loss.weighed(loss.curvature(outputs, batch), batch) / per_entry)
         self.num_columns = outputs[0].numel()
 
     def column(self, index: int) -> Tensor:
@@ -221,12 +221,10 @@ def _target_weights(loss: CrossEntropy, logits: Tensor, batch: Batch) -> Tensor:
     if targets.is_floating_point():
         by_class = weights.view(-1, *[1] * (logits.dim() - 2))
         spread = (1 - smoothing) * targets.to(logits) + smoothing / len(weights)
-        return (spread * by_class).sum(1)
+        return loss.weighed((spread * by_class).sum(1), batch)
     kept = targets != loss.ignore_index
     chosen = weights[targets.where(kept, 0)]
-    total = kept * ((1 - smoothing) * chosen + smoothing * weights.mean())
-    given = loss.token_weights(batch) if isinstance(loss, LanguageModel) else None
-    return total if given is None else total * given.to(total)
+    return loss.weighed(kept * ((1 - smoothing) * chosen + smoothing * weights.mean()), batch)
 
 
 def _signs(stream: int, first: int, like: Tensor) -> Tensor:

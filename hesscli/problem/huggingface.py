@@ -77,6 +77,10 @@ class HuggingFace(CrossEntropy):
             return labels.flatten().long()
         return (labels[:, 1:] if self._shifts(labels) else labels).long()
 
+    def weights(self, batch: Batch) -> Tensor | None:
+        """None: what is in the batch is the model's."""
+        return None
+
     def logits(self, outputs: Tensor) -> Tensor:
         """``(N, K, ...)``: without the last position where labels are shifted."""
         if outputs.dim() != 3:

@@ -20,6 +20,9 @@ from hesscli.problem.batches import Batch, shape_of, size_of, split_batch
 from hesscli.problem.outputs import named_output
 from hesscli.results import Reduction
 
+WEIGHTS = "loss_weights"
+"""The key of a batch under which named losses find what each target counts, 0 for a mask."""
+
 
 class Loss(ABC):
     """A mean loss of a model on a batch.
@@ -56,7 +59,30 @@ class Loss(ABC):
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward pass, giving the tensor that the loss reads: ``(N, ...)``."""
+        if isinstance(batch, Mapping):  # weights are no input of the model
+            batch = {key: value for key, value in batch.items() if key != WEIGHTS}
         return named_output(returned(model, batch), self.output)
+
+    def weights(self, batch: Batch) -> Tensor | None:
+        """What each target counts, ``(N, ...)``: the ``loss_weights`` of a dict; None for 1."""
+        return batch.get(WEIGHTS) if isinstance(batch, Mapping) else None
+
+    def weighed(self, terms: Tensor, batch: Batch) -> Tensor:
+        """Terms of the targets ``(N, ...)`` times their weights, which may be of examples alone.
+
+        Raises:
+            InputError: weights of another shape.
+        """
+        weights = self.weights(batch)
+        if weights is None:
+            return terms
+        if weights.shape != terms.shape[: weights.dim()]:
+            raise InputError(
+                f"{self.name} needs a weight for each target or example",
+                f"weights {shape_of(weights, len(terms))}, targets {shape_of(terms, len(terms))}",
+                "weights in the shape of the targets, or one an example",
+            )
+        return terms * weights.to(terms).view(*weights.shape, *[1] * (terms.dim() - weights.dim()))
 
     def targets(self, batch: Batch) -> Tensor:
         """What the outputs are compared with."""
