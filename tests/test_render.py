@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -19,7 +20,7 @@ from hesscli.render.canvas import save_figure
 from hesscli.render.check_table import check_table
 from hesscli.render.figure import trace_figure
 from hesscli.render.table import trace_table
-from hesscli.render.words import human_bytes, human_seconds, shorten, with_error
+from hesscli.render.words import human_bytes, human_seconds, shorten, shorten_all, with_error
 from hesscli.results import LayerTrace, TraceResult
 
 
@@ -102,6 +103,24 @@ def test_long_names_keep_both_ends() -> None:
         assert "…" in cut
     assert shorten(name, 24).endswith("layers.11.mlp.fc2")
     assert shorten("a\x1b[31m\nb", 20) == "a?[31m?b"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"encoder.layer.{i}.feedforward_network.{j}.output" for i in range(9) for j in "ab"],
+        [f"blocks.{i}.attention.self.query_key_value" for i in range(9)],
+        [f"deep.a{i}.{'same.' * 9}end" for i in range(5)],
+    ],
+)
+@pytest.mark.parametrize("width", [26, 32])
+def test_names_that_are_cut_can_be_told_apart(names: list[str], width: int) -> None:
+    """With one beside them that lies in none of their modules, so that these are not left out."""
+    names = ["classifier", *names]
+    for name, cut in zip(names, shorten_all(names, width), strict=True):
+        assert len(cut) <= width
+        pattern = ".*".join(map(re.escape, cut.split("…")))
+        assert [other for other in names if re.fullmatch(pattern, other)] == [name]
 
 
 def test_trace_table_says_it_all() -> None:

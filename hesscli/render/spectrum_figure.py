@@ -155,8 +155,9 @@ def _describe(axes: Axes, panel: _Panel, result: SpectrumResult) -> None:
     """In words beside the panel."""
     functions, mass = panel.functions, panel.functions.negative_mass.value
     whole = panel.density is result.density
+    names = [panel.name, *(layer.name for layer in result.layers)]
     lines = [
-        words.shorten(panel.name, 24),
+        words.shorten_all(names, 24)[0],
         words.count(panel.size, "eigenvalue"),
         f"trace {estimate(functions.trace)}",
     ]

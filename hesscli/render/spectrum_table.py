@@ -166,7 +166,9 @@ def _whereabouts(result: SpectrumResult, index: int, shown: tuple[str, ...] | No
         if shown is None or layer.name in shown
     ]
     largest = sorted(parts, key=lambda part: -part[0])[:_MOST_NAMED]
-    return ", ".join(f"{words.shorten(name, 24)} {words.percent(part)}" for part, name in largest)
+    names = [layer.name for layer in result.layers]
+    short = dict(zip(names, words.shorten_all(names, 24), strict=True))
+    return ", ".join(f"{short[name]} {words.percent(part)}" for part, name in largest)
 
 
 def _eigenvalue_notes(result: SpectrumResult) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import takewhile
 from typing import TypeVar
 
@@ -129,20 +129,45 @@ def shorten(name: str, width: int) -> str:
 
     More of its end is kept, since that is where the names of layers differ.
     """
-    name = "".join(letter if letter.isprintable() else "?" for letter in name)
-    if len(name) <= width:
-        return name
-    tail = max(3 * width // 4, 1)
-    return f"{name[: max(width - tail - 1, 0)]}…{name[-tail:]}"
+    return _cut(_printable(name), width, _usual_head(width))
 
 
 def shorten_all(names: Sequence[str], width: int) -> list[str]:
-    """Shorten names where one is too long, first by the modules that all of them lie in."""
+    """Shorten names where one is too long, first by the modules that all of them lie in.
+
+    Each is cut where it can be told from the others, if there is such a place.
+    """
+    names = [_printable(name) for name in names]
     if len(names) > 1 and max(map(len, names)) > width:
         modules = zip(*(name.split(".")[:-1] for name in names), strict=False)
         shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, modules))
         names = ["…" * (shared > 0) + ".".join(name.split(".")[shared:]) for name in names]
-    return [shorten(name, width) for name in names]
+    return [_told_apart(name, set(names) - {name}, width) for name in names]
+
+
+def _told_apart(name: str, others: Set[str], width: int) -> str:
+    usual = _usual_head(width)
+    if len(name) <= width:
+        return name
+    for head in (usual, *range(usual + 1, width), *range(usual)):
+        start, end = name[:head], name[len(name) - (width - head - 1) :]
+        if not any(other.startswith(start) and other.endswith(end) for other in others):
+            return _cut(name, width, head)
+    return _cut(name, width, usual)
+
+
+def _usual_head(width: int) -> int:
+    return max(width - max(3 * width // 4, 1) - 1, 0)
+
+
+def _cut(name: str, width: int, head: int) -> str:
+    if len(name) <= width:
+        return name
+    return f"{name[:head]}…{name[len(name) - max(width - head - 1, 0) :]}"
+
+
+def _printable(name: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def matrix_name(problem: ProblemReport) -> str:
