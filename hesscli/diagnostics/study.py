@@ -28,8 +28,9 @@ from hesscli.results import DampingPoint, Status
 
 Array = NDArray[np.float64]
 
-_TRACE_PROBES = 8
-"""For the layers' traces where they are not exact: they serve for comparison alone."""
+_TRACE_PRODUCTS = 128
+"""Of single batches, for the layers' traces where they are not exact: they serve for comparison."""
+_MOST_PROBES = 8
 _ANY = Tolerance(math.inf, None)
 
 
@@ -145,7 +146,8 @@ class Study:
     def _trace(self, seed: int) -> None:
         """Traces of all layers, without probes where that is possible."""
         choice, run = estimation(self.opening, "auto", Draw(seed), _ANY, 0.05, self.clock)
-        outcome = run.fixed(_TRACE_PROBES)
+        probes = max(2, _TRACE_PRODUCTS // self.problem.num_batches)
+        outcome = run.fixed(min(probes, _MOST_PROBES))
         self.reading = outcome.reading
         self._products += outcome.estimator.products
         self._gradients += choice.gradients + outcome.estimator.gradients
