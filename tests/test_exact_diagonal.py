@@ -13,11 +13,13 @@ import torch
 from scipy.stats import norm
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.data import TensorDataset
 
 from hesscli import GaussNewton
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.exact_diagonal import ExactDiagonal
 from hesscli.engines.exact_diagonal.contraction import _by_gradients, _by_pairs
+from hesscli.engines.exact_diagonal.engine import relative_rounding
 from hesscli.errors import UsageError
 from hesscli.problem.data import FrozenData
 from hesscli.problem.problem import Problem
@@ -455,3 +457,14 @@ def test_unknown_output_hessians_and_shapeless_batches_are_refused() -> None:
     whole = FrozenData((SMALL,), (N,), N, False, "by hand")
     with pytest.raises(UsageError, match="one row an example"):
         ExactDiagonal(Problem(model, "cross_entropy", whole))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_that_was_measured_small_by_chance_counts_as_a_unit(dtype: torch.dtype) -> None:
+    """Squares of rounded numbers err by units in the last place, whatever one measurement says."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(dtype)
+        data = TensorDataset(torch.randn(20, 3), torch.randn(20, 2))
+        rounding = relative_rounding(ExactDiagonal(Problem(model, "mse", data)))
+        assert torch.finfo(dtype).eps <= rounding <= 100 * torch.finfo(dtype).eps

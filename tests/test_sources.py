@@ -216,14 +216,20 @@ def test_what_has_to_be_collated_is_refused(data: Any, what: str, hint: str) -> 
     assert hint in caught.value.hint
 
 
-def test_a_list_that_is_no_list_of_batches_is_sent_to_a_loader() -> None:
-    """Ids (5,) with a target (3,) each could be a batch of some model; it is none of this one."""
-    data = list(zip(IDS, torch.rand(20, 3), strict=True))
+@pytest.mark.parametrize("rows_in_common", [False, True])
+def test_a_list_that_is_no_list_of_batches_is_sent_to_a_loader(rows_in_common: bool) -> None:
+    """Such pairs of tensors could be batches of some model; they are none of this one."""
+    y = torch.rand(20, 5 if rows_in_common else 3)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, y.shape[1]))
+    data = list(zip(IDS, y, strict=True))
     with pytest.raises(InputError, match="the model or its loss raised") as caught:
-        Problem(Tokens(), "bce_with_logits", data).prove()
+        Problem(model, "bce_with_logits", data).prove()
     assert "DataLoader" in caught.value.hint
-    loaded = Problem(Tokens(), "bce_with_logits", DataLoader(data, batch_size=32))
-    assert loaded.data.count == 20
+    loader = DataLoader(data, batch_size=32)
+    assert Problem(model, "bce_with_logits", loader).data.count == 20
+    with pytest.raises(InputError, match="the model or its loss raised") as caught:
+        Problem(nn.Linear(9, 3), "bce_with_logits", loader)
+    assert "DataLoader" not in caught.value.hint
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-3])

@@ -206,7 +206,8 @@ def _against_float64(make: type[Operator], mode: Mode, few: Sample, many: Sample
     # For signs v, ‖Ev‖² is ‖E‖² of Frobenius in the mean: no unit vector's product is off by more.
     errors = (own.values.double() - exact.values).norm(dim=1)
     error = float(errors.square().mean().sqrt()) / max(largest, 1e-300)
-    return _Outcome((symmetry, difference), max(forms, _FLOOR), max(error, _FLOOR))
+    floor = max(_FLOOR, torch.finfo(problem.dtype).eps)  # a measurement may be small by chance
+    return _Outcome((symmetry, difference), max(forms, floor), max(error, floor))
 
 
 def _largest(operator: Operator, sample: Sample, found: Products) -> float:

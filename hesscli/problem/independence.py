@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ MIN_GROUPS = 16
 """Random batches at least, so that error bars from data have degrees of freedom."""
 
 MODEL_RAISED = "the model or its loss raised an error"
-_MUST_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
+MUST_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
 
 _MODEL_BATCHES = 3
 """Batches on which the model is run on parts; a loss of one's own is tried on all of them."""
@@ -47,11 +48,11 @@ Part = Callable[[Places], Batch]
 """Makes a batch of some examples of another, by their places in it."""
 
 
-def must_fit(batch: Batch) -> str:
-    """What to try where the user's code raises on a batch."""
-    if is_sliceable(batch):
-        return _MUST_FIT
-    return f"a list of single examples goes in as DataLoader(examples, batch_size=32); {_MUST_FIT}"
+def must_fit(data: Any) -> str:
+    """What to try where the user's code raises on batches of these data."""
+    if not isinstance(data, (list, tuple)):
+        return MUST_FIT
+    return f"a list of single examples goes in as DataLoader(examples, batch_size=32); {MUST_FIT}"
 
 
 def sliced(batch: Batch) -> Part:
@@ -91,12 +92,18 @@ class IndependenceTest:
         loss: what is computed of it.
         device: where to compute.
         dtype: the type that is analysed; float64 is tried first.
+        hint: what to try where the model or its loss raises.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, device: torch.device, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        loss: Loss,
+        device: torch.device,
+        dtype: torch.dtype,
+        hint: str = MUST_FIT,
     ) -> None:
-        self.model, self.loss, self.device = model, loss, device
+        self.model, self.loss, self.device, self.hint = model, loss, device, hint
         self._own = self._dtype = dtype
         self._bound = tolerance(dtype)
         self._batches = self._tried = 0
@@ -144,7 +151,7 @@ class IndependenceTest:
         self._batches += 1
         count = size_of(batch)
         if self._batches == 1:
-            with blamed_on_user(MODEL_RAISED, must_fit(batch)):
+            with blamed_on_user(MODEL_RAISED, self.hint):
                 self._meet(batch if count <= _ROWS else part(range(_ROWS)))
         if count < 2 or not self.wants_more:
             return

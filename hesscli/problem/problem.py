@@ -114,7 +114,8 @@ class Problem:
         self.weight_decay, self.unseen = weight_decay, unseen
         self.checkpoint = checkpoint
         self._proof: Proof | None = None
-        test = IndependenceTest(self.model, self.loss, self.device, self.dtype)
+        self.must_fit = must_fit(data)
+        test = IndependenceTest(self.model, self.loss, self.device, self.dtype, self.must_fit)
         if isinstance(data, FrozenData):
             self.data = data
             test.see_frozen(data.batches)
@@ -132,7 +133,7 @@ class Problem:
         self.independence = test.result
         self.loss = self.loss.reduced(self.independence.reduction)
         self._batches = self._pinned(self.data.batches)
-        with self.forward_context(), blamed_on_user(MODEL_RAISED, must_fit(self._batches[0])):
+        with self.forward_context(), blamed_on_user(MODEL_RAISED, self.must_fit):
             few = (self._placed(first_rows(batch, _LOOKED_AT)) for batch in self._batches)
             self.loss = self.loss.settled(self.model, few)
             self.masses = self._weigh()

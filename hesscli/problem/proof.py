@@ -13,7 +13,7 @@ from hesscli.errors import UnsoundError
 from hesscli.problem.batches import tensors_of
 from hesscli.problem.blame import is_out_of_memory, no_gradient
 from hesscli.problem.factory import blamed_on_user
-from hesscli.problem.independence import MODEL_RAISED, must_fit
+from hesscli.problem.independence import MODEL_RAISED
 from hesscli.problem.losses import require_number, same_mean
 from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.results import Observe, Snapshot
@@ -114,7 +114,7 @@ def _must_fit(problem: Problem, batch: WeightedBatch) -> str:
             f"the last batch has one example, and {problem.couples_examples} mixes them: "
             "--examples or --batch-size that leaves none over, or drop_last in the loader"
         )
-    return must_fit(batch.data)
+    return problem.must_fit
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,8 @@ def columns_of_sample(problem: Problem, columns: MakeColumns = columns_at) -> Co
 def relative_rounding(engine: ExactDiagonal) -> float | None:
     """Error of a layer's traces relative to their size, at most, on a few examples.
 
-    None where the model does not run in float64.
+    One measurement may come out small by chance: a unit in the last place is added to it. None
+    where the model does not run in float64.
     """
     problem = engine.problem
     if not problem.precision.is_float64:
@@ -210,6 +211,7 @@ def relative_rounding(engine: ExactDiagonal) -> float | None:
     rough = engine.traces_of(problem.sample(_SAMPLE))
     with doubled(problem):
         fine = engine.traces_of(problem.sample(_SAMPLE))
-    least = torch.finfo(problem.dtype).eps * abs(fine[-1])  # of a layer that an invariance zeroes
+    unit = torch.finfo(problem.dtype).eps
+    least = unit * abs(fine[-1])  # of a layer that an invariance zeroes
     size = np.abs(fine).clip(min=max(least, np.finfo(float).tiny))
-    return float(np.max(np.abs(rough - fine) / size)) + float(np.finfo(float).eps)
+    return float(np.max(np.abs(rough - fine) / size)) + unit
