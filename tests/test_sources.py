@@ -143,6 +143,44 @@ def test_sequences_in_a_list_are_not_shuffled_step_by_step() -> None:
     assert problem.prove().loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_list_of_vectors_and_their_targets_holds_examples(reduction: str) -> None:
+    targets = X @ torch.randn(4, 3, generator=GENERATOR)
+    model = nn.Linear(4, 3)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.mse_loss(outputs, targets, reduction=reduction)
+
+    problem = Problem(model, loss, list(zip(X, targets, strict=True)))
+    assert problem.data.count == 20
+    expected = float(loss(model(X), targets).detach())
+    assert problem.prove().loss == pytest.approx(expected, rel=100 * 2**-23)
+
+
+def test_a_sum_that_cannot_be_seen_is_not_passed_over() -> None:
+    """Each batch is one cloud of points, of another size: nothing shows mean or sum."""
+    data = [(torch.randn(3 + i, 4), torch.randn(3)) for i in range(5)]
+
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.linear(x).sum(0)
+            return out
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().sum()
+
+    assert any("a mean or a sum" in text for text in Problem(Pool(), loss, data).warnings)
+    said = Problem(Pool(), loss, data, reduction="sum")
+    assert not any("mean or a sum" in text for text in said.warnings)
+    model = said.model
+    expected = sum(float(loss(model(x), t).detach()) for x, t in data)
+    assert said.prove().loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_time_first_batches_count_examples_and_stay_whole() -> None:
     rows = [(torch.randn(2 + i % 4, 4), torch.randint(0, 3, (2 + i % 4,))) for i in range(12)]
 
@@ -216,10 +254,9 @@ def test_what_has_to_be_collated_is_refused(data: Any, what: str, hint: str) -> 
     assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize("rows_in_common", [False, True])
-def test_a_list_that_is_no_list_of_batches_is_sent_to_a_loader(rows_in_common: bool) -> None:
+def test_a_list_that_is_no_list_of_batches_is_sent_to_a_loader() -> None:
     """Such pairs of tensors could be batches of some model; they are none of this one."""
-    y = torch.rand(20, 5 if rows_in_common else 3)
+    y = torch.rand(20, 5)
     model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, y.shape[1]))
     data = list(zip(IDS, y, strict=True))
     with pytest.raises(InputError, match="the model or its loss raised") as caught:

@@ -27,6 +27,7 @@ from hesscli.problem.precision import Precision, precision_of
 from hesscli.problem.proof import Proof, prove
 from hesscli.problem.sampling import Sample
 from hesscli.problem.summed import Summed
+from hesscli.problem.user_loss import UserLoss
 from hesscli.problem.widening import Widened
 from hesscli.results import CheckpointReport, Observe, ProblemReport, Reduction
 
@@ -131,6 +132,7 @@ class Problem:
                 observe=observe,
             )
         self.independence = test.result
+        says_nothing = isinstance(self.loss, UserLoss) and self.loss.reduction is None
         self.loss = self.loss.reduced(self.independence.reduction)
         self._batches = self._pinned(self.data.batches)
         with self.forward_context(), blamed_on_user(MODEL_RAISED, self.must_fit):
@@ -145,6 +147,12 @@ class Problem:
         if self.loss.reduction == "sum":
             self.loss = Summed(self.loss, self.total_weight / (self.sampling_fraction or 1.0))
         self.warnings = (*warnings, *self.loss.warnings, *self._warnings(batch_size))
+        if says_nothing and self.independence.unseen is not None and self.num_batches > 1:
+            self.warnings += (
+                f"whether the loss {self.loss.name} is a mean or a sum was not seen "
+                f"({self.independence.unseen}): it is taken for each batch's mean; "
+                'reduction = "sum" under [loss] says otherwise',
+            )
 
     def _weigh(self) -> list[float]:
         counts = self.data.counts
@@ -156,7 +164,11 @@ class Problem:
     def _warnings(self, batch_size: int | None) -> Iterator[str]:
         """What was done to the user's function, or could not be, before anything is computed."""
         if (mixes := self.couples_examples) is not None:
-            yield f"{mixes} mixes the examples of a batch: the batch is the unit, as it was made"
+            joined = "added up" if self.loss.reduction == "sum" else "averaged by their mass"
+            yield (
+                f"{mixes} mixes the examples of a batch: the batch is the unit, as it was made, "
+                f"and batches are {joined}"
+            )
             largest = max(self.data.counts)
             if batch_size is not None and largest > batch_size:
                 yield (

@@ -131,7 +131,7 @@ def as_source(
     if isinstance(source, tuple) and len(source) > 1 and all(map(_is_array, source)):
         return _columns(source)
     if isinstance(source, (list, tuple)):
-        examples = collate is not None or (not steps and _is_example(next(iter(source), None)))
+        examples = collate is not None or (not steps and _holds_examples(source))
         return Examples(source, collate) if examples else source
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         if not isinstance(source, (dict, str)):
@@ -185,6 +185,24 @@ def _batched(
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
+
+
+def _holds_examples(items: Sequence[Any]) -> bool:
+    """Whether a list holds examples and not batches."""
+    if not items:
+        return False
+    pair = _vector_pair(items[0])
+    return _is_example(items[0]) or (
+        pair is not None and all(_vector_pair(item) == pair for item in items)
+    )
+
+
+def _vector_pair(item: Any) -> tuple[Any, ...] | None:
+    """Shapes of an input and a vector that is its target, of lengths that no batch has."""
+    if not isinstance(item, (tuple, list)) or len(item) != 2 or not all(map(_is_array, item)):
+        return None
+    shapes = tuple(tuple(array.shape) for array in item)
+    return shapes if len(shapes[1]) == 1 and shapes[0][0] != shapes[1][0] else None
 
 
 def _is_example(item: Any) -> bool:
