@@ -477,8 +477,10 @@ class Range:
         for name in hesscli.__all__:
             getattr(hesscli, name)
         self.truth = (0.0, 0.0)
-        (good,) = self.run([GOOD])
+        unchecked = Mutant("none", {"model.pt": saved(weights(), checksums=False)})
+        good, same = self.run([GOOD, unchecked])
         self.truth = _numbers(good.out)
+        assert _numbers(same.out) == self.truth, "what is meant must run, or refusals prove nothing"
 
     def faults(self, mutants: Iterable[Mutant]) -> Iterator[tuple[Mutant, list[str]]]:
         """What is wrong with how each ends."""
