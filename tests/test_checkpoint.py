@@ -501,6 +501,8 @@ def test_a_file_without_checksums_is_said_to_be_one(tmp_path: Path, net: Net) ->
         (b"PK\x01\x02", 10, 99),  # packed in no known way
         (b"PK\x03\x04", 2, 9),  # no local header
         (b"PK\x01\x02", 42, 77),  # which is elsewhere
+        (b"PK\x06\x07", 4, 9),  # on another disk
+        (b"PK\x06\x07", 16, 9),  # one of several
     ],
 )
 def test_a_damaged_directory_is_no_bug(

@@ -15,6 +15,18 @@ _CHUNK = 1 << 20
 _SPARE = 64 << 20
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file ends as a zip archive does.
+
+    Raises:
+        InputError: it does, but the end cannot be meant.
+    """
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise _damaged(path, error) from error
+
+
 def names_in(path: Path) -> list[str]:
     """Names of all members.
 
@@ -33,7 +45,7 @@ def is_unpacked(path: Path) -> bool:
 
 def holds(path: Path, text: bytes, *, member: str) -> bool:
     """Whether a text is in an archive's members of that ending, or in a file that is no archive."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as all_:
             return all_.find(text) >= 0
     with _opened(path) as archive:
@@ -84,5 +96,9 @@ def _opened(path: Path) -> Iterator[ZipFile]:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # zipfile has many for what is not as it should be
-        got = f"{path}: {first_line(error) or type(error).__name__}"
-        raise InputError("the checkpoint is damaged", got, "copy or download it again") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    got = f"{path}: {first_line(error) or type(error).__name__}"
+    return InputError("the checkpoint is damaged", got, "copy or download it again")

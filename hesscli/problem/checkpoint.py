@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +103,7 @@ def _read_file(path: Path, trust: bool, key: str | None) -> Found:
     with path.open("rb") as file:
         head = file.read(64)
     notes: tuple[str, ...] = ()
-    if (is_zip := zipfile.is_zipfile(path)) and not archives.verify(path):
+    if (is_zip := archives.is_archive(path)) and not archives.verify(path):
         notes = (f"{path.name} was saved without checksums: damage to it would not show",)
     if is_program(path):
         found = read_program(path, trust=trust)

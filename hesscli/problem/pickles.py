@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import InputError, first_line
-from hesscli.problem.archives import holds, is_unpacked, names_in
+from hesscli.problem.archives import holds, is_archive, is_unpacked, names_in
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.importing import importing_beside
 from hesscli.problem.weights import Found, find_weights
@@ -76,7 +75,7 @@ def is_program(path: Path) -> bool:
     if path.suffix == ".pt2":
         return True
     endings = ("/archive_format", "/models/model.json", "serialized_exported_program.json")
-    return zipfile.is_zipfile(path) and any(name.endswith(endings) for name in names_in(path))
+    return is_archive(path) and any(name.endswith(endings) for name in names_in(path))
 
 
 def read_program(path: Path, *, trust: bool) -> Found:
@@ -87,7 +86,7 @@ def read_program(path: Path, *, trust: bool) -> Found:
             str(path),
             _TRUST,
         )
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         hint = "write it with torch.export.save, or name a torch.save file .pt"
         raise InputError("not a torch.export program", f"{path}: not a zip archive", hint)
     hint = "write it again with torch.export.save, by the torch that is used here"
@@ -133,7 +132,7 @@ def _require_free_batch(program: torch.export.ExportedProgram, path: Path) -> No
 
 def read_pickle(path: Path, *, trust: bool, key: str | None = None) -> Found:
     """Load a ``torch.save`` file and pick the model's weights, or those at ``key``, out of it."""
-    is_zip = zipfile.is_zipfile(path)
+    is_zip = is_archive(path)
     if is_zip:
         _require_torch_zip(path)
     # Indices of sparse tensors come from the file: out of bounds, they would read any memory.
