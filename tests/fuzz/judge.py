@@ -23,8 +23,8 @@ Verdict = Literal["right", "refused", "warned", "misnamed", "wrong", "crash"]
 NOT_SMOOTH = (r"not finite", r"\bNaN\b", r"infinit", r"differentiab", r"gradient")
 """Words for a network that chance has put where its function has no derivatives."""
 REFUSALS = (ExitCode.USAGE, ExitCode.INPUT, ExitCode.UNSOUND)
-BUDGET = 20.0
-"""Seconds: a limit that no run of a right program comes near."""
+BUDGET = 600.0
+"""Seconds: a limit that no run comes near, on a busy machine either."""
 FEWEST_ROWS = 16
 """Of examples, for a ranking with its confidence."""
 BEYOND_CHANCE = 1e-6
