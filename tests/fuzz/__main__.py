@@ -76,8 +76,9 @@ def faults(results: Sequence[tuple[Job, Report]]) -> list[str]:
 
 
 def _misses(results: Sequence[tuple[Job, Report]]) -> list[bool]:
-    """Of the intervals of right numbers, whether each misses its truth."""
-    return [miss for _, report in results if report.verdict == "right" for miss in report.misses]
+    """Of intervals of right numbers, and of all where nothing is planted: whether each misses."""
+    told = [report for job, report in results if report.verdict == "right" or job.plant == PLAIN]
+    return [miss for report in told for miss in report.misses]
 
 
 COLUMNS = ("right", "refused", "warned", "misnamed", "wrong", "crash")

@@ -22,6 +22,8 @@ Verdict = Literal["right", "refused", "warned", "misnamed", "wrong", "crash"]
 
 NOT_SMOOTH = (r"not finite", r"\bNaN\b", r"infinit", r"differentiab", r"gradient")
 """Words for a network that chance has put where its function has no derivatives."""
+OF_SUBSAMPLES = (r"only \d+ examples", r"data noise alone exceeds")
+"""What is said of the few examples that a subsample here has."""
 REFUSALS = (ExitCode.USAGE, ExitCode.INPUT, ExitCode.UNSOUND)
 BUDGET = 600.0
 """Seconds: a limit that no run comes near, on a busy machine either."""
@@ -75,6 +77,8 @@ def judge(subject: Subject, dice: Dice, *, brief: bool = False) -> Report:
     right, report = truth(subject), Report()
     if not right.is_finite:
         subject = replace(subject, causes=(*subject.causes, *NOT_SMOOTH))
+    if subject.subsample is not None:  # one example of those left out may carry most of a trace
+        subject = replace(subject, causes=(*subject.causes, *OF_SUBSAMPLES))
     report.exact_is_due = exactness_is_due(subject, right)
     found: list[str] = []
     try:
@@ -250,9 +254,6 @@ def _header(result: Any, subject: Subject, right: Truth, report: Report) -> Iter
         yield f"loss {head.loss:.9g} for {right.loss:.9g}"
     if not abs(head.gradient_norm - length) <= roundings * (1 + length + abs(right.loss)):
         yield f"gradient norm {head.gradient_norm:.9g} for {length:.9g}"
-
-
-OF_SUBSAMPLES = (r"only \d+ examples", r"data noise alone exceeds")
 
 
 def is_deserved(warning: str, subject: Subject) -> bool:
