@@ -22,7 +22,7 @@ Verdict = Literal["right", "refused", "warned", "misnamed", "wrong", "crash"]
 
 NOT_SMOOTH = (r"not finite", r"\bNaN\b", r"infinit", r"differentiab", r"gradient")
 """Words for a network that chance has put where its function has no derivatives."""
-OF_SUBSAMPLES = (r"only \d+ examples", r"data noise alone exceeds")
+OF_SUBSAMPLES = (r"only \d+ examples", r"data noise alone exceeds", r"examples that were kept")
 """What is said of the few examples that a subsample here has."""
 REFUSALS = (ExitCode.USAGE, ExitCode.INPUT, ExitCode.UNSOUND)
 BUDGET = 600.0
