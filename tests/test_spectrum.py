@@ -364,6 +364,37 @@ def test_kept_graphs_change_nothing_but_the_cost(relu: hesscli.Problem, room: in
     torch.testing.assert_close(retained(vector), plain, rtol=0, atol=rounding)
 
 
+@pytest.fixture(scope="module")
+def single(relu: hesscli.Problem) -> hesscli.Problem:
+    """In float32, where the rounding of products is measured."""
+    return hesscli.Problem(relu.model, "cross_entropy", relu.data, dtype=torch.float32)
+
+
+def test_kept_graphs_outlive_a_look_in_another_type(single: hesscli.Problem) -> None:
+    """Autograd forgets leaves whose type changes meanwhile, and would give zeros in silence."""
+    operator = hesscli.Hessian(single)
+    vector = torch.randn(single.parameters.size, dtype=torch.float64)
+    retained = Retained(operator, 1 << 40)
+    before = retained(vector)
+    assert retained.rounding(vector[None] / vector.norm()) > 0
+    rounding = single.data.count * 2.0**-24 * float(before.abs().max())
+    torch.testing.assert_close(retained(vector), before, rtol=0, atol=rounding)
+    term = next(iter(operator.batches()))
+    row = vector[None].float()
+    alone = term.apply(row)
+    with single.in_dtype(torch.float64):
+        pass
+    torch.testing.assert_close(term.apply(row), alone, rtol=0, atol=rounding)
+
+
+def test_the_density_counts_every_run(single: hesscli.Problem) -> None:
+    """Rounding is measured between the first run and the short ones, on graphs that are kept."""
+    found = hesscli.spectrum(single, steps=24, probes=4).functions.trace
+    truth = float(hesscli.Hessian(single).to_dense().trace())
+    assert found.stderr is not None
+    assert abs(found.value - truth) <= 4 * found.stderr
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_eigenvalues_on_a_gpu() -> None:

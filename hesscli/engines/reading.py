@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from hesscli.engines.estimator import Estimator
 from hesscli.engines.hutchinson.statistics import Array, MeanSquare, Table
 
@@ -76,7 +78,9 @@ def read(estimator: Estimator, miss: float, relative: float) -> Reading | None:
     # Where the loader's size is not known, intervals are about the kept examples.
     fraction = (estimator.problem.sampling_fraction or 1.0) * estimator.coverage()
     variance = table.variance(fraction)
-    rounding = relative * table.root_mean_square
+    # A layer whose forms cancel is rounded as what they are made of, which is the whole's.
+    unit = torch.finfo(estimator.problem.dtype).eps
+    rounding = relative * table.root_mean_square + unit * table.root_mean_square[-1]
     return Reading(
         table=table,
         estimate=table.estimate + estimator.decay_traces(),

@@ -36,6 +36,9 @@ class Meter:
 class Term:
     """One batch's matrix on one retained graph, which is made by the first product.
 
+    It is made anew where the problem has computed in another type since: autograd then knows its
+    leaves no more, and would give zeros.
+
     The first product must be finite: an operation without a second derivative where it stands,
     such as the norm of 0, spoils all of them.
     """
@@ -43,6 +46,7 @@ class Term:
     batch: WeightedBatch
     operator: Operator
     _apply: Apply | None = field(default=None, repr=False)
+    _made: int = field(default=0, repr=False)
 
     @property
     def index(self) -> int:
@@ -63,8 +67,8 @@ class Term:
         operator, share = self.operator, self.batch.count / self.operator.problem.data.count
         with operator.problem.forward_context():
             is_first = self._apply is None
-            if self._apply is None:
-                self._apply = operator.live(self.batch)
+            if self._apply is None or self._made != operator.problem.retypings:
+                self._apply, self._made = operator.live(self.batch), operator.problem.retypings
                 operator.meter.gradients += operator.cost[0] * share
             product = self._apply(block)
         if is_first and not _is_finite(product):

@@ -161,8 +161,7 @@ def sandwich_finite_difference(
     value = function(None)
 
     def at_current() -> Tensor:
-        with torch.no_grad():
-            return function(None).reshape(-1)
+        return function(None).detach().reshape(-1)  # the model may differentiate on its way
 
     def product(vector: Tensor) -> Tensor:
         pushed = central_difference(at_current, tensors, vector, step).view_as(value)

@@ -39,7 +39,7 @@ def differing_module(
 def failing_module(model: nn.Module, run: Run, attempt: Attempt) -> str | None:
     """The innermost module on which an attempt fails, with the arguments that it has in a run."""
     calls: list[tuple[str, nn.Module, Any]] = []
-    with torch.no_grad(), _watching(model, lambda n, m, given, _: calls.append((n, m, given))):
+    with _watching(model, lambda n, m, given, _: calls.append((n, m, given))):
         run()
     for name, module, (args, kwargs) in calls:
         try:
@@ -131,7 +131,7 @@ def _recorded(model: nn.Module, run: Run) -> list[tuple[str, list[Tensor]]]:
     def watch(name: str, module: nn.Module, _: Any, output: Any) -> None:
         calls.append((label(name, module), [t.detach().clone() for t in tensors_of(output)]))
 
-    with torch.no_grad(), _watching(model, watch):
+    with _watching(model, watch):
         run()
     return calls
 

@@ -110,6 +110,7 @@ class Problem:
             )
         self.device = self.parameters[0].tensor.device
         self.dtype = self.parameters[0].tensor.dtype
+        self.retypings = 0  # a graph that was made before one is cut off from the parameters
         self._widened = self._is_widening = False
         self._require_finite_weights()
         self.weight_decay, self.unseen = weight_decay, unseen
@@ -282,12 +283,14 @@ class Problem:
         if widened is None:
             widened = dtype == torch.float64 and self.precision.widened
         previous = self.dtype, self._widened
+        self.retypings += 1
         try:
             with retyped(self.model, dtype):
                 self.dtype, self._widened = dtype, widened
                 yield
         finally:
             self.dtype, self._widened = previous
+            self.retypings += 1
 
     @cached_property
     def precision(self) -> Precision:
