@@ -331,7 +331,11 @@ def test_mixed_examples_stay_in_the_loaders_batches() -> None:
     assert sorted(_kept(_freeze(shuffled, batch_size=None, whole=True))) == list(range(50))
     dropping = DataLoader(dataset, batch_size=20, drop_last=True)
     assert _freeze(dropping, batch_size=None, whole=True).counts == (20, 20)
-    assert _freeze(dropping).count == 50  # independent: none need be left out
+    assert _freeze(dropping).count == 40  # the last ten never come
+    again = DataLoader(dataset, batch_size=20, drop_last=True, shuffle=True)
+    assert _freeze(again).count == 50  # any of them may
+    some = DataLoader(dataset, batch_size=4, sampler=RandomSampler(dataset, num_samples=16))
+    assert (_freeze(some).count, _freeze(some).available) == (16, 16)
 
 
 def test_trials_are_shown_the_users_batches() -> None:

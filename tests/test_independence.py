@@ -170,18 +170,101 @@ def test_independent_examples_are_not_accused(dtype: torch.dtype, scale: float) 
         assert len(problem.data.counts) == 16
 
 
-def test_a_model_that_casts_is_judged_by_the_type_it_computes_in() -> None:
-    class Single(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(4, 3)
+class Single(nn.Module):
+    """Computes in float32, whatever it is asked for."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return functional.linear(x.float(), self.linear.weight.float())
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 3)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.float(), self.linear.weight.float())
+
+
+def test_a_model_that_casts_is_judged_in_float64_all_the_same() -> None:
+    """Of a loss of 1e-5, the rounding of float32 sums would be as large as what a mask does."""
     problem = Problem(Single(), "cross_entropy", [_rows(100)])
     assert problem.independence.proven
-    assert problem.independence.bound > 1e-6
+    assert problem.independence.bound < 1e-8
+    x, _ = _rows(40)
+    near = Single()(x.float()).detach() + 3e-3 * torch.randn(40, 3)
+
+    def masked(outputs: Tensor, targets: Tensor) -> Tensor:
+        kept = targets[:, 0] > 0
+        return (outputs - targets)[kept].square().mean()
+
+    assert Problem(Single(), masked, [(x, near)]).couples_examples == "the loss masked"
+
+
+@pytest.mark.parametrize(
+    ("loss", "reduction"),
+    [
+        (lambda o, t: (o - t).square().mean(), "mean"),
+        (lambda o, t: (o - t).square().sum(), "sum"),
+        (lambda o, t: (o - t).square().sum() / t.square().sum(), None),
+    ],
+)
+def test_a_loss_that_is_zero_where_the_weights_stand(loss: Any, reduction: str | None) -> None:
+    """A student that is its teacher: nothing is the mean, the sum and all else of nothing."""
+    x, _ = _rows(24)
+    model = _net()
+    teacher = model(x).detach()
+    state = [p.detach().clone() for p in model.parameters()]
+    problem = Problem(model, loss, [(x[:8], teacher[:8]), (x[8:], teacher[8:])])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), state, strict=True))
+    assert problem.independence.proven == (reduction is not None)
+    if reduction is not None:
+        assert problem.independence.reduction == reduction
+        _agrees_in_trace(problem, model, lambda net: loss(net(x), teacher))
+
+
+def _agrees_in_trace(
+    problem: Problem, model: nn.Module, objective: Callable[[nn.Module], Tensor]
+) -> None:
+    _, matrix = _dense(model, objective)
+    found = hesscli.Hessian(problem).to_dense()
+    torch.testing.assert_close(found, matrix, rtol=0, atol=ROUNDING * float(matrix.norm()))
+
+
+def test_experts_that_are_full_only_in_large_batches() -> None:
+    """Of a batch of 48, at most 16 rows get their expert; the first rows alone show nothing."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            served = (torch.arange(len(x)) < 16)[:, None]
+            return torch.where(served, self.one(x), self.other(x).tanh())
+
+    x, y = _rows(48)
+    problem = Problem(Experts().double(), "cross_entropy", TensorDataset(x, y), batch_size=48)
+    assert problem.couples_examples is not None
+    assert problem.data.counts == (48,)
+
+
+def test_inputs_that_are_rounded_to_the_models_type_are_said_to_be() -> None:
+    class Lookup(nn.Module):
+        """Reads a time in seconds, to which float32 is blind, and casts it by itself."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(1, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.linear((x - 1.6e9).to(self.linear.weight.dtype))
+            return out
+
+    y = _rows(24)[1]
+    times = 1.6e9 + torch.arange(24, dtype=torch.float64)[:, None]
+    rounded = Problem(Lookup(), "cross_entropy", TensorDataset(times, y))
+    assert any("float64 inputs were rounded" in text for text in rounded.warnings)
+    plain = Problem(nn.Linear(4, 3), "cross_entropy", TensorDataset(*_rows(24)))
+    assert plain.warnings == ()  # it takes no float64: whoever trained it rounded as well
 
 
 def test_random_outputs_accuse_nobody() -> None:
@@ -295,6 +378,23 @@ def test_a_subsample_of_a_sum_is_scaled_to_the_whole() -> None:
     assert part.prove().loss == pytest.approx(400 * mean.prove().loss, rel=ROUNDING)
     assert part.prove().loss == pytest.approx(whole.prove().loss, rel=0.3)
     assert any("all 400 examples, from the 100" in warning for warning in part.warnings)
+
+
+def test_the_noise_of_a_sums_weights_is_in_its_interval() -> None:
+    """A rare heavy class: how many of it are kept moves the sum as much as what they lose."""
+    x, y = _rows(400)
+    y[:] = 0
+    y[::20] = 2
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, 30.0]).double(), reduction="sum")
+    model, data = nn.Linear(4, 3).double(), TensorDataset(x, y)
+    whole = Problem(model, loss, data)
+    truth = hesscli.trace(whole).trace.estimate
+    held = 0
+    for seed in range(20):
+        problem = Problem(model, loss, data, examples=100, seed=seed)
+        low, high = hesscli.trace(problem).trace.interval
+        held += low <= truth <= high
+    assert held >= 16  # of 20 at 95%: fewer in 3 of 1,000
 
 
 def test_a_sum_can_be_asked_for_and_none_is_refused() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hesscli import streams
 from hesscli.errors import UnsoundError
 from hesscli.problem.placing import converted
 
@@ -70,6 +71,27 @@ def standing_in(model: nn.Module, theta: Mapping[str, Tensor]) -> Iterator[None]
     finally:
         for parameters, name, parameter in held:
             parameters[name] = parameter
+
+
+@contextmanager
+def moved(model: nn.Module, relative: float = 1e-2) -> Iterator[None]:
+    """The weights a little off where they are, by a fixed draw, and put back."""
+    tensors = [p for p in model.parameters() if p.requires_grad]
+    originals = [tensor.detach().clone() for tensor in tensors]
+    try:
+        with torch.no_grad():
+            for number, tensor in enumerate(tensors):
+                stream = streams.key(0x0FF5E7, number)
+                noise = streams.gaussian(
+                    stream, 0, tensor.numel(), dtype=tensor.dtype, device=tensor.device
+                )
+                size = float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+                tensor.add_(noise.view(tensor.shape), alpha=relative * (size + 0.1))
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, original in zip(tensors, originals, strict=True):
+                tensor.copy_(original)
 
 
 def run_with(model: nn.Module, theta: Mapping[str, Tensor], run: Run) -> Tensor:

@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hesscli.problem.batches import Batch, is_sliceable, map_tensors, place, size_of
+from hesscli.problem.batches import Batch, is_sliceable, map_tensors, place, size_of, tensors_of
 from hesscli.problem.blame import differing_module, is_out_of_memory, label
 from hesscli.problem.factory import blamed_on_user
-from hesscli.problem.forward import retyped, undisturbed
+from hesscli.problem.forward import moved, retyped, undisturbed
 from hesscli.problem.losses import Loss, StepLoss, require_number
 from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.problem.precision import Narrowing, tolerance
 from hesscli.problem.user_loss import UserLoss
+from hesscli.problem.widening import Widened
 from hesscli.results import Reduction
 
 MIN_GROUPS = 16
@@ -68,6 +69,7 @@ class Independence:
         mixes: what makes an example depend on its batch; None where nothing was seen to.
         unseen: why that could not be tested, else None.
         reduction: what a loss function of the user's does over its batch.
+        rounded: what it does to the loss that inputs were rounded to the model's type, if much.
         change: the largest relative change that was seen.
         bound: what rounding may do.
     """
@@ -75,6 +77,7 @@ class Independence:
     mixes: str | None
     unseen: str | None
     reduction: Reduction
+    rounded: str | None
     change: float
     bound: float
 
@@ -109,7 +112,8 @@ class IndependenceTest:
         self._batches = self._tried = 0
         self._change = 0.0
         self._mixes: str | None = None
-        self._random = False
+        self._random = self._widened = False
+        self._rounded: str | None = None
         # A loss that says "sum" is already divided by its mass.
         self._reductions: set[Reduction] = {"mean"}
         if loss.reduction is None:
@@ -122,6 +126,7 @@ class IndependenceTest:
             mixes=self._mixes,
             unseen=self._unseen,
             reduction="sum" if self._reductions == {"sum"} else "mean",
+            rounded=self._rounded,
             change=self._change,
             bound=self._bound,
         )
@@ -155,10 +160,13 @@ class IndependenceTest:
                 self._meet(batch if count <= _ROWS else part(range(_ROWS)))
         if count < 2 or not self.wants_more:
             return
-        if not self._is_users and count > _ROWS:
+        if self._tried and not self._is_users and count > _ROWS:
             count, batch = _ROWS, part(range(_ROWS))
         with self._running(self._dtype):
-            self._compare(batch, part, count)
+            value = self._compare(batch, part, count)
+            if self._is_users and abs(value) <= _ABSOLUTE * torch.finfo(self._dtype).eps:
+                with moved(self.model):  # of nothing, everything is the mean and the sum
+                    self._compare(batch, part, count)
         self._tried += 1
 
     def see_frozen(self, batches: Iterable[Batch]) -> None:
@@ -191,8 +199,21 @@ class IndependenceTest:
         """Run the first batch as it is; then find whether float64 is to be had."""
         with self._running(self._own):
             self._check(self._placed(batch))
+            self._rounded = self._what_rounding_does(batch)
         if self._own == torch.float64:
             return
+        narrowest = self._narrowest_in_float64(batch)
+        if narrowest not in (None, torch.float64):
+            self._widened = True
+            if self._narrowest_in_float64(batch) == torch.float64:
+                narrowest = torch.float64
+            else:
+                self._widened = False
+        if narrowest is not None:
+            self._dtype, self._bound = torch.float64, tolerance(narrowest)
+
+    def _narrowest_in_float64(self, batch: Batch) -> torch.dtype | None:
+        """The narrowest type that values have where float64 is asked for; None if it fails."""
         watch = Narrowing()
         try:
             with self._running(torch.float64), watch:
@@ -200,8 +221,32 @@ class IndependenceTest:
         except Exception as error:  # of any kind: the code is the user's, made for another type
             if is_out_of_memory(error):
                 raise
-            return
-        self._dtype, self._bound = torch.float64, tolerance(watch.narrowest)
+            return None
+        return watch.narrowest
+
+    def _what_rounding_does(self, batch: Batch) -> str | None:
+        """Whether inputs of a wider type than the model's make another loss in their own.
+
+        Most models take none but their own type, so that somebody rounds them before.
+        """
+        eps = torch.finfo(self._own).eps
+        floating = [t for t in tensors_of(batch) if t.is_floating_point()]
+        wider = [t.dtype for t in floating if torch.finfo(t.dtype).eps < eps]
+        if not wider:
+            return None
+        value = float(self.loss.evaluate(self.model, self._placed(batch)).detach())
+        as_given = map_tensors(lambda t: t.to(self.device), batch)
+        try:
+            unrounded = float(self.loss.evaluate(self.model, as_given).detach())
+        except Exception as error:  # of any kind: it takes no other type
+            if is_out_of_memory(error):
+                raise
+            return None
+        if abs(unrounded - value) <= tolerance(self._own) * max(abs(unrounded), abs(value), 1.0):
+            return None
+        given, own = (str(kind).removeprefix("torch.") for kind in (wider[0], self._own))
+        change = f"a loss of {unrounded:.6g} becomes {value:.6g}"
+        return f"{given} inputs were rounded to the model's {own}: {change}"
 
     def _check(self, batch: Batch) -> None:
         """What the loss is of this model, outputs and targets that can be meant together."""
@@ -217,6 +262,8 @@ class IndependenceTest:
             if dtype != self._own:
                 stack.enter_context(retyped(self.model, dtype))
             stack.enter_context(undisturbed(self.model, self.device))
+            if self._widened and dtype == torch.float64:
+                stack.enter_context(Widened())
             yield
 
     def _placed(self, batch: Batch) -> Batch:
@@ -224,7 +271,8 @@ class IndependenceTest:
 
     # -- one batch -----------------------------------------------------------------------------
 
-    def _compare(self, batch: Batch, part: Part, count: int) -> None:
+    def _compare(self, batch: Batch, part: Part, count: int) -> float:
+        """Put a batch to the test; its loss."""
         whole = self._run(self._placed(batch), count)
         runs_model = self._tried < _MODEL_BATCHES or whole.outputs is None
         splits: list[list[_Piece]] = []
@@ -235,11 +283,12 @@ class IndependenceTest:
                 change = self._change_alone(whole, piece, runs_model=runs_model)
                 if not change <= self._bound:
                     self._blame(whole, piece, change)
-                    return
+                    return whole.value
                 self._change = max(self._change, change)
                 splits[-1].append(piece)
         if self._reads_loss:
             self._add_up(whole, splits)
+        return whole.value
 
     def _run(self, batch: Batch, count: int) -> _Piece:
         outputs = self._outputs(batch, count)
@@ -353,6 +402,7 @@ def _splits(count: int) -> Iterator[list[list[int]]]:
 
 
 def _relative(value: Tensor, other: Tensor) -> float:
+    value, other = value.double(), other.double()  # whole numbers and masks have no norm
     scale = torch.maximum(value.norm(), other.norm())
     difference = float((value - other).norm())
     return _or_infinite(difference / float(scale)) if difference else _or_infinite(difference)

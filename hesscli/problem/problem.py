@@ -139,14 +139,17 @@ class Problem:
         with self.forward_context(), blamed_on_user(MODEL_RAISED, self.must_fit):
             few = (self._placed(first_rows(batch, _LOOKED_AT)) for batch in self._batches)
             self.loss = self.loss.settled(self.model, few)
+            if self.loss.reduction == "sum":
+                self.loss = Summed(self.loss, 1.0)
             self.masses = self._weigh()
         self.total_weight = sum(self.masses)
         if not self.total_weight > 0:
             raise UnsoundError(
                 "the examples weigh nothing", f"weight mass {self.total_weight}", "unmasked targets"
             )
-        if self.loss.reduction == "sum":
-            self.loss = Summed(self.loss, self.total_weight / (self.sampling_fraction or 1.0))
+        if isinstance(self.loss, Summed):
+            whole = self.total_weight / (self.sampling_fraction or 1.0)
+            self.loss = Summed(self.loss.unscaled, whole)
         self.warnings = (*warnings, *self.loss.warnings, *self._warnings(batch_size))
         if says_nothing and self.independence.unseen is not None and self.num_batches > 1:
             self.warnings += (
@@ -183,6 +186,8 @@ class Problem:
                 f"the loss {self.loss.name} is a sum over the examples of a batch: numbers are of "
                 f"the sum over all {available or kept} examples{scaled}"
             )
+        if (rounded := self.independence.rounded) is not None:
+            yield rounded
         if self.data.changing:
             yield (
                 "examples change each time they are read (random augmentation): "

@@ -51,7 +51,10 @@ class Examples:
         self.collate: Callable[[list[Any]], Batch] = _stacked if plain or not collate else collate
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        size = len(self.dataset)
+        if self.in_order and self.drop_last and self.batch_size:
+            return size // self.batch_size * self.batch_size or size
+        return size
 
     def fetch(self, indices: Iterable[int]) -> list[Any]:
         """Rows as the data set gives them."""
@@ -151,6 +154,9 @@ def _of_loader(
     # Any other sampler, or batches made elsewhere, says which examples the user means.
     plain = type(loader.sampler) in (SequentialSampler, RandomSampler)
     plain = plain and type(loader.batch_sampler) is BatchSampler
+    if isinstance(loader.sampler, RandomSampler):
+        every = loader.sampler.num_samples == len(loader.sampler.data_source)
+        plain = plain and every and not loader.sampler.replacement
     if plain and hasattr(loader.dataset, "__getitem__") and hasattr(loader.dataset, "__len__"):
         return Examples(
             loader.dataset,
