@@ -174,6 +174,19 @@ def test_wrappers_inside_names(tmp_path: Path, net: Net, wrapper: str) -> None:
         load_state(Net(), read_checkpoint(tmp_path / "m.pt"))
 
 
+def test_the_pattern_that_is_advised_spares_the_models_own_names() -> None:
+    """Statistics lie beside weights that the model needs: "norm.*" would take both."""
+    kept = nn.Sequential(collections.OrderedDict(norm=nn.BatchNorm1d(3)))
+    without = nn.Sequential(
+        collections.OrderedDict(norm=nn.BatchNorm1d(3, track_running_stats=False))
+    )
+    state = {name: value + 1 for name, value in kept.state_dict().items()}
+    with pytest.raises(InputError) as caught:
+        load_state(without, _checkpoint(state))
+    load_state(without, _checkpoint(state), **_cure(caught.value))
+    assert torch.equal(without.norm.weight, state["norm.weight"])  # type: ignore[union-attr]
+
+
 def _pruned(net: Net) -> dict[str, Tensor]:
     nn.utils.prune.l1_unstructured(net.head, "weight", 0.5)
     return net.state_dict()

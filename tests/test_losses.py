@@ -438,6 +438,25 @@ def test_unknown_losses(wrong: Any) -> None:
 # -- outputs and targets that cannot be meant together -----------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "outputs", "targets", "cure"),
+    [
+        ("cross_entropy", torch.zeros(5, 3), torch.zeros(5, 1, dtype=torch.long), "squeeze(1)"),
+        ("bce_with_logits", torch.zeros(5, 1), torch.zeros(5), "unsqueeze(1)"),
+        ("mse", torch.zeros(5), torch.zeros(5, 1), "squeeze(1)"),
+    ],
+)
+def test_a_column_too_many_or_too_few(
+    name: str, outputs: Tensor, targets: Tensor, cure: str
+) -> None:
+    """The advice is code that makes the targets fit."""
+    with pytest.raises(InputError) as caught:
+        as_loss(name).check(outputs, _batch(targets))
+    assert caught.value.hint.startswith(f"targets.{cure}")
+    fitting = eval(caught.value.hint.partition(",")[0], {"targets": targets})
+    as_loss(name).check(outputs, _batch(fitting))
+
+
 @pytest.mark.parametrize("label", [4, -1, 255])
 @pytest.mark.parametrize("name", ["cross_entropy", "nll"])
 def test_labels_out_of_range(name: str, label: int) -> None:

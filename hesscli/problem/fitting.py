@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -238,7 +238,7 @@ def _mismatch(
 def _advise(fit: _Fit, prefix: str | None) -> str:
     check = "check [model] factory and kwargs in the spec against the training code"
     if not fit.missing and not fit.misfits:
-        globs = list(dict.fromkeys(map(_glob, fit.strangers)))
+        globs = list(dict.fromkeys(_glob(name, fit.own) for name in fit.strangers))
         keys = {"strip": prefix, "ignore": globs[:_MOST_NAMED]}
         table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items() if value)
         line = f"checkpoint_keys = {{ {table} }}"
@@ -255,13 +255,18 @@ def _advise(fit: _Fit, prefix: str | None) -> str:
     return check
 
 
-def _glob(name: str) -> str:
-    """A short glob for all that lies under the same module."""
+def _glob(name: str, own: Iterable[str]) -> str:
+    """A short glob for all that lies under the same module, unless some of it is the model's."""
     top, dot, _ = name.partition(".")
     if cut := len(top) > _LONGEST_NAME // 2:
         top = top[: _LONGEST_NAME // 2]
-    plain = re.sub(r"[*?[]", lambda special: f"[{special[0]}]", top)
-    return plain + ("*" if cut else ".*" if dot else "")
+    pattern = _literal(top) + ("*" if cut else ".*" if dot else "")
+    return _literal(name) if any(fnmatchcase(known, pattern) for known in own) else pattern
+
+
+def _literal(text: str) -> str:
+    """A glob that nothing but the text matches."""
+    return re.sub(r"[*?[]", lambda special: f"[{special[0]}]", text)
 
 
 def _with_shape(name: str, value: Tensor | None) -> str:

@@ -215,14 +215,22 @@ def require_number(loss: Loss, value: object) -> None:
 def require_shape(name: str, like: Tensor, targets: Tensor) -> None:
     """Refuse targets of another shape than the outputs call for."""
     if like.shape != targets.shape:
-        count, hint = len(like), "another [loss] name, or targets in that shape"
-        if like.numel() == targets.numel():
-            hint = f"targets.view_as(outputs), or unsqueeze or squeeze one of the two; {hint}"
+        count = len(like)
         raise InputError(
             f"{name} needs targets of shape {shape_of(like, count)}, N an example each",
             f"targets of shape {shape_of(targets, count)}",
-            hint,
+            _same_numbers(like, targets) or "another [loss] name, or targets in that shape",
         )
+
+
+def _same_numbers(like: Tensor, targets: Tensor) -> str | None:
+    """What makes targets that lack a dimension of one, or have one too many, fit."""
+    for dim in range(max(like.dim(), targets.dim())):
+        if dim < targets.dim() and targets.squeeze(dim).shape == like.shape:
+            return f"targets.squeeze({dim}), which takes the column out of them"
+        if dim <= targets.dim() and targets.unsqueeze(dim).shape == like.shape:
+            return f"targets.unsqueeze({dim}), or squeeze({dim}) of the model's outputs"
+    return None
 
 
 def _no_outputs(name: str) -> InputError:
