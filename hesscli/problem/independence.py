@@ -40,7 +40,9 @@ MUST_FIT = "[model], [data] and [loss] that fit together; its own lines are belo
 _MODEL_BATCHES = 3
 """Batches on which the model is run on parts; a loss of one's own is tried on all of them."""
 _ROWS = 16
-"""Rows of a batch that named losses are tried on: they mix nothing that the model does not."""
+"""Rows that named losses are tried on, but of the first batch: they mix no more than the model."""
+_MOST_NUMBERS = 1 << 23
+"""Numbers in the outputs of the first batch's rows, lest the trial takes more than the run."""
 _ABSOLUTE = 1e3
 """Rounding, in eps, of a loss that is a difference of numbers of order one."""
 
@@ -114,6 +116,7 @@ class IndependenceTest:
         self._mixes: str | None = None
         self._random = self._widened = False
         self._rounded: str | None = None
+        self._numbers = 0
         # A loss that says "sum" is already divided by its mass.
         self._reductions: set[Reduction] = {"mean"}
         if loss.reduction is None:
@@ -160,8 +163,9 @@ class IndependenceTest:
                 self._meet(batch if count <= _ROWS else part(range(_ROWS)))
         if count < 2 or not self.wants_more:
             return
-        if self._tried and not self._is_users and count > _ROWS:
-            count, batch = _ROWS, part(range(_ROWS))
+        most = _ROWS if self._tried else max(_ROWS, _MOST_NUMBERS // max(1, self._numbers))
+        if not self._is_users and count > most:
+            count, batch = most, part(range(most))
         with self._running(self._dtype):
             value = self._compare(batch, part, count)
             if self._is_users and abs(value) <= _ABSOLUTE * torch.finfo(self._dtype).eps:
@@ -252,7 +256,9 @@ class IndependenceTest:
         """What the loss is of this model, outputs and targets that can be meant together."""
         self.loss = self.loss.settled(self.model, [batch])
         if self.loss.hidden is None:
-            self.loss.check(self.loss.outputs(self.model, batch), batch)
+            outputs = self.loss.outputs(self.model, batch)
+            self._numbers = outputs.numel() // max(1, size_of(batch))
+            self.loss.check(outputs, batch)
         require_number(self.loss, self.loss.evaluate(self.model, batch))
 
     @contextmanager
