@@ -577,6 +577,7 @@ def _told(reading: int, count: int) -> Iterator[dict[str, Any]]:
 
 def _become(folder: Path, batch: Sequence[Mutant], writing: int) -> None:
     """In the child: each run as from a shell, and how much memory it took; then the end."""
+    torch.set_num_threads(1)  # a fork has none of the threads that the pool counts on
     acted = list[str]()
     try:
         os.chdir(folder)
