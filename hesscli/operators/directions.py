@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hesscli import streams
 from hesscli.operators.products import STEP, flatten
 from hesscli.parameters import Parameters
+from hesscli.problem.forward import moved
 from hesscli.problem.problem import Problem
 from hesscli.problem.sampling import Sample
 
@@ -87,7 +88,7 @@ def _at(
     """The weights of an attempt, and its unit direction and step."""
     step, shift = attempt
     direction = vectors(problem, number + 1)[-1] * moving(problem)
-    with _shifted(problem.parameters, shift):
+    with moved(problem.parameters.tensors, shift):
         yield direction / direction.norm(), step
 
 
@@ -116,31 +117,3 @@ def moving(problem: Problem) -> Tensor:
         if (row := rows.get(tensor)) is not None:
             mask[row] = 0
     return flatten(masks)
-
-
-@contextmanager
-def _shifted(parameters: Parameters, relative: float) -> Iterator[None]:
-    """Weights moved a little off where they are, and put back."""
-    originals = [t.detach().clone() for t in parameters.tensors]
-    try:
-        if relative:
-            _shift(parameters, relative)
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, original in zip(parameters.tensors, originals, strict=True):
-                tensor.copy_(original)
-
-
-@torch.no_grad()
-def _shift(parameters: Parameters, relative: float) -> None:
-    for number, tensor in enumerate(parameters.tensors):
-        noise = streams.gaussian(
-            streams.key(0x5417, number),
-            0,
-            tensor.numel(),
-            dtype=tensor.dtype,
-            device=tensor.device,
-        )
-        scale = relative * (float(tensor.square().mean().sqrt()) + 0.1)
-        tensor.add_(noise.view(tensor.shape), alpha=scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -74,24 +74,31 @@ def standing_in(model: nn.Module, theta: Mapping[str, Tensor]) -> Iterator[None]
 
 
 @contextmanager
-def moved(model: nn.Module, relative: float = 1e-2) -> Iterator[None]:
-    """The weights a little off where they are, by a fixed draw, and put back."""
-    tensors = [p for p in model.parameters() if p.requires_grad]
+def moved(tensors: Sequence[Tensor], relative: float) -> Iterator[None]:
+    """Weights a little off where they are, by a fixed draw, and put back."""
     originals = [tensor.detach().clone() for tensor in tensors]
     try:
-        with torch.no_grad():
-            for number, tensor in enumerate(tensors):
-                stream = streams.key(0x0FF5E7, number)
-                noise = streams.gaussian(
-                    stream, 0, tensor.numel(), dtype=tensor.dtype, device=tensor.device
-                )
-                size = float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
-                tensor.add_(noise.view(tensor.shape), alpha=relative * (size + 0.1))
+        if relative:
+            _move(tensors, relative)
         yield
     finally:
         with torch.no_grad():
             for tensor, original in zip(tensors, originals, strict=True):
                 tensor.copy_(original)
+
+
+@torch.no_grad()
+def _move(tensors: Sequence[Tensor], relative: float) -> None:
+    for number, tensor in enumerate(tensors):
+        noise = streams.gaussian(
+            streams.key(0x5417, number),
+            0,
+            tensor.numel(),
+            dtype=tensor.dtype,
+            device=tensor.device,
+        )
+        size = float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+        tensor.add_(noise.view(tensor.shape), alpha=relative * (size + 0.1))
 
 
 def run_with(model: nn.Module, theta: Mapping[str, Tensor], run: Run) -> Tensor:

@@ -46,6 +46,9 @@ _MOST_NUMBERS = 1 << 23
 _ABSOLUTE = 1e3
 """Rounding, in eps, of a loss that is a difference of numbers of order one."""
 
+_APART = 1e-2
+"""How far, relatively, weights are moved from where a loss is zero."""
+
 Places = Sequence[int]
 Part = Callable[[Places], Batch]
 """Makes a batch of some examples of another, by their places in it."""
@@ -169,7 +172,8 @@ class IndependenceTest:
         with self._running(self._dtype):
             value = self._compare(batch, part, count)
             if self._is_users and abs(value) <= _ABSOLUTE * torch.finfo(self._dtype).eps:
-                with moved(self.model):  # of nothing, everything is the mean and the sum
+                weights = [p for p in self.model.parameters() if p.requires_grad]
+                with moved(weights, _APART):  # of nothing, everything is the mean and the sum
                     self._compare(batch, part, count)
         self._tried += 1
 
