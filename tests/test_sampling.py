@@ -69,6 +69,14 @@ def test_halves_make_the_whole() -> None:
     assert single.halves() == ()
 
 
+def test_large_examples_are_taken_a_few_at_a_time() -> None:
+    problem = problem_of([4] * 6)
+    whole, pieces = Sample.of(problem, 20), Sample.of(problem, 20, together=3)
+    assert [batch.count for batch in pieces.batches()] == [3] * 6 + [2]
+    assert numbers(pieces) == numbers(whole)
+    assert float(pieces.evaluate()) == pytest.approx(float(whole.evaluate()), rel=1e-6)
+
+
 def test_examples_of_other_lengths_stay_apart() -> None:
     class Mean(nn.Module):
         def __init__(self) -> None:

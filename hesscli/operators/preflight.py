@@ -40,6 +40,8 @@ _FEWEST, _FEW, _MANY = 8, 16, 64
 """Examples: at least; for what takes many products; and for a comparison with differences."""
 _NUMBERS = 1 << 20
 """That a forward pass over the many may make, lest checks cost more than what they check."""
+_TOGETHER = 1 << 22
+"""Numbers of examples that are differentiated at once: a product's graph is some times as large."""
 
 _FLOOR = 100 * torch.finfo(torch.float64).eps
 """Rounding of quadratic forms in float64 itself."""
@@ -81,9 +83,10 @@ def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Pre
     if mode not in ("auto", *MODES):
         raise UsageError("no such autodiff mode", repr(mode), f"auto, {', '.join(MODES)}")
     proof = problem.prove()
-    wanted = _NUMBERS // max(1, problem.precision.numbers)
-    many = Sample.of(problem, min(max(wanted, _FEWEST), _MANY))
-    few = Sample.of(problem, min(many.count, _FEW))
+    numbers = max(1, problem.precision.numbers)
+    together = max(1, _TOGETHER // numbers)
+    many = Sample.of(problem, min(max(_NUMBERS // numbers, _FEWEST), _MANY), together)
+    few = Sample.of(problem, min(many.count, _FEW), together)
     checks = (
         Check(name="finite loss", state="passed", detail=problem.loss.name, value=proof.loss),
         _determinism(few),

@@ -38,12 +38,19 @@ class Sample:
     separable: bool
 
     @classmethod
-    def of(cls, problem: Problem, count: int) -> Sample:
-        """About so many examples that weigh something: rows, or else whole batches."""
+    def of(cls, problem: Problem, count: int, together: int | None = None) -> Sample:
+        """About so many examples that weigh something: rows, or else whole batches.
+
+        Args:
+            problem: whose examples.
+            count: of them.
+            together: rows in a part at most, which bounds the memory that a part needs.
+        """
         indices = [i for i, mass in enumerate(problem.masses) if mass > 0]
         separable = problem.separable and problem.loss.shows_examples
         if separable:
-            parts = _stacked(_rows_across(problem, indices, count))
+            stacked = _stacked(_rows_across(problem, indices, count))
+            parts = [piece for part in stacked for piece in _pieces(part, together or count)]
             return cls(problem, tuple(parts), tuple(_mass(problem, p) for p in parts), True)
         chosen: list[int] = []
         for index in indices:
@@ -117,6 +124,12 @@ def _stacked(pieces: Iterator[Batch]) -> list[Batch]:
         form = tuple((tuple(t.shape[1:]), t.dtype) for t in tensors_of(piece))
         groups.setdefault(form, []).append(piece)
     return [_joined(group) for group in groups.values()]
+
+
+def _pieces(part: Batch, size: int) -> Iterator[Batch]:
+    """A batch in pieces of at most so many rows."""
+    for start in range(0, size_of(part), size):
+        yield rows(part, start, min(start + size, size_of(part)))
 
 
 def _joined(group: list[Batch]) -> Batch:
