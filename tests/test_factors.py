@@ -12,16 +12,20 @@ from torch import Tensor, nn
 
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.problem.batches import Batch, rows
-from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
+from hesscli.problem.classification import (
+    CrossEntropy,
+    HuggingFace,
+    LanguageModel,
+    NegativeLogLikelihood,
+)
 from hesscli.problem.criteria import as_loss
 from hesscli.problem.entrywise import (
     BinaryCrossEntropy,
     BinaryCrossEntropyOfProbabilities,
     MeanSquaredError,
 )
-from hesscli.problem.factors import Factor, factor_of, has_factor
-from hesscli.problem.huggingface import HuggingFace
 from hesscli.problem.losses import Loss
+from hesscli.problem.output_hessian import Factor, factor_of, has_factor
 
 N, K, T = 6, 4, 3
 ROUNDING = 1e-13  # float64, sums of a dozen terms of size 1

@@ -21,8 +21,7 @@ from hesscli.problem.entrywise import (
     BinaryCrossEntropyOfProbabilities,
     MeanSquaredError,
 )
-from hesscli.problem.losses import Loss, StepLoss
-from hesscli.problem.user_loss import UserLoss
+from hesscli.problem.losses import Loss, StepLoss, UserLoss
 
 ROUNDING = 1e-12  # float64, sums of a few hundred terms
 

@@ -19,9 +19,9 @@ import hesscli
 from hesscli.errors import InputError, UsageError
 from hesscli.operators.residual import Residual
 from hesscli.problem.batches import rows
+from hesscli.problem.losses import UserLoss
 from hesscli.problem.outputs import HiddenOutputsError, named_output, rows_of
 from hesscli.problem.problem import Problem
-from hesscli.problem.user_loss import UserLoss
 
 N, K = 20, 3
 ROUNDING = 1e-12

@@ -13,9 +13,8 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import hesscli
-from hesscli.problem.precision import doubled
+from hesscli.problem.precision import Widened, doubled
 from hesscli.problem.problem import Problem
-from hesscli.problem.widening import Widened
 
 TABLE = torch.linspace(-1, 1, 25).view(5, 5)
 """Numbers in float32 that no module owns."""

@@ -130,7 +130,7 @@ def _vector(name: str | None, problem: Problem) -> Tensor | None:
     Raises:
         InputError: a file that does not hold one tensor for each parameter.
     """
-    from hesscli.problem.vector import load_vector
+    from hesscli.problem.checkpoint import load_vector
 
     if name is None or name == GRADIENT:
         return None

@@ -12,8 +12,7 @@ from hesscli import streams
 from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.residual import Residual
 from hesscli.problem.blame import is_out_of_memory
-from hesscli.problem.factors import has_closed_form
-from hesscli.problem.output_hessian import OutputHessian
+from hesscli.problem.output_hessian import OutputHessian, has_closed_form
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem, WeightedBatch
 

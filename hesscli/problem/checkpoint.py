@@ -1,28 +1,117 @@
-"""Checkpoints: the weights of a trained model from a file, and their way into a module."""
+"""Checkpoints: the weights of a trained model from files of any kind, and vectors like them."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hesscli.errors import InputError, shorten
-from hesscli.problem import archives
-from hesscli.problem.nearest import missing_file
-from hesscli.problem.pickles import is_program, read_pickle, read_program
-from hesscli.problem.shards import (
-    INDEX_SUFFIXES,
-    join_shards,
-    only_checkpoint,
-    read_safetensors,
-    shards_of,
+from hesscli.errors import InputError, missing_file, shorten
+from hesscli.parameters import Parameters
+from hesscli.problem.pickles import (
+    is_archive,
+    is_program,
+    read_pickle,
+    read_program,
+    verify_archive,
 )
 from hesscli.problem.weights import Found
+
+# -- Weights in .safetensors, and in shards of any kind that an index joins ------------------------
+
+
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_MOST_NAMED = 5
+# Of an index and of a header: what a network has is far below, and a parser's memory bounded.
+_MOST_ENTRIES = 400_000
+_MOST_TENSORS = 1 << 16
+
+
+def only_checkpoint(folder: Path) -> Path:
+    """The index of a folder, or its single file of weights."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    for suffix in (INDEX_SUFFIXES[0], ".safetensors", INDEX_SUFFIXES[1], ".bin"):
+        fitting = [name for name in names if name.endswith(suffix)]
+        if len(fitting) == 1:
+            return folder / fitting[0]
+        if fitting:
+            got = f"{folder}: {', '.join(fitting[:_MOST_NAMED])}"
+            raise InputError("the folder holds several checkpoints", got, "name one of them")
+    got = f"{folder}: {', '.join(names[:_MOST_NAMED]) or 'nothing'}"
+    raise InputError("the folder holds no .safetensors checkpoint", got, "name the file itself")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            count = len(file.keys())
+        if count > _MOST_TENSORS:
+            got = f"{path}: {count:,} tensors"
+            hint = f"files of at most {_MOST_TENSORS:,} tensors, joined by an index"
+            raise InputError("more tensors than a network has", got, hint)
+        return load_file(path, device="cpu")
+    except SafetensorError as error:
+        hint = "copy or download it again: it is damaged"
+        raise InputError("not a whole .safetensors file", f"{path}: {error}", hint) from error
+
+
+def shards_of(index: Path) -> dict[Path, list[str]]:
+    """The shard files that an index names, each with the tensors it should hold."""
+    hint = "write it again with save_pretrained, or name a single .safetensors file"
+    content = index.read_bytes()
+    if sum(map(content.count, (b",", b"[", b"{"))) > _MOST_ENTRIES:
+        got = f"{index}: more than {_MOST_ENTRIES:,} entries"
+        raise InputError("not an index of shards", got, hint)
+    try:
+        weight_map = json.loads(content)["weight_map"]
+        entries = sorted((str(shard), str(name)) for name, shard in weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        got = f"{index}: no weight_map in JSON"
+        raise InputError("not an index of shards", got, hint) from error
+    shards: dict[Path, list[str]] = {}
+    for shard, name in entries:
+        # Judged by the name alone: caches link the files themselves to elsewhere.
+        if Path(shard).is_absolute() or ".." in Path(shard).parts or "\0" in shard:
+            got = f"{index}: {shard!r}"
+            raise InputError("the index names a file outside its folder", got, hint)
+        shards.setdefault(index.parent / shard, []).append(name)
+    return shards
+
+
+def join_shards(
+    shards: Mapping[Path, list[str]], index: Path, read: Callable[[Path], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of all shards; each must hold what the index says.
+
+    Args:
+        shards: names of tensors by the file that should hold them.
+        index: where that is said.
+        read: gives the tensors of one file.
+    """
+    state: dict[str, Tensor] = {}
+    for shard, names in shards.items():
+        if not shard.is_file():
+            hint = f"copy it beside {index.name}: {len(shards)} shards belong together"
+            raise InputError("a shard of the checkpoint is missing", str(shard), hint)
+        tensors = read(shard)
+        if absent := [name for name in names if name not in tensors]:
+            hint = "index and shards are of different checkpoints: copy them again"
+            raise InputError("a shard lacks tensors of the index", f"{shard}: {absent[0]}", hint)
+        state |= {name: tensors[name] for name in names}
+    return state
+
+
+# -- Checkpoints: the weights of a trained model from a file, and their way into a module ----------
+
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", *INDEX_SUFFIXES, ".pt2")
 # torch.save files that are no zip begin with this number, pickled.
@@ -103,7 +192,7 @@ def _read_file(path: Path, trust: bool, key: str | None) -> Found:
     with path.open("rb") as file:
         head = file.read(64)
     notes: tuple[str, ...] = ()
-    if (is_zip := archives.is_archive(path)) and not archives.verify(path):
+    if (is_zip := is_archive(path)) and not verify_archive(path):
         notes = (f"{path.name} was saved without checksums: damage to it would not show",)
     if is_program(path):
         found = read_program(path, trust=trust)
@@ -174,3 +263,49 @@ def floating_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
         if value.is_floating_point():
             sizes[torch.float64 if value.dtype == torch.float64 else torch.float32] += value.numel()
     return torch.float64 if sizes[torch.float64] > sizes[torch.float32] else torch.float32
+
+
+# -- A vector over the parameters, from a file with one tensor a parameter -------------------------
+
+
+def load_vector(path: Path, parameters: Parameters) -> Tensor:
+    """The file's tensors as one vector, float64 ``(d,)``.
+
+    Raises:
+        InputError: the file is missing or unreadable, or its tensors are not the parameters'.
+    """
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise InputError(
+            "file not found", str(path), "--vector gradient, or a .safetensors file"
+        ) from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            "the vector cannot be read", f"{path}: {error}", "a .safetensors file"
+        ) from None
+    wanted = {p.name: tuple(p.tensor.shape) for p in parameters}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != given:
+        raise InputError(
+            "the vector's tensors are not the parameters'",
+            f"{path}: {_difference(wanted, given)}",
+            "one tensor for each trainable parameter, with its name and shape",
+        )
+    vector = parameters.flatten([tensors[name].to(torch.float64) for name in parameters.names])
+    if not torch.isfinite(vector).all():
+        raise InputError("the vector is not finite", str(path), "a vector without NaN or infinity")
+    return vector
+
+
+def _difference(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> str:
+    """The first names that are missing, unexpected or of another shape."""
+    missing = [f"no {name}" for name in wanted if name not in given]
+    unexpected = [f"unexpected {name}" for name in given if name not in wanted]
+    misshapen = [
+        f"{name} of shape {given[name]}, not {shape}"
+        for name, shape in wanted.items()
+        if name in given and given[name] != shape
+    ]
+    found = [*missing, *unexpected, *misshapen]
+    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")

@@ -13,15 +13,18 @@ from torch import nn
 from torch.nn import functional
 
 from hesscli.errors import InputError
-from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
+from hesscli.problem.classification import (
+    CrossEntropy,
+    HuggingFace,
+    LanguageModel,
+    NegativeLogLikelihood,
+)
 from hesscli.problem.entrywise import (
     BinaryCrossEntropy,
     BinaryCrossEntropyOfProbabilities,
     MeanSquaredError,
 )
-from hesscli.problem.huggingface import HuggingFace
-from hesscli.problem.losses import Loss, StepLoss
-from hesscli.problem.user_loss import UserLoss
+from hesscli.problem.losses import Loss, StepLoss, UserLoss
 from hesscli.results import Reduction
 
 NAMED: dict[str, type[Loss]] = {

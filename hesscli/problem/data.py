@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hesscli.errors import UsageError
-from hesscli.problem.batches import Batch, leaves_of, tensors_of
+from hesscli.problem.batches import Batch, leaves_of, owned, tensors_of
 
 DEFAULT_EXAMPLES = 4096
 
@@ -76,3 +77,29 @@ def digest_of(batches: Sequence[Batch]) -> str:
         elif isinstance(leaf, (str, int, float)):
             digest.update(repr(leaf).encode())
     return digest.hexdigest()
+
+
+# -- A fair choice among items whose number is not known before the last was seen ------------------
+
+
+class Reservoir:
+    """At most ``capacity`` items of a stream: the first, or at random (Vitter 1985, algorithm R).
+
+    Vitter, "Random sampling with a reservoir", ACM TOMS 11 (1985), section 2.
+    """
+
+    def __init__(self, capacity: int | None, first: bool, generator: np.random.Generator) -> None:
+        self.capacity, self.first, self.generator = capacity, first, generator
+        self.kept: list[Batch] = []
+        self.seen = 0
+
+    def offer(self, item: Batch) -> bool:
+        """Take or leave the next item; False where no later one can be taken."""
+        full = len(self.kept) == self.capacity
+        if full and self.first:
+            return False
+        slot = int(self.generator.integers(self.seen + 1)) if full else self.seen
+        if self.capacity is None or slot < self.capacity:
+            self.kept[slot : slot + 1] = [owned(item)]
+        self.seen += 1
+        return True

@@ -27,9 +27,8 @@ from hesscli.problem.batches import (
     size_of,
     tensors_of,
 )
-from hesscli.problem.data import FrozenData, Selection, digest_of
+from hesscli.problem.data import FrozenData, Reservoir, Selection, digest_of
 from hesscli.problem.independence import MIN_GROUPS, Part, sliced
-from hesscli.problem.reservoir import Reservoir
 from hesscli.problem.sources import Examples, as_source, seeded
 from hesscli.results import Observe, Snapshot
 

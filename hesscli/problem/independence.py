@@ -24,11 +24,9 @@ from hesscli.problem.batches import Batch, is_sliceable, map_tensors, place, siz
 from hesscli.problem.blame import differing_module, is_out_of_memory, label
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import moved, retyped, undisturbed
-from hesscli.problem.losses import Loss, StepLoss, require_number
+from hesscli.problem.losses import Loss, StepLoss, UserLoss, require_number
 from hesscli.problem.outputs import HiddenOutputsError
-from hesscli.problem.precision import Narrowing, tolerance
-from hesscli.problem.user_loss import UserLoss
-from hesscli.problem.widening import Widened
+from hesscli.problem.precision import Narrowing, Widened, tolerance
 from hesscli.results import Reduction
 
 MIN_GROUPS = 16

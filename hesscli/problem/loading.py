@@ -17,8 +17,8 @@ from hesscli.problem.criteria import NAMED, as_loss, with_tensors
 from hesscli.problem.data import DEFAULT_EXAMPLES
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
 from hesscli.problem.fitting import load_state
+from hesscli.problem.forward import cast, require_real
 from hesscli.problem.losses import Loss, StepLoss
-from hesscli.problem.placing import cast, require_real
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
 from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec

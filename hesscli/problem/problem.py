@@ -18,17 +18,13 @@ from hesscli.problem.batches import Batch, first_rows, map_tensors, place, size_
 from hesscli.problem.criteria import as_loss, reading
 from hesscli.problem.data import FrozenData, Selection
 from hesscli.problem.factory import blamed_on_user
-from hesscli.problem.forward import Run, retyped, run_with, undisturbed
+from hesscli.problem.forward import Run, placed, require_real, retyped, run_with, undisturbed
 from hesscli.problem.freezing import freeze
 from hesscli.problem.independence import MODEL_RAISED, IndependenceTest, must_fit
-from hesscli.problem.losses import Loss, StepLoss
-from hesscli.problem.placing import placed, require_real
-from hesscli.problem.precision import Precision, precision_of
+from hesscli.problem.losses import Loss, StepLoss, Summed, UserLoss
+from hesscli.problem.precision import Precision, Widened, precision_of
 from hesscli.problem.proof import Proof, prove
 from hesscli.problem.sampling import Sample
-from hesscli.problem.summed import Summed
-from hesscli.problem.user_loss import UserLoss
-from hesscli.problem.widening import Widened
 from hesscli.results import CheckpointReport, Observe, ProblemReport, Reduction
 
 _LOOKED_AT = 32

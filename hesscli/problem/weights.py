@@ -10,8 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from hesscli.errors import InputError
-from hesscli.problem.nearest import nearest
+from hesscli.errors import InputError, nearest
 
 Place = tuple[str, ...]
 

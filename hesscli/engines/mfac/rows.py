@@ -28,7 +28,7 @@ from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.operators.gauss_newton import require_examples
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
-from hesscli.problem.factors import Factor, ScoreFactor, factor_of, has_factor
+from hesscli.problem.output_hessian import Factor, ScoreFactor, factor_of, has_factor
 from hesscli.problem.problem import Problem, WeightedBatch
 
 Name = Literal["sampled", "example", "microbatch"]
