@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import hesscli
 from hesscli.errors import InputError, UsageError
-from hesscli.operators.residual import Residual
+from hesscli.operators.hessian import Residual
 from hesscli.problem.batches import Batch, rows
 from hesscli.problem.classification import UNEXPLAINED, HuggingFace
 from hesscli.problem.problem import Problem

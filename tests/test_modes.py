@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hesscli
 from hesscli.errors import UnsoundError, UsageError
-from hesscli.operators.fisher import EmpiricalFisher
-from hesscli.operators.gauss_newton import GaussNewton
+from hesscli.operators.gauss_newton import EmpiricalFisher, GaussNewton
 from hesscli.operators.hessian import Hessian
 from hesscli.operators.preflight import preflight
 from hesscli.problem.data import FrozenData

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import hesscli
 from hesscli.errors import UnsoundError, UsageError
-from hesscli.operators.residual import Residual
+from hesscli.operators.hessian import Residual
 from hesscli.problem.batches import first_rows
 from hesscli.problem.criteria import as_loss
 from hesscli.problem.problem import Problem

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import hesscli
 from hesscli.errors import UsageError
-from hesscli.operators.loss_curvature import require_output_hessian
+from hesscli.operators.exactness import require_output_hessian
 from hesscli.problem.batches import rows
 from hesscli.problem.classification import CrossEntropy, NegativeLogLikelihood
 from hesscli.problem.criteria import as_loss

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import hesscli
 from hesscli.errors import InputError, UsageError
-from hesscli.operators.residual import Residual
+from hesscli.operators.hessian import Residual
 from hesscli.problem.batches import rows
 from hesscli.problem.losses import UserLoss
 from hesscli.problem.outputs import HiddenOutputsError, named_output, rows_of

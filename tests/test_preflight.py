@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import hesscli
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.base import Operator
-from hesscli.operators.fisher import EmpiricalFisher
-from hesscli.operators.gauss_newton import GaussNewton
+from hesscli.operators.gauss_newton import EmpiricalFisher, GaussNewton
 from hesscli.operators.hessian import Hessian
 from hesscli.operators.preflight import preflight
 from hesscli.operators.products import Apply

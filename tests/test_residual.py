@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from hesscli import GaussNewton, Hessian
 from hesscli.errors import UsageError
+from hesscli.operators.hessian import Residual
 from hesscli.operators.products import MODES
-from hesscli.operators.residual import Residual
 from hesscli.problem.classification import LanguageModel
 from hesscli.problem.data import FrozenData
 from hesscli.problem.losses import StepLoss

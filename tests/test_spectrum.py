@@ -15,7 +15,7 @@ from torch import nn
 import hesscli
 from hesscli.diagnostics import spectral_plan
 from hesscli.errors import UsageError
-from hesscli.operators.retained import Retained
+from hesscli.operators.base import Retained
 from hesscli.problem.data import FrozenData
 from hesscli.results import Snapshot, SpectrumResult
 

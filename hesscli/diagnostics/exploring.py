@@ -29,8 +29,7 @@ from hesscli.engines.quadrature import (
     standing_alone,
     with_copies,
 )
-from hesscli.operators.base import Operator
-from hesscli.operators.retained import Retained
+from hesscli.operators.base import Operator, Retained
 from hesscli.results import ConvergencePoint, Status
 from hesscli.streams import key
 

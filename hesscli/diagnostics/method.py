@@ -20,12 +20,9 @@ from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.statistics import Sharing
 from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.base import Operator
-from hesscli.operators.exactness import Exactness, exact_parameters
-from hesscli.operators.fisher import EmpiricalFisher
-from hesscli.operators.gauss_newton import require_examples
-from hesscli.operators.hessian import Hessian
-from hesscli.operators.loss_curvature import require_output_hessian
-from hesscli.operators.residual import Residual
+from hesscli.operators.exactness import Exactness, exact_parameters, require_output_hessian
+from hesscli.operators.gauss_newton import EmpiricalFisher, require_examples
+from hesscli.operators.hessian import Hessian, Residual
 from hesscli.parameters import Parameters
 from hesscli.problem.output_hessian import columns_at, scores_at
 from hesscli.streams import Distribution, key

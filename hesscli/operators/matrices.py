@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
-from hesscli.operators.fisher import EmpiricalFisher, Fisher
-from hesscli.operators.gauss_newton import GaussNewton
+from hesscli.operators.gauss_newton import EmpiricalFisher, Fisher, GaussNewton
 from hesscli.operators.hessian import Hessian
 
 MATRICES: dict[str, type[Operator]] = {

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from hesscli.operators.base import Operator
-from hesscli.operators.directions import MismatchError, moving, vectors
 from hesscli.operators.products import central_difference, flatten, gradient
-from hesscli.operators.verification import product
+from hesscli.operators.verification import MismatchError, moving, product, vectors
 from hesscli.problem.sampling import Sample
 from hesscli.results import Check
 

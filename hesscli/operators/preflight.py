@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -11,10 +12,9 @@ from torch import Tensor
 from hesscli.errors import HesscliError, UnsoundError, UsageError, first_line
 from hesscli.operators import narrow
 from hesscli.operators.base import Operator
-from hesscli.operators.directions import MismatchError
-from hesscli.operators.independence import check_independence
 from hesscli.operators.products import MODES, flatten, gradient
 from hesscli.operators.verification import (
+    MismatchError,
     Products,
     check_difference,
     check_gradient,
@@ -34,7 +34,7 @@ from hesscli.problem.blame import (
 from hesscli.problem.precision import doubled, tolerance
 from hesscli.problem.problem import Problem
 from hesscli.problem.sampling import Sample
-from hesscli.results import Check, Mode, Preflight
+from hesscli.results import Check, CheckState, Mode, Preflight
 
 _FEWEST, _FEW, _MANY = 8, 16, 64
 """Examples: at least; for what takes many products; and for a comparison with differences."""
@@ -261,3 +261,41 @@ def _obstacle(problem: Problem, mode: Mode) -> str:
             problem.model, lambda: problem.evaluate(sample.data), _ATTEMPTS[mode]
         )
     return module or f"the loss {problem.loss.name}"
+
+
+# -- What the test of independent examples found, as a check ---------------------------------------
+
+
+def check_independence(problem: Problem, make: type[Operator]) -> Check:
+    """What was found when the data was frozen.
+
+    Raises:
+        UsageError: examples are mixed, and the operator is made of per-example gradients.
+    """
+    found = problem.independence
+    if found.unseen is not None:
+        return _check("not applicable", f"{found.unseen}: the batch is the unit")
+    if found.mixes is None:
+        detail = "an example's output and loss do not depend on its batch"
+        return _check("passed", detail, found.change, found.bound)
+    if make.per_example:
+        raise UsageError(
+            "per-example gradients do not exist here",
+            f"{found.mixes} mixes the examples of a batch",
+            "--matrix ggn or hessian",
+        )
+    told = f"{found.mixes} mixes them: the batch is the unit"
+    return _check("not applicable", told, found.change, found.bound)
+
+
+def _check(
+    state: CheckState, detail: str, value: float = math.inf, bound: float | None = None
+) -> Check:
+    known = math.isfinite(value)
+    return Check(
+        name="independent examples",
+        state=state,
+        detail=detail,
+        value=value if known else None,
+        bound=bound if known else None,
+    )

@@ -7,19 +7,233 @@ itself a gradient that autograd was kept from.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hesscli import streams
 from hesscli.operators.base import Operator
-from hesscli.operators.directions import MismatchError, layers_where, vectors, within_bound
-from hesscli.operators.products import BUILDERS, STEP, central_difference, flatten, gradient
-from hesscli.operators.terms import Terms
+from hesscli.operators.products import (
+    BUILDERS,
+    STEP,
+    Tensors,
+    central_difference,
+    flatten,
+    gradient,
+)
+from hesscli.parameters import Parameters
+from hesscli.problem.batches import tensors_of
+from hesscli.problem.forward import moved
 from hesscli.problem.precision import tolerance
-from hesscli.problem.problem import Problem
+from hesscli.problem.problem import Problem, WeightedBatch
 from hesscli.problem.sampling import Sample
 from hesscli.results import Check
+
+# -- Where operators are put to the test: along which vectors, at which weights, by which steps ----
+
+
+_ATTEMPTS = ((STEP / 2, 0.0), (STEP / 10, 1e-3), (STEP / 100, 1e-3))
+"""Step along a unit direction, and relative shift of the weights: a kink that the weights sit
+on, or that a step crosses, says nothing about the mode. No step is that of the mode of central
+differences, which would be compared with itself."""
+
+_LEAST = 4
+"""Examples that are not taken apart any more: a wrong one among them shows."""
+
+Measure = Callable[[Sample, Tensor, float], tuple[float, float]]
+"""A relative error on some examples along a unit direction with a step, and what is allowed."""
+
+
+class MismatchError(Exception):
+    """Something that runs and is wrong."""
+
+
+def vectors(problem: Problem, count: int) -> Tensor:
+    """The first Rademacher rows ``(count, d)`` of a fixed stream."""
+    rows = [
+        streams.rademacher(
+            streams.key(0x5EED, i),
+            0,
+            problem.parameters.size,
+            dtype=problem.dtype,
+            device=problem.device,
+        )
+        for i in range(count)
+    ]
+    return torch.stack(rows)
+
+
+def within_bound(sample: Sample, measure: Measure, what: str) -> tuple[float, float]:
+    """An error within what is allowed, at one of a few points and steps.
+
+    The more examples, the more kinks lie within a step: where they are too many, halves of the
+    sample must each be right by themselves.
+
+    Args:
+        sample: examples of a problem in float64.
+        measure: what compares with a difference.
+        what: what a mismatch is called.
+
+    Raises:
+        MismatchError: some examples have none; the layers are named.
+    """
+    errors = []
+    for number, attempt in enumerate(_ATTEMPTS):
+        with _at(sample.problem, number, attempt) as (direction, step):
+            value, bound = measure(sample, direction, step)
+        if value <= bound:
+            return value, bound
+        errors.append(value)
+    if sample.count > _LEAST and (halves := sample.halves()):
+        found = [within_bound(half, measure, what) for half in halves]
+        return max(found, key=lambda pair: pair[0] / pair[1])
+
+    def is_wrong(mask: Tensor) -> bool:
+        part = mask * direction
+        value, bound = measure(sample, part / part.norm(), step)
+        return not value <= bound
+
+    with _at(sample.problem, number, attempt) as (direction, step):
+        layers = layers_where(sample.problem.parameters, is_wrong)
+    raise MismatchError(f"{what} by {min(errors):.2%}{layers}")
+
+
+@contextmanager
+def _at(
+    problem: Problem, number: int, attempt: tuple[float, float]
+) -> Iterator[tuple[Tensor, float]]:
+    """The weights of an attempt, and its unit direction and step."""
+    step, shift = attempt
+    direction = vectors(problem, number + 1)[-1] * moving(problem)
+    with moved(problem.parameters.tensors, shift):
+        yield direction / direction.norm(), step
+
+
+def layers_where(parameters: Parameters, is_wrong: Callable[[Tensor], bool]) -> str:
+    """Names the layers along whose own directions something is wrong, given as masks (d,)."""
+    wrong = []
+    for layer in parameters.layers:
+        mask = [
+            torch.full_like(p.tensor, p.layer == layer, requires_grad=False) for p in parameters
+        ]
+        if is_wrong(flatten(mask)):
+            wrong.append(layer)
+    more = ", ..." if len(wrong) > 5 else ""
+    return f", in {', '.join(wrong[:5])}{more}" if wrong else ""
+
+
+def moving(problem: Problem) -> Tensor:
+    """Zero at padding rows of embeddings, which no gradient reaches though outputs use them."""
+    rows = {
+        module.weight: module.padding_idx
+        for module in problem.model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    masks = [torch.ones_like(t, requires_grad=False) for t in problem.parameters.tensors]
+    for tensor, mask in zip(problem.parameters.tensors, masks, strict=True):
+        if (row := rows.get(tensor)) is not None:
+            mask[row] = 0
+    return flatten(masks)
+
+
+# -- How large the terms of a product are before they cancel ---------------------------------------
+# Where a network is sure of its examples, the slope of the loss in its outputs is p − 1 with p near
+# 1, and so is its curvature. What is left of either after subtraction is small, but its rounding is
+# that of 1, and reaches the product through the outputs' own derivatives. A loss with slope and
+# curvature of order one in their place shows how large that can become.
+
+
+_ROUNDED_TERMS = 16
+"""Rounding of a product, in units of eps and of the size of its terms: 2 to 18 were seen."""
+_SIGNS = 0x7E125
+"""Separates the slopes' signs from other streams."""
+
+
+class Terms:
+    """Of an operator's products on some examples.
+
+    Args:
+        operator: the matrix.
+        sample: the examples.
+    """
+
+    def __init__(self, operator: Operator, sample: Sample) -> None:
+        self.operator, self.sample = operator, sample
+
+    def rounding_of(self, vector: Tensor, precision: torch.dtype) -> float:
+        """At most, of the product with a vector; 0 where nothing is known of the outputs.
+
+        Args:
+            vector: ``(d,)``.
+            precision: the type that the model computes in.
+        """
+        tensors, total = self.operator.parameters.tensors, torch.zeros_like(vector)
+        build = BUILDERS["hessian"]["double-backward"]
+        with self.operator.problem.forward_context():
+            for batch in self.sample.batches():
+
+                def value(theta: Tensors | None, batch: WeightedBatch = batch) -> Tensor:
+                    return self._uncancelled(batch)
+
+                total += batch.weight * build(value, tensors)(vector[None])[0]
+        size = float(total.norm())
+        return _ROUNDED_TERMS * torch.finfo(precision).eps * size if size < float("inf") else 0.0
+
+    @property
+    def slope(self) -> float:
+        """The length of the gradient."""
+        tensors = self.operator.parameters.tensors
+        with self.operator.problem.forward_context():
+            values = [b.weight * self._uncancelled(b) for b in self.sample.batches()]
+            return float(flatten(gradient(torch.stack(values).sum(), tensors)).norm())
+
+    def _uncancelled(self, batch: WeightedBatch) -> Tensor:
+        """½‖f + s‖² of an example's outputs f at f = 0, with signs s: its slope is s, in the mean.
+
+        Second derivatives of f are multiplied with s then, and its first with one another.
+        """
+        with _outputs_of(self.operator.problem) as outputs:
+            loss = self.operator.problem.evaluate(batch.data)
+        terms, share = [loss * 0], 2 * batch.count / self.operator.problem.loss.multiple
+        for number, output in enumerate(outputs):
+            signs = streams.rademacher(
+                streams.key(_SIGNS, number),
+                0,
+                output.numel(),
+                dtype=output.dtype,
+                device=output.device,
+            ).view_as(output)
+            terms.append((output - output.detach() + signs).square().sum() / share)
+        return torch.stack([term.to(loss.dtype) for term in terms]).sum()
+
+
+@contextmanager
+def _outputs_of(problem: Problem) -> Iterator[list[Tensor]]:
+    """Meanwhile, whatever differentiable tensors the model returns."""
+    outputs: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        found = [output] if isinstance(output, Tensor) else tensors_of(vars_of(output))
+        outputs.extend(t for t in found if t.requires_grad and t.is_floating_point())
+
+    handle = problem.model.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def vars_of(output: Any) -> Any:
+    """An object's attributes, where it is no collection of its own."""
+    return vars(output) if hasattr(output, "__dict__") and not hasattr(output, "keys") else output
+
+
+# -- Whether gradient and products are right, by tests that know nothing of how they were made -----
+
 
 _BOUND = 1e-4
 """Right modes differ by 1e-10 to 1e-6 with no kink within the step, wrong ones by percents."""
