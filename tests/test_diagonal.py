@@ -10,8 +10,7 @@ import pytest
 import torch
 from noisy_diagonals import at_least, at_most, estimates, matrix
 
-from hesscli.engines.diagonal import Diagonal
-from hesscli.engines.quadratic import SquaredNorm, share, share_interval
+from hesscli.engines.diagonal import Diagonal, SquaredNorm, share, share_interval
 
 SEEDS, SIZE = 1000, 40
 RATIOS = (0.3, 1.0, 10.0)  # of the diagonal's size to its noise

@@ -17,9 +17,9 @@ from torch.utils.data import TensorDataset
 
 from hesscli import GaussNewton
 from hesscli.engines.entries import Entries, Part
-from hesscli.engines.exact_diagonal import ExactDiagonal
-from hesscli.engines.exact_diagonal.contraction import _by_gradients, _by_pairs
-from hesscli.engines.exact_diagonal.engine import relative_rounding
+from hesscli.engines.per_example import ExactDiagonal
+from hesscli.engines.per_example.engine import relative_rounding
+from hesscli.engines.per_example.sites import _by_gradients, _by_pairs
 from hesscli.errors import UsageError
 from hesscli.problem.data import FrozenData
 from hesscli.problem.problem import Problem
@@ -295,7 +295,7 @@ def test_every_parameter_by_single_examples_gives_the_same(
     build, loss, data, _ = CASES[name]
     problem = Problem(build().double(), loss, _cut(data, [10, 1, 8, 4]))
     by_module = _run(problem)
-    monkeypatch.setattr("hesscli.engines.exact_diagonal.squares.site_class", lambda module: None)
+    monkeypatch.setattr("hesscli.engines.per_example.passes.site_class", lambda module: None)
     alone = _run(problem)
     assert set(alone.engine.generic) == set(problem.parameter_names)
     assert set(by_module.engine.generic) < set(alone.engine.generic)
@@ -388,7 +388,7 @@ def test_draws_do_not_depend_on_how_a_batch_is_cut(monkeypatch: pytest.MonkeyPat
     build, loss, data, _ = CASES["images"]
     problem = Problem(build(), loss, _cut(data, [19, 4]))
     whole = _run(problem, draws=2)
-    monkeypatch.setattr("hesscli.engines.exact_diagonal.passes.PART_BYTES", 1)
+    monkeypatch.setattr("hesscli.engines.per_example.passes.PART_BYTES", 1)
     torch.testing.assert_close(_run(problem, draws=2).diagonal, whole.diagonal)
     assert not torch.equal(_run(problem, draws=2, seed=1).diagonal, whole.diagonal)
 

@@ -19,7 +19,7 @@ HEAVY = {"torch", "numpy", "matplotlib", "scipy"}
 FLOORS = [
     {"errors"},
     {"results"},
-    {"parameters", "streams", "storage"},
+    {"parameters", "streams", "storage", "memory"},
     {"problem"},
     {"operators"},
     {"engines"},

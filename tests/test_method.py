@@ -22,11 +22,9 @@ from hesscli.diagnostics.diagonal import diagonal
 from hesscli.diagnostics.estimation import Estimation, Standing
 from hesscli.diagnostics.method import Draw, choose
 from hesscli.engines.entries import Entries, Part
-from hesscli.engines.estimator import Estimator
+from hesscli.engines.estimator import Estimator, Reading, Rounding
 from hesscli.engines.hutchinson.blocks import BlockRule, Blocks
-from hesscli.engines.hutchinson.deflation import Deflated
-from hesscli.engines.hutchinson.designs import Stratified, stratified_ratio
-from hesscli.engines.reading import Reading, Rounding
+from hesscli.engines.hutchinson.designs import Deflated, Stratified, stratified_ratio
 from hesscli.engines.stopping import Tolerance
 from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.base import Operator

@@ -12,11 +12,11 @@ import pytest
 import torch
 from mfac_truth import distance, rows_of
 
-from hesscli.engines.memory import available_bytes
 from hesscli.engines.mfac import GradientWindow, Gram
 from hesscli.engines.mfac.window import inner_rounding
 from hesscli.engines.rounding import of_sum
 from hesscli.errors import ExitCode, UnsoundError, UsageError
+from hesscli.memory import available_bytes
 
 ROWS = rows_of("normal", 23, 60).float()
 GIB = 2**30

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import hesscli
-from hesscli.engines.hutchinson.statistics import reduce_table
+from hesscli.engines.hutchinson.table import reduce_table
 
 BATCHES = 16
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from hesscli.diagnostics.clock import Clock
 from hesscli.diagnostics.exploring import Exploration, Plan, explore
 from hesscli.diagnostics.spectral_reports import functions
-from hesscli.engines.density import smoothed
 from hesscli.engines.lanczos import Lanczos
-from hesscli.engines.quadrature import Complement, Measure, Run, counted, measure
+from hesscli.engines.quadrature import Complement, Measure, Run, counted, measure, smoothed
 from hesscli.operators.dense import Dense
 
 SIZE = 64

@@ -19,9 +19,9 @@ import hesscli
 from hesscli.diagnostics.collecting import block_sizes
 from hesscli.diagnostics.predictions import sampled_mean
 from hesscli.diagnostics.ranking import GROUPS, repeats, saliencies
+from hesscli.engines.diagonal import student_scale
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.rows import RowKind, Rows
-from hesscli.engines.quadratic import student_scale
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.results import IhvpRun, Snapshot
 

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hesscli
-from hesscli.engines.diagonal import Diagonal
-from hesscli.engines.shrinkage import shrunk
+from hesscli.engines.diagonal import Diagonal, shrunk
 
 SIZE = 40
 DECAY = 0.5

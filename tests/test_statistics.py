@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from hesscli.engines.hutchinson.statistics import MeanSquare, Table, half_width, reduce_table
+from hesscli.engines.hutchinson.table import MeanSquare, Table, half_width, reduce_table
 from hesscli.engines.stopping import Tolerance, first_look, miss_probability
 
 SEEDS = 2000

@@ -18,8 +18,7 @@ from hesscli.diagnostics.summary import (
     summarise,
     total_histogram,
 )
-from hesscli.engines.diagonal import Diagonal
-from hesscli.engines.quadratic import student
+from hesscli.engines.diagonal import Diagonal, student
 from hesscli.results import ParameterReport
 
 

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hesscli
-from hesscli.engines.hutchinson.statistics import reduce_table
-from hesscli.engines.hutchinson.tails import FEWEST, tails_of
+from hesscli.engines.hutchinson.table import FEWEST, reduce_table, tails_of
 from hesscli.render.document import to_json
 from hesscli.results import TraceResult
 

@@ -18,9 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hesscli.engines.diagonal import Diagonal
+from hesscli.engines.diagonal import Array, Diagonal, share, share_interval, student
 from hesscli.engines.hutchinson.blocks import BlockRule, Blocks
-from hesscli.engines.quadratic import Array, share, share_interval, student
 from hesscli.results import BlockReport, Interval
 
 _SAFE = 0.9

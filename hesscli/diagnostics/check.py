@@ -16,7 +16,7 @@ from hesscli.diagnostics.reporting import warnings_of_products
 from hesscli.diagnostics.spectral_plan import plan_spectrum
 from hesscli.diagnostics.surroundings import environment
 from hesscli.diagnostics.window_plan import plan_ihvp
-from hesscli.engines.hutchinson.probes import Probes
+from hesscli.engines.hutchinson.designs import Probes
 from hesscli.engines.stopping import Tolerance
 from hesscli.operators.base import Operator
 from hesscli.operators.products import flatten, gradient

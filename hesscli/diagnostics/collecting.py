@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from hesscli.diagnostics.clock import Clock
-from hesscli.engines.memory import available_bytes
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.rows import RowKind, Rows, fitting_kind
 from hesscli.engines.mfac.window import DTYPES as WINDOW_DTYPES
 from hesscli.errors import UnsoundError, UsageError
+from hesscli.memory import available_bytes
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
 from hesscli.results import WindowReport

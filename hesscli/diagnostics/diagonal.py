@@ -20,10 +20,9 @@ from hesscli.diagnostics.reporting import (
 )
 from hesscli.diagnostics.surroundings import environment
 from hesscli.engines.entries import Entries, Part
-from hesscli.engines.estimator import Estimator
+from hesscli.engines.estimator import Estimator, Reading
 from hesscli.engines.hutchinson.blocks import BlockRule
 from hesscli.engines.hutchinson.engine import Hutchinson
-from hesscli.engines.reading import Reading
 from hesscli.engines.stopping import Tolerance
 from hesscli.errors import UsageError
 from hesscli.operators.base import Operator

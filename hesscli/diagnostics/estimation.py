@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hesscli.diagnostics.clock import Clock
-from hesscli.engines.estimator import Estimator
-from hesscli.engines.reading import Reading, Rounding, read
+from hesscli.engines.estimator import Estimator, Reading, Rounding, read
 from hesscli.engines.stopping import first_look, miss_probability
 from hesscli.results import Status
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hesscli.diagnostics.clock import Clock
 from hesscli.engines.lanczos import Lanczos, Ritz
-from hesscli.engines.memory import available_bytes
 from hesscli.engines.quadrature import (
     Complement,
     Counted,
@@ -29,6 +28,7 @@ from hesscli.engines.quadrature import (
     standing_alone,
     with_copies,
 )
+from hesscli.memory import available_bytes
 from hesscli.operators.base import Operator, Retained
 from hesscli.results import ConvergencePoint, Status
 from hesscli.streams import key

@@ -15,11 +15,10 @@ from hesscli.diagnostics.block_variance import block_report
 from hesscli.diagnostics.estimation import Outcome
 from hesscli.diagnostics.reporting import layers
 from hesscli.diagnostics.summary import Summary, histogram_edges, summarise, total_histogram
-from hesscli.engines.diagonal import Diagonal
+from hesscli.engines.diagonal import Diagonal, shrunk
 from hesscli.engines.hutchinson.blocks import BlockRule
 from hesscli.engines.hutchinson.designs import Plain
 from hesscli.engines.hutchinson.engine import Hutchinson
-from hesscli.engines.shrinkage import shrunk
 from hesscli.engines.stopping import Tolerance
 from hesscli.problem.problem import Problem
 from hesscli.results import BlockReport, DiagonalReport, LayerDiagonal, ParameterReport

@@ -8,16 +8,16 @@ from functools import partial
 from hesscli.diagnostics.estimation import Rethink
 from hesscli.engines.entries import Entries, Stream
 from hesscli.engines.estimator import Estimator
-from hesscli.engines.exact_diagonal.engine import ExactDiagonal, columns_of_sample
-from hesscli.engines.hutchinson.deflation import Deflated
 from hesscli.engines.hutchinson.designs import (
+    Deflated,
     Design,
     Stratified,
     common_share,
     stratified_ratio,
 )
 from hesscli.engines.hutchinson.engine import Hutchinson
-from hesscli.engines.hutchinson.statistics import Sharing
+from hesscli.engines.hutchinson.table import Sharing
+from hesscli.engines.per_example.engine import ExactDiagonal, columns_of_sample
 from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.exactness import Exactness, exact_parameters, require_output_hessian

@@ -15,7 +15,7 @@ from hesscli.diagnostics.opening import PROOF_GRADIENTS
 from hesscli.diagnostics.surroundings import peak_bytes
 from hesscli.engines.diagonal import Diagonal
 from hesscli.engines.entries import Entries
-from hesscli.engines.hutchinson.statistics import Table
+from hesscli.engines.hutchinson.table import Table
 from hesscli.engines.stopping import Tolerance, first_look, miss_probability
 from hesscli.operators.base import Operator
 from hesscli.results import PlannedCommand

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from hesscli.diagnostics.clock import Clock
 from hesscli.diagnostics.perturbations import Change, applied, changes_of
-from hesscli.engines.hutchinson.statistics import variance_between
+from hesscli.engines.diagonal import student_scale
+from hesscli.engines.hutchinson.table import variance_between
 from hesscli.engines.lanczos import ROUNDING
-from hesscli.engines.quadratic import student_scale
 from hesscli.operators.base import Operator, Term
 from hesscli.operators.products import gradient
 from hesscli.parameters import Parameter, Parameters

@@ -12,8 +12,8 @@ from hesscli.diagnostics.estimation import Outcome
 from hesscli.diagnostics.method import Choice, Draw
 from hesscli.diagnostics.opening import PROOF_GRADIENTS
 from hesscli.diagnostics.surroundings import peak_bytes
-from hesscli.engines.exact_diagonal.engine import relative_rounding as rounding_of_squares
-from hesscli.engines.reading import Reading, Rounding
+from hesscli.engines.estimator import Reading, Rounding
+from hesscli.engines.per_example.engine import relative_rounding as rounding_of_squares
 from hesscli.engines.stopping import Tolerance
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound

@@ -6,8 +6,8 @@ from hesscli.diagnostics.clock import beyond
 from hesscli.diagnostics.exploring import PROBES, STEPS, Plan, basis_bytes, needed_bytes
 from hesscli.diagnostics.opening import PROOF_GRADIENTS
 from hesscli.diagnostics.surroundings import peak_bytes
-from hesscli.engines.memory import available_bytes, gibibytes
 from hesscli.errors import UsageError
+from hesscli.memory import available_bytes, gibibytes
 from hesscli.operators.base import Operator
 from hesscli.problem.problem import Problem
 from hesscli.results import PlannedCommand

@@ -8,10 +8,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from hesscli.diagnostics.exploring import Exploration
-from hesscli.engines.density import smoothed
 from hesscli.engines.lanczos import Ritz
-from hesscli.engines.quadrature import Array, Counted, Measure, standing_alone
-from hesscli.engines.spectral_functions import FUNCTIONS, Function, evaluate
+from hesscli.engines.quadrature import (
+    FUNCTIONS,
+    Array,
+    Counted,
+    Function,
+    Measure,
+    evaluate,
+    smoothed,
+    standing_alone,
+)
 from hesscli.results import (
     Condition,
     DenseSpectrum,

@@ -21,7 +21,7 @@ from hesscli.diagnostics.ranking import Repeats, repeats, saliencies
 from hesscli.diagnostics.solving import Solved
 from hesscli.diagnostics.sweep import sweep
 from hesscli.diagnostics.trace import estimation
-from hesscli.engines.reading import Reading
+from hesscli.engines.estimator import Reading
 from hesscli.engines.stopping import Tolerance
 from hesscli.problem.problem import Problem
 from hesscli.results import DampingPoint, Status

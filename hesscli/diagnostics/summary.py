@@ -20,8 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesscli.engines.diagonal import Diagonal
-from hesscli.engines.quadratic import SquaredNorm
+from hesscli.engines.diagonal import Diagonal, SquaredNorm
 from hesscli.results import Entry, Histogram, ParameterReport, Quantile
 
 Array = NDArray[np.float64]

@@ -18,9 +18,8 @@ from hesscli.diagnostics.reporting import (
     warnings,
 )
 from hesscli.diagnostics.surroundings import environment
-from hesscli.engines.estimator import Estimator
-from hesscli.engines.hutchinson.statistics import Sharing
-from hesscli.engines.reading import Reading
+from hesscli.engines.estimator import Estimator, Reading
+from hesscli.engines.hutchinson.table import Sharing
 from hesscli.engines.stopping import Tolerance
 from hesscli.errors import UsageError
 from hesscli.problem.problem import Problem

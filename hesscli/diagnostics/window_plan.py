@@ -14,7 +14,7 @@ from hesscli.diagnostics.perturbations import changes_of
 from hesscli.diagnostics.ranking import GROUPS
 from hesscli.diagnostics.surroundings import peak_bytes
 from hesscli.diagnostics.sweep import RELATIVE
-from hesscli.engines.memory import available_bytes
+from hesscli.memory import available_bytes
 from hesscli.operators.base import Operator
 from hesscli.parameters import Parameter
 from hesscli.results import PlannedCommand

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hesscli.engines.hutchinson.statistics import Sharing
+from hesscli.engines.hutchinson.table import Sharing
 
 FIRST_CELLS = 32
 """Independent quadratic forms at the first look: they are skewed, and Student's interval is not."""

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.entries import Stream
-from hesscli.engines.hutchinson.designs import Design, Plain
-from hesscli.engines.hutchinson.probes import Probes
-from hesscli.engines.hutchinson.statistics import Array, Sharing, Table, reduce_table
-from hesscli.engines.layers import LayerSums
+from hesscli.engines.hutchinson.designs import Design, Plain, Probes
+from hesscli.engines.hutchinson.table import Array, Sharing, Table, reduce_table
 from hesscli.operators.base import Operator, Term
-from hesscli.parameters import Parameters
+from hesscli.parameters import LayerSums, Parameters
 from hesscli.streams import Distribution
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from hesscli import streams
-from hesscli.engines.exact_diagonal.generic import Generic
-from hesscli.engines.exact_diagonal.passes import is_close
+from hesscli.engines.per_example.generic import Generic
+from hesscli.engines.per_example.passes import is_close
 from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.operators.gauss_newton import require_examples
 from hesscli.operators.products import flatten, gradient

@@ -16,14 +16,12 @@ from torch import Tensor
 
 from hesscli import streams
 from hesscli.engines.entries import Stream
-from hesscli.engines.exact_diagonal.passes import Pass
-from hesscli.engines.exact_diagonal.squares import SquaredJacobian
-from hesscli.engines.hutchinson.statistics import Array
-from hesscli.engines.layers import LayerSums
+from hesscli.engines.hutchinson.table import Array
+from hesscli.engines.per_example.passes import Pass, SquaredJacobian
 from hesscli.errors import UsageError
 from hesscli.operators.base import BLOCK_BYTES
 from hesscli.operators.gauss_newton import require_examples
-from hesscli.parameters import Parameters
+from hesscli.parameters import LayerSums, Parameters
 from hesscli.problem.batches import Batch
 from hesscli.problem.losses import Loss
 from hesscli.problem.output_hessian import Columns, columns_at

@@ -1,5 +1,7 @@
 """The diagonal of the Gauss-Newton matrix by per-example squared vector-Jacobian products."""
 
-from hesscli.engines.exact_diagonal.engine import ExactDiagonal
+from __future__ import annotations
+
+from hesscli.engines.per_example.engine import ExactDiagonal
 
 __all__ = ["ExactDiagonal"]

@@ -1,4 +1,4 @@
-"""Per-example parameter gradients of known modules, from their inputs and output gradients.
+"""Per-example parameter gradients of known modules, and sums of their squares.
 
 A site stands for a module on one batch. A module that is called several times has the
 positions of all its calls in a row, since an example's gradient sums over them. Whether a site
@@ -19,7 +19,72 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
-from hesscli.engines.exact_diagonal.contraction import pairs_are_cheaper, room, squared_products
+# -- Sums of squared products: Σ_{n,c} (Σ_p g_ncop a_npj)² without keeping all that is squared -----
+
+
+CACHE_BYTES = 1 << 21
+"""What is worked on at once on a CPU: as much as its second-level cache holds."""
+DEVICE_BYTES = 1 << 27
+"""The same on an accelerator."""
+
+
+def room(like: Tensor) -> int:
+    """Numbers of a tensor's type that may be worked on at once."""
+    bytes_at_once = CACHE_BYTES if like.device.type == "cpu" else DEVICE_BYTES
+    return bytes_at_once // like.element_size()
+
+
+def squared_products(gradients: Tensor, inputs: Tensor) -> Tensor:
+    """Σ over examples and columns of the squared per-example weight gradients.
+
+    Args:
+        gradients: ``(N, C, G, O, P)`` for C columns, G groups, O outputs and P positions.
+        inputs: ``(N, G, P, J)``.
+
+    Returns:
+        ``(G, O, J)``, by whichever order of sums takes fewer operations.
+    """
+    _, columns, _, outputs, positions = gradients.shape
+    if pairs_are_cheaper(columns, outputs, positions, inputs.shape[-1]):
+        return _by_pairs(gradients, inputs)
+    return _by_gradients(gradients, inputs)
+
+
+def pairs_are_cheaper(columns: int, outputs: int, positions: int, width: int) -> bool:
+    """Whether pairs of positions take fewer multiplications than forming the gradients."""
+    by_gradients = columns * outputs * width * (positions + 1)
+    by_pairs = positions**2 * (columns * outputs + width + outputs * width)
+    return by_pairs < by_gradients
+
+
+def _by_gradients(gradients: Tensor, inputs: Tensor) -> Tensor:
+    """Form each example's weight gradients, some outputs at a time where they are many."""
+    count, columns, groups, outputs, positions = gradients.shape
+    width = inputs.shape[-1]
+    tall = max(1, min(outputs, room(gradients) // (count * columns * groups * width)))
+    parts = []
+    for first in range(0, outputs, tall):
+        part = gradients[:, :, :, first : first + tall].transpose(1, 2)
+        left = part.reshape(count * groups, -1, positions)
+        made = torch.bmm(left, inputs.flatten(0, 1))
+        squares = made.square_().view(count, groups, columns, -1, width)
+        parts.append(squares.sum((0, 2)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _by_pairs(gradients: Tensor, inputs: Tensor) -> Tensor:
+    """(Σ_p g_p a_p)² = Σ_pq (g_p g_q)(a_p a_q): one matrix product over all examples and pairs.
+
+    With one position this is the product of the squares.
+    """
+    g, a = gradients, inputs
+    left = (g[..., None] * g[..., None, :]).sum(1).permute(1, 2, 0, 3, 4).flatten(2)
+    right = (a[:, :, None] * a[:, :, :, None]).transpose(0, 1).flatten(1, 3)
+    return torch.bmm(left, right).clamp_(min=0)  # squares, but for rounding
+
+
+# -- Per-example parameter gradients of known modules, from their inputs and output gradients ------
+
 
 Sums = dict[str, Tensor]
 """Float64 sums for a module's parameters, by their names in it."""
