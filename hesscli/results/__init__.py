@@ -12,7 +12,17 @@ from hesscli.results.check import (
     PlannedCommand,
     Preflight,
 )
-from hesscli.results.common import (
+from hesscli.results.diag import (
+    BlockReport,
+    DiagonalReport,
+    DiagonalRun,
+    DiagResult,
+    Entry,
+    Histogram,
+    LayerDiagonal,
+    Quantile,
+)
+from hesscli.results.header import (
     SCHEMA_VERSION,
     CheckpointReport,
     Cost,
@@ -29,17 +39,7 @@ from hesscli.results.common import (
     Snapshot,
     Status,
 )
-from hesscli.results.diagonal import (
-    BlockReport,
-    DiagonalReport,
-    DiagonalRun,
-    DiagResult,
-    Entry,
-    Histogram,
-    LayerDiagonal,
-    Quantile,
-)
-from hesscli.results.sensitivity import (
+from hesscli.results.ihvp import (
     HOLDS_WITHIN,
     LARGE_RESIDUAL,
     LOW_LEVERAGE,

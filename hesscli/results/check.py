@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hesscli.results.common import SCHEMA_VERSION, Environment, Mode, ProblemReport
+from hesscli.results.header import SCHEMA_VERSION, Environment, Mode, ProblemReport
 
 CheckState = Literal["passed", "skipped", "not applicable"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hesscli.results.common import (
+from hesscli.results.header import (
     SCHEMA_VERSION,
     Cost,
     Environment,

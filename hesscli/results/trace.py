@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hesscli.results.common import (
+from hesscli.results.header import (
     SCHEMA_VERSION,
     Cost,
     Environment,

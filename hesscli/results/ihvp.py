@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hesscli.results.common import (
+from hesscli.results.diag import Histogram, Quantile
+from hesscli.results.header import (
     SCHEMA_VERSION,
     Cost,
     Environment,
@@ -14,7 +15,6 @@ from hesscli.results.common import (
     ProblemReport,
     Status,
 )
-from hesscli.results.diagonal import Histogram, Quantile
 
 LOW_LEVERAGE = 0.5
 """Median leverage below which saliencies rank as |w| does."""
