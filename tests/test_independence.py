@@ -360,7 +360,7 @@ def test_other_matrices_of_a_sum_are_its_own(matrix: str) -> None:
     ]
     assert traces[1].trace.estimate == pytest.approx(25 * traces[0].trace.estimate, rel=1e-8)
     mean, summed = (
-        hesscli.operators.matrices.matrix_named(matrix)(
+        hesscli.diagnostics.run.matrix_named(matrix)(
             Problem(model, nn.CrossEntropyLoss(reduction=r), [(x, y)])
         ).to_dense()
         for r in ("mean", "sum")

@@ -16,21 +16,19 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.diagnostics.clock import Clock
-from hesscli.diagnostics.diagonal import _standing as diagonal_standing
-from hesscli.diagnostics.diagonal import diagonal
-from hesscli.diagnostics.estimation import Estimation, Standing
-from hesscli.diagnostics.method import Draw, choose
+from hesscli.diagnostics.diag import _standing as diagonal_standing
+from hesscli.diagnostics.diag import diagonal
+from hesscli.diagnostics.estimators import Draw, choose
+from hesscli.diagnostics.measurement import Estimation, Standing, Tolerance
+from hesscli.diagnostics.run import Clock, matrix_named
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.estimator import Estimator, Reading, Rounding
 from hesscli.engines.hutchinson.blocks import BlockRule, Blocks
 from hesscli.engines.hutchinson.designs import Deflated, Stratified, stratified_ratio
-from hesscli.engines.stopping import Tolerance
 from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.dense import Dense
 from hesscli.operators.hessian import Hessian
-from hesscli.operators.matrices import matrix_named
 from hesscli.problem.data import FrozenData
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows

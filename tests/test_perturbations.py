@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hesscli import Problem
 from hesscli.diagnostics import perturbations
-from hesscli.diagnostics.perturbations import BITS, PRUNED, applied, changes_of, prune, round_to
+from hesscli.diagnostics.predictions import BITS, PRUNED, applied, changes_of, prune, round_to
 from hesscli.parameters import Parameter, Parameters
 
 EPS = 2.0**-52

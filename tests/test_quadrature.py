@@ -9,9 +9,9 @@ from scipy.linalg import hadamard
 from scipy.stats import binom, t, wasserstein_distance
 from torch import Tensor
 
-from hesscli.diagnostics.clock import Clock
-from hesscli.diagnostics.exploring import Exploration, Plan, explore
-from hesscli.diagnostics.spectral_reports import functions
+from hesscli.diagnostics.run import Clock
+from hesscli.diagnostics.spectral_runs import Exploration, Plan, explore
+from hesscli.diagnostics.spectrum import functions
 from hesscli.engines.lanczos import Lanczos
 from hesscli.engines.quadrature import Complement, Measure, Run, counted, measure, smoothed
 from hesscli.operators.dense import Dense

@@ -16,9 +16,9 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.diagnostics.collecting import block_sizes
 from hesscli.diagnostics.predictions import sampled_mean
-from hesscli.diagnostics.ranking import GROUPS, repeats, saliencies
+from hesscli.diagnostics.saliency import GROUPS, repeats, saliencies
+from hesscli.diagnostics.window import block_sizes
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.rows import RowKind, Rows

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from hesscli.diagnostics.measurement import Tolerance, first_look, miss_probability
 from hesscli.engines.hutchinson.table import MeanSquare, Table, half_width, reduce_table
-from hesscli.engines.stopping import Tolerance, first_look, miss_probability
 
 SEEDS = 2000
 LEVEL = 1e-3

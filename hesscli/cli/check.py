@@ -48,7 +48,7 @@ def check(
 ) -> ExitCode:
     """Check that checkpoint, spec and loss are sound, and plan what a run will take."""
     from hesscli.diagnostics.check import check as inspect
-    from hesscli.diagnostics.collecting import WindowOptions
+    from hesscli.diagnostics.window import WindowOptions
     from hesscli.render.check_table import check_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)

@@ -61,7 +61,7 @@ def diag(
 
     The entries go to diag.safetensors, their standard errors to diag_stderr.safetensors.
     """
-    from hesscli.diagnostics.diagonal import diagonal
+    from hesscli.diagnostics.diag import diagonal
     from hesscli.render.diag_table import diag_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)

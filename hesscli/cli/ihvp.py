@@ -69,9 +69,9 @@ def ihvp(
 
     Saliencies go to saliency.safetensors, a direction solved for to ihvp.safetensors.
     """
-    from hesscli.diagnostics.collecting import WindowOptions
-    from hesscli.diagnostics.sensitivity import ihvp as solve
-    from hesscli.diagnostics.sensitivity import sensitivity
+    from hesscli.diagnostics.ihvp import ihvp as solve
+    from hesscli.diagnostics.ihvp import sensitivity
+    from hesscli.diagnostics.window import WindowOptions
     from hesscli.render.ihvp_table import ihvp_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)

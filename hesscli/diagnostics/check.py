@@ -8,16 +8,13 @@ from collections.abc import Callable
 import torch
 
 import hesscli
-from hesscli.diagnostics.clock import Clock
-from hesscli.diagnostics.collecting import WindowOptions
-from hesscli.diagnostics.opening import opened
-from hesscli.diagnostics.pilot import run_pilot
+from hesscli.diagnostics.measurement import Tolerance
+from hesscli.diagnostics.plans import plan_ihvp, run_pilot
 from hesscli.diagnostics.reporting import warnings_of_products
-from hesscli.diagnostics.spectral_plan import plan_spectrum
-from hesscli.diagnostics.surroundings import environment
-from hesscli.diagnostics.window_plan import plan_ihvp
+from hesscli.diagnostics.run import Clock, environment, opened
+from hesscli.diagnostics.spectral_runs import plan_spectrum
+from hesscli.diagnostics.window import WindowOptions
 from hesscli.engines.hutchinson.designs import Probes
-from hesscli.engines.stopping import Tolerance
 from hesscli.operators.base import Operator
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.problem import Problem

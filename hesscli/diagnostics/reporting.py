@@ -7,14 +7,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from hesscli.diagnostics.clock import Clock
-from hesscli.diagnostics.estimation import Outcome
-from hesscli.diagnostics.method import Choice, Draw
-from hesscli.diagnostics.opening import PROOF_GRADIENTS
-from hesscli.diagnostics.surroundings import peak_bytes
+from hesscli.diagnostics.estimators import Choice, Draw
+from hesscli.diagnostics.measurement import Outcome, Tolerance
+from hesscli.diagnostics.run import PROOF_GRADIENTS, Clock, peak_bytes
 from hesscli.engines.estimator import Reading, Rounding
 from hesscli.engines.per_example.engine import relative_rounding as rounding_of_squares
-from hesscli.engines.stopping import Tolerance
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound
 from hesscli.problem.problem import Problem

@@ -5,10 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import hesscli
-from hesscli.diagnostics.clock import Clock
-from hesscli.diagnostics.estimation import Estimation, Standing
-from hesscli.diagnostics.method import Choice, Draw, choose
-from hesscli.diagnostics.opening import Opening, opened
+from hesscli.diagnostics.estimators import Choice, Draw, choose
+from hesscli.diagnostics.measurement import Estimation, Standing, Tolerance
 from hesscli.diagnostics.reporting import (
     cost,
     layers,
@@ -17,10 +15,9 @@ from hesscli.diagnostics.reporting import (
     total,
     warnings,
 )
-from hesscli.diagnostics.surroundings import environment
+from hesscli.diagnostics.run import Clock, Opening, environment, opened
 from hesscli.engines.estimator import Estimator, Reading
 from hesscli.engines.hutchinson.table import Sharing
-from hesscli.engines.stopping import Tolerance
 from hesscli.errors import UsageError
 from hesscli.problem.problem import Problem
 from hesscli.results import Observe, TraceResult

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.diagnostics.clock import Clock
+from hesscli.diagnostics.run import PROOF_GRADIENTS, Clock, Opening, beyond, peak_bytes
 from hesscli.engines.lanczos import Lanczos, Ritz
 from hesscli.engines.quadrature import (
     Complement,
@@ -28,10 +28,17 @@ from hesscli.engines.quadrature import (
     standing_alone,
     with_copies,
 )
-from hesscli.memory import available_bytes
+from hesscli.errors import UsageError
+from hesscli.memory import available_bytes, gibibytes
 from hesscli.operators.base import Operator, Retained
-from hesscli.results import ConvergencePoint, Status
+from hesscli.parameters import Parameters
+from hesscli.problem.precision import tolerance
+from hesscli.problem.problem import Problem
+from hesscli.results import ConvergencePoint, PlannedCommand, Status
 from hesscli.streams import key
+
+# -- Lanczos runs under a clock: a long one for the eigenvalues, short ones for the rest -----------
+
 
 STEPS, PROBES = 64, 5
 SHORTER = 4
@@ -304,4 +311,198 @@ def _lanczos(
         device=problem.device,
         reserve=reserve,
         rounding=plan.rounding,
+    )
+
+
+# -- The matrices whose spectra are explored: the whole one, its dense form, and layers' blocks ----
+
+
+_COLUMNS = 32  # of a dense matrix, between two looks at the clock
+_WORSE: tuple[Status, ...] = ("exact", "converged", "budget", "interrupted")
+
+
+class Study:
+    """What is explored, one matrix after another; each may be the last."""
+
+    def __init__(
+        self, opening: Opening, plan: Plan, clock: Clock, layers: tuple[str, ...], exact: bool
+    ) -> None:
+        self.opening, self.clock, self.operator = opening, clock, opening.operator
+        measured = opening.flight.product_rounding
+        usual = tolerance(self.operator.problem.precision.narrowest)
+        self.plan = replace(plan, rounding=usual if measured is None else measured)
+        parameters = self.operator.parameters
+        self.blocks = {
+            layer: self.operator.block(Parameters(parameters.in_layer(layer))) for layer in layers
+        }
+        self.exact = exact
+        self.dense: Tensor | None = None
+        self.found: dict[str, Exploration] = {}
+        self.cut_short: Status | None = None
+
+    @property
+    def products(self) -> float:
+        """So far."""
+        return sum(op.meter.products for op in (self.operator, *self.blocks.values()))
+
+    @property
+    def gradients(self) -> float:
+        """So far."""
+        return sum(op.meter.gradients for op in (self.operator, *self.blocks.values()))
+
+    def run(self) -> None:
+        """The whole matrix, its dense form, and then the blocks of layers."""
+        self.whole = explore(self.operator, self.plan, self.clock, 0.0, self._total())
+        try:
+            if self.exact and self._goes_on():
+                self._form()
+            for layer, block in self.blocks.items():
+                if not self._goes_on():
+                    break
+                self.found[layer] = explore(
+                    block, self.plan, self.clock, self.products, self._total()
+                )
+        except KeyboardInterrupt:
+            self.cut_short = "interrupted"
+
+    @property
+    def status(self) -> Status:
+        """Of all of it."""
+        if self.cut_short is not None:
+            return self.cut_short
+        every = (self.whole, *self.found.values())
+        return max((self.status_of(found) for found in every), key=_WORSE.index)
+
+    def status_of(self, found: Exploration) -> Status:
+        """Of one matrix: exact only on every example, with rounding that was measured."""
+        whole = self.operator.problem.sampling_fraction == 1
+        if found.status == "exact" and not (whole and self.opening.flight.product_rounding):
+            return "converged"
+        return found.status
+
+    def _goes_on(self) -> bool:
+        """Whether there is time for more."""
+        if any(found.status == "interrupted" for found in (self.whole, *self.found.values())):
+            return False
+        if self.clock.out_of_time:
+            self.cut_short = "budget"
+        return self.cut_short is None
+
+    def _total(self) -> float:
+        """Products in all, as planned."""
+        size = self.operator.parameters.size
+        sizes = (size, *(block.parameters.size for block in self.blocks.values()))
+        return float(sum(map(self.plan.products, sizes)) + (size if self.exact else 0))
+
+    def _form(self) -> None:
+        """The dense matrix, a few columns at a time."""
+        size = self.operator.parameters.size
+        dense = torch.empty(size, size, dtype=torch.float64)
+        for start in range(0, size, _COLUMNS):
+            stop = min(start + _COLUMNS, size)
+            unit = torch.zeros(stop - start, size, dtype=torch.float64)
+            unit[:, start:stop].fill_diagonal_(1.0)
+            dense[start:stop] = self.operator.apply(unit).cpu()
+            self.clock.tell("forming the matrix", done=float(stop), total=float(size))
+            if self.clock.out_of_time and stop < size:
+                self.cut_short = "budget"
+                return
+        self.dense = dense.add_(dense.T.clone()).div_(2)
+
+
+# -- What ``hesscli spectrum`` will take, and whether it fits --------------------------------------
+
+
+_SPARE = 0.9
+"""Of the free memory, what may be taken: there is more to do than to hold vectors."""
+
+_MOST_STEPS = 512
+
+
+def most_steps(problem: Problem, probes: int) -> int:
+    """As many as a tolerance may take: what fits, and no more than can be orthogonalised soon."""
+    room = int(_SPARE * available_bytes(problem.device))
+    return max(1, min(_MOST_STEPS, room // needed_bytes(problem.parameters.size, 1, probes)))
+
+
+def require_room(problem: Problem, plan: Plan) -> None:
+    """See that the vectors fit into memory, before any of it is taken.
+
+    Raises:
+        UsageError: they do not; the hint names a run that does.
+    """
+    size, room = problem.parameters.size, int(_SPARE * available_bytes(problem.device))
+    needed = needed_bytes(size, plan.steps, plan.probes)
+    if needed <= room:
+        return
+    raise UsageError(
+        "the Lanczos vectors do not fit in the memory that is free",
+        f"{plan.steps} steps of {size} parameters take {gibibytes(basis_bytes(size, plan.steps))}, "
+        f"{gibibytes(needed)} with restarts, and there is room for {gibibytes(room)}",
+        _proposal(size, plan.probes, room),
+    )
+
+
+def _proposal(size: int, probes: int, room: int) -> str:
+    """Fewer steps, or fewer start vectors, that fit."""
+    offers = []
+    for starts in dict.fromkeys((probes, 1)):
+        if steps := room // needed_bytes(size, 1, starts):
+            offers.append(f"--steps {steps}" + (" --probes 1" if starts == 1 != probes else ""))
+    return " or ".join(offers) or "--layer for one layer of a smaller network, or more memory"
+
+
+def require_dense(problem: Problem, limit: int) -> None:
+    """See that the dense matrix is wanted, which has d columns of d numbers.
+
+    Raises:
+        UsageError: it is larger than the limit, or than the memory that is free.
+    """
+    size, room = problem.parameters.size, int(_SPARE * available_bytes())
+    needed = 3 * 8 * size**2  # itself, its mean with its transpose, and what LAPACK works on
+    if size > limit:
+        raise UsageError(
+            f"--exact is for at most {limit} parameters",
+            f"{size}: as many products, and {gibibytes(needed)}",
+            f"--exact-limit {size}, or no --exact",
+        )
+    if needed > room:
+        raise UsageError(
+            "the dense matrix does not fit in the memory that is free",
+            f"{gibibytes(needed)}, and there is room for {gibibytes(room)}",
+            "no --exact",
+        )
+
+
+def plan_spectrum(
+    operator: Operator, product_seconds: float, budget: float | None
+) -> PlannedCommand:
+    """Work, time and memory of ``hesscli spectrum`` as it stands.
+
+    Args:
+        operator: the matrix.
+        product_seconds: of a full-data product.
+        budget: seconds that the command will be given.
+    """
+    size, device = operator.parameters.size, operator.problem.device
+    plan = Plan(steps=min(STEPS, size), probes=PROBES, count=0, goal=0.0, early=False, seed=0)
+    products = plan.products(size)
+    graph, each = operator.cost
+    seconds = products * product_seconds
+    needed = needed_bytes(size, plan.steps, plan.probes)
+    notes = [
+        f"{plan.steps} steps, each of which keeps a vector: "
+        f"{gibibytes(basis_bytes(size, plan.steps))}, at most {gibibytes(needed)} with restarts"
+    ]
+    room = int(_SPARE * available_bytes(device))
+    if needed > room:
+        notes.append(f"more than is free: {_proposal(size, plan.probes, room)}")
+    notes.extend(beyond(seconds, budget))
+    return PlannedCommand(
+        command="spectrum",
+        products=float(products),
+        gradients=PROOF_GRADIENTS + products * (graph + each),
+        seconds=seconds,
+        peak_bytes=peak_bytes(device) + needed,
+        note="; ".join(notes),
     )

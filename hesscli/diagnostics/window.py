@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hesscli.diagnostics.clock import Clock
+from hesscli.diagnostics.run import Clock
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.rows import RowKind, Rows, fitting_kind
 from hesscli.engines.mfac.window import DTYPES as WINDOW_DTYPES

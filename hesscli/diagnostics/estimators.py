@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hesscli.diagnostics.estimation import Rethink
+from hesscli.diagnostics.measurement import Rethink
 from hesscli.engines.entries import Entries, Stream
 from hesscli.engines.estimator import Estimator
 from hesscli.engines.hutchinson.designs import (

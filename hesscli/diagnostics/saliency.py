@@ -1,11 +1,4 @@
-"""How sure saliencies are: the same from fewer rows, many times.
-
-Two disjoint half-windows show how far the ranking of weights repeats. Standard errors are the
-jackknife's over eight groups of rows, each left out in turn (Efron & Stein 1981, "The jackknife
-estimate of variance"): of the logarithm of a layer's mean saliency, in which it is nearly linear.
-Differences of half-windows would do for that too, but an inverse has so much more noise from half
-of the rows that they were seen to be a third too small where λ matters.
-"""
+"""Which weights matter: saliencies, and how sure they are."""
 
 from __future__ import annotations
 
@@ -16,11 +9,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import stdtr
+from scipy.stats import rankdata
 from torch import Tensor
 
-from hesscli.diagnostics.collecting import Collected
+from hesscli.diagnostics.window import Collected
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.errors import UsageError
+
+# -- Spearman's rank correlation of large vectors, and the median ----------------------------------
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float | None:
+    """Spearman's, ties at their mean rank; None where either is constant."""
+    ranks = [torch.from_numpy(rankdata(v.cpu().numpy())) for v in (one, other)]
+    centred = [r - r.mean() for r in ranks]
+    sizes = [float(torch.linalg.vector_norm(c)) for c in centred]
+    if not all(sizes):
+        return None
+    return float(centred[0] @ centred[1]) / (sizes[0] * sizes[1])
+
+
+# -- How sure saliencies are: the same from fewer rows, many times ---------------------------------
+# Two disjoint half-windows show how far the ranking of weights repeats. Standard errors are the
+# jackknife's over eight groups of rows, each left out in turn (Efron & Stein 1981, "The jackknife
+# estimate of variance"): of the logarithm of a layer's mean saliency, in which it is nearly linear.
+# Differences of half-windows would do for that too, but an inverse has so much more noise from half
+# of the rows that they were seen to be a third too small where λ matters.
+
 
 Array = NDArray[np.float64]
 

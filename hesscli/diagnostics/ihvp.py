@@ -1,0 +1,525 @@
+"""Which weights and layers matter: saliency, leverage, and what pruning and rounding do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import hesscli
+from hesscli.diagnostics.estimators import Draw
+from hesscli.diagnostics.measurement import Tolerance
+from hesscli.diagnostics.predictions import SCALES, Measured, Predictions, order_of
+from hesscli.diagnostics.reporting import described, warnings_of_products, warnings_of_samples
+from hesscli.diagnostics.run import PROOF_GRADIENTS, Clock, Opening, environment, opened, peak_bytes
+from hesscli.diagnostics.saliency import (
+    QUANTILES,
+    Repeats,
+    quantiles,
+    rank_correlation,
+    repeats,
+    saliencies,
+)
+from hesscli.diagnostics.solve import Solved, solve, sweep
+from hesscli.diagnostics.trace import estimation
+from hesscli.diagnostics.window import Collected, WindowOptions, collect
+from hesscli.engines.estimator import Reading
+from hesscli.errors import UsageError
+from hesscli.problem.problem import Problem
+from hesscli.results import (
+    HOLDS_WITHIN,
+    LARGE_RESIDUAL,
+    LOW_LEVERAGE,
+    Cost,
+    DampingPoint,
+    Histogram,
+    IhvpRun,
+    LayerSensitivity,
+    MethodReport,
+    Observe,
+    Perturbation,
+    Quantile,
+    RankingReport,
+    SaliencyReport,
+    ScaledChange,
+    SolveReport,
+    Status,
+)
+
+# -- The steps of a sensitivity study, each of which may be the last -------------------------------
+
+
+Array = NDArray[np.float64]
+
+_TRACE_PRODUCTS = 128
+"""Of single batches, for the layers' traces where they are not exact: they serve for comparison."""
+_MOST_PROBES = 8
+_ANY = Tolerance(math.inf, None)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Saliencies of all weights ``(d,)``, and those from fewer rows: no ranking without."""
+
+    saliency: Tensor
+    repeats: Repeats
+
+
+@dataclass
+class Study:
+    """What is known so far.
+
+    Args:
+        opening: the matrix that the user cares about.
+        collected: the window.
+        right: x of the solve.
+        solved: its y.
+        clock: the time limit, and whom to tell.
+
+    ``reading`` has the layers' traces, for HAWQ's form; ``measured`` each layer's loss
+    differences ``(changes, scales)``, each off by ``rounding`` at most.
+    """
+
+    opening: Opening
+    collected: Collected
+    right: Tensor
+    solved: Solved
+    clock: Clock
+    status: Status = "converged"
+    sweep: tuple[DampingPoint, ...] = ()
+    ranked: Ranked | None = None
+    reading: Reading | None = None
+    predictions: Predictions | None = None
+    measured: list[Array] | None = None
+    rounding: float = 0.0
+    _products: float = 0.0
+    _gradients: float = field(default=PROOF_GRADIENTS)
+
+    @property
+    def problem(self) -> Problem:
+        """What is studied."""
+        return self.opening.operator.problem
+
+    @property
+    def products(self) -> float:
+        """Products with the whole matrix so far; those with a layer's count by their share."""
+        meters = self.opening.operator.meter.products + self._products
+        return meters + (self.predictions.products if self.predictions else 0.0)
+
+    @property
+    def gradients(self) -> float:
+        """Work so far in full-data gradients."""
+        known = self.opening.operator.meter.gradients + self._gradients + self.collected.gradients
+        return known + (self.predictions.gradients if self.predictions else 0.0)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """All weights, flat and float64 ``(d,)``."""
+        parameters = self.problem.parameters
+        return parameters.flatten([t.detach().double() for t in parameters.tensors])
+
+    @cached_property
+    def mattering(self) -> Tensor:
+        """The weights, with zeros for each tensor on which no row of the window depends.
+
+        Damping alone would rank such a tensor, by its size, and the loss does not know of it.
+        """
+        found, start = self.weights.clone(), 0
+        for parameter in self.problem.parameters:
+            place = slice(start, start + parameter.numel)
+            if not self.collected.depends_on(place):
+                found[place] = 0
+            start = place.stop
+        return found
+
+    def solve_only(self) -> None:
+        """The dampings of one solve."""
+        with self._until_stopped():
+            self._sweep()
+
+    def run(self, rtol: float, verify: bool, seed: int) -> None:
+        """Everything, or as much as time and the observer allow."""
+        places = self.problem.parameters.layer_places()
+        saliency = saliencies(self.mattering, self.collected.fisher.diagonal())
+        self.ranked = Ranked(saliency, repeats(self.collected, self.mattering, places))
+        with self._until_stopped():
+            self._sweep()
+            self._trace(seed)
+            self.predictions = Predictions(self.opening.operator, saliency)
+            self.status = self.predictions.to_tolerance(rtol, self.clock)
+            if verify:
+                self._verify(self.predictions)
+
+    @contextmanager
+    def _until_stopped(self) -> Iterator[None]:
+        """Keep what there is when the observer wants no more."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.status = "interrupted"
+        refinement = self.solved.refinement
+        if self.status == "converged" and refinement is not None and not refinement.converged:
+            self.status = "budget"
+
+    def _sweep(self) -> None:
+        self.sweep = sweep(
+            self.opening.operator, self.collected, self.mattering, self.right, self.clock
+        )
+
+    def _trace(self, seed: int) -> None:
+        """Traces of all layers, without probes where that is possible."""
+        choice, run = estimation(self.opening, "auto", Draw(seed), _ANY, 0.05, self.clock)
+        probes = max(2, _TRACE_PRODUCTS // self.problem.num_batches)
+        outcome = run.fixed(min(probes, _MOST_PROBES))
+        self.reading = outcome.reading
+        self._products += outcome.estimator.products
+        self._gradients += choice.gradients + outcome.estimator.gradients
+        if outcome.status == "interrupted":
+            raise KeyboardInterrupt
+
+    def _verify(self, predictions: Predictions) -> None:
+        """In float64 where the preflight has seen the model run in it."""
+        measured = Measured(self.problem, self.clock)
+        self.measured = measured.changes(predictions.layers, self.problem.precision.is_float64)
+        self.rounding = measured.rounding
+        self._gradients += measured.gradients
+        if self.measured is None:
+            self.status = "budget"
+
+
+# -- What a study found, as its result -------------------------------------------------------------
+
+
+_BINS_A_DECADE = 2
+_MOST_DECADES = 16
+
+
+def report(study: Study, source: str, seed: int) -> IhvpRun:
+    """All that is known, in numbers.
+
+    Args:
+        study: as far as it came.
+        source: what x is called.
+        seed: of the rows.
+    """
+    problem, solved = study.problem, study.solved
+    found = None if study.ranked is None else _Layers(study, study.ranked)
+    layers = () if found is None else tuple(found.reports())
+    return IhvpRun(
+        status=study.status,
+        problem=problem.report(study.opening.operator.name),
+        method=MethodReport(
+            name="mfac",
+            seed=seed,
+            probe_distribution="none",
+            probe_design="none",
+            num_probes=0,
+            looks=1,
+            mode=study.opening.flight.mode,
+            attention_kernel=study.opening.flight.attention_kernel,
+            note=study.collected.reason,
+        ),
+        cost=Cost(
+            products=study.products,
+            gradients=study.gradients,
+            seconds=study.clock.seconds,
+            peak_bytes=peak_bytes(problem.device),
+        ),
+        window=study.collected.report(),
+        solve=SolveReport(
+            vector=source,
+            vector_norm=float(study.right.norm()),
+            norm=float(solved.direction.norm()),
+            refinement=solved.refinement,
+        ),
+        residual=solved.residual,
+        ranking=None if found is None else found.ranking(),
+        sweep=study.sweep,
+        layers=layers,
+        environment=environment(problem.device),
+        hesscli_version=hesscli.__version__,
+        warnings=(*problem.warnings, *_warnings(study, layers)),
+        saliency={} if study.ranked is None else _by_name(study, study.ranked.saliency),
+        direction=_by_name(study, solved.direction),
+    )
+
+
+class _Layers:
+    """The layers of a study, each with its own numbers."""
+
+    def __init__(self, study: Study, ranked: Ranked) -> None:
+        self.study, self.places = study, study.problem.parameters.layer_places()
+        self.saliency, self.repeats = ranked.saliency, ranked.repeats
+        self.sizes = study.weights.abs()
+        self.leverage = study.collected.fisher.leverage()
+        self.edges = _edges(self.saliency)
+        self.means = np.array([float(self.saliency[place].mean()) for place in self.places])
+        self.order = [int(i) for i in np.argsort(-self.means, kind="stable")]
+        self.above = self.repeats.above(self.means)
+        self.errors = self.repeats.relative_errors()
+        self.level_errors = self.repeats.quantile_errors()
+
+    def ranking(self) -> RankingReport:
+        """The order, and how sure it is."""
+        names = self.study.problem.layer_names
+        return RankingReport(
+            layers=tuple(names[i] for i in self.order),
+            above=tuple(tuple(float(self.above[i, j]) for j in self.order) for i in self.order),
+            half_correlation=rank_correlation(self.repeats.one, self.repeats.other),
+        )
+
+    def reports(self) -> Iterator[LayerSensitivity]:
+        """Every layer, in the model's order."""
+        parameters = self.study.problem.parameters
+        for i, (name, place) in enumerate(zip(parameters.layers, self.places, strict=True)):
+            owned, rank = parameters.in_layer(name), self.order.index(i)
+            after = self.order[rank + 1 :]
+            yield LayerSensitivity(
+                name=name,
+                num_parameters=place.stop - place.start,
+                parameters=described(owned),
+                saliency=self._saliency(i, self.saliency[place]),
+                leverage=float(self.leverage[place].median()),
+                magnitude_correlation=rank_correlation(self.saliency[place], self.sizes[place]),
+                half_correlation=rank_correlation(
+                    self.repeats.one[place], self.repeats.other[place]
+                ),
+                rank=rank + 1,
+                above_next=float(self.above[i, after[0]]) if after else None,
+                perturbations=tuple(_perturbations(self.study, i)),
+            )
+
+    def _saliency(self, i: int, values: Tensor) -> SaliencyReport:
+        levels = zip(QUANTILES, quantiles(values).tolist(), self.level_errors[i], strict=True)
+        counts = np.histogram(values.cpu().numpy(), self.edges)[0]
+        return SaliencyReport(
+            mean=float(self.means[i]),
+            stderr=_finite(self.means[i] * self.errors[i]),
+            quantiles=tuple(
+                Quantile(level=level, value=value, stderr=_finite(value * error))
+                for level, value, error in levels
+            ),
+            histogram=Histogram(
+                edges=tuple(self.edges.tolist()), counts=tuple(int(n) for n in counts)
+            ),
+        )
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _edges(saliency: Tensor) -> Array:
+    """Edges at equal ratios, over all saliencies that are not zero and not absurdly small."""
+    positive = saliency[saliency > 0]
+    if not len(positive):
+        return np.array([1e-1, 1.0])
+    top = math.floor(math.log10(float(positive.max()))) + 1
+    bottom = max(math.floor(math.log10(float(positive.min()))), top - _MOST_DECADES)
+    return np.logspace(bottom, top, _BINS_A_DECADE * (top - bottom) + 1)
+
+
+def _perturbations(study: Study, position: int) -> Iterator[Perturbation]:
+    """A layer's changes, with all that is known of them; none before two batches were seen."""
+    predictions, reading = study.predictions, study.reading
+    if predictions is None or reading is None or predictions.seen < 2:
+        return
+    layer = predictions.layers[position]
+    known, mean_curvature = predictions.of(layer), float(reading.estimate[position]) / layer.size
+    for row, change in enumerate(layer.changes()):
+        measured = None if study.measured is None else study.measured[position][row]
+        linear, quadratic = float(known.linear[row]), float(known.quadratic[row])
+        predicted = [scale * linear + scale**2 * quadratic for scale in SCALES]
+        off = None if measured is None else measured - np.array(predicted)
+        yield Perturbation(
+            kind=change.kind,
+            level=change.level,
+            granularity=change.granularity,
+            squared_norm=float(known.squared_norm[row]),
+            linear=linear,
+            quadratic=quadratic,
+            stderr=float(known.bar[row]),
+            hawq=mean_curvature * float(known.squared_norm[row]) / 2,
+            measured=None if measured is None else float(measured[0]),
+            changes=()
+            if measured is None
+            else tuple(
+                ScaledChange(scale=scale, predicted=expected, measured=float(found))
+                for scale, expected, found in zip(SCALES, predicted, measured, strict=True)
+            ),
+            order=None if off is None else order_of(off, study.rounding),
+            holds=None
+            if off is None
+            else bool(abs(off[0]) <= HOLDS_WITHIN * (abs(linear) + abs(quadratic))),
+        )
+
+
+def _by_name(study: Study, vector: Tensor) -> dict[str, Any]:
+    """A flat vector as numpy arrays by parameter, in the parameters' own precision."""
+    parameters = study.problem.parameters
+    parts = parameters.split(vector.to(study.problem.dtype).cpu())
+    return {p.name: part.numpy() for p, part in zip(parameters, parts, strict=True)}
+
+
+def _warnings(study: Study, layers: Sequence[LayerSensitivity]) -> Iterator[str]:
+    """What a careful reader of the numbers must know."""
+    collected, flight = study.collected, study.opening.flight
+    yield from warnings_of_products(study.problem, flight)
+    if study.reading is not None:
+        yield from warnings_of_samples(study.problem, study.reading)
+    if collected.reason:
+        yield f"{collected.kind} rows, since {collected.reason}"
+    if collected.window.count < collected.window.capacity:
+        yield (
+            f"only {collected.window.count} rows of kind {collected.kind} are to be had from "
+            f"{study.problem.data.count} examples"
+        )
+    yield from _solve_warnings(study)
+    ranked = [layer for layer in layers if layer.saliency.mean > 0]
+    low = [layer.name for layer in ranked if layer.leverage < LOW_LEVERAGE]
+    if low:
+        yield (
+            f"leverage below {LOW_LEVERAGE:.0%} in {', '.join(low[:5])} ({len(low)} layers): "
+            "this ranking is magnitude; more rows, smaller --blocks or less --damping"
+        )
+    changes = [change for layer in layers for change in layer.perturbations]
+    broken = sum(change.holds is False for change in changes)
+    if broken:
+        yield (
+            f"{broken} of {len(changes)} changes are too large for their predictions, which are "
+            f"off by more than {HOLDS_WITHIN:.0%} of |linear| + |quadratic| there"
+        )
+
+
+def _solve_warnings(study: Study) -> Iterator[str]:
+    """Of the solution's certificate."""
+    refinement, off = study.solved.refinement, study.solved.residual.operator
+    name = study.solved.residual.operator_name
+    if refinement is None:
+        if off is not None and off > LARGE_RESIDUAL:
+            yield (
+                f"the window knows too little of the {name}: residual {off:.2g} of the vector; "
+                "--refine 1e-3 solves with the matrix itself"
+            )
+    elif refinement.negative_curvature is not None:
+        yield (
+            f"the {name} + damping has negative curvature ({refinement.negative_curvature:.3g}): "
+            "the solve ended there; --matrix ggn, or more --damping"
+        )
+    elif not refinement.converged:
+        yield (
+            f"refinement ended at residual {refinement.residual:.2g}, not "
+            f"{refinement.tolerance:.2g}: more --budget, or --dtype float64"
+        )
+
+
+# -- Which weights and layers matter: saliency, leverage, and what pruning and rounding do ---------
+
+
+def sensitivity(
+    problem: Problem,
+    *,
+    matrix: str = "hessian",
+    window: WindowOptions | None = None,
+    rtol: float = 0.2,
+    budget: float | None = 600.0,
+    refine: float | None = None,
+    verify: bool = False,
+    seed: int = 0,
+    mode: str = "auto",
+    observe: Observe | None = None,
+) -> IhvpRun:
+    """Which weights and layers matter, and what pruning or rounding a layer does to the loss.
+
+    Args:
+        problem: model, loss and frozen examples.
+        matrix: whose quadratic form predicts losses, and against which residuals are taken:
+            ``hessian``, ``ggn``, ``fisher`` or ``empirical-fisher``.
+        window: which gradients stand for the matrix that is inverted.
+        rtol: two standard errors of a prediction beside |linear| + |quadratic|: batches are seen
+            until all predictions have it.
+        budget: seconds; None for no limit.
+        refine: relative residual to which conjugate gradients solve for the gradient.
+        verify: measure the loss with each change applied.
+        seed: of sampled rows.
+        mode: autodiff mode; ``auto`` takes the cheapest that passes the preflight.
+        observe: told how far the run is; returning True ends it at its result so far.
+
+    Raises:
+        UsageError: rows, blocks or a window that cannot be, or a matrix that there is not.
+        UnsoundError: the problem's curvature would mean nothing, or all gradients are zero.
+        KeyboardInterrupt: stopped before there was a result.
+    """
+    clock, options = Clock(budget, observe), window or WindowOptions()
+    with options.empty(problem) as empty, opened(problem, matrix, mode, clock) as opening:
+        right = problem.prove().gradient
+        collected = collect(problem, empty, options, seed, clock)
+        solved = solve(opening.operator, collected.fisher, right, refine, clock)
+        study = Study(opening, collected, right, solved, clock)
+        study.run(rtol, verify, seed)
+        return report(study, "gradient", seed)
+
+
+def ihvp(
+    problem: Problem,
+    vector: Tensor | Array | None = None,
+    *,
+    matrix: str = "hessian",
+    window: WindowOptions | None = None,
+    budget: float | None = 600.0,
+    refine: float | None = None,
+    seed: int = 0,
+    mode: str = "auto",
+    source: str = "vector",
+    observe: Observe | None = None,
+) -> IhvpRun:
+    """Y with (F̂ + λI) y = x, and its residuals against F̂ and against the matrix itself.
+
+    Args:
+        problem: model, loss and frozen examples.
+        vector: x ``(d,)``; None for the gradient of the loss.
+        source: what the report calls it.
+        matrix: as for :func:`sensitivity`, and so the other arguments.
+        window: which gradients stand for the matrix.
+        budget: seconds; None for no limit.
+        refine: relative residual to which conjugate gradients solve with matrix + λI.
+        seed: of sampled rows.
+        mode: autodiff mode.
+        observe: told how far the run is.
+
+    Returns:
+        A result without layers; ``direction`` holds y by parameter.
+
+    Raises:
+        UsageError: a vector of another length, and as for :func:`sensitivity`.
+        UnsoundError: as for :func:`sensitivity`.
+        KeyboardInterrupt: the observer wanted no more.
+    """
+    clock, options = Clock(budget, observe), window or WindowOptions()
+    given = None if vector is None else _checked(problem, vector)
+    with options.empty(problem) as empty, opened(problem, matrix, mode, clock) as opening:
+        right = problem.prove().gradient if given is None else given
+        collected = collect(problem, empty, options, seed, clock)
+        solved = solve(opening.operator, collected.fisher, right, refine, clock)
+        study = Study(opening, collected, right, solved, clock)
+        study.solve_only()
+        return report(study, "gradient" if given is None else source, seed)
+
+
+def _checked(problem: Problem, vector: Tensor | Array) -> Tensor:
+    tensor = torch.as_tensor(vector, dtype=torch.float64, device=problem.device)
+    if tuple(tensor.shape) != (problem.parameters.size,):
+        raise UsageError(
+            f"the vector must have {problem.parameters.size} entries, one a parameter",
+            f"shape {tuple(tensor.shape)}",
+            "the gradient, flattened in the order of the parameters",
+        )
+    return tensor
