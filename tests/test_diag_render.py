@@ -28,13 +28,12 @@ from matplotlib.patches import Rectangle, StepPatch
 from shown import assert_tidy, drawn_texts, on_one_line, printed
 
 from hesscli.render import bins
-from hesscli.render.block_figure import block_figure
-from hesscli.render.canvas import save_figure
-from hesscli.render.diag_figure import diag_figure
-from hesscli.render.diag_table import diag_table
-from hesscli.render.heat_map import heat_map
-from hesscli.render.sheet import spread
-from hesscli.render.sparkline import axis_marks, cells_for, sparkline
+from hesscli.render.bins import axis_marks, cells_for, sparkline
+from hesscli.render.figures.blocks import block_figure
+from hesscli.render.figures.canvas import save_figure
+from hesscli.render.figures.diag import diag_figure
+from hesscli.render.figures.heat_map import heat_map, spread
+from hesscli.render.tables.diag import diag_table
 from hesscli.results import Histogram, LayerDiagonal
 
 ZERO = diagonal(
@@ -510,8 +509,8 @@ def test_saved_twice_the_bytes_are_the_same(tmp_path: Path) -> None:
 
 def test_no_pyplot_no_torch() -> None:
     program = (
-        "import sys, hesscli.render.diag_table, hesscli.render.diag_figure;"
-        "import hesscli.render.block_figure, hesscli.render.heat_map;"
+        "import sys, hesscli.render.tables.diag, hesscli.render.figures.diag;"
+        "import hesscli.render.figures.blocks, hesscli.render.figures.heat_map;"
         "print(*{'matplotlib.pyplot', 'torch'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
@@ -520,7 +519,7 @@ def test_no_pyplot_no_torch() -> None:
 
 def test_a_table_needs_no_matplotlib() -> None:
     program = (
-        "import sys, hesscli.render.diag_table;print(*{'matplotlib', 'numpy'} & set(sys.modules))"
+        "import sys, hesscli.render.tables.diag;print(*{'matplotlib', 'numpy'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert run.stdout.split() == []

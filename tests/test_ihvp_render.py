@@ -28,13 +28,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from shown import assert_tidy, drawn_texts, on_one_line, printed
 
-from hesscli.render import canvas, perturbations
-from hesscli.render.calibration_figure import calibration_figure
-from hesscli.render.canvas import save_figure
-from hesscli.render.ihvp_table import ihvp_table
-from hesscli.render.saliency_figure import saliency_figure
-from hesscli.render.sensitivity_figure import sensitivity_figure
-from hesscli.render.sweep_figure import sweep_figure
+from hesscli.render import perturbations
+from hesscli.render.figures import canvas
+from hesscli.render.figures.calibration import calibration_figure
+from hesscli.render.figures.canvas import save_figure
+from hesscli.render.figures.damping import sweep_figure
+from hesscli.render.figures.saliency import saliency_figure
+from hesscli.render.figures.sensitivities import sensitivity_figure
+from hesscli.render.tables.ihvp import ihvp_table
 from hesscli.results import IhvpResult, Refinement, ResidualReport
 
 SOLVE = ihvp_result().solve
@@ -603,9 +604,9 @@ def test_a_ranking_of_some_layers_keeps_its_title_honest() -> None:
 
 def test_no_pyplot_no_torch() -> None:
     program = (
-        "import sys, hesscli.render.ihvp_table, hesscli.render.saliency_figure;"
-        "import hesscli.render.sensitivity_figure, hesscli.render.calibration_figure;"
-        "import hesscli.render.sweep_figure;"
+        "import sys, hesscli.render.tables.ihvp, hesscli.render.figures.saliency;"
+        "import hesscli.render.figures.sensitivities, hesscli.render.figures.calibration;"
+        "import hesscli.render.figures.damping;"
         "print(*{'matplotlib.pyplot', 'torch'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
@@ -614,7 +615,7 @@ def test_no_pyplot_no_torch() -> None:
 
 def test_a_table_needs_no_matplotlib() -> None:
     program = (
-        "import sys, hesscli.render.ihvp_table;print(*{'matplotlib', 'numpy'} & set(sys.modules))"
+        "import sys, hesscli.render.tables.ihvp;print(*{'matplotlib', 'numpy'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert run.stdout.split() == []

@@ -16,10 +16,10 @@ from example_results import LAYERS, check_result, estimate, layer, problem, trac
 from PIL import Image
 from shown import assert_tidy, drawn_texts, on_one_line, printed
 
-from hesscli.render.canvas import save_figure
-from hesscli.render.check_table import check_table
-from hesscli.render.figure import trace_figure
-from hesscli.render.table import trace_table
+from hesscli.render.figures.canvas import save_figure
+from hesscli.render.figures.trace import trace_figure
+from hesscli.render.tables.check import check_table
+from hesscli.render.tables.trace import trace_table
 from hesscli.render.words import human_bytes, human_seconds, shorten, shorten_all, with_error
 from hesscli.results import LayerTrace, TraceResult
 
@@ -393,8 +393,8 @@ def test_the_users_style_changes_nothing_and_is_left_alone(tmp_path: Path) -> No
 
 def test_no_pyplot_no_torch() -> None:
     program = (
-        "import sys, hesscli.render.figure, hesscli.render.document;"
-        "import hesscli.render.table, hesscli.render.check_table;"
+        "import sys, hesscli.render.figures.trace, hesscli.render.document;"
+        "import hesscli.render.tables.trace, hesscli.render.tables.check;"
         "print(*{'matplotlib.pyplot', 'torch'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from shown import assert_tidy, drawn_texts, on_one_line, printed
 
 from hesscli.render.document import schema, to_json
-from hesscli.render.spectrum_convergence import convergence_figure
-from hesscli.render.spectrum_figure import density_figure
-from hesscli.render.spectrum_participation import participation_figure
-from hesscli.render.spectrum_staircase import staircase_figure
-from hesscli.render.spectrum_table import spectrum_table
+from hesscli.render.figures.convergence import convergence_figure
+from hesscli.render.figures.density import density_figure
+from hesscli.render.figures.participation import participation_figure
+from hesscli.render.figures.staircase import staircase_figure
+from hesscli.render.tables.spectrum import spectrum_table
 from hesscli.results import (
     Condition,
     ConvergencePoint,

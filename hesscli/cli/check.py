@@ -49,7 +49,7 @@ def check(
     """Check that checkpoint, spec and loss are sound, and plan what a run will take."""
     from hesscli.diagnostics.check import check as inspect
     from hesscli.diagnostics.window import WindowOptions
-    from hesscli.render.check_table import check_table
+    from hesscli.render.tables.check import check_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)
     with console.working() as observe:

@@ -115,7 +115,7 @@ def _save(
         kind = _kind(result, name, "tensors") if "tensors" in files else "tensors"
         files[kind] = _write_tensors(folder, _file_name(result, name), arrays)
     for name, draw in figures.items():
-        from hesscli.render.canvas import save_figure
+        from hesscli.render.figures.canvas import save_figure
 
         saved = save_figure(draw(), folder, _file_name(result, name))
         files |= {_kind(result, name, kind): path for kind, path in saved.items()}

@@ -62,7 +62,7 @@ def diag(
     The entries go to diag.safetensors, their standard errors to diag_stderr.safetensors.
     """
     from hesscli.diagnostics.diag import diagonal
-    from hesscli.render.diag_table import diag_table
+    from hesscli.render.tables.diag import diag_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)
     with console.working() as observe:
@@ -125,18 +125,18 @@ def _figures(result: DiagonalRun, mapped: str | None) -> dict[str, Callable[[], 
     """The pictures; matplotlib is loaded only where one is drawn."""
 
     def spectrum() -> Figure:
-        from hesscli.render.diag_figure import diag_figure
+        from hesscli.render.figures.diag import diag_figure
 
         return diag_figure(result)
 
     def blocks() -> Figure:
-        from hesscli.render.block_figure import block_figure
+        from hesscli.render.figures.blocks import block_figure
 
         return block_figure(result)
 
     def heat() -> Figure:
-        from hesscli.render.canvas import provenance
-        from hesscli.render.heat_map import heat_map
+        from hesscli.render.figures.canvas import provenance
+        from hesscli.render.figures.heat_map import heat_map
 
         assert mapped is not None  # or it is not drawn
         return heat_map(mapped, result.entries[mapped], provenance(result))

@@ -72,7 +72,7 @@ def ihvp(
     from hesscli.diagnostics.ihvp import ihvp as solve
     from hesscli.diagnostics.ihvp import sensitivity
     from hesscli.diagnostics.window import WindowOptions
-    from hesscli.render.ihvp_table import ihvp_table
+    from hesscli.render.tables.ihvp import ihvp_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)
     with console.working() as observe:
@@ -141,22 +141,22 @@ def _figures(result: IhvpRun) -> dict[str, Callable[[], Figure]]:
     """The pictures that there is something to draw in; matplotlib is loaded only then."""
 
     def sensitivities() -> Figure:
-        from hesscli.render.sensitivity_figure import sensitivity_figure
+        from hesscli.render.figures.sensitivities import sensitivity_figure
 
         return sensitivity_figure(result)
 
     def distribution() -> Figure:
-        from hesscli.render.saliency_figure import saliency_figure
+        from hesscli.render.figures.saliency import saliency_figure
 
         return saliency_figure(result)
 
     def calibration() -> Figure:
-        from hesscli.render.calibration_figure import calibration_figure
+        from hesscli.render.figures.calibration import calibration_figure
 
         return calibration_figure(result)
 
     def dampings() -> Figure:
-        from hesscli.render.sweep_figure import sweep_figure
+        from hesscli.render.figures.damping import sweep_figure
 
         return sweep_figure(result)
 

@@ -64,7 +64,7 @@ def spectrum(
     chosen layers are explored too. -v also draws how the largest eigenvalues settled.
     """
     from hesscli.diagnostics.spectrum import spectrum as explore
-    from hesscli.render.spectrum_table import spectrum_table
+    from hesscli.render.tables.spectrum import spectrum_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)
     with console.working() as observe:
@@ -107,22 +107,22 @@ def _figures(result: SpectrumRun, *, verbose: bool) -> dict[str, Callable[[], Fi
     """The pictures; matplotlib is loaded only where one is drawn."""
 
     def density() -> Figure:
-        from hesscli.render.spectrum_figure import density_figure
+        from hesscli.render.figures.density import density_figure
 
         return density_figure(result)
 
     def staircase() -> Figure:
-        from hesscli.render.spectrum_staircase import staircase_figure
+        from hesscli.render.figures.staircase import staircase_figure
 
         return staircase_figure(result)
 
     def participation() -> Figure:
-        from hesscli.render.spectrum_participation import participation_figure
+        from hesscli.render.figures.participation import participation_figure
 
         return participation_figure(result)
 
     def convergence() -> Figure:
-        from hesscli.render.spectrum_convergence import convergence_figure
+        from hesscli.render.figures.convergence import convergence_figure
 
         return convergence_figure(result)
 

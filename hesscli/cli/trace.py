@@ -58,7 +58,7 @@ def trace(
     Ctrl-C ends the run with the result so far; a second one quits at once.
     """
     from hesscli.diagnostics.trace import trace as estimate
-    from hesscli.render.table import trace_table
+    from hesscli.render.tables.trace import trace_table
 
     console = loudness(context, quiet=quiet, verbose=verbose)
     with console.working() as observe:
@@ -93,6 +93,6 @@ def trace(
 
 def draw(result: TraceResult) -> Figure:
     """The picture; matplotlib is loaded only where one is wanted."""
-    from hesscli.render.figure import trace_figure
+    from hesscli.render.figures.trace import trace_figure
 
     return trace_figure(result)

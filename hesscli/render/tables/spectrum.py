@@ -10,9 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.layout import GAP, Facts, Name, Plainable, facts, ruled_table
-from hesscli.render.outcome import cost_line, status_line
-from hesscli.render.proof import proof_line
+from hesscli.render.shared import cost_line, proof_line, status_line
+from hesscli.render.terminal import GAP, Facts, Name, Plainable, facts, ruled_table
 from hesscli.results import (
     Condition,
     Eigenvalue,

@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from hesscli.render import canvas, words
-from hesscli.render.spectrum_table import has_vector
+from hesscli.render import words
+from hesscli.render.figures import canvas
+from hesscli.render.tables.spectrum import has_vector
 from hesscli.results import Eigenvalue, SpectrumResult
 
 # In inches: a cell's width, the legend's bar, what lies below the cells, and the gap to the bar.

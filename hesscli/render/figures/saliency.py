@@ -7,8 +7,9 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hesscli.render import bins, canvas, perturbations, words
-from hesscli.render.signed_axis import label_sizes, scale_by_size
+from hesscli.render import bins, perturbations, words
+from hesscli.render.figures import canvas
+from hesscli.render.figures.canvas import label_sizes, scale_by_size
 from hesscli.results import LOW_LEVERAGE, Histogram, IhvpResult, LayerSensitivity, SaliencyReport
 
 # In inches: what lies below the rows, and the gap between columns.

@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from hesscli.render import canvas, words
-from hesscli.render.spectrum_table import compared_with_classes, standing_apart
+from hesscli.render import words
+from hesscli.render.figures import canvas
+from hesscli.render.tables.spectrum import compared_with_classes, standing_apart
 from hesscli.results import SpectrumResult
 
 _TALL, _BOTTOM, _LEFT = 3.6, 1.05, 0.75

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from hesscli.render import canvas, words
+from hesscli.render import words
+from hesscli.render.figures import canvas
 from hesscli.results import LayerTrace, TraceResult
 
 # In inches: below the axes, the second panel, and the gap between columns.

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.layout import GAP, Facts, Plainable, facts, ruled_table
-from hesscli.render.proof import proof_line
+from hesscli.render.shared import proof_line
+from hesscli.render.terminal import GAP, Facts, Plainable, facts, ruled_table
 from hesscli.results import Check, CheckResult, CheckState, Plan, Preflight
 
 _MARKS: dict[CheckState, str] = {"passed": "pass", "skipped": "skip", "not applicable": "n/a"}

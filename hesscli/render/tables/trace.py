@@ -9,18 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.layout import GAP, Bar, Name, Plainable, facts, ruled_table
-from hesscli.render.noises import noises
-from hesscli.render.outcome import (
+from hesscli.render.shared import (
     cost_line,
     error_budget,
     listed,
     listing_notes,
     method_line,
+    noises,
+    proof_line,
     status_line,
     trace_lines,
 )
-from hesscli.render.proof import proof_line
+from hesscli.render.terminal import GAP, Bar, Name, Plainable, facts, ruled_table
 from hesscli.results import LayerTrace, TraceResult
 
 

@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hesscli.render import canvas, words
+from hesscli.render import words
+from hesscli.render.figures import canvas
 from hesscli.results import BlockReport, DiagResult, LayerDiagonal
 
 # In inches: what the legend takes above the bars, what lies below them, the gap between columns.

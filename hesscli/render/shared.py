@@ -1,9 +1,11 @@
-"""What the tables of all estimates have in common: the trace, its errors, and what it took."""
+"""What tables have in common: the proof, the trace, where its error comes from, what it took."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import RenderableType
 from rich.padding import Padding
@@ -11,9 +13,119 @@ from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.layout import GAP, Facts, facts
-from hesscli.render.noises import Noise, more_examples, noises
-from hesscli.results import Cost, LayerTrace
+from hesscli.render.terminal import GAP, Facts, facts
+from hesscli.results import Cost, DiagResult, LayerTrace, ProblemReport
+
+# -- The line that opens every table: which model was analysed, on what ----------------------------
+
+
+def proof_line(problem: ProblemReport) -> Facts:
+    """Parameters, loss, accuracy and gradient, by which users know their model."""
+    parameters = words.count(problem.num_parameters, "parameter")
+    aside = [
+        f"{words.count(number)} {what}"
+        for number, what in (
+            (problem.num_unreached, "unreached by the loss"),
+            (problem.num_frozen, "frozen"),
+        )
+        if number
+    ]
+    name = Path(problem.checkpoint.path).name if problem.checkpoint else "model in memory"
+    lines = [
+        parameters + (f" ({', '.join(aside)})" if aside else ""),
+        f"loss {words.number(problem.loss, 4)} ({problem.loss_name})",
+    ]
+    if problem.weight_decay:
+        lines.append(f"weight decay {words.number(problem.weight_decay, 2)}")
+    if problem.accuracy is not None:
+        lines.append(f"accuracy {100 * problem.accuracy:.1f}%")
+    lines += [
+        f"‖gradient‖ {words.number(problem.gradient_norm)}",
+        words.examples_used(problem),
+        f"{problem.dtype} on {problem.device}",
+    ]
+    if problem.training_mode:
+        lines.append("training mode")
+    checkpoint = Text(words.shorten(name, 48), style="bold")
+    return Facts((checkpoint, *(Text(line) for line in lines)))
+
+
+# -- Where an estimate's error comes from, and which option would shrink it ------------------------
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One source of error in the interval: its size (one sigma) and what would shrink it."""
+
+    source: str
+    size: float
+    remedy: str
+
+
+def noises(result: words.Estimated) -> list[Noise]:
+    """List the sources of error that the interval of the trace holds, the largest first."""
+    trace = result.trace
+    found = (
+        Noise("probe noise", trace.probe_stderr, f"{more_work(result)} halves it"),
+        Noise("data noise", _sampling_stderr(result), more_examples(result.problem)),
+        Noise("label noise", trace.label_stderr or 0.0, "more --probes draw more labels"),
+        Noise("rounding", trace.rounding_error or 0.0, _more_precision(result.problem)),
+    )
+    return sorted((noise for noise in found if noise.size > 0), key=lambda noise: -noise.size)
+
+
+def more_examples(problem: ProblemReport) -> str:
+    """Say which option would shrink the data noise, and by how much."""
+    wanted = 4 * problem.num_examples
+    if problem.num_examples_available is not None and wanted >= problem.num_examples_available:
+        return "--examples all removes it"
+    return f"--examples {wanted} (four times as many) halves it"
+
+
+def more_work(result: words.Estimated) -> str:
+    """Say which option buys four times the probes."""
+    option = more_probes = f"--probes {4 * result.method.num_probes}"
+    if result.status == "budget":
+        # Time or a given number of probes ended the run; these two together lift both limits.
+        seconds = math.ceil(4 * result.cost.seconds)
+        time = f"{seconds}s" if seconds < 120 else f"{math.ceil(seconds / 60)}m"
+        option = f"{more_probes} --budget {time}"
+    elif result.status == "converged":
+        # Else the tolerance did not end the run, so a tighter one would change nothing.
+        option = _half_the_error(result) or more_probes
+    return f"{option} (four times the work)"
+
+
+def _half_the_error(result: words.Estimated) -> str | None:
+    """The tolerance that is half of what was reached, where that is known."""
+    if isinstance(result, DiagResult):
+        bound = result.diagonal.relative_error_bound
+        return None if bound is None else f"--rtol {words.percent(bound / 2)}"
+    error, size = words.half_width(result.trace.interval), abs(result.trace.estimate)
+    if not math.isfinite(error):
+        return None
+    if size <= error:
+        return f"--atol {error / 2:.2g}"
+    return f"--rtol {words.percent(error / size / 2)}"
+
+
+def _more_precision(problem: ProblemReport) -> str:
+    if problem.dtype == "float64":
+        return "as small as float64 allows"
+    return "--dtype float64 removes most of it"
+
+
+def _sampling_stderr(result: words.Estimated) -> float:
+    """The part of ``data_stderr`` that is in the interval: what the unused examples could add."""
+    available = result.problem.num_examples_available
+    if available is None or result.trace.data_stderr is None:
+        return 0.0
+    unused = 1 - result.problem.num_examples / available
+    return result.trace.data_stderr * math.sqrt(max(unused, 0.0))
+
+
+# -- What the tables of all estimates have in common: the trace, its errors, and what it took ------
+
 
 _MANY_LAYERS = 40
 _LARGEST_LAYERS = 30

@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hesscli.render import canvas, perturbations, words
-from hesscli.render.signed_axis import label_sizes, scale_by_size
+from hesscli.render import perturbations, words
+from hesscli.render.figures import canvas
+from hesscli.render.figures.canvas import label_sizes, scale_by_size
 from hesscli.results import HOLDS_WITHIN, IhvpResult, LayerSensitivity, Perturbation
 
 _MOST_LAYERS = 30

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from hesscli.render import canvas, words
-from hesscli.render.signed_axis import label_sizes, scale_by_size
-from hesscli.render.spectrum_table import estimate, standing_apart
+from hesscli.render import words
+from hesscli.render.figures import canvas
+from hesscli.render.figures.canvas import label_sizes, scale_by_size
+from hesscli.render.tables.spectrum import estimate, standing_apart
 from hesscli.results import (
     DenseSpectrum,
     SpectralDensity,

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from hesscli.render import canvas, words
+from hesscli.render import words
+from hesscli.render.figures import canvas
 from hesscli.results import DampingPoint, IhvpResult
 
 # In inches: the panels, what lies between and below them, the room for the lines' names, and

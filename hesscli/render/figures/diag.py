@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from hesscli.render import bins, canvas, words
-from hesscli.render.signed_axis import label_sizes, scale_by_size
+from hesscli.render import bins, words
+from hesscli.render.figures import canvas
+from hesscli.render.figures.canvas import label_sizes, scale_by_size
 from hesscli.results import DiagResult, Histogram, Interval, LayerDiagonal, Quantile
 
 # In inches: the panel of all entries, what lies below it and below the layers, and the gap

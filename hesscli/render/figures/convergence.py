@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from hesscli.render import canvas, words
+from hesscli.render import words
+from hesscli.render.figures import canvas
 from hesscli.results import SpectrumResult
 
 _TALL, _BETWEEN, _BOTTOM, _LEFT = 2.6, 0.5, 0.95, 0.75

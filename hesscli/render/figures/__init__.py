@@ -1,0 +1,1 @@
+"""Results as pictures: pure functions from a result to a figure."""
