@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hesscli.cli import reading
-from hesscli.cli.command import fill_bare_layers
+from hesscli.cli.answer import fill_bare_layers
+from hesscli.cli.console import describe_estimate, describe_time_left, format_duration
 from hesscli.cli.options import relative_tolerance
-from hesscli.cli.progress import describe_estimate, describe_time_left, format_duration
 from hesscli.results import Snapshot
 
 ACCEPTED = [

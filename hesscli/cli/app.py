@@ -19,10 +19,9 @@ from typer.exceptions import TyperException
 
 from hesscli import __version__
 from hesscli.cli import check, diag, ihvp, init, schema, spectrum, trace
-from hesscli.cli.command import Command
+from hesscli.cli.answer import Command
 from hesscli.cli.console import Console, interrupts
-from hesscli.cli.process import keep_freed_memory, yield_waiting_cores
-from hesscli.cli.results_stream import results_alone
+from hesscli.cli.process import keep_freed_memory, results_alone, yield_waiting_cores
 from hesscli.errors import (
     ExitCode,
     HesscliError,

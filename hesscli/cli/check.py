@@ -5,8 +5,7 @@ from __future__ import annotations
 import typer
 
 from hesscli.cli import options
-from hesscli.cli.command import load_problem, loudness, say_warnings
-from hesscli.cli.delivery import deliver, prepare_output
+from hesscli.cli.answer import deliver, load_problem, loudness, prepare_output, say_warnings
 from hesscli.errors import ExitCode
 
 EXAMPLES = """\

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from hesscli.cli import options
-from hesscli.cli.command import loudness
-from hesscli.cli.delivery import write_text
+from hesscli.cli.answer import loudness, write_text
 from hesscli.errors import ExitCode, UsageError
 
 EXAMPLES = """\

@@ -1,10 +1,16 @@
-"""How the process treats the machine: its memory, and the cores that it shares."""
+"""How the process treats the machine: its memory, cores, and standard streams."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
+
+# -- How the process treats the machine: its memory, and the cores that it shares ------------------
+
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _NEVER, _LARGEST_ALLOWED = 2**31 - 1, 1 << 25
@@ -35,3 +41,65 @@ def yield_waiting_cores() -> None:
     the environment stands.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+# -- Standard output for results alone: whatever else writes to it lands on standard error ---------
+
+
+@contextmanager
+def results_alone(*, for_good: bool) -> Iterator[None]:
+    """Make ``sys.stdout`` a stream of its own, and descriptor 1 a second name of 2.
+
+    Libraries in C write to the descriptor, past Python. Nothing is done where ``sys.stdout`` is
+    no file or another one, as within a test.
+
+    Args:
+        for_good: the process ends with this, so that what is printed as it ends, or was left in
+            a buffer until then, goes to standard error too.
+    """
+    before = sys.stdout
+    if not _is_first_descriptor(before):
+        yield
+        return
+    with suppress(OSError):  # a full disk shows where there is something to say
+        before.flush()
+    kept = os.dup(1)
+    results = open(kept, "w", encoding=before.encoding)  # noqa: SIM115 - closed below
+    _join(2, 1)
+    sys.stdout = results
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            before.flush()
+        if for_good:
+            sys.stdout = sys.stderr
+        else:
+            _flush_libraries()
+            _join(kept, 1)
+            sys.stdout = before
+        with suppress(OSError):  # it has been told by now, or was abandoned
+            results.close()
+
+
+def _is_first_descriptor(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.fileno() == 1
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _join(source: int, target: int) -> None:
+    """Let a descriptor stand for another, or for nothing where that is closed."""
+    try:
+        os.dup2(source, target)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, target)
+        os.close(nowhere)
+
+
+def _flush_libraries() -> None:
+    """Write out what libraries in C still hold back."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).fflush(None)

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING
 import typer
 
 from hesscli.cli import options
-from hesscli.cli.command import EVERY_LAYER, exit_code, load_problem, loudness, say_warnings
-from hesscli.cli.delivery import deliver, prepare_output, select_layers
+from hesscli.cli.answer import (
+    EVERY_LAYER,
+    deliver,
+    exit_code,
+    load_problem,
+    loudness,
+    prepare_output,
+    say_warnings,
+    select_layers,
+)
 from hesscli.errors import ExitCode
 from hesscli.results import SpectrumRun
 
