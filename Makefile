@@ -47,6 +47,9 @@ coverage: $(VENV)/test  ## How often intervals hold, end to end (most of an hour
 	$(BIN)/python -m pytest -n 2 -m study
 	$(BIN)/python tests/benchmarks/coverage.py
 
+goldens: $(VENV)/test  ## Record what every command answers into DIR, to compare after a refactoring
+	$(BIN)/python tests/goldens.py record $(DIR)
+
 hostile: $(VENV)/test  ## 5,000 checkpoints, indexes and specs that nobody meant (minutes)
 	$(BIN)/python tests/hostile.py 5000
 
@@ -72,5 +75,5 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum \
-	calibration coverage fuzz gallery gpu hostile clean
+	calibration coverage fuzz gallery goldens gpu hostile clean
 .DEFAULT_GOAL := help
