@@ -537,7 +537,8 @@ class Range:
     def _judged(self, mutant: Mutant, outcome: Outcome) -> list[str]:
         limit = 2 * sum(map(len, mutant.files.values())) + SPARE
         text = outcome.out + outcome.err
-        lines = outcome.err.splitlines()
+        told = outcome.err.splitlines()  # warnings may come first
+        lines = list(itertools.dropwhile(lambda line: line.startswith("warning: "), told))
         wrong = {
             f"exit {outcome.code}": outcome.code not in (0, 2, 3, 4),
             "a traceback": "Traceback" in text or "has a bug" in text,
