@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import wraps
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,7 +66,11 @@ OTHERWISE = [
 ]
 """What else the smallest sample is asked."""
 QUICK = {"fashion": "--examples 16 --batch-size 8", "text": "--examples 4 --batch-size 2"}
-QUICKER = {"diag": "--rtol 90%", "ihvp": "--window 16", "spectrum": "--steps 8 --probes 2"}
+QUICKER = {
+    "diag": "--rtol 90%",
+    "ihvp": "--window 16 --vector gradient",
+    "spectrum": "--steps 8 --probes 2",
+}
 INTERRUPTED_AT = 0.75
 """Of the calls of autograd that the same run makes when it is left alone."""
 
@@ -154,13 +159,19 @@ class Recorder:
     Args:
         folder: where recordings go, one folder a run.
         like: an earlier recording, whose interruptions are repeated.
-        scratch: an empty folder in which the program works.
+        scratch: an empty folder for copies of the program, which may change meanwhile, and of
+            the samples.
     """
 
     def __init__(self, folder: Path, like: Path | None, scratch: Path) -> None:
-        self.folder, self.like, self.scratch = folder.resolve(), like, scratch
+        self.folder, self.like, self.work = folder.resolve(), like, scratch / "work"
         for sample in CHECKPOINTS:
-            shutil.copytree(SAMPLES / sample, scratch / "samples" / sample)
+            shutil.copytree(SAMPLES / sample, self.work / "samples" / sample)
+        program = find_spec("hesscli")
+        assert program is not None, "no hesscli on PYTHONPATH"
+        assert program.origin is not None, "hesscli is no package with an __init__.py"
+        shutil.copytree(Path(program.origin).parent, scratch / "program" / "hesscli")
+        sys.path.insert(0, str(scratch / "program"))
         self.autograd = Autograd()
         torch.autograd.grad = self.autograd.watched(torch.autograd.grad)
         torch.autograd.backward = self.autograd.watched(torch.autograd.backward)
@@ -187,7 +198,7 @@ class Recorder:
         if interrupt_at:
             (kept / "interrupted_at").write_text(f"{interrupt_at}\n")
         for name in ("stdout", "stderr"):
-            written = (kept / name).read_text().replace(str(self.scratch), "SCRATCH")
+            written = (kept / name).read_text().replace(str(self.work), "WORK")
             (kept / name).write_text(_timeless(written, aligned=run.words[0] == "check"))
         self._keep_files(kept)
 
@@ -205,7 +216,7 @@ class Recorder:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(kept / name, os.O_WRONLY | os.O_CREAT), descriptor)
-        os.chdir(self.scratch)
+        os.chdir(self.work)
         self.autograd.interrupt_at = interrupt_at
         code = -1
         try:
@@ -220,7 +231,7 @@ class Recorder:
 
     def _keep_files(self, kept: Path) -> None:
         """Documents as they are, of pictures the texts, and the hashes of all other files."""
-        out, hashes = self.scratch / "out", list[str]()
+        out, hashes = self.work / "out", list[str]()
         for path in sorted(out.rglob("*")):
             if path.suffix == ".json":
                 document = json.dumps(json.loads(path.read_text()), indent=1)
