@@ -23,7 +23,7 @@ from hesscli.engines.diagonal import student_scale
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.rows import RowKind, Rows
 from hesscli.errors import UnsoundError, UsageError
-from hesscli.results import IhvpRun, Snapshot
+from hesscli.results import IhvpResult, Snapshot
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 ALL = 1e-12
@@ -36,7 +36,7 @@ def problem() -> hesscli.Problem:
 
 
 @pytest.fixture(scope="module")
-def result(problem: hesscli.Problem) -> IhvpRun:
+def result(problem: hesscli.Problem) -> IhvpResult:
     return hesscli.sensitivity(problem, rtol=ALL, verify=True, budget=None)
 
 
@@ -49,7 +49,7 @@ def window_of(problem: hesscli.Problem, count: int) -> Tensor:
 
 
 def test_saliency_and_leverage_are_those_of_the_dense_blocks(
-    problem: hesscli.Problem, result: IhvpRun
+    problem: hesscli.Problem, result: IhvpResult
 ) -> None:
     rows = window_of(problem, 512).float().double()  # as the window keeps them
     fisher = rows.T @ rows / len(rows)
@@ -83,7 +83,7 @@ def places(problem: hesscli.Problem) -> list[slice]:
 
 
 def test_predictions_are_the_dense_quadratic_form(
-    problem: hesscli.Problem, result: IhvpRun
+    problem: hesscli.Problem, result: IhvpResult
 ) -> None:
     hessian = hesscli.Hessian(problem).to_dense()
     theta, gradient = flat(problem), problem.prove().gradient
@@ -123,7 +123,7 @@ def naive_pruning(
 
 
 def test_measured_losses_are_those_of_a_changed_copy(
-    problem: hesscli.Problem, result: IhvpRun
+    problem: hesscli.Problem, result: IhvpResult
 ) -> None:
     theta = flat(problem)
     saliency = torch.from_numpy(
@@ -147,7 +147,7 @@ def test_measured_losses_are_those_of_a_changed_copy(
     assert change.measured == change.changes[0].measured
 
 
-def test_errors_of_a_smooth_network_fall_with_the_third_power(result: IhvpRun) -> None:
+def test_errors_of_a_smooth_network_fall_with_the_third_power(result: IhvpResult) -> None:
     """What the quadratic leaves is of third order; at a quarter it is small."""
     small = [
         c
@@ -163,7 +163,9 @@ def test_errors_of_a_smooth_network_fall_with_the_third_power(result: IhvpRun) -
         assert abs(quarter.measured - quarter.predicted) <= 0.1 * size
 
 
-def test_weights_are_the_same_bytes_afterwards(problem: hesscli.Problem, result: IhvpRun) -> None:
+def test_weights_are_the_same_bytes_afterwards(
+    problem: hesscli.Problem, result: IhvpResult
+) -> None:
     before = hesscli.load(SAMPLES / "sunspots/model.pt")
     for name, tensor in before.model.state_dict().items():
         assert torch.equal(tensor, problem.model.state_dict()[name]), name
@@ -234,7 +236,7 @@ def test_standard_errors_of_saliencies_hold(relative: float) -> None:
     np.testing.assert_allclose(matrix + matrix.transpose(0, 2, 1), 1.0, atol=1e-12)
 
 
-def test_a_ranking_says_how_sure_it_is(result: IhvpRun) -> None:
+def test_a_ranking_says_how_sure_it_is(result: IhvpResult) -> None:
     ranking = result.ranking
     assert ranking is not None
     by_rank = sorted(result.layers, key=lambda layer: layer.rank)

@@ -21,7 +21,7 @@ SIZE = 40
 DECAY = 0.5
 
 
-def entries(run: hesscli.results.DiagonalRun) -> np.ndarray:
+def entries(run: hesscli.results.DiagResult) -> np.ndarray:
     return np.concatenate([part.ravel() for part in run.entries.values()])
 
 

@@ -16,10 +16,10 @@ from hesscli.errors import ExitCode, InputError, UsageError
 from hesscli.results import (
     CheckpointReport,
     CheckResult,
-    DiagonalRun,
-    IhvpRun,
+    DiagResult,
+    IhvpResult,
     Observe,
-    SpectrumRun,
+    SpectrumResult,
     Status,
     TraceResult,
 )
@@ -109,7 +109,7 @@ def loudness(context: typer.Context, *, quiet: bool, verbose: bool) -> Console:
 # -- What happens to a result: which layers it shows, its files, and stdout ------------------------
 
 
-ResultT = TypeVar("ResultT", TraceResult, CheckResult, DiagonalRun, IhvpRun, SpectrumRun)
+ResultT = TypeVar("ResultT", TraceResult, CheckResult, DiagResult, IhvpResult, SpectrumResult)
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors")

@@ -20,7 +20,7 @@ from hesscli.cli.answer import (
     select_layers,
 )
 from hesscli.errors import ExitCode, UsageError
-from hesscli.results import DiagonalRun
+from hesscli.results import DiagResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,14 +122,14 @@ def _require_map(name: str | None, problem: Problem) -> None:
         )
 
 
-def _most_curved(result: DiagonalRun) -> str | None:
+def _most_curved(result: DiagResult) -> str | None:
     """The selected layers' matrix or kernel tensor with the largest entry, if there is any."""
     names = [parameter.name for layer in result.layers for parameter in layer.parameters]
     mapped = {name: result.entries[name] for name in names if result.entries[name].ndim >= 2}
     return max(mapped, key=lambda name: abs(mapped[name]).max(), default=None)
 
 
-def _figures(result: DiagonalRun, mapped: str | None) -> dict[str, Callable[[], Figure]]:
+def _figures(result: DiagResult, mapped: str | None) -> dict[str, Callable[[], Figure]]:
     """The pictures; matplotlib is loaded only where one is drawn."""
 
     def spectrum() -> Figure:

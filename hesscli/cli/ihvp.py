@@ -22,7 +22,7 @@ from hesscli.cli.answer import (
 )
 from hesscli.cli.reading import DampingValue
 from hesscli.errors import ExitCode
-from hesscli.results import IhvpRun
+from hesscli.results import IhvpResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,7 +145,7 @@ def _vector(name: str | None, problem: Problem) -> Tensor | None:
     return load_vector(Path(name), problem.parameters)
 
 
-def _figures(result: IhvpRun) -> dict[str, Callable[[], Figure]]:
+def _figures(result: IhvpResult) -> dict[str, Callable[[], Figure]]:
     """The pictures that there is something to draw in; matplotlib is loaded only then."""
 
     def sensitivities() -> Figure:

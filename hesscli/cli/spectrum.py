@@ -20,7 +20,7 @@ from hesscli.cli.answer import (
     select_layers,
 )
 from hesscli.errors import ExitCode
-from hesscli.results import SpectrumRun
+from hesscli.results import SpectrumResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,7 +111,7 @@ def spectrum(
     return exit_code(result.status, asked=bool(rtol))
 
 
-def _figures(result: SpectrumRun, *, verbose: bool) -> dict[str, Callable[[], Figure]]:
+def _figures(result: SpectrumResult, *, verbose: bool) -> dict[str, Callable[[], Figure]]:
     """The pictures; matplotlib is loaded only where one is drawn."""
 
     def density() -> Figure:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-import hesscli
 from hesscli.diagnostics.measurement import Tolerance
 from hesscli.diagnostics.plans import plan_ihvp, run_pilot
 from hesscli.diagnostics.reporting import warnings_of_products
@@ -82,7 +81,6 @@ def check(
             commands=commands,
         ),
         environment=environment(problem.device),
-        hesscli_version=hesscli.__version__,
         warnings=(*problem.warnings, *warnings_of_products(problem, flight)),
     )
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import hesscli
 from hesscli.diagnostics.block_variance import block_report
 from hesscli.diagnostics.estimators import Draw, choose
 from hesscli.diagnostics.measurement import Estimation, Outcome, Standing, Tolerance
@@ -38,7 +37,7 @@ from hesscli.results import (
     BlockReport,
     Cost,
     DiagonalReport,
-    DiagonalRun,
+    DiagResult,
     LayerDiagonal,
     MethodReport,
     Observe,
@@ -193,7 +192,7 @@ def diagonal(
     seed: int = 0,
     mode: str = "auto",
     observe: Observe | None = None,
-) -> DiagonalRun:
+) -> DiagResult:
     """Diagonal of a curvature matrix, exact where that is possible, with an error bar an entry.
 
     Args:
@@ -241,7 +240,7 @@ def diagonal(
         if fixed is not None and outcome.status == "exact":
             faced = _probe_noise(opening.operator, replace(draw, entries=None), fixed, clock)
     found = Found(problem, outcome, faced, rule, confidence)
-    return DiagonalRun(
+    return DiagResult(
         status=outcome.status,
         problem=problem.report(opening.operator.name),
         method=_method(method_report(choice, outcome, draw, opening.flight), faced),
@@ -250,7 +249,6 @@ def diagonal(
         diagonal=found.report(),
         layers=tuple(found.layers(tolerance)),
         environment=environment(problem.device),
-        hesscli_version=hesscli.__version__,
         warnings=(*problem.warnings, *warnings(problem, opening.flight, outcome, tolerance)),
         entries=found.by_name(found.best.values),
         stderr=found.by_name(found.best.bars()),

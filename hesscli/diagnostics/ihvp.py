@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import hesscli
 from hesscli.diagnostics.estimators import Draw
 from hesscli.diagnostics.measurement import Tolerance
 from hesscli.diagnostics.predictions import SCALES, Measured, Predictions, order_of
@@ -41,7 +40,7 @@ from hesscli.results import (
     Cost,
     DampingPoint,
     Histogram,
-    IhvpRun,
+    IhvpResult,
     LayerSensitivity,
     MethodReport,
     Observe,
@@ -202,7 +201,7 @@ _BINS_A_DECADE = 2
 _MOST_DECADES = 16
 
 
-def report(study: Study, source: str, seed: int) -> IhvpRun:
+def report(study: Study, source: str, seed: int) -> IhvpResult:
     """All that is known, in numbers.
 
     Args:
@@ -213,16 +212,12 @@ def report(study: Study, source: str, seed: int) -> IhvpRun:
     problem, solved = study.problem, study.solved
     found = None if study.ranked is None else _Layers(study, study.ranked)
     layers = () if found is None else tuple(found.reports())
-    return IhvpRun(
+    return IhvpResult(
         status=study.status,
         problem=problem.report(study.opening.operator.name),
         method=MethodReport(
             name="mfac",
             seed=seed,
-            probe_distribution="none",
-            probe_design="none",
-            num_probes=0,
-            looks=1,
             mode=study.opening.flight.mode,
             attention_kernel=study.opening.flight.attention_kernel,
             note=study.collected.reason,
@@ -245,7 +240,6 @@ def report(study: Study, source: str, seed: int) -> IhvpRun:
         sweep=study.sweep,
         layers=layers,
         environment=environment(problem.device),
-        hesscli_version=hesscli.__version__,
         warnings=(*problem.warnings, *_warnings(study, layers)),
         saliency={} if study.ranked is None else _by_name(study, study.ranked.saliency),
         direction=_by_name(study, solved.direction),
@@ -436,7 +430,7 @@ def sensitivity(
     seed: int = 0,
     mode: str = "auto",
     observe: Observe | None = None,
-) -> IhvpRun:
+) -> IhvpResult:
     """Which weights and layers matter, and what pruning or rounding a layer does to the loss.
 
     Args:
@@ -480,7 +474,7 @@ def ihvp(
     mode: str = "auto",
     source: str = "vector",
     observe: Observe | None = None,
-) -> IhvpRun:
+) -> IhvpResult:
     """Y with (F̂ + λI) y = x, and its residuals against F̂ and against the matrix itself.
 
     Args:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-import hesscli
 from hesscli.diagnostics.reporting import described, warnings_of_products
 from hesscli.diagnostics.run import PROOF_GRADIENTS, Clock, environment, opened, peak_bytes
 from hesscli.diagnostics.spectral_runs import (
@@ -47,7 +46,7 @@ from hesscli.results import (
     SpectralDensity,
     SpectralFunction,
     SpectralFunctions,
-    SpectrumRun,
+    SpectrumResult,
 )
 
 # -- What an exploration of a spectrum says, as results --------------------------------------------
@@ -228,7 +227,7 @@ def spectrum(
     seed: int = 0,
     mode: str = "auto",
     observe: Observe | None = None,
-) -> SpectrumRun:
+) -> SpectrumResult:
     """Largest and smallest eigenvalues with error bars, and the density of all of them.
 
     Args:
@@ -294,11 +293,11 @@ def _result(
     bandwidth: float | None,
     damping: float,
     vectors: bool,
-) -> SpectrumRun:
+) -> SpectrumResult:
     found, flight = study.whole, study.opening.flight
     indices = listed(found.ritz, study.plan.count)
     of_all = functions(found)
-    return SpectrumRun(
+    return SpectrumResult(
         status=study.status,
         problem=problem.report(study.operator.name),
         method=MethodReport(
@@ -307,7 +306,6 @@ def _result(
             probe_distribution="gaussian",
             probe_design="shared",
             num_probes=len(found.runs),
-            looks=1,
             mode=flight.mode,
             attention_kernel=flight.attention_kernel,
             note=_note(found),
@@ -329,7 +327,6 @@ def _result(
         exact=_dense_of(study, found, slice(None)),
         layers=tuple(_layers(study, indices, bandwidth)),
         environment=environment(problem.device),
-        hesscli_version=hesscli.__version__,
         warnings=(*problem.warnings, *_warnings(problem, study)),
         vectors=_vectors(study, indices) if vectors else {},
     )

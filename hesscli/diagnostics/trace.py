@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import hesscli
 from hesscli.diagnostics.estimators import Choice, Draw, choose
 from hesscli.diagnostics.measurement import Estimation, Standing, Tolerance
 from hesscli.diagnostics.reporting import (
@@ -82,7 +81,6 @@ def trace(
         trace=total(problem, choice, outcome, confidence),
         layers=tuple(layers(problem, outcome, tolerance)),
         environment=environment(problem.device),
-        hesscli_version=hesscli.__version__,
         warnings=(*problem.warnings, *warnings(problem, opening.flight, outcome, tolerance)),
     )
 

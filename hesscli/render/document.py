@@ -11,7 +11,14 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from hesscli.results import CheckResult, DiagResult, IhvpResult, SpectrumResult, TraceResult
+from hesscli.results import (
+    CheckResult,
+    DiagResult,
+    IhvpResult,
+    SpectrumResult,
+    TraceResult,
+    documented,
+)
 
 Result = TraceResult | DiagResult | IhvpResult | SpectrumResult | CheckResult
 
@@ -32,7 +39,8 @@ def to_json(result: Result) -> str:
     Returns:
         The document, in ASCII, ending with a newline.
     """
-    return json.dumps(_plain(result), indent=2, allow_nan=False) + "\n"
+    document = {name: _plain(getattr(result, name)) for name in documented(type(result))}
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
 def schema() -> dict[str, Any]:
@@ -46,7 +54,13 @@ def schema() -> dict[str, Any]:
         [(command.__name__, "serialization", TypeAdapter(command)) for command in _COMMANDS],
         schema_generator=_DocumentSchema,
     )
-    for definition in definitions.get("$defs", {}).values():
+    for command in _COMMANDS:
+        definition = definitions["$defs"][command.__name__]
+        definition["required"] = documented(command)
+        definition["properties"] = {
+            name: definition["properties"][name] for name in documented(command)
+        }
+    for definition in definitions["$defs"].values():
         for name, described in definition.get("properties", {}).items():
             if name.endswith("stderr") and described == {"type": "number"}:
                 described["type"] = ["number", "null"]  # null where it is not known
@@ -61,11 +75,7 @@ def schema() -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        return {
-            field.name: _plain(getattr(value, field.name))
-            for field in fields(value)
-            if field.metadata.get("document", True)
-        }
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

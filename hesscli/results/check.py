@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hesscli.results.header import SCHEMA_VERSION, Environment, Mode, ProblemReport
+from hesscli.results.header import Header, Mode
 
 CheckState = Literal["passed", "skipped", "not applicable"]
 
@@ -76,16 +76,10 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckResult:
+class CheckResult(Header):
     """The answer of ``hesscli check``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
     command: Literal["check"] = "check"
-    hesscli_version: str
     status: Literal["ok"] = "ok"
-    problem: ProblemReport
     preflight: Preflight
     plan: Plan
-    environment: Environment
-    files: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()

@@ -5,17 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hesscli.results.header import (
-    SCHEMA_VERSION,
-    Cost,
-    Environment,
-    Estimate,
-    Interval,
-    LayerTrace,
-    MethodReport,
-    ProblemReport,
-    Status,
-)
+from hesscli.results.header import IN_FILES, Answer, Estimate, Interval, LayerTrace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,22 +98,18 @@ class DiagonalReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagResult:
+class DiagResult(Answer):
     """The answer of ``hesscli diag``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
     command: Literal["diag"] = "diag"
-    hesscli_version: str
-    status: Status
-    problem: ProblemReport
-    method: MethodReport
-    cost: Cost
     trace: Estimate
     diagonal: DiagonalReport
     layers: tuple[LayerDiagonal, ...]
-    environment: Environment
-    files: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    entries: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
+    """By parameter, in its shape; shrunk where that lowers their error."""
+    stderr: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
+    """±1.96 of them cover 95%, however few the draws they were estimated from; or more, where
+    entries were shrunk, and they count how far."""
 
     def __str__(self) -> str:
         """One honest line."""
@@ -135,17 +121,3 @@ class DiagResult:
             f"{report.negative_fraction:.2%} negative, {self.method.num_probes} probes, "
             f"{self.cost.gradients:.3g} gradients, {self.status}"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiagonalRun(DiagResult):
-    """A :class:`DiagResult` with its arrays, which files hold and documents do not.
-
-    ``entries`` and ``stderr`` map each parameter's name to a numpy array of its shape; entries
-    are shrunk where that lowers their error, and their standard errors count how far. ±1.96
-    standard errors cover 95%, however few the draws they were estimated from; or more, where
-    entries were shrunk.
-    """
-
-    entries: dict[str, Any] = field(repr=False, metadata={"document": False})
-    stderr: dict[str, Any] = field(repr=False, metadata={"document": False})

@@ -1,10 +1,12 @@
-"""What every result has: the problem, the method, the cost, the layers and their traces."""
+"""What results share: which problem, how, at what cost, which layers, and with what caution."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Self
+
+from hesscli import __version__
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -18,25 +20,11 @@ Status = Literal["exact", "converged", "budget", "data-limited", "interrupted"]
 class Snapshot:
     """How far a run is, for a progress bar, a budget or Ctrl-C.
 
-    ``done`` and ``total`` are in examples while data is read and in full-data products after;
-    None where unknown.
+    ``phase`` is what it does, in words. ``done`` and ``total`` are in examples while data is read
+    and in full-data products after; None where unknown.
     """
 
-    phase: Literal[
-        "reading data",
-        "loss and gradient",
-        "preflight",
-        "pilot",
-        "squaring gradients",
-        "probing",
-        "iterating",
-        "forming the matrix",
-        "collecting gradients",
-        "inverting",
-        "perturbing",
-        "verifying",
-        "refining",
-    ]
+    phase: str
     done: float | None = None
     total: float | None = None
     estimate: float | None = None
@@ -92,10 +80,11 @@ class MethodReport:
 
     name: str
     seed: int
-    probe_distribution: str
-    probe_design: str
-    num_probes: int
-    looks: int
+    # What follows is of probes, which not every method draws.
+    probe_distribution: str = "none"
+    probe_design: str = "none"
+    num_probes: int = 0
+    looks: int = 1
     mode: str
     attention_kernel: str
     note: str = ""
@@ -150,12 +139,18 @@ class ParameterReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerTrace:
-    """The trace of one layer's diagonal block; a layer is the module that owns the tensors."""
+class Layer:
+    """A module that owns tensors."""
 
     name: str
     num_parameters: int
     parameters: tuple[ParameterReport, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTrace(Layer):
+    """The trace of one layer's diagonal block; a layer is the module that owns the tensors."""
+
     status: Status
     estimate: float
     probe_stderr: float
@@ -172,3 +167,54 @@ class Environment:
     device_name: str
     threads: int
     tf32: bool
+
+
+IN_FILES = {"document": False}
+"""Metadata of fields with numpy arrays by parameter, which go to files and not into documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What every command's answer has, whatever else it holds.
+
+    ``files`` are the paths of what was written, by what each file is.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    command: str
+    hesscli_version: str = __version__
+    status: str
+    problem: ProblemReport
+    environment: Environment
+    files: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Header):
+    """What every answer has that took work which may end before its goal.
+
+    ``num_hidden`` are the layers that :meth:`only` left out; None where it chose none.
+    """
+
+    status: Status
+    method: MethodReport
+    cost: Cost
+    layers: tuple[Layer, ...]
+    num_hidden: int | None = field(default=None, metadata={"document": False})
+
+    def only(self, names: Collection[str] | None) -> Self:
+        """The answer with no layers but those of these names, or with all where it is None."""
+        if names is None:
+            return self
+        kept = tuple(layer for layer in self.layers if layer.name in names)
+        return replace(self, layers=kept, num_hidden=len(self.layers) - len(kept))
+
+
+_LAST = ("layers", "environment", "files", "warnings")
+
+
+def documented(result: type[Header]) -> list[str]:
+    """Name the fields of a document, in its order: what is shared stands around the rest."""
+    names = [one.name for one in fields(result) if one.metadata.get("document", True)]
+    return sorted(names, key=lambda name: _LAST.index(name) if name in _LAST else -1)

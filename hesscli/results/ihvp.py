@@ -6,15 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hesscli.results.diag import Histogram, Quantile
-from hesscli.results.header import (
-    SCHEMA_VERSION,
-    Cost,
-    Environment,
-    MethodReport,
-    ParameterReport,
-    ProblemReport,
-    Status,
-)
+from hesscli.results.header import IN_FILES, Answer, Layer
 
 LOW_LEVERAGE = 0.5
 """Median leverage below which saliencies rank as |w| does."""
@@ -134,7 +126,7 @@ class SaliencyReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSensitivity:
+class LayerSensitivity(Layer):
     """One layer's weights: which matter, and what pruning or rounding them does.
 
     ``leverage`` is the median share of [F̂ + λI]_qq's inverse that data and not λ decides;
@@ -143,9 +135,6 @@ class LayerSensitivity:
     ``above_next`` the probability that it is higher than that of the next in rank.
     """
 
-    name: str
-    num_parameters: int
-    parameters: tuple[ParameterReport, ...]
     saliency: SaliencyReport
     leverage: float
     magnitude_correlation: float | None
@@ -187,28 +176,23 @@ class RankingReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IhvpResult:
+class IhvpResult(Answer):
     """The answer of ``hesscli ihvp``.
 
     With a vector given, the solve is all there is: no ``ranking``, and ``layers`` are empty.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
     command: Literal["ihvp"] = "ihvp"
-    hesscli_version: str
-    status: Status
-    problem: ProblemReport
-    method: MethodReport
-    cost: Cost
     window: WindowReport
     solve: SolveReport
     residual: ResidualReport
     ranking: RankingReport | None
     sweep: tuple[DampingPoint, ...]
     layers: tuple[LayerSensitivity, ...]
-    environment: Environment
-    files: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    saliency: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
+    """By parameter, in its shape."""
+    direction: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
+    """y, likewise."""
 
     def __str__(self) -> str:
         """One honest line."""
@@ -219,14 +203,3 @@ class IhvpResult:
             f"residual {'unknown' if off is None else format(off, '.2g')} against "
             f"{self.residual.operator_name}, {self.cost.gradients:.3g} gradients, {self.status}"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class IhvpRun(IhvpResult):
-    """An :class:`IhvpResult` with its arrays, which files hold and documents do not.
-
-    ``saliency`` and ``direction`` map each parameter's name to a numpy array of its shape.
-    """
-
-    saliency: dict[str, Any] = field(repr=False, metadata={"document": False})
-    direction: dict[str, Any] = field(repr=False, metadata={"document": False})

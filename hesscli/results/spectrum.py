@@ -5,16 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hesscli.results.header import (
-    SCHEMA_VERSION,
-    Cost,
-    Environment,
-    Interval,
-    MethodReport,
-    ParameterReport,
-    ProblemReport,
-    Status,
-)
+from hesscli.results.header import IN_FILES, Answer, Interval, Layer, Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +122,13 @@ class DenseSpectrum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSpectrum:
+class LayerSpectrum(Layer):
     """A layer's part in the listed eigenvectors and, where asked for, its own block's spectrum.
 
     ``participation`` has for each listed eigenvalue of the whole matrix the share of its vector's
     squared length that lies in this layer.
     """
 
-    name: str
-    num_parameters: int
-    parameters: tuple[ParameterReport, ...]
     participation: tuple[float, ...]
     status: Status | None
     eigenvalues: tuple[Eigenvalue, ...] | None
@@ -150,19 +138,13 @@ class LayerSpectrum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectrumResult:
+class SpectrumResult(Answer):
     """The answer of ``hesscli spectrum``: the top eigenvalues, then the bottom ones, descending.
 
     ``steps`` were made from the first start vector.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
     command: Literal["spectrum"] = "spectrum"
-    hesscli_version: str
-    status: Status
-    problem: ProblemReport
-    method: MethodReport
-    cost: Cost
     steps: int
     eigenvalues: tuple[Eigenvalue, ...]
     density: SpectralDensity
@@ -173,9 +155,9 @@ class SpectrumResult:
     convergence: tuple[ConvergencePoint, ...]
     exact: DenseSpectrum | None
     layers: tuple[LayerSpectrum, ...]
-    environment: Environment
-    files: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    vectors: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
+    """By parameter, in its shape after one more dimension in front: a vector for each of
+    ``eigenvalues``. Empty where they were not asked for."""
 
     def __str__(self) -> str:
         """One honest line."""
@@ -187,14 +169,3 @@ class SpectrumResult:
             f"{self.steps} steps, {self.method.num_probes} start vectors, "
             f"{self.cost.products:.3g} products, {self.status}"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpectrumRun(SpectrumResult):
-    """A :class:`SpectrumResult` with its eigenvectors, which files hold and documents do not.
-
-    ``vectors`` maps each parameter's name to a numpy array with one more dimension in front: one
-    vector for each of ``eigenvalues``. Empty where they were not asked for.
-    """
-
-    vectors: dict[str, Any] = field(repr=False, metadata={"document": False})

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from hesscli.results.header import (
-    SCHEMA_VERSION,
-    Cost,
-    Environment,
-    Estimate,
-    LayerTrace,
-    MethodReport,
-    ProblemReport,
-    Status,
-)
+from hesscli.results.header import Answer, Estimate, LayerTrace
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceResult:
+class TraceResult(Answer):
     """The answer of ``hesscli trace``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
     command: Literal["trace"] = "trace"
-    hesscli_version: str
-    status: Status
-    problem: ProblemReport
-    method: MethodReport
-    cost: Cost
     trace: Estimate
     layers: tuple[LayerTrace, ...]
-    environment: Environment
-    files: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One honest line."""

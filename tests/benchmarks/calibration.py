@@ -18,7 +18,7 @@ import torch
 
 import hesscli
 from hesscli.cli.process import keep_freed_memory
-from hesscli.results import IhvpRun, Perturbation
+from hesscli.results import IhvpResult, Perturbation
 
 SAMPLES = {"fashion": "fashion/model.pt", "text": "text/model.safetensors"}
 FOLDER = Path(__file__).resolve().parents[2] / "samples"
@@ -42,7 +42,7 @@ def main() -> None:
     print(f"\n{line('all of these samples', asked)}")
 
 
-def table(result: IhvpRun) -> Iterator[str]:
+def table(result: IhvpResult) -> Iterator[str]:
     """For each kind of change and scale, how many predictions hold, and the error's order."""
     changes = [(layer.name, change) for layer in result.layers for change in layer.perturbations]
     yield (
