@@ -286,6 +286,27 @@ def test_what_is_not_finite_becomes_null(value: float) -> None:
     assert document["trace"]["population_interval"] == [1.0, None]
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+def test_numpy_numbers_are_written_as_pythons(kind: type[np.floating[Any]]) -> None:
+    trace = estimate(
+        estimate=kind(0.1),
+        probe_stderr=kind(math.nan),
+        data_stderr=kind(math.inf),
+        interval=(kind(-math.inf), kind(math.inf)),
+        population_interval=(kind(-1), kind(math.inf)),
+    )
+    counts = problem(num_examples=np.int64(2**53 + 1), training_mode=np.bool_(True), loss=kind(1))
+    document = strictly(to_json(trace_result(trace=trace, problem=counts)))
+    assert document["trace"]["estimate"] == float(kind(0.1))
+    assert document["trace"]["probe_stderr"] is None
+    assert document["trace"]["data_stderr"] is None
+    assert document["trace"]["interval"] is None
+    assert document["trace"]["population_interval"] == [-1.0, None]
+    assert document["problem"]["num_examples"] == 2**53 + 1
+    assert document["problem"]["training_mode"] is True
+    assert document["problem"]["loss"] == 1.0
+
+
 def test_numbers_and_names_survive() -> None:
     result = trace_result(
         layers=[replace(LAYERS[0], name="größe\n\udc80", estimate=0.1 + 0.2, probe_stderr=5e-324)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,24 +13,24 @@ from pydantic_core import core_schema
 from hesscli.results import (
     CheckResult,
     DiagResult,
+    Header,
     IhvpResult,
     SpectrumResult,
     TraceResult,
     documented,
 )
 
-Result = TraceResult | DiagResult | IhvpResult | SpectrumResult | CheckResult
+_RESULTS: dict[str, type[Header]] = {
+    kind.command: kind
+    for kind in (CheckResult, TraceResult, DiagResult, IhvpResult, SpectrumResult)
+}
 
-_UNKNOWN = (-math.inf, math.inf)
-"""An interval of which nothing is known."""
-_COMMANDS = (CheckResult, TraceResult, DiagResult, IhvpResult, SpectrumResult)
 
-
-def to_json(result: Result) -> str:
+def to_json(result: Header) -> str:
     """Write a result as one JSON document.
 
-    Keys are the field names, in their order; numbers keep all their digits; a number that is
-    not finite, such as an unknown error, becomes null, and so does an interval without ends.
+    Keys are the field names; numbers keep all their digits; a number that is not finite, such as
+    an unknown error, becomes null, and so does an interval without ends.
 
     Args:
         result: what a command returned.
@@ -39,8 +38,24 @@ def to_json(result: Result) -> str:
     Returns:
         The document, in ASCII, ending with a newline.
     """
-    document = {name: _plain(getattr(result, name)) for name in documented(type(result))}
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    names = documented(type(result))
+    plain = _adapter(result.command).dump_python(
+        result, mode="json", include=set(names), fallback=_number, warnings=False
+    )
+    text = json.dumps({name: plain[name] for name in names})
+    finite = json.loads(text, parse_constant=lambda _: None)
+    return json.dumps(finite, indent=2, allow_nan=False) + "\n"
+
+
+@cache
+def _adapter(command: str) -> TypeAdapter[Any]:
+    """What knows the types of a command's result: it writes documents and describes them."""
+    return TypeAdapter(_RESULTS[command])
+
+
+def _number(scalar: Any) -> Any:
+    """Python's number for one of numpy's."""
+    return scalar.item()
 
 
 def schema() -> dict[str, Any]:
@@ -51,15 +66,13 @@ def schema() -> dict[str, Any]:
         may come without a new ``schema_version``.
     """
     references, definitions = TypeAdapter.json_schemas(
-        [(command.__name__, "serialization", TypeAdapter(command)) for command in _COMMANDS],
+        [(command, "serialization", _adapter(command)) for command in _RESULTS],
         schema_generator=_DocumentSchema,
     )
-    for command in _COMMANDS:
-        definition = definitions["$defs"][command.__name__]
-        definition["required"] = documented(command)
-        definition["properties"] = {
-            name: definition["properties"][name] for name in documented(command)
-        }
+    for kind in _RESULTS.values():
+        definition, names = definitions["$defs"][kind.__name__], documented(kind)
+        definition["required"] = names
+        definition["properties"] = {name: definition["properties"][name] for name in names}
     for definition in definitions["$defs"].values():
         for name, described in definition.get("properties", {}).items():
             if name.endswith("stderr") and described == {"type": "number"}:
@@ -68,22 +81,9 @@ def schema() -> dict[str, Any]:
         "$schema": GenerateJsonSchema.schema_dialect,
         "title": "hesscli",
         "description": "What hesscli prints with --out json: one document a command.",
-        "oneOf": [references[command.__name__, "serialization"] for command in _COMMANDS],
+        "oneOf": [references[command, "serialization"] for command in _RESULTS],
         **definitions,
     }
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        plain = [_plain(item) for item in value]
-        return None if value == _UNKNOWN else plain
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class _DocumentSchema(GenerateJsonSchema):
@@ -103,11 +103,10 @@ class _DocumentSchema(GenerateJsonSchema):
         return self.generate_inner(schema["schema"])
 
     def tuple_schema(self, schema: core_schema.TupleSchema) -> JsonSchemaValue:
-        """Let intervals be null, or one of their ends: nothing is known, or not on that side."""
+        """Let one end of an interval be null: nothing is known on that side."""
         described = super().tuple_schema(schema)
         ends = described.get("prefixItems", [])
         if [end.get("type") for end in ends] == ["number", "number"]:
             described["prefixItems"] = [{"type": ["number", "null"]}] * 2
             described["description"] = "From, to; null where unbounded."
-            return {"anyOf": [described, {"type": "null"}]}
         return described

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from hesscli import __version__
 
 SCHEMA_VERSION: Literal[1] = 1
 
-Interval = tuple[float, float]
+
+class _NullWhereUnknown:
+    """Lets documents have one null for an interval without ends, not two."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        ends = handler(source)
+        written = core_schema.plain_serializer_function_ser_schema(
+            lambda interval: None if interval == (-math.inf, math.inf) else interval,
+            return_schema=core_schema.nullable_schema(ends),
+        )
+        return {**ends, "serialization": written}
+
+
+Interval = Annotated[tuple[float, float], _NullWhereUnknown]
 Mode = Literal["double-backward", "forward-over-reverse", "finite-difference"]
 Reduction = Literal["mean", "sum"]
 Status = Literal["exact", "converged", "budget", "data-limited", "interrupted"]
