@@ -316,7 +316,7 @@ def test_the_sunspots_sample(sunspots: Problem) -> None:
     assert _error(sunspots, result) < ROUNDING
     assert result.engine.generic == ()
     # One output: a forward pass and a backward pass over the data, and the check of 16 of 256.
-    assert result.engine.gradients == pytest.approx(1, abs=0.2)
+    assert result.engine.meter.gradients == pytest.approx(1, abs=0.2)
     table = np.stack(result.cells)
     assert table.shape == (16, 1, 4)
     share = np.asarray(sunspots.masses) / sum(sunspots.masses)

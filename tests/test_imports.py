@@ -19,7 +19,7 @@ HEAVY = {"torch", "numpy", "matplotlib", "scipy"}
 FLOORS = [
     {"errors"},
     {"results"},
-    {"parameters", "streams", "storage", "memory"},
+    {"parameters", "streams", "storage", "memory", "meter"},
     {"problem"},
     {"operators"},
     {"engines"},

@@ -110,14 +110,12 @@ class Study:
     @property
     def products(self) -> float:
         """Products with the whole matrix so far; those with a layer's count by their share."""
-        meters = self.opening.operator.meter.products + self._products
-        return meters + (self.predictions.products if self.predictions else 0.0)
+        return self.opening.operator.meter.products + self._products
 
     @property
     def gradients(self) -> float:
         """Work so far in full-data gradients."""
-        known = self.opening.operator.meter.gradients + self._gradients + self.collected.gradients
-        return known + (self.predictions.gradients if self.predictions else 0.0)
+        return self.opening.operator.meter.gradients + self._gradients + self.collected.gradients
 
     @cached_property
     def weights(self) -> Tensor:

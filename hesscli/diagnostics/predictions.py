@@ -251,18 +251,7 @@ class Predictions:
         self.layers = list(_layers(operator, saliency))
         self._gradient = operator.problem.prove().gradient
         self._fraction = operator.problem.sampling_fraction or 1.0
-        self._slopes_gradients = 0.0
-
-    @property
-    def gradients(self) -> float:
-        """Work so far in full-data gradients."""
-        quadratic = sum(layer.operator.meter.gradients for layer in self.layers)
-        return quadratic + self._slopes_gradients
-
-    @property
-    def products(self) -> float:
-        """Products so far, of all layers together."""
-        return sum(layer.operator.meter.products for layer in self.layers)
+        self._meter = operator.meter
 
     @property
     def seen(self) -> int:
@@ -338,7 +327,7 @@ class Predictions:
     def _slope(self, batch: WeightedBatch) -> Tensor:
         """The gradient of one batch's loss, float64 ``(d,)``."""
         problem, parameters = self.problem, self.problem.parameters
-        self._slopes_gradients += batch.count / problem.data.count
+        self._meter.add(1.0, batch.count / problem.data.count)
         parts = gradient(problem.evaluate(batch.data), parameters.tensors)
         return parameters.flatten(parts).double()
 

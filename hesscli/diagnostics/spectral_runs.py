@@ -147,7 +147,7 @@ def explore(operator: Operator, plan: Plan, clock: Clock, done: float, total: fl
     """
     size = operator.parameters.size
     free = available_bytes(operator.problem.device) - needed_bytes(size, plan.steps, plan.probes)
-    product = Retained(operator, free // _GRAPHS_SHARE)
+    product, began = Retained(operator, free // _GRAPHS_SHARE), operator.meter.products
     reserve = min(plan.steps, STEPS) if plan.early else plan.steps
     found = Exploration(size, plan, _lanczos(operator, product, size, plan, plan.seed, reserve))
 
@@ -155,7 +155,7 @@ def explore(operator: Operator, plan: Plan, clock: Clock, done: float, total: fl
         top, bar = float(found.ritz.values[-1]), float(found.ritz.residuals[-1])
         clock.tell(
             "iterating",
-            done=min(done + operator.meter.products, total),
+            done=min(done + operator.meter.products - began, total),
             total=total,
             estimate=top,
             interval=(top - bar, top + bar),
@@ -343,12 +343,12 @@ class Study:
     @property
     def products(self) -> float:
         """So far."""
-        return sum(op.meter.products for op in (self.operator, *self.blocks.values()))
+        return self.operator.meter.products
 
     @property
     def gradients(self) -> float:
         """So far."""
-        return sum(op.meter.gradients for op in (self.operator, *self.blocks.values()))
+        return self.operator.meter.gradients
 
     def run(self) -> None:
         """The whole matrix, its dense form, and then the blocks of layers."""

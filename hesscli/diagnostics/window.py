@@ -142,7 +142,7 @@ def collect(
     sizes = block_sizes(problem.parameters, options.blocks, window.count)
     clock.tell("inverting")
     fisher = StaticFisher(window, damping, blocks=sizes)
-    return Collected(window, fisher, sizes, kind, reason, source.gradients, options)
+    return Collected(window, fisher, sizes, kind, reason, source.meter.gradients, options)
 
 
 def block_sizes(parameters: Parameters, rule: str, rows: int) -> tuple[int, ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from hesscli.engines.entries import Entries, Part
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Array, MeanSquare, Sharing, Table, reduce_table
 from hesscli.engines.per_example.engine import ExactDiagonal
+from hesscli.meter import Meter
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
 
@@ -85,13 +86,17 @@ class Estimator:
     @property
     def products(self) -> float:
         """Matrix-vector products so far, over all kept examples."""
-        return 0.0 if self.probes is None else self.probes.operator.meter.products
+        return sum(meter.products for meter in self._meters)
 
     @property
     def gradients(self) -> float:
         """Work so far in full-data gradients."""
-        squares = 0.0 if self.gauss_newton is None else self.gauss_newton.gradients
-        return squares + (0.0 if self.probes is None else self.probes.operator.meter.gradients)
+        return sum(meter.gradients for meter in self._meters)
+
+    @property
+    def _meters(self) -> Iterable[Meter]:
+        """Each once: sources may share one."""
+        return {id(source.meter): source.meter for source in self._sources}.values()
 
     def extend(self, count: int) -> Iterator[None]:
         """Bring every batch to so many probes, and to its share of random columns."""

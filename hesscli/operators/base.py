@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import UnsoundError, UsageError
+from hesscli.meter import Meter
 from hesscli.operators.kernels import twice_differentiable
 from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Tensors
 from hesscli.parameters import Parameters
@@ -25,14 +26,6 @@ from hesscli.results import Mode, Preflight
 
 BLOCK_BYTES = 1 << 26
 """Bytes of probes that are held at once (and as many of products)."""
-
-
-@dataclass
-class Meter:
-    """Work so far, in full-data units: forward 1/3, backward 2/3, by its share of the data."""
-
-    products: float = 0.0
-    gradients: float = 0.0
 
 
 @dataclass
@@ -72,12 +65,11 @@ class Term:
             is_first = self._apply is None
             if self._apply is None or self._made != operator.problem.retypings:
                 self._apply, self._made = operator.live(self.batch), operator.problem.retypings
-                operator.meter.gradients += operator.cost[0] * share
+                operator.meter.add(operator.cost[0], share)
             product = self._apply(block)
         if is_first and not _is_finite(product):
             raise _not_finite(operator, self.batch, block)
-        operator.meter.products += len(block) * share
-        operator.meter.gradients += len(block) * operator.cost[1] * share
+        operator.meter.add(len(block) * operator.cost[1], share, products=len(block))
         return product
 
 
@@ -88,6 +80,7 @@ class Operator(ABC):
         problem: model, loss and frozen examples.
         parameters: the rows and columns; default all trainable ones.
         mode: autodiff mode of the products, which must hold; ``auto`` takes the cheapest that does.
+        meter: counts the products; default a new one, which blocks of the operator share.
 
     Products are put to the test before the first, once for a problem, as those of a command are.
     ``A @ V`` takes ``(d,)`` or ``(d, k)``, as a tensor or an array, and gives the same kind.
@@ -104,10 +97,11 @@ class Operator(ABC):
         *,
         parameters: Parameters | None = None,
         mode: Mode | Literal["auto"] = "auto",
+        meter: Meter | None = None,
     ) -> None:
         self.problem, self._wanted = problem, mode
         self.parameters = problem.parameters if parameters is None else parameters
-        self.meter = Meter()
+        self.meter = Meter() if meter is None else meter
 
     def check(self) -> Preflight:
         """Put the products to the test, unless that was done before.
@@ -176,8 +170,8 @@ class Operator(ABC):
         return self.block(self.parameters.select(pattern))
 
     def block(self, parameters: Parameters) -> Operator:
-        """The diagonal block of some parameters."""
-        return type(self)(self.problem, parameters=parameters, mode=self._wanted)
+        """The diagonal block of some parameters; its work is counted with this operator's."""
+        return type(self)(self.problem, parameters=parameters, mode=self._wanted, meter=self.meter)
 
     @overload
     def __matmul__(self, vectors: Tensor) -> Tensor: ...

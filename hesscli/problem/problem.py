@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import InputError, UnsoundError
+from hesscli.meter import Meter
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch, first_rows, map_tensors, place, size_of
 from hesscli.problem.criteria import as_loss, reading
@@ -315,8 +316,12 @@ class Problem:
 
     # -- proof ---------------------------------------------------------------------------------
 
-    def prove(self, observe: Observe | None = None) -> Proof:
+    def prove(self, observe: Observe | None = None, meter: Meter | None = None) -> Proof:
         """Loss, accuracy, gradient and reach over all kept examples; computed once.
+
+        Args:
+            observe: told of each batch; returning True ends it.
+            meter: counts it, made now or before, so that equal runs cost the same.
 
         Raises:
             UnsoundError: a non-finite loss or gradient, or labels out of range.
@@ -324,6 +329,8 @@ class Problem:
         """
         if self._proof is None:
             self._proof = prove(self, observe)
+        if meter is not None:
+            meter.add(self._proof.gradients)
         return self._proof
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import UnsoundError
+from hesscli.meter import FORWARD, Meter
 from hesscli.problem.batches import tensors_of
 from hesscli.problem.blame import is_out_of_memory, no_gradient
 from hesscli.problem.factory import blamed_on_user
@@ -29,7 +30,7 @@ class Proof:
     ``gradient`` is of the whole loss, float64 ``(d,)``; ``unreached`` names the parameters that
     the loss of no batch depends on. ``hidden_outputs`` says why the loss is not the function of
     the outputs that it was taken for; None where it is. ``saturated`` says that the classes of all
-    examples are so sure that their loss has no digit left.
+    examples are so sure that their loss has no digit left. ``gradients`` is the work it took.
     """
 
     loss: float
@@ -37,6 +38,7 @@ class Proof:
     gradient: Tensor
     unreached: tuple[str, ...]
     hidden_outputs: str | None
+    gradients: float
     saturated: str | None = None
 
     @property
@@ -65,6 +67,7 @@ def prove(problem: Problem, observe: Observe | None = None) -> Proof:
     reached = [False] * len(parameters)
     loss = correct = possible = 0.0
     hidden = problem.loss.hidden if problem.loss.is_claim else None
+    work = Meter()
     for batch in problem.batches():
         with blamed_on_user(MODEL_RAISED, _must_fit(problem, batch)):
             seen = _read_outputs(problem, batch)
@@ -81,6 +84,7 @@ def prove(problem: Problem, observe: Observe | None = None) -> Proof:
         ]
         gradient += batch.weight * parameters.flatten(dense).double()
         loss += batch.weight * float(value.detach())
+        work.add(1 + FORWARD * seen.has_run, batch.count / problem.data.count)
         snapshot = Snapshot(
             phase="loss and gradient", done=batch.index + 1, total=problem.num_batches
         )
@@ -94,6 +98,7 @@ def prove(problem: Problem, observe: Observe | None = None) -> Proof:
         gradient=gradient + decay * theta,
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
         hidden_outputs=hidden,
+        gradients=work.gradients,
         saturated=_saturation(problem) if possible and loss == 0 else None,
     )
 
@@ -121,20 +126,22 @@ def _must_fit(problem: Problem, batch: WeightedBatch) -> str:
 class _Seen:
     """What a batch's outputs show: right and possible predictions, and what a claim comes to.
 
-    ``mean`` is what a loss which is claimed to be a function of the outputs makes of them.
+    ``mean`` is what a loss which is claimed to be a function of the outputs makes of them;
+    ``has_run`` says that the model was run for it.
     """
 
     right: float = 0.0
     of: float = 0.0
     mean: float | None = None
     hidden: str | None = None
+    has_run: bool = True
 
 
 def _read_outputs(problem: Problem, batch: WeightedBatch) -> _Seen:
     """Labels are checked here, before the loss reads them."""
     loss = problem.loss
     if loss.hidden is not None:
-        return _Seen()
+        return _Seen(has_run=False)
     try:
         outputs = problem.fixed_outputs(batch.data)
     except HiddenOutputsError as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hesscli.engines.entries import Stream
 from hesscli.engines.hutchinson.designs import Design, Plain, Probes
 from hesscli.engines.hutchinson.table import Array, Sharing, Table, reduce_table
+from hesscli.meter import Meter
 from hesscli.operators.base import Operator, Term
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.streams import Distribution
@@ -64,6 +65,11 @@ class Hutchinson:
         self.stream = stream
         columns = self._sums.num_layers + 1
         self.cells = {index: np.empty((0, columns)) for index in self.indices}
+
+    @property
+    def meter(self) -> Meter:
+        """The operator's."""
+        return self.operator.meter
 
     @property
     def count(self) -> int:

@@ -25,6 +25,7 @@ from hesscli import streams
 from hesscli.engines.per_example.generic import Generic
 from hesscli.engines.per_example.passes import is_close
 from hesscli.errors import HesscliError, UnsoundError, UsageError
+from hesscli.meter import FORWARD, Meter
 from hesscli.operators.gauss_newton import require_examples
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
@@ -89,16 +90,17 @@ class Rows:
         problem: model, loss and frozen examples.
         kind: what a row is.
         seed: of the random columns.
-
-    ``gradients`` is the work so far in full-data gradients.
+        meter: counts the gradients; default a new one.
 
     Raises:
         UsageError: the kind needs single examples, or an output Hessian, that are not to be had.
     """
 
-    def __init__(self, problem: Problem, kind: RowKind, seed: int = 0) -> None:
+    def __init__(
+        self, problem: Problem, kind: RowKind, seed: int = 0, meter: Meter | None = None
+    ) -> None:
         self.problem, self.kind, self.seed = problem, kind, seed
-        self.gradients = 0.0
+        self.meter = Meter() if meter is None else meter
         self._mapper, self._verified = Generic(problem), False
         if kind.name != "microbatch":
             require_examples(problem, "ggn")
@@ -155,7 +157,7 @@ class Rows:
             data = batch.data
             if size < batch.count:
                 data = rows_of_batch(data, start, start + size)
-            self._count(min(size, batch.count - start), 1.0)
+            self.meter.add(1.0, min(size, batch.count - start) / self.problem.data.count)
             parts = gradient(self.problem.evaluate(data), self.problem.parameters.tensors)
             yield flatten(parts).detach()[None]
 
@@ -167,7 +169,7 @@ class Rows:
         stream = streams.key(_DRAWS, self.seed, batch.index, draw)
         column = self._factor(outputs, data).draw(stream, start)
         column = column * (problem.data.count / problem.total_weight) ** 0.5
-        self._count(stop - start, 4 / 3)
+        self.meter.add(1 + FORWARD, (stop - start) / problem.data.count)
         pulled = self._mapper.each(part, column[:, None], list(problem.parameters))
         block = torch.cat([torch.cat([_by_example(g) for g in chunk], 1) for chunk in pulled])
         if not self._verified:
@@ -177,9 +179,6 @@ class Rows:
     def _factor(self, outputs: Tensor, data: object) -> Factor:
         make = factor_of if self.kind.name == "sampled" else ScoreFactor
         return make(self.problem.loss, outputs, data)
-
-    def _count(self, examples: int, gradients: float) -> None:
-        self.gradients += gradients * examples / self.problem.data.count
 
     def _verify(self, block: Tensor, data: object, column: Tensor) -> None:
         """Raise unless the rows of some examples add up to the gradient of all of them.

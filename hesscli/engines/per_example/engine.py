@@ -19,6 +19,7 @@ from hesscli.engines.entries import Stream
 from hesscli.engines.hutchinson.table import Array
 from hesscli.engines.per_example.passes import Pass, SquaredJacobian
 from hesscli.errors import UsageError
+from hesscli.meter import Meter
 from hesscli.operators.base import BLOCK_BYTES
 from hesscli.operators.gauss_newton import require_examples
 from hesscli.parameters import LayerSums, Parameters
@@ -46,6 +47,7 @@ class ExactDiagonal:
         seed: of the random columns.
         batches: only so many of the first batches (a pilot), default all.
         stream: takes the estimates of single entries, where they are wanted.
+        meter: counts the passes; default a new one.
 
     ``cells[b]`` is ``(draws, L + 1)``, as Hutchinson's tables have it: a batch's traces by layer
     and in the last column their sum, without weight decay; one row where they are exact.
@@ -65,6 +67,7 @@ class ExactDiagonal:
         seed: int = 0,
         batches: int | None = None,
         stream: Stream | None = None,
+        meter: Meter | None = None,
     ) -> None:
         require_examples(problem, "ggn")
         self.problem, self.sampled, self.seed = problem, sampled, seed
@@ -78,16 +81,12 @@ class ExactDiagonal:
                 f"{self.num_columns} columns",
                 "--method split, which draws columns",
             )
-        self._jacobian = SquaredJacobian(problem, self.parameters)
+        self.meter = Meter() if meter is None else meter
+        self._jacobian = SquaredJacobian(problem, self.parameters, self.meter)
         self._sums, self.stream = LayerSums(self.parameters), stream
         self.indices = [i for i, mass in enumerate(problem.masses) if mass > 0][:batches]
         empty: Array = np.empty((0, self._sums.num_layers + 1))
         self.cells = dict.fromkeys(self.indices, empty)
-
-    @property
-    def gradients(self) -> float:
-        """Work so far in full-data gradients."""
-        return self._jacobian.gradients
 
     @property
     def generic(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from hesscli import streams
 from hesscli.engines.per_example.generic import Generic
 from hesscli.engines.per_example.sites import Site, site_class
 from hesscli.errors import UnsoundError
+from hesscli.meter import BACKWARD, FORWARD, Meter
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import rows
 from hesscli.problem.blame import is_out_of_memory
@@ -111,7 +112,7 @@ class Pass:
             self.outputs = owner.problem.outputs(batch.data)
         self.calls = calls
         self._sites: dict[nn.Module, Site] = {}
-        owner.gradients += self.share / 3
+        owner.meter.add(FORWARD, self.share)
 
     @property
     def structure(self) -> Hashable:
@@ -225,7 +226,7 @@ class Pass:
         return chosen > 0, weights.view(self.outputs.shape)
 
     def _batch_gradients(self, column: Tensor) -> list[Tensor]:
-        self.owner.gradients += 2 / 3 * self.share
+        self.owner.meter.add(BACKWARD, self.share)
         value = (self.outputs * column).sum()
         tensors = self.owner.parameters.tensors
         parts = torch.autograd.grad(
@@ -240,7 +241,7 @@ class Pass:
         calls = [call for calls in self.calls.values() for call in calls]
         if not calls:
             return {module: [] for module in self.calls}
-        self.owner.gradients += 2 / 3 * self.share
+        self.owner.meter.add(BACKWARD, self.share)
         edges = [call.edge for call in calls]
         parts = torch.autograd.grad(
             self.outputs, edges, column, retain_graph=True, allow_unused=True
@@ -256,7 +257,7 @@ class Pass:
         positions = sorted(self.owner.generic)
         if not positions:
             return {}
-        self.owner.gradients += (1 + 2 * len(columns)) / 3 * self.share
+        self.owner.meter.add(FORWARD + len(columns) * BACKWARD, self.share)
         chosen = [self.owner.parameters[position] for position in positions]
         sums = self.owner.mapper.sums(self.batch, torch.stack(list(columns), 1), chosen)
         return dict(zip(positions, zip(*sums, strict=True), strict=True))
@@ -320,12 +321,13 @@ class SquaredJacobian:
     Args:
         problem: its examples must not depend on each other.
         parameters: what to differentiate by.
+        meter: counts the passes.
 
     ``generic`` holds the positions of parameters that take the generic path, as far as known.
     """
 
-    def __init__(self, problem: Problem, parameters: Parameters) -> None:
-        self.problem, self.parameters = problem, parameters
+    def __init__(self, problem: Problem, parameters: Parameters, meter: Meter) -> None:
+        self.problem, self.parameters, self.meter = problem, parameters, meter
         self.known = _known_modules(problem.model, parameters)
         spoken_for = {i for names in self.known.values() for i in names.values()}
         self.generic = set(range(len(parameters))) - spoken_for
@@ -333,7 +335,6 @@ class SquaredJacobian:
         self.mapper = Generic(problem)
         self._structures: set[Hashable] = set()
         self._part: int | None = None
-        self.gradients = 0.0
 
     def passes(self, batch: WeightedBatch) -> Iterator[tuple[int, Pass]]:
         """Forward passes over parts of a batch, each with the place of its first example.

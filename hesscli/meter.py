@@ -1,0 +1,32 @@
+"""How much work is done, in passes over all kept examples: counted, so that no machine matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORWARD, BACKWARD = 1 / 3, 2 / 3
+"""Of the work of a gradient: what a pass through the model takes, and what its way back."""
+
+
+@dataclass
+class Meter:
+    """What a run has cost; all that computes for it adds to the same one.
+
+    Attributes:
+        products: matrix-vector products over all kept examples.
+        gradients: all work, in gradients over all kept examples.
+    """
+
+    products: float = 0.0
+    gradients: float = 0.0
+
+    def add(self, gradients: float, share: float = 1.0, *, products: float = 0.0) -> None:
+        """Count work on some of the data.
+
+        Args:
+            gradients: what it would take over all of it.
+            share: of the examples.
+            products: that were made on that share; their work is in ``gradients``.
+        """
+        self.gradients += gradients * share
+        self.products += products * share
