@@ -8,7 +8,7 @@ batch, since a model may choose its path by its data; and a probe of R itself th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,9 +17,12 @@ from torch import Tensor
 
 from hesscli import streams
 from hesscli.errors import HesscliError, UsageError
+from hesscli.meter import FORWARD, Meter
 from hesscli.operators.base import Operator
 from hesscli.operators.hessian import Hessian, Residual
+from hesscli.operators.kernels import twice_differentiable
 from hesscli.operators.linearity import bends, normalisation, recorded
+from hesscli.operators.products import gradient, vector_jacobian
 from hesscli.parameters import Parameters
 from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.classification import CrossEntropy
@@ -34,6 +37,13 @@ from hesscli.results import Mode
 _SAMPLE = 8
 _PROBE = 0x0E5D
 """Separates these probes from other streams."""
+
+
+OnStep = Callable[[], None]
+
+
+def _go_on() -> None:
+    """Nothing ends it."""
 
 
 @dataclass(frozen=True)
@@ -53,31 +63,92 @@ class Exactness:
 
 
 def exact_parameters(
-    problem: Problem, parameters: Parameters | None = None, *, mode: Mode = "double-backward"
+    problem: Problem,
+    parameters: Parameters | None = None,
+    *,
+    mode: Mode = "double-backward",
+    meter: Meter | None = None,
+    on_step: OnStep = _go_on,
 ) -> tuple[Exactness, ...]:
     """For each parameter whether R's diagonal is exactly zero on it.
 
-    Costs one forward pass over the data, and a product on a few examples for each claim.
+    Costs one forward pass over the data, and on a few examples a graph, for each claim a product
+    with the parameter's own block of R, and two with all of R and H where that is not zero.
 
     Args:
         problem: model, loss and examples.
         parameters: which to look at; default all trainable ones.
         mode: autodiff mode of the products.
+        meter: counts the work; default a new one.
+        on_step: called after each batch and each product; may raise to end it.
     """
     parameters = problem.parameters if parameters is None else parameters
+    meter = Meter() if meter is None else meter
     reasons: dict[str, str] = {}
     try:
-        residual = Residual(problem, parameters=parameters, mode=mode)
-        residual.slope(problem.sample(_SAMPLE))
+        residual = Residual(problem, parameters=parameters, mode=mode, meter=meter)
+        sample = problem.sample(_SAMPLE)
+        residual.slope(sample)
+        meter.add(FORWARD, sample.count / problem.data.count)
     except UsageError as error:
         reasons = dict.fromkeys(parameters.names, error.got)
     for batch in problem.batches():
         if not (left := _without(parameters, reasons)):
             break
         reasons |= _bends(problem, left, batch)
+        meter.add(FORWARD, batch.count / problem.data.count)
+        on_step()
     if left := _without(parameters, reasons):
-        reasons |= _found(residual, left)
+        reasons |= _found(residual, left, on_step)
     return tuple(Exactness(name, reasons.get(name)) for name in parameters.names)
+
+
+def own_forms(
+    residual: Residual, parameters: Iterable[int], sample: WeightedBatch
+) -> Iterator[float]:
+    """|vᵀRv| for a Gaussian v on each of some parameters alone.
+
+    Of the gradient's graph, which serves all of them, only a parameter's own part is
+    differentiated, and by that parameter alone.
+    """
+    selection, share = residual.parameters, sample.count / residual.problem.data.count
+    with residual.problem.forward_context():
+        apply = _own_products(residual, sample)
+        residual.meter.add(residual.cost[0], share)
+        for index in parameters:
+            vector = _probe(residual, index)
+            form = abs(float(vector @ apply(index, vector)))
+            own = share * selection[index].numel / selection.size
+            residual.meter.add(residual.cost[1], own)
+            yield form
+
+
+def _own_products(residual: Residual, sample: WeightedBatch) -> Callable[[int, Tensor], Tensor]:
+    """Products with the diagonal block of a parameter, given by its place, on some examples."""
+    if residual.mode != "double-backward":
+
+        def alone(index: int, vector: Tensor) -> Tensor:
+            block = residual.block(Parameters([residual.parameters[index]]))
+            return block.live(sample)(vector[None])[0]
+
+        return alone
+    function, tensors = residual.parts(sample)
+    with twice_differentiable():
+        graph = gradient(function(None), tensors, create_graph=True)
+
+    def product(index: int, vector: Tensor) -> Tensor:
+        with twice_differentiable():
+            part = vector.view_as(graph[index])
+            return vector_jacobian([graph[index]], [tensors[index]], [part])
+
+    return product
+
+
+def _probe(residual: Residual, index: int) -> Tensor:
+    """A Gaussian vector for one parameter: on f = (a² − b²) x signs would cancel."""
+    problem, size = residual.problem, residual.parameters[index].numel
+    stream = streams.key(_PROBE, index)
+    return streams.gaussian(stream, 0, size, dtype=problem.dtype, device=problem.device)
 
 
 def within_parameters(
@@ -88,38 +159,53 @@ def within_parameters(
 ) -> Iterator[float]:
     """|vᵀRv| / (‖v‖ ‖Bv‖) for a Gaussian v on each of some parameters alone.
 
-    Signs would not do: on f = (a² − b²) x they cancel. B is the matrix ``beside``, by default R.
+    B is the matrix ``beside``, by default R.
     """
     selection, problem = residual.parameters, residual.problem
+    share = sample.count / problem.data.count
+    operators = [residual] if beside is None else [residual, beside]
     with problem.forward_context():
-        apply = residual.live(sample)
-        measure = apply if beside is None else beside.live(sample)
+        applies = [operator.live(sample) for operator in operators]
+        residual.meter.add(sum(operator.cost[0] for operator in operators), share)
         for index in parameters:
             vector = torch.zeros(selection.size, dtype=problem.dtype, device=problem.device)
-            part = selection.split(vector)[index].view(-1)
-            stream = streams.key(_PROBE, index)
-            part.copy_(streams.gaussian(stream, 0, len(part), dtype=part.dtype, device=part.device))
-            product = apply(vector[None])[0]
+            selection.split(vector)[index].view(-1).copy_(_probe(residual, index))
+            product, *others = (apply(vector[None])[0] for apply in applies)
+            residual.meter.add(sum(operator.cost[1] for operator in operators), share)
+            size = others[0] if others else product
             form = abs(float(vector @ product))
-            size = product if beside is None else measure(vector[None])[0]
             yield form / float(vector.norm() * size.norm()) if form else 0.0
 
 
-def _found(residual: Residual, claims: Parameters) -> dict[str, str]:
+def _found(residual: Residual, claims: Parameters, on_step: OnStep) -> dict[str, str]:
     """The claims on which a probe finds something."""
     problem = residual.problem
-    indices = [residual.parameters.names.index(name) for name in claims.names]
+    left = [residual.parameters.names.index(name) for name in claims.names]
     precision = problem.precision
     with doubled(problem) if precision.is_float64 else nullcontext():
         sample, bound = problem.sample(_SAMPLE), tolerance(precision.narrowest)
-        forms = dict(zip(indices, within_parameters(residual, indices, sample), strict=True))
-        left = [index for index, form in forms.items() if not form <= bound]
-        if left:  # where R cancels as a whole, what is left of it is rounding beside H
+        left = list(_above(0.0, left, own_forms(residual, left, sample), on_step))
+        if not left:
+            return {}
+        found = _above(bound, left, within_parameters(residual, left, sample), on_step)
+        if left := list(found):  # where R cancels as a whole, what is left is rounding beside H
             whole = Hessian(problem, parameters=residual.parameters, mode=residual.mode)
             beside = within_parameters(residual, left, sample, whole)
-            left = [i for i, form in zip(left, beside, strict=True) if not form <= bound]
+            left = list(_above(bound, left, beside, on_step))
         names = residual.parameters.names
-        return {names[i]: f"a probe found {forms[i]:.1e} of R on it" for i in left}
+        return {names[i]: f"a probe found {found[i]:.1e} of R on it" for i in left}
+
+
+def _above(
+    bound: float, indices: Sequence[int], forms: Iterator[float], on_step: OnStep
+) -> dict[int, float]:
+    """Those whose form is above a bound, NaN included."""
+    found = {}
+    for index, form in zip(indices, forms, strict=True):
+        if not form <= bound:
+            found[index] = form
+        on_step()
+    return found
 
 
 def _bends(problem: Problem, parameters: Parameters, batch: WeightedBatch) -> dict[str, str]:
@@ -148,19 +234,26 @@ _ATTEMPTS = ((False, 1.0), (True, 1.0), (True, 1e-3))
 the loss's domain, without saying anything of its derivatives. The last is for float64 alone."""
 
 
-def require_output_hessian(problem: Problem) -> None:
+def require_output_hessian(problem: Problem, meter: Meter | None = None) -> None:
     """Refuse to split a loss that is no sum of functions of single examples' outputs.
 
     Named losses are such by construction. That of a loss of the user's own is differentiated, so
     that it must not read the parameters otherwise, an example's slope must not depend on the
     outputs of others, and the second derivative must be that of the first.
 
+    Args:
+        problem: model, loss and examples.
+        meter: counts the work; default a new one.
+
     Raises:
         UsageError: it is another function, or its second derivative is wrong or missing.
     """
     if has_closed_form(problem.loss):
         return
-    Residual(problem).slope(problem.sample(_SAMPLE))
+    sample = problem.sample(_SAMPLE)
+    Residual(problem).slope(sample)
+    if meter is not None:
+        meter.add(2 * FORWARD, sample.count / problem.data.count)
     is_double = problem.precision.is_float64
     with doubled(problem) if is_double else nullcontext(), problem.forward_context():
         sample = problem.sample(_SAMPLE)

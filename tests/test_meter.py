@@ -1,0 +1,151 @@
+"""Work is counted in passes, by their share of examples and parameters, on one meter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hesscli
+from hesscli import Hessian
+from hesscli.engines.estimator import Estimator
+from hesscli.engines.hutchinson.engine import Hutchinson
+from hesscli.engines.mfac.rows import RowKind, Rows
+from hesscli.engines.per_example.engine import ExactDiagonal
+from hesscli.meter import Meter
+from hesscli.operators.exactness import (
+    _probe,
+    exact_parameters,
+    own_forms,
+    require_output_hessian,
+    within_parameters,
+)
+from hesscli.operators.hessian import Residual
+from hesscli.problem.data import FrozenData
+from hesscli.problem.losses import StepLoss
+from hesscli.problem.problem import Problem
+
+COUNT, SAMPLE = 24, 8
+SHARE = SAMPLE / COUNT
+"""Of the examples, those that claims are put to the test on."""
+
+
+def problem_of(loss: Any = "mse") -> Problem:
+    """A network that is piecewise linear in each tensor alone, on batches of 16 and 8."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).double()
+    x = torch.randn(COUNT, 3, dtype=torch.float64)
+    pairs = tuple((part, part[:, :1] ** 2) for part in x.split(16))
+    return Problem(model, loss, FrozenData(pairs, (16, 8), COUNT, True, "by hand"))
+
+
+def test_blocks_count_with_their_whole() -> None:
+    operator = Hessian(problem_of())
+    operator @ torch.ones(operator.parameters.size)
+    assert (operator.meter.products, operator.meter.gradients) == pytest.approx((1, 3))
+    block = operator.restrict("0")
+    block @ torch.ones(block.parameters.size)
+    assert (operator.meter.products, operator.meter.gradients) == pytest.approx((2, 6))
+
+
+def test_sources_that_share_a_meter_are_counted_once() -> None:
+    problem, meter = problem_of(), Meter()
+    known = ExactDiagonal(problem, meter=meter)
+    probes = Hutchinson(Residual(problem, meter=meter), seed=0)
+    estimator = Estimator(problem, decay=0.0, gauss_newton=known, probes=probes)
+    for _ in estimator.extend(2):
+        pass
+    assert (estimator.products, estimator.gradients) == (meter.products, meter.gradients)
+    assert meter.products == pytest.approx(2)
+    alone = ExactDiagonal(problem)
+    list(alone.extend())
+    assert meter.gradients == pytest.approx(alone.meter.gradients + 1 + 2 * 2)
+
+
+def test_a_proof_is_counted_however_often_it_was_asked_for() -> None:
+    problem, first, second = problem_of(), Meter(), Meter()
+    problem.prove()
+    problem.prove(meter=first)
+    problem.prove(meter=second)
+    assert first == second == Meter(gradients=pytest.approx(4 / 3))
+
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    without_outputs = Meter()
+    problem_of(StepLoss(step, "step")).prove(meter=without_outputs)
+    assert without_outputs.gradients == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("row", "each"), [("sampled", 4 / 3), ("example", 4 / 3), ("microbatch:4", 1)]
+)
+def test_rows_are_counted(row: str, each: float) -> None:
+    meter = Meter()
+    rows = Rows(problem_of(), RowKind.parse(row), meter=meter)
+    list(rows.take(min(rows.available, COUNT)))
+    assert meter.gradients == pytest.approx(each)
+
+
+def test_claims_of_exactness_cost_a_forward_pass_and_little_more() -> None:
+    """A forward pass over all; on the sample one, a graph, and each tensor's own product."""
+    meter, steps = Meter(), list[None]()
+    claims = exact_parameters(problem_of(), meter=meter, on_step=lambda: steps.append(None))
+    assert all(claim.exact for claim in claims)
+    assert meter.gradients == pytest.approx(1 / 3 + SHARE * (1 / 3 + 1 + 2))
+    assert len(steps) == 2 + 4  # the batches, and the tensors
+
+
+def test_a_losss_own_curvature_is_counted() -> None:
+    named, users = Meter(), Meter()
+    require_output_hessian(problem_of(), named)
+    require_output_hessian(problem_of(lambda o, t: (o - t).square().mean()), users)
+    assert named.gradients == 0
+    assert users.gradients == pytest.approx(SHARE * 2 / 3)
+
+
+@pytest.mark.parametrize("after", [1, 3, 6])
+def test_claims_of_exactness_end_when_they_are_told_to(after: int) -> None:
+    ending = _ending(after)
+    with pytest.raises(TimeoutError):
+        exact_parameters(problem_of(), on_step=ending)
+
+
+def _ending(after: int) -> Callable[[], None]:
+    left = [after]
+
+    def look() -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise TimeoutError
+
+    return look
+
+
+def test_the_products_of_one_tensor_alone_say_what_all_of_them_say(samples: Any) -> None:
+    """On curved tensors, whose forms are not zero: the same entries of the same matrix."""
+
+    problem = hesscli.load(samples / "sunspots/model.pt", examples=16)
+    sample = problem.sample(8)
+    for mode in ("double-backward", "forward-over-reverse"):
+        residual = Residual(problem, mode=mode)
+        places = range(len(problem.parameters))
+        own = list(own_forms(residual, places, sample))
+        assert max(own) > 0
+        dense = residual.live(sample)(torch.eye(problem.parameters.size, dtype=problem.dtype))
+        for place, form in zip(places, own, strict=True):
+            truth = _form(residual, place, dense)
+            assert form == pytest.approx(abs(truth), rel=1e-9, abs=1e-12 * float(dense.norm()))
+        relative = list(within_parameters(residual, places, sample))
+        assert [form > 1e-9 for form in relative] == [form > 1e-9 for form in own]
+
+
+def _form(residual: Residual, place: int, dense: torch.Tensor) -> float:
+    """vᵀRv from the matrix, with the vector that is drawn for a tensor."""
+
+    vector = torch.zeros(residual.parameters.size, dtype=dense.dtype)
+    residual.parameters.split(vector)[place].view(-1).copy_(_probe(residual, place))
+    return float(vector @ dense @ vector)
