@@ -65,6 +65,8 @@ OTHERWISE = [
     ("spectrum", "exact", "--exact --vectors --layer hidden2"),
 ]
 """What else the smallest sample is asked."""
+FEW = {"fashion": "--examples 500", "text": "--examples 64"}
+"""Of the larger samples, but for traces, which are cheap: with all, it would take an hour."""
 QUICK = {"fashion": "--examples 16 --batch-size 8", "text": "--examples 4 --batch-size 2"}
 QUICKER = {
     "diag": "--rtol 90%",
@@ -110,25 +112,29 @@ def all_runs(quick: bool) -> Iterator[Run]:
     for sample, file in CHECKPOINTS.items():
         path = f"samples/{sample}/{file}"
         yield Run(f"{sample}-init", f"init {path} --stdout")
-        few = QUICK.get(sample, "") if quick else ""
+        few = (QUICK if quick else FEW).get(sample, "")
         yield Run(f"{sample}-check", f"check {path} --dir out {few}")
         for command in MEASURED:
-            yield from _variants(sample, command, path, few, quick)
+            if quick and few:
+                line = f"{command} {path} --dir out {few} {QUICKER.get(command, '')}"
+                yield from _whole_and_interrupted(f"{sample}-{command}", line)
+            else:
+                line = f"{command} {path} --dir out {few if command != 'trace' else ''}"
+                yield from _variants(f"{sample}-{command}", line, CHEAP[command])
     for command, name, options in OTHERWISE:
         path = f"samples/sunspots/{CHECKPOINTS['sunspots']}"
         folder = "" if "--dir" in options else "--dir out"
         yield Run(f"sunspots-{command}-{name}", f"{command} {path} {options} {folder}")
 
 
-def _variants(sample: str, command: str, path: str, few: str, quick: bool) -> Iterator[Run]:
-    name = f"{sample}-{command}"
-    fewer = QUICKER.get(command, "") if few else ""
-    line = f"{command} {path} --dir out {few} {fewer}"
+def _whole_and_interrupted(name: str, line: str) -> Iterator[Run]:
     yield Run(f"{name}-default", line)
     yield Run(f"{name}-interrupted", line, interrupts=f"{name}-default")
-    if few:
-        return
-    yield Run(f"{name}-cheap", f"{command} {path} --dir out {few} {CHEAP[command]}")
+
+
+def _variants(name: str, line: str, cheap: str) -> Iterator[Run]:
+    yield from _whole_and_interrupted(name, line)
+    yield Run(f"{name}-cheap", f"{line} {cheap}")
     yield Run(f"{name}-ggn", f"{line} --matrix ggn")
     yield Run(f"{name}-layer", f"{line} --layer head")
 
