@@ -43,9 +43,10 @@ def assert_tidy(figure: Figure) -> None:
 
 def assert_labels_apart(axes: Axes) -> None:
     low, high = axes.get_xlim()
+    labels = axes.get_xticklabels() or []  # none where the panel below has them
     ticks = sorted(
         (tick, label.get_window_extent())
-        for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        for tick, label in zip(axes.get_xticks(), labels, strict=bool(labels))
         if low <= tick <= high
     )
     for (_, left), (_, right) in pairwise(ticks):

@@ -29,9 +29,8 @@ from shown import assert_tidy, drawn_texts, on_one_line, printed
 
 from hesscli.render import bins
 from hesscli.render.bins import axis_marks, cells_for, sparkline
-from hesscli.render.figures.blocks import block_figure
 from hesscli.render.figures.canvas import save_figure
-from hesscli.render.figures.diag import diag_figure
+from hesscli.render.figures.diag import block_figure, diag_figure
 from hesscli.render.figures.heat_map import heat_map, spread
 from hesscli.render.tables.diag import diag_table
 from hesscli.results import Histogram, LayerDiagonal
@@ -275,7 +274,7 @@ def steps(figure: Figure, axes: int) -> list[StepPatch]:
 
 def test_the_spectrum_shows_every_layer_in_model_order() -> None:
     figure = diag_figure(diag_result())
-    whole, rows = figure.axes
+    rows, whole = figure.axes
     assert [name.get_text() for name in rows.get_yticklabels()] == [d.name for d in DIAGONALS]
     assert rows.yaxis_inverted()
     assert whole.get_xlim() == rows.get_xlim()
@@ -292,7 +291,7 @@ def test_the_spectrum_shows_every_layer_in_model_order() -> None:
 def test_the_bars_are_the_counts() -> None:
     result = diag_result()
     drawn: dict[tuple[float, float], float] = {}
-    for patch in steps(diag_figure(result), 0):
+    for patch in steps(diag_figure(result), 1):
         values, edges, base = patch.get_data()
         assert base == 0.5
         drawn |= {
@@ -310,7 +309,7 @@ def test_heights_in_a_row_are_logarithms_up_to_the_rows_own_largest() -> None:
         replace(DIAGONALS[0], name=name, histogram=Histogram(edges=(1.0, 2.0, 4.0, 8.0), counts=c))
         for name, c in (("a", (0, 1, 8)), ("b", (1, 2, 128)))
     ]
-    drawn = [patch.get_data() for patch in steps(diag_figure(diag_result(layers)), 1)]
+    drawn = [patch.get_data() for patch in steps(diag_figure(diag_result(layers)), 0)]
     for (values, _, base), counts in zip(drawn, ((0, 1, 8), (1, 2, 128)), strict=True):
         heights = (base - values) / (base - values).max()
         # From half an entry up, so that one entry is one doubling high.
@@ -320,7 +319,7 @@ def test_heights_in_a_row_are_logarithms_up_to_the_rows_own_largest() -> None:
 
 def test_quantiles_are_marked() -> None:
     figure = diag_figure(diag_result())
-    lines = figure.axes[1].lines
+    lines = figure.axes[0].lines
     medians = [line.get_xdata()[0] for line in lines if line.get_marker() == "o"]
     assert medians == [layer.quantiles[2].value for layer in DIAGONALS]
     spans = [tuple(line.get_xdata()) for line in lines if len(set(line.get_ydata())) == 1]
@@ -339,7 +338,7 @@ def test_positive_entries_alone_have_a_plain_logarithmic_axis() -> None:
 def test_the_pictures_say_what_they_leave_out() -> None:
     result = diag_result([*many_layers(70), DIAGONALS[1]])
     spectra, shares = diag_figure(result), block_figure(result)
-    assert len(spectra.axes[1].get_yticks()) == 60
+    assert len(spectra.axes[0].get_yticks()) == 60
     (note,) = (on_one_line(text) for text in drawn_texts(spectra) if text.startswith("Heights"))
     assert "11 layers of smaller trace not drawn." in note
     assert len(shares.axes[0].get_yticks()) == 60
@@ -373,9 +372,9 @@ def test_nothing_overlaps_or_is_cut_off(name: str) -> None:
     for draw in (diag_figure, block_figure):
         figure = draw(ODD_RESULTS[name])
         assert_tidy(figure)
-        frame = figure.axes[-1].get_window_extent()
+        frame = figure.axes[0].get_window_extent()
         rows: dict[float, float] = {}
-        for text in figure.axes[-1].texts:
+        for text in figure.axes[0].texts:
             extent = text.get_window_extent()
             assert extent.x0 > rows.get(round(extent.y0), frame.x1)
             rows[round(extent.y0)] = extent.x1
@@ -384,7 +383,7 @@ def test_nothing_overlaps_or_is_cut_off(name: str) -> None:
 
 def test_names_in_pictures_differ_even_where_they_are_long() -> None:
     figure = diag_figure(diag_result(many_layers(12)))
-    names = [name.get_text() for name in figure.axes[1].get_yticklabels()]
+    names = [name.get_text() for name in figure.axes[0].get_yticklabels()]
     assert names[3] == "…3.self_attention.in_projection"
     assert len(set(names)) == 12
 
@@ -510,7 +509,7 @@ def test_saved_twice_the_bytes_are_the_same(tmp_path: Path) -> None:
 def test_no_pyplot_no_torch() -> None:
     program = (
         "import sys, hesscli.render.tables.diag, hesscli.render.figures.diag;"
-        "import hesscli.render.figures.blocks, hesscli.render.figures.heat_map;"
+        "import hesscli.render.figures.diag, hesscli.render.figures.heat_map;"
         "print(*{'matplotlib.pyplot', 'torch'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)

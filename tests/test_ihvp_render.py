@@ -30,11 +30,9 @@ from shown import assert_tidy, drawn_texts, on_one_line, printed
 
 from hesscli.render import perturbations
 from hesscli.render.figures import canvas
-from hesscli.render.figures.calibration import calibration_figure
 from hesscli.render.figures.canvas import save_figure
-from hesscli.render.figures.damping import sweep_figure
-from hesscli.render.figures.saliency import saliency_figure
-from hesscli.render.figures.sensitivities import sensitivity_figure
+from hesscli.render.figures.ihvp import saliency_figure, sensitivity_figure
+from hesscli.render.figures.ihvp_checks import calibration_figure, sweep_figure
 from hesscli.render.tables.ihvp import ihvp_table
 from hesscli.results import IhvpResult, Refinement, ResidualReport
 
@@ -604,9 +602,9 @@ def test_a_ranking_of_some_layers_keeps_its_title_honest() -> None:
 
 def test_no_pyplot_no_torch() -> None:
     program = (
-        "import sys, hesscli.render.tables.ihvp, hesscli.render.figures.saliency;"
-        "import hesscli.render.figures.sensitivities, hesscli.render.figures.calibration;"
-        "import hesscli.render.figures.damping;"
+        "import sys, hesscli.render.tables.ihvp, hesscli.render.figures.ihvp;"
+        "import hesscli.render.figures.ihvp, hesscli.render.figures.ihvp_checks;"
+        "import hesscli.render.figures.ihvp_checks;"
         "print(*{'matplotlib.pyplot', 'torch'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from example_results import LAYERS, check_result, estimate, layer, problem, trac
 from PIL import Image
 from shown import assert_tidy, drawn_texts, on_one_line, printed
 
+import hesscli
 from hesscli.render.figures.canvas import save_figure
 from hesscli.render.figures.trace import trace_figure
 from hesscli.render.tables.check import check_table
@@ -389,6 +391,17 @@ def test_the_users_style_changes_nothing_and_is_left_alone(tmp_path: Path) -> No
         odd = save_figure(trace_figure(trace_result()), tmp_path, "odd")["svg"].read_bytes()
         assert dict(matplotlib.rcParams) == before
     assert odd == usual
+
+
+def test_what_is_not_code_is_packaged_too() -> None:
+    """A wheel holds modules by themselves, and other files only where they are named."""
+    package = Path(hesscli.__file__).parent
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["hesscli"]
+    named = {path for pattern in patterns for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} == named
+    assert any(path.suffix == ".mplstyle" for path in named)
 
 
 def test_no_pyplot_no_torch() -> None:

@@ -15,10 +15,12 @@ from matplotlib.figure import Figure
 from shown import assert_tidy, drawn_texts, on_one_line, printed
 
 from hesscli.render.document import schema, to_json
-from hesscli.render.figures.convergence import convergence_figure
-from hesscli.render.figures.density import density_figure
-from hesscli.render.figures.participation import participation_figure
-from hesscli.render.figures.staircase import staircase_figure
+from hesscli.render.figures.spectrum import (
+    convergence_figure,
+    density_figure,
+    participation_figure,
+    staircase_figure,
+)
 from hesscli.render.tables.spectrum import spectrum_table
 from hesscli.results import (
     Condition,

@@ -138,7 +138,7 @@ def _figures(result: DiagResult, mapped: str | None) -> dict[str, Callable[[], F
         return diag_figure(result)
 
     def blocks() -> Figure:
-        from hesscli.render.figures.blocks import block_figure
+        from hesscli.render.figures.diag import block_figure
 
         return block_figure(result)
 

@@ -149,22 +149,22 @@ def _figures(result: IhvpResult) -> dict[str, Callable[[], Figure]]:
     """The pictures that there is something to draw in; matplotlib is loaded only then."""
 
     def sensitivities() -> Figure:
-        from hesscli.render.figures.sensitivities import sensitivity_figure
+        from hesscli.render.figures.ihvp import sensitivity_figure
 
         return sensitivity_figure(result)
 
     def distribution() -> Figure:
-        from hesscli.render.figures.saliency import saliency_figure
+        from hesscli.render.figures.ihvp import saliency_figure
 
         return saliency_figure(result)
 
     def calibration() -> Figure:
-        from hesscli.render.figures.calibration import calibration_figure
+        from hesscli.render.figures.ihvp_checks import calibration_figure
 
         return calibration_figure(result)
 
     def dampings() -> Figure:
-        from hesscli.render.figures.damping import sweep_figure
+        from hesscli.render.figures.ihvp_checks import sweep_figure
 
         return sweep_figure(result)
 

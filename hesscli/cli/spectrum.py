@@ -115,22 +115,22 @@ def _figures(result: SpectrumResult, *, verbose: bool) -> dict[str, Callable[[],
     """The pictures; matplotlib is loaded only where one is drawn."""
 
     def density() -> Figure:
-        from hesscli.render.figures.density import density_figure
+        from hesscli.render.figures.spectrum import density_figure
 
         return density_figure(result)
 
     def staircase() -> Figure:
-        from hesscli.render.figures.staircase import staircase_figure
+        from hesscli.render.figures.spectrum import staircase_figure
 
         return staircase_figure(result)
 
     def participation() -> Figure:
-        from hesscli.render.figures.participation import participation_figure
+        from hesscli.render.figures.spectrum import participation_figure
 
         return participation_figure(result)
 
     def convergence() -> Figure:
-        from hesscli.render.figures.convergence import convergence_figure
+        from hesscli.render.figures.spectrum import convergence_figure
 
         return convergence_figure(result)
 

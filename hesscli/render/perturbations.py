@@ -58,6 +58,11 @@ def ranked_by(layer: LayerSensitivity) -> str:
     return "magnitude" if ranks_by_magnitude(layer) else "data"
 
 
+def above_next(layer: LayerSensitivity) -> str:
+    """How sure it is that the layer's mean saliency is higher than the next one's."""
+    return "-" if layer.above_next is None else words.probability(layer.above_next)
+
+
 def axis_edges(values: Iterable[float]) -> tuple[float, ...]:
     """Where an axis of loss changes begins and ends, with room for a mark beyond each of them.
 

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import matplotlib.style
+from matplotlib import rc_params_from_file
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
@@ -23,47 +26,32 @@ from hesscli.render import words
 from hesscli.results import Interval
 from hesscli.storage import write_atomically
 
-# -- What all pictures share: colours and style, the page with its headings, axes, and files -------
+# -- Colours and style -----------------------------------------------------------------------------
 
 
 MOST_LAYERS = 60
-ACCENT, PALE, INK, QUIET, LINE = "#1f6fb4", "#a9cbe6", "#1b2733", "#5d6b78", "#d5dbe1"
-NEGATIVE = "#c8502f"
-AMBER = "#d99a1c"
-# On top of matplotlib's defaults, so that a user's own style file changes nothing here.
-_STYLE: list[Any] = [
-    "default",
-    {
-        "font.size": 10,
-        "text.color": INK,
-        "text.parse_math": False,
-        "axes.edgecolor": LINE,
-        "axes.labelcolor": QUIET,
-        "axes.axisbelow": True,
-        "axes.unicode_minus": False,
-        "axes.spines.left": False,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "grid.color": LINE,
-        "grid.linewidth": 0.6,
-        "xtick.color": LINE,
-        "xtick.labelcolor": QUIET,
-        "xtick.labelsize": 9,
-        "ytick.labelcolor": INK,
-        "ytick.major.size": 0,
-        "svg.hashsalt": "hesscli",
-    },
-]
+_STYLE = Path(__file__).with_name("hesscli.mplstyle")
+_SHEET: dict[str, Any] = {
+    str(key): value
+    for key, value in rc_params_from_file(_STYLE, use_default_template=False).items()
+}
+INK, QUIET, LINE = (str(_SHEET[key]) for key in ("text.color", "axes.labelcolor", "axes.edgecolor"))
+ACCENT, PALE, NEGATIVE, AMBER, GREY = "#1f6fb4", "#a9cbe6", "#c8502f", "#d99a1c", "#98a3ae"
+DEEP = "#0b2f55"
+SMALL: Any = {"fontsize": 9}
+_DASHED = (0, (4, 3))
 
-# The page in inches: its width, its left and right margin, what the headings take, and the
-# room for the note below.
-WIDTH, SIDE, TOP = 11.0, 0.4, 1.05
-_NOTE = 0.17
+styled = matplotlib.style.context(["default", _SHEET])
+"""Decorates what draws or writes a picture."""
 
 
-def style() -> Any:
-    """The context in which every picture is drawn."""
-    return matplotlib.style.context(_STYLE)
+# -- The page in inches: its headings, axes at their places, and the note at its foot --------------
+
+
+# Its width, its left and right margin, what the headings take, and where the note stands.
+WIDTH, SIDE, TOP, _NOTE = 11.0, 0.4, 1.05, 0.17
+GAP = 0.2
+"""Between a frame and what is written beside it."""
 
 
 def page(height: float, title: str, subtitle: Iterable[str]) -> Figure:
@@ -84,6 +72,56 @@ def page(height: float, title: str, subtitle: Iterable[str]) -> Figure:
     return figure
 
 
+def panels(
+    title: str,
+    subtitle: Iterable[str],
+    heights: Sequence[float],
+    *,
+    left: float = 0.75,
+    right: float = 0.0,
+    between: float = 0.5,
+    above: float = 0.0,
+    below: float = 1.05,
+) -> tuple[Figure, list[Axes]]:
+    """A page with panels one below the other, all with the x axis of the first.
+
+    Args:
+        title: as of a page.
+        subtitle: as of a page.
+        heights: of the panels, in inches as all that follows.
+        left: for the labels of their heights.
+        right: for what is written beside them.
+        between: from one panel to the next.
+        above: between the headings and the panels.
+        below: for the labels of the x axis and the note.
+    """
+    tall = sum(heights) + between * (len(heights) - 1)
+    figure = page(TOP + above + tall + below, title, subtitle)
+    drawn: list[Axes] = []
+    top = below + tall
+    for height in heights:
+        axes = figure.add_axes((0.1, 0.1, 0.8, 0.8), sharex=drawn[0] if drawn else None)
+        width = WIDTH - 2 * SIDE - left - right
+        place(figure, axes, SIDE + left, top - height, width, height)
+        drawn.append(axes)
+        top -= height + between
+    return figure, drawn
+
+
+def place(
+    figure: Figure, axes: Axes, left: float, bottom: float, width: float, height: float
+) -> None:
+    """Put axes at a place in inches from the page's lower left corner."""
+    tall = figure.get_figheight()
+    axes.set_position((left / WIDTH, bottom / tall, width / WIDTH, height / tall))
+
+
+def names_width(figure: Figure, axes: Axes) -> float:
+    """The inches that the labels of the y axis take."""
+    widths = [label.get_window_extent().width for label in axes.get_yticklabels()]
+    return float(max(widths, default=0.0)) / figure.dpi
+
+
 def provenance(result: words.Answer) -> tuple[str, ...]:
     """Which model was analysed, on what and with how much work: the facts of a subtitle."""
     problem = result.problem
@@ -100,70 +138,64 @@ def provenance(result: words.Answer) -> tuple[str, ...]:
 def note(figure: Figure, sentences: Iterable[str]) -> None:
     """Small print at the foot of the page, in two lines where it must be."""
     text = textwrap.fill("  ".join(sentences), 160)
-    figure.text(SIDE / WIDTH, _NOTE / figure.get_figheight(), text, color=QUIET, fontsize=9)
+    figure.text(SIDE / WIDTH, _NOTE / figure.get_figheight(), text, color=QUIET, **SMALL)
 
 
-def place(
-    figure: Figure, axes: Axes, left: float, bottom: float, width: float, height: float
-) -> None:
-    """Put axes at a place in inches from the page's lower left corner."""
-    tall = figure.get_figheight()
-    axes.set_position((left / WIDTH, bottom / tall, width / WIDTH, height / tall))
+def not_drawn(number: int, noun: str, which: str = "") -> list[str]:
+    """Say how many of a kind a picture leaves out, if any."""
+    return [f"{words.count(number, noun)}{which} not drawn."] if number > 0 else []
 
 
-def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """One row for each name from top to bottom, each a unit high about its own number."""
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_yticks(range(len(names)), words.shorten_all(names, 44))
-
-
-def names_width(axes: Axes) -> float:
-    """The inches that the names of the rows take."""
-    widths = [label.get_window_extent().width for label in axes.get_yticklabels()]
-    return float(max(widths, default=0.0)) / axes.figure.dpi
-
-
-def beside(axes: Axes, row: float, text: str, inches: float) -> Annotation:
-    """Write next to a row, so many inches to the right of the frame."""
-    return axes.annotate(
-        text,
-        (1, row),
-        (inches * 72, 0),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        va="center_baseline",
-        fontsize=9,
+def legend(figure: Figure, handles: Sequence[Artist], **spacing: float) -> None:
+    """What colours and marks stand for, in one line below the headings."""
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(SIDE / WIDTH, 1 - TOP / figure.get_figheight()),
+        ncols=len(handles),
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        **{"handlelength": 1, **spacing},
+        **SMALL,
     )
 
 
-def columns(axes: Axes, gap: float, texts: dict[str, list[str]]) -> float:
-    """Write columns of text to the right of the rows, each under its heading.
+def symbol(marker: str, colour: str, label: str, size: float = 6) -> Line2D:
+    """A mark as a legend shows it."""
+    return Line2D([], [], linestyle="", marker=marker, markersize=size, color=colour, label=label)
 
-    Args:
-        axes: whose rows they belong to.
-        gap: inches to the left of each column.
-        texts: by heading, one for each row.
 
-    Returns:
-        The inches that they take.
-    """
-    taken = 0.0
-    for heading, column in texts.items():
-        taken += gap
-        written = [beside(axes, row, text, taken) for row, text in enumerate(column)]
-        written.append(
-            axes.annotate(
-                heading,
-                (1, 1),
-                (taken * 72, 5),
-                xycoords="axes fraction",
-                textcoords="offset points",
-                color=QUIET,
-                fontsize=9,
-            )
-        )
-        taken += max(text.get_window_extent().width for text in written) / axes.figure.dpi
-    return taken
+# -- What is written and drawn about axes ----------------------------------------------------------
+
+
+def write(
+    axes: Axes,
+    text: str,
+    at: tuple[float, float],
+    points: tuple[float, float],
+    coordinates: Any = "axes fraction",
+    **style: Any,
+) -> Annotation:
+    """Write small, so many points from a place."""
+    return axes.annotate(
+        text, at, points, xycoords=coordinates, textcoords="offset points", **SMALL, **style
+    )
+
+
+def describe(axes: Axes, lines: Iterable[str]) -> None:
+    """Write lines to the right of a panel, from its top down; the first is its name."""
+    for index, line in enumerate(lines):
+        weight = "normal" if index else "bold"
+        write(axes, line, (1, 1), (GAP * 72, -9 - 15 * index), weight=weight)
+
+
+def mark(axes: Axes, x: float, text: str = "", *, inside: bool = False) -> None:
+    """A dashed upright line at a value, and at its upper end what it stands for."""
+    axes.axvline(x, color=QUIET, linewidth=1, linestyle=_DASHED, zorder=1)
+    points, align = ((4, -10), "left") if inside else ((0, 5), "center")
+    if text:
+        write(axes, text, (x, 1), points, ("data", "axes fraction"), color=QUIET, ha=align)
 
 
 def whisker(axes: Axes, row: float, interval: Interval) -> None:
@@ -174,10 +206,39 @@ def whisker(axes: Axes, row: float, interval: Interval) -> None:
         axes.plot((low, high), (row, row), color=INK, linewidth=1.1, solid_capstyle="butt")
 
 
+# -- Ticks -----------------------------------------------------------------------------------------
+
+
 def plain_ticks(axes: Axes, most: int) -> None:
     """Complete numbers at the ticks, not a power of ten set apart in a corner."""
     axes.xaxis.set_major_locator(MaxNLocator(most))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+
+
+def label_heights(axes: Axes, ticks: Sequence[float], labels: Sequence[str] | None = None) -> None:
+    """Label the y axis at some heights, and nowhere else."""
+    written = [f"{tick:g}" for tick in ticks] if labels is None else labels
+    axes.set_yticks(ticks, written, color=QUIET, **SMALL)
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def label_counts(axes: Axes, most: float) -> None:
+    """Label a logarithmic y axis at powers of ten from one up, at most five."""
+    powers = range(math.floor(math.log10(most)) + 1)
+    ticks = [10**power for power in powers[:: 1 + len(powers) // 4]]
+    label_heights(axes, ticks, [words.count(tick) for tick in ticks])
+
+
+def label_round(axes: Axes, most: int) -> None:
+    """Label a logarithmic y axis at round sizes, about so many at most."""
+    low, high = axes.get_ylim()
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        sizes = (digit * 10.0**power for power in powers for digit in digits)
+        inside = [size for size in sizes if low <= size <= high]
+        if len(inside) <= most:
+            break
+    label_heights(axes, inside[:: 1 + len(inside) // (most + 1)])
 
 
 def apart(axes: Axes, ticks: Iterable[float], distance: float) -> list[float]:
@@ -188,32 +249,6 @@ def apart(axes: Axes, ticks: Iterable[float], distance: float) -> list[float]:
         if 0 <= across <= 1 and all(abs(across - other) > distance for other in kept.values()):
             kept[tick] = across
     return list(kept)
-
-
-def save_figure(figure: Figure, folder: Path, name: str) -> dict[str, Path]:
-    """Write a figure as PNG and SVG, byte for byte the same each time.
-
-    Args:
-        figure: the figure.
-        folder: an existing folder.
-        name: the file name without its ending.
-
-    Returns:
-        The paths by kind, ``png`` and ``svg``.
-    """
-    with style():
-        return {
-            "png": write_atomically(
-                folder / f"{name}.png", _writer(figure, "png", dpi=160, metadata={"Software": None})
-            ),
-            "svg": write_atomically(
-                folder / f"{name}.svg", _writer(figure, "svg", metadata={"Date": None})
-            ),
-        }
-
-
-def _writer(figure: Figure, kind: str, **options: Any) -> Callable[[BinaryIO], None]:
-    return partial(figure.savefig, format=kind, **options)
 
 
 # -- An axis of sizes: logarithmic on either side of zero, as far as there is anything -------------
@@ -240,8 +275,8 @@ def scale_by_size(axes: Axes, edges: tuple[float, ...]) -> None:
     axes.set_xlim(-left * _AIR, right * _AIR)
 
 
-def label_sizes(axes: Axes, edges: tuple[float, ...], width: float) -> None:
-    """Label zero and round sizes as they have room on an axis of so many inches."""
+def label_sizes(axes: Axes, edges: tuple[float, ...]) -> None:
+    """Label zero and round sizes as they have room on the x axis, which is at its place."""
     low, high = axes.get_xlim()
     least = min((abs(edge) for edge in edges if edge), default=1.0)
     last, first = (math.floor(math.log10(size)) for size in (max(-low, high), least))
@@ -249,8 +284,35 @@ def label_sizes(axes: Axes, edges: tuple[float, ...], width: float) -> None:
     digits = (1, 2, 5) if len(powers) < 4 else (1,)
     sizes = [digit * power for digit in digits for power in powers]
     signed = [sign * size for size in sizes if size >= 0.999 * least for sign in (1, -1)]
-    kept = apart(axes, [0.0, *signed], _LABEL / width)
+    kept = apart(axes, [0.0, *signed], _LABEL / (axes.get_position().width * WIDTH))
     axes.set_xticks(kept, [f"{tick:g}" for tick in kept])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", length=0)
     axes.spines["bottom"].set_visible(False)
+
+
+# -- Files -----------------------------------------------------------------------------------------
+
+
+@styled
+def save_figure(figure: Figure, folder: Path, name: str) -> dict[str, Path]:
+    """Write a figure as PNG and SVG, byte for byte the same each time.
+
+    Args:
+        figure: the figure.
+        folder: an existing folder.
+        name: the file name without its ending.
+
+    Returns:
+        The paths by kind, ``png`` and ``svg``.
+    """
+    png = _writer(figure, "png", dpi=160, metadata={"Software": None})
+    svg = _writer(figure, "svg", metadata={"Date": None})
+    return {
+        "png": write_atomically(folder / f"{name}.png", png),
+        "svg": write_atomically(folder / f"{name}.svg", svg),
+    }
+
+
+def _writer(figure: Figure, kind: str, **options: Any) -> Callable[[BinaryIO], None]:
+    return partial(figure.savefig, format=kind, **options)

@@ -102,12 +102,13 @@ _DECADES = 4
 """How far below the largest size the colours tell sizes apart."""
 
 _ZERO = "#e9edf1"
-_RISE = (_ZERO, canvas.PALE, canvas.ACCENT, "#0b2f55")
+_RISE = (_ZERO, canvas.PALE, canvas.ACCENT, canvas.DEEP)
 _FALL = ("#6e2008", canvas.NEGATIVE, "#f0bba9")
 _POSITIVE = LinearSegmentedColormap.from_list("hesscli-positive", _RISE)
 _SIGNED = LinearSegmentedColormap.from_list("hesscli-signed", (*_FALL, *_RISE))
 
 
+@canvas.styled
 def heat_map(name: str, values: npt.ArrayLike, facts: Iterable[str] = ()) -> Figure:
     """Draw one tensor of diagonal entries as an image.
 
@@ -127,22 +128,21 @@ def heat_map(name: str, values: npt.ArrayLike, facts: Iterable[str] = ()) -> Fig
     shape = " × ".join(map(words.count, entries.shape)) or "1"
     wide, high = _size(*sheet.cells.shape)
     tall = max(high, _BAR_HIGH)
-    with canvas.style():
-        title = f"Diagonal entries of {words.shorten(name, 64)}"
-        if sheet.averaged:
-            title += f": means of {sheet.averaged}"
-        figure = canvas.page(canvas.TOP + tall + _BOTTOM, title, (shape, *facts))
-        axes, bar = figure.add_axes((0.1, 0.1, 0.5, 0.5)), figure.add_axes((0.8, 0.1, 0.1, 0.5))
-        image, norm = _draw_cells(axes, sheet)
-        _draw_gaps(axes, sheet, wide)
-        _draw_scale(figure.colorbar(image, cax=bar), norm, tall)
-        if sheet.ordered:
-            _number(axes, sheet, wide, high)
-        left = canvas.SIDE + canvas.names_width(axes) + 0.05
-        canvas.place(figure, axes, left, _BOTTOM + tall - high, wide, high)
-        canvas.place(figure, bar, left + wide + _GAP, _BOTTOM, _BAR, tall)
-        bar.set_visible(bool(entries.any()))
-        canvas.note(figure, _notes(entries, sheet))
+    title = f"Diagonal entries of {words.shorten(name, 64)}"
+    if sheet.averaged:
+        title += f": means of {sheet.averaged}"
+    figure = canvas.page(canvas.TOP + tall + _BOTTOM, title, (shape, *facts))
+    axes, bar = figure.add_axes((0.1, 0.1, 0.5, 0.5)), figure.add_axes((0.8, 0.1, 0.1, 0.5))
+    image, norm = _draw_cells(axes, sheet)
+    _draw_gaps(axes, sheet, wide)
+    _draw_scale(figure.colorbar(image, cax=bar), norm, tall)
+    if sheet.ordered:
+        _number(axes, sheet, wide, high)
+    left = canvas.SIDE + canvas.names_width(figure, axes) + 0.05
+    canvas.place(figure, axes, left, _BOTTOM + tall - high, wide, high)
+    canvas.place(figure, bar, left + wide + _GAP, _BOTTOM, _BAR, tall)
+    bar.set_visible(bool(entries.any()))
+    canvas.note(figure, _notes(entries, sheet))
     return figure
 
 

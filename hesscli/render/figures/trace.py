@@ -10,12 +10,14 @@ from matplotlib.ticker import NullLocator
 
 from hesscli.render import words
 from hesscli.render.figures import canvas
+from hesscli.render.figures.rows import Rows
 from hesscli.results import LayerTrace, TraceResult
 
-# In inches: below the axes, the second panel, and the gap between columns.
-_BOTTOM, _PER_PARAMETER, _GAP = 0.95, 2.1, 0.18
+_PER_PARAMETER = 2.1
+"""The second panel's width in inches."""
 
 
+@canvas.styled
 def trace_figure(result: TraceResult) -> Figure:
     """Draw the trace of each layer, and beside it the trace per parameter.
 
@@ -29,17 +31,15 @@ def trace_figure(result: TraceResult) -> Figure:
         The figure, for ``save_figure`` or for one's own canvas.
     """
     layers = words.largest(result.layers, canvas.MOST_LAYERS)
-    row = 0.34 if len(layers) <= 30 else 0.24
-    height = canvas.TOP + _BOTTOM + row * max(len(layers), 2)
-    with canvas.style():
-        figure = canvas.page(height, _title(result), canvas.provenance(result))
-        bars = figure.add_axes((0.3, 0.1, 0.3, 0.7))
-        dots = figure.add_axes((0.7, 0.1, 0.2, 0.7), sharey=bars)
-        _draw_traces(bars, layers)
-        _draw_per_parameter(dots, layers)
-        _arrange(figure, bars, dots)
-        canvas.note(figure, _notes(result, layers))
-    return figure
+    rows = Rows(_title(result), canvas.provenance(result), [layer.name for layer in layers])
+    dots = rows.panel()
+    _draw_traces(rows, layers)
+    _draw_per_parameter(dots, layers)
+    left, width = rows.room(1.5 * canvas.GAP + _PER_PARAMETER)
+    rows.put(rows.axes, left, width)
+    rows.put(dots, canvas.WIDTH - canvas.SIDE - _PER_PARAMETER, _PER_PARAMETER)
+    canvas.note(rows.figure, _notes(result, layers))
+    return rows.figure
 
 
 def _title(result: TraceResult) -> str:
@@ -52,15 +52,14 @@ def _title(result: TraceResult) -> str:
     return title
 
 
-def _draw_traces(axes: Axes, layers: list[LayerTrace]) -> None:
+def _draw_traces(rows: Rows, layers: list[LayerTrace]) -> None:
+    axes = rows.axes
     axes.set_xlim(*_limits([0.0, *(end for layer in layers for end in _ends(layer))]))
     for row, layer in enumerate(layers):
         axes.barh(row, layer.estimate, height=0.62, color=_colour(layer))
         canvas.whisker(axes, row, layer.interval)
-        value = words.with_error(layer.estimate, words.half_width(layer.interval))
-        canvas.beside(axes, row, value, _GAP)
+    rows.columns({"": [words.with_error(x.estimate, words.half_width(x.interval)) for x in layers]})
     axes.axvline(0, color=canvas.QUIET, linewidth=0.8)
-    canvas.name_rows(axes, [layer.name for layer in layers])
     canvas.plain_ticks(axes, 5)
     axes.set_xlabel("trace")
     axes.grid(axis="x")
@@ -74,7 +73,6 @@ def _draw_per_parameter(axes: Axes, layers: list[LayerTrace]) -> None:
     for row, (layer, value, n) in enumerate(zip(layers, values, shares, strict=True)):
         canvas.whisker(axes, row, (layer.interval[0] / n, layer.interval[1] / n))
         axes.plot(value, row, "o", markersize=5.5, color=_colour(layer), zorder=3)
-    axes.tick_params(labelleft=False)
     axes.grid(axis="x")
 
 
@@ -102,17 +100,6 @@ def _scale(axes: Axes, values: list[float], ends: list[float]) -> str:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     return ", log scale"
-
-
-def _arrange(figure: Figure, bars: Axes, dots: Axes) -> None:
-    """Give the names the room they need, and the bars what is left."""
-    left = canvas.SIDE + canvas.names_width(bars) + 0.1
-    right = canvas.WIDTH - canvas.SIDE - _PER_PARAMETER
-    tall = figure.get_figheight() - canvas.TOP - _BOTTOM
-    numbers = max((text.get_window_extent().width for text in bars.texts), default=0.0)
-    width = right - left - numbers / figure.dpi - 2.5 * _GAP
-    canvas.place(figure, bars, left, _BOTTOM, width, tall)
-    canvas.place(figure, dots, right, _BOTTOM, _PER_PARAMETER, tall)
 
 
 def _notes(result: TraceResult, layers: list[LayerTrace]) -> list[str]:

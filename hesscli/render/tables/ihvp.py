@@ -182,7 +182,7 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
             _column(2, "weights", (words.count(layer.num_parameters) for layer in layers)),
             _column(9, "mean\nsaliency", (mean for mean, _ in means)),
             _column(6, "± s.e.", (error for _, error in means)),
-            _column(7, "above\nnext", (_above(layer) for layer in layers)),
+            _column(7, "above\nnext", (perturbations.above_next(layer) for layer in layers)),
             _column(8, "leverage", (words.probability(layer.leverage) for layer in layers)),
             _column(8, "ranking\nis", (perturbations.ranked_by(layer) for layer in layers)),
             _column(3, "halves", (words.correlation(x.half_correlation) for x in layers)),
@@ -216,10 +216,6 @@ def _magnitude_warning(layers: list[LayerSensitivity]) -> Iterator[Text]:
         which = words.count(len(names), "layer")
     limit = words.percent(LOW_LEVERAGE)
     yield Text(f"{which}: leverage below {limit}, this ranking is magnitude |w|", style="yellow")
-
-
-def _above(layer: LayerSensitivity) -> str:
-    return "-" if layer.above_next is None else words.probability(layer.above_next)
 
 
 def change_rows(result: IhvpResult, layers: list[LayerSensitivity]) -> Iterator[RenderableType]:

@@ -11,18 +11,17 @@ from rich.text import Text
 
 from hesscli.render import words
 from hesscli.render.shared import cost_line, proof_line, status_line
+from hesscli.render.spectra import compared_with_classes, estimate, has_vector, standing_apart
 from hesscli.render.terminal import GAP, Facts, Name, Plainable, facts, ruled_table
 from hesscli.results import (
     Condition,
     Eigenvalue,
     LayerSpectrum,
-    Outliers,
     SpectralFunction,
     SpectrumResult,
 )
 
 _MOST_NAMED = 3
-_VECTOR_ERROR = 0.1
 _MOST_LAYERS = 40
 _NAMES = {
     "trace": "trace",
@@ -81,28 +80,6 @@ def _headline(result: SpectrumResult) -> tuple[RenderableType, ...]:
     return line, facts(details, indent=2, style="dim")
 
 
-def standing_apart(outliers: Outliers) -> str:
-    """How many of the largest eigenvalues lie above the widest step."""
-    if not outliers.count:
-        return "no eigenvalue stands apart"
-    if outliers.count == 1:
-        return f"1 eigenvalue stands apart: it is {outliers.ratio:.2g} times the next"
-    return (
-        f"{outliers.count} eigenvalues stand apart: the last is {outliers.ratio:.2g} times the next"
-    )
-
-
-def compared_with_classes(outliers: Outliers) -> list[str]:
-    """What the staircase does at the number of classes."""
-    if outliers.classes is None:
-        return []
-    said = f"{outliers.classes} classes"
-    if outliers.class_ratio is None:
-        return [f"{said}, fewer eigenvalues than that are told apart"]
-    number = outliers.classes - 1
-    return [f"{said}: eigenvalue {number} is {outliers.class_ratio:.2g} times the next"]
-
-
 def _condition(condition: Condition) -> str:
     low, high = (words.number(end) for end in condition.interval)
     damping = words.number(condition.damping)
@@ -139,11 +116,6 @@ def ranked(eigenvalues: tuple[Eigenvalue, ...]) -> list[tuple[int, Eigenvalue]]:
 def known(eigenvalue: Eigenvalue) -> bool:
     """Whether its sign and size are known at all."""
     return eigenvalue.residual < abs(eigenvalue.value)
-
-
-def has_vector(eigenvalue: Eigenvalue) -> bool:
-    """Whether its vector is known so well that the layers' parts in it mean something."""
-    return eigenvalue.vector_error is not None and eigenvalue.vector_error <= _VECTOR_ERROR
 
 
 def _has_copies(result: SpectrumResult) -> bool:
@@ -191,15 +163,6 @@ def _sums(result: SpectrumResult) -> Table:
         function: SpectralFunction = getattr(result.functions, name)
         table.add_row(Text(label), Text(estimate(function)), Text(_doubt(result, function)))
     return table
-
-
-def estimate(function: SpectralFunction) -> str:
-    """A value with its standard error where there is one."""
-    if function.value is None:
-        return "none"
-    if function.stderr is None:
-        return words.number(function.value)
-    return words.with_error(function.value, function.stderr)
 
 
 def _doubt(result: SpectrumResult, function: SpectralFunction) -> str:

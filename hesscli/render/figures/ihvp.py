@@ -1,0 +1,255 @@
+"""Sensitivities as pictures: what changes do to the loss, and how saliencies spread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from hesscli.render import bins, perturbations, words
+from hesscli.render.figures import canvas
+from hesscli.render.figures.canvas import label_sizes, scale_by_size
+from hesscli.render.figures.rows import SHAPES, Rows, draw_shape, draw_spread, mark_mean
+from hesscli.results import (
+    HOLDS_WITHIN,
+    LOW_LEVERAGE,
+    IhvpResult,
+    LayerSensitivity,
+    Perturbation,
+    SaliencyReport,
+)
+
+# -- What rounding or pruning a layer does to the loss ---------------------------------------------
+
+
+_MOST_LAYERS = 30
+_LANES_HIGH = ((1, 0.92), (_MOST_LAYERS, 0.46))
+# In inches: what the legend takes above the panels, and the gap between the two; rounding gets
+# this share of their width.
+_LEGEND, _BETWEEN, _ROUNDING = 0.85, 0.3, 0.6
+# In rows: how far the lanes of the two grids lie from the middle, and measured marks below.
+_LANES = {"channel": -0.24, "tensor": 0.24, "weight": 0.0}
+_BELOW = 0.23
+# In points: the disc that bears the bits or the percentage, and what is written on it.
+_DISC, _FONT = 10.5, 6.5
+
+
+@canvas.styled
+def sensitivity_figure(result: IhvpResult) -> Figure:
+    """Draw the predicted loss changes of each layer on logarithmic axes.
+
+    A disc bears the bits of a rounding or the percentage of a pruning and lies at the predicted
+    change; a line to it starts at the quadratic term alone. Layers run in model order; with
+    many, those of the largest changes are drawn.
+
+    Args:
+        result: an answer of ``hesscli ihvp`` with perturbations.
+
+    Returns:
+        The figure, for ``save_figure`` or for one's own canvas.
+    """
+    layers = _most_sensitive(result.layers)
+    rows = Rows(
+        _changes_title(result),
+        canvas.provenance(result),
+        [layer.name for layer in layers],
+        _LANES_HIGH,
+        above=_LEGEND,
+    )
+    pruning = rows.panel()
+    left, room = rows.room(_BETWEEN)
+    rows.put(rows.axes, left, _ROUNDING * room)
+    rows.put(pruning, left + _ROUNDING * room + _BETWEEN, (1 - _ROUNDING) * room)
+    for axes, kind, heading in (
+        (rows.axes, "round", "one layer rounded to so many bits"),
+        (pruning, "prune", "least salient % set to zero"),
+    ):
+        _draw_changes(axes, layers, kind)
+        canvas.write(axes, heading, (0, 1), (0, 22), color=canvas.QUIET)
+        low, high = axes.get_xlim()
+        if low < (loss := result.problem.loss) < high:
+            canvas.mark(axes, loss, f"the loss, {words.number(loss)}")
+    _draw_legend(rows.figure, perturbations.verified(layers))
+    notes = [
+        "Discs lie at linear + quadratic term; the amber line starts at the quadratic one alone.",
+        "Black lines, where wider than a disc, are ± one standard error.",
+        *canvas.not_drawn(len(result.layers) - len(layers), "layer", " of smaller changes"),
+    ]
+    canvas.note(rows.figure, notes)
+    return rows.figure
+
+
+def _most_sensitive(layers: Sequence[LayerSensitivity]) -> list[LayerSensitivity]:
+    """Those of the largest change, at most so many, in their own order."""
+
+    def worst(layer: LayerSensitivity) -> float:
+        return max(map(perturbations.size, layer.perturbations), default=0.0)
+
+    kept = sorted(layers, key=worst, reverse=True)[:_MOST_LAYERS]
+    return [layer for layer in layers if layer in kept]
+
+
+def _changes_title(result: IhvpResult) -> str:
+    title = "Predicted loss change where one layer is rounded or pruned"
+    held = [change.holds for layer in result.layers for change in layer.perturbations]
+    known = [holds for holds in held if holds is not None]
+    if known:
+        title += f"   ({words.count(sum(known))} of {words.count(len(known))} hold)"
+    return title
+
+
+def _draw_changes(axes: Axes, layers: list[LayerSensitivity], kind: str) -> None:
+    changes = [
+        (row, change)
+        for row, layer in enumerate(layers)
+        for change in layer.perturbations
+        if change.kind == kind
+    ]
+    edges = perturbations.axis_edges(value for _, change in changes for value in _positions(change))
+    scale_by_size(axes, edges)
+    for row in range(len(layers) - 1):
+        axes.axhline(row + 0.5, color=canvas.LINE, linewidth=0.6)
+    # The finest first, so that what is coarser lies on top.
+    for order, (row, change) in enumerate(sorted(changes, key=lambda pair: _coarseness(pair[1]))):
+        _draw_change(axes, row + _LANES[change.granularity], change, 3 + order / 1000)
+    if edges and edges[0] <= 0:
+        axes.axvline(0, color=canvas.QUIET, linewidth=0.8)
+    axes.set_xlabel("predicted loss change, log scale")
+    axes.grid(axis="x")
+    label_sizes(axes, edges)
+
+
+def _positions(change: Perturbation) -> Iterator[float]:
+    yield perturbations.predicted(change)
+    yield change.quadratic
+    if change.measured is not None:
+        yield change.measured
+
+
+def _coarseness(change: Perturbation) -> float:
+    return change.level if change.kind == "prune" else -change.level
+
+
+def _draw_change(axes: Axes, lane: float, change: Perturbation, order: float) -> None:
+    total = perturbations.predicted(change)
+    coarse = change.granularity == "tensor"
+    fill, ink = (canvas.PALE, canvas.INK) if coarse else (canvas.ACCENT, "white")
+    axes.plot((change.quadratic, total), (lane, lane), color=canvas.AMBER, linewidth=1.8, zorder=2)
+    canvas.whisker(axes, lane, (total - change.stderr, total + change.stderr))
+    axes.plot(total, lane, "o", markersize=_DISC, color=fill, zorder=order)
+    axes.text(
+        total,
+        lane,
+        f"{100 * change.level:.0f}" if change.kind == "prune" else f"{change.level:g}",
+        color=ink,
+        fontsize=_FONT,
+        weight="bold",
+        ha="center",
+        va="center_baseline",
+        zorder=order,
+        clip_on=True,
+    )
+    if change.measured is not None:
+        colour = canvas.NEGATIVE if change.holds is False else canvas.INK
+        axes.plot(change.measured, lane + _BELOW, "^", markersize=4.5, color=colour, zorder=5)
+
+
+def _draw_legend(figure: Figure, verified: bool) -> None:
+    handles = [
+        canvas.symbol("o", canvas.ACCENT, "one grid a channel, or pruned", _DISC - 2),
+        canvas.symbol("o", canvas.PALE, "one grid a tensor", _DISC - 2),
+        Line2D([], [], color=canvas.AMBER, linewidth=1.8, label="what the linear term adds"),
+    ]
+    if verified:
+        limit = words.percent(HOLDS_WITHIN)
+        handles += [
+            canvas.symbol("^", canvas.INK, "measured", 5),
+            canvas.symbol("^", canvas.NEGATIVE, f"measured, off by over {limit}", 5),
+        ]
+    canvas.legend(figure, handles, handlelength=1.2, columnspacing=1.6)
+
+
+# -- The saliencies of weights, layer by layer from the highest mean down --------------------------
+
+
+@canvas.styled
+def saliency_figure(result: IhvpResult) -> Figure:
+    """Draw how the saliencies of each layer's weights spread.
+
+    Layers run from the highest mean saliency down, on one logarithmic axis; with many, the
+    highest are drawn and a note says so.
+
+    Args:
+        result: an answer of ``hesscli ihvp`` with layers.
+
+    Returns:
+        The figure, for ``save_figure`` or for one's own canvas.
+    """
+    layers = sorted(result.layers, key=lambda layer: layer.rank)[: canvas.MOST_LAYERS]
+    spectra = bins.trimmed([layer.saliency.histogram for layer in layers])
+    rows = Rows(
+        _saliency_title(layers),
+        canvas.provenance(result),
+        [layer.name for layer in layers],
+        SHAPES,
+        above=0.2,
+        below=1.0,
+    )
+    scale_by_size(rows.axes, spectra[0].edges)
+    for row, (layer, histogram) in enumerate(zip(layers, spectra, strict=True)):
+        pale = perturbations.ranks_by_magnitude(layer)
+        draw_shape(rows.axes, row, histogram, {1: canvas.PALE if pale else canvas.ACCENT})
+        _draw_saliency(rows.axes, row, layer.saliency)
+    rows.columns(
+        {
+            "mean": [words.with_error(x.saliency.mean, x.saliency.stderr) for x in layers],
+            "above next": [perturbations.above_next(layer) for layer in layers],
+            "leverage": [words.probability(layer.leverage) for layer in layers],
+            "this ranking is": [perturbations.ranked_by(layer) for layer in layers],
+        }
+    )
+    rows.axes.set_xlabel("saliency of a weight, log scale: a ranking, not a loss change")
+    rows.axes.grid(axis="x")
+    rows.put(rows.axes, *rows.room())
+    label_sizes(rows.axes, spectra[0].edges)
+    canvas.note(rows.figure, _saliency_notes(result, layers))
+    return rows.figure
+
+
+def _saliency_title(layers: list[LayerSensitivity]) -> str:
+    first = layers[0]
+    if first.rank > 1 or first.above_next is None:
+        return "Saliency of weights, by layer"
+    name = words.shorten_all([layer.name for layer in layers], 32)[0]
+    sure = words.probability(first.above_next)
+    return f"Saliency of weights: {name} ranks highest   (probability {sure})"
+
+
+def _draw_saliency(axes: Axes, row: int, saliency: SaliencyReport) -> None:
+    """The 5% to the 95% quantile with the median, and the mean; zero has no place."""
+    above_zero = [quantile for quantile in saliency.quantiles if quantile.value > 0]
+    inner = [quantile.value for quantile in above_zero if 0.05 <= quantile.level <= 0.95]
+    median = next((quantile.value for quantile in above_zero if quantile.level == 0.5), None)
+    if inner:
+        draw_spread(axes, row, (min(inner), max(inner)), median)
+    if saliency.mean > 0:
+        mark_mean(axes, row, saliency.mean)
+
+
+def _saliency_notes(result: IhvpResult, layers: list[LayerSensitivity]) -> list[str]:
+    notes = [
+        "Heights are logarithms of counts, in each layer up to its own highest.",
+        "Lines run from the 5% to the 95% quantile; dots are medians, diamonds means.",
+        "Above next: probability of a higher mean; ± is one standard error.",
+    ]
+    if any(map(perturbations.ranks_by_magnitude, layers)):
+        limit = words.percent(LOW_LEVERAGE)
+        notes.append(
+            f"Pale: median leverage below {limit}, damping and not data decides: "
+            "this ranking is magnitude |w|."
+        )
+    zeros = sum(x.num_parameters - sum(x.saliency.histogram.counts) for x in layers)
+    notes += canvas.not_drawn(zeros, "weight", " of zero saliency")
+    return notes + canvas.not_drawn(len(result.layers) - len(layers), "lower layer")
