@@ -163,14 +163,14 @@ def test_layers_in_full_detail() -> None:
 
 
 def test_few_selected_layers_are_shown_in_detail() -> None:
-    text = printed(diag_table(diag_result(), shown=("classifier",)), width=120)
+    text = printed(diag_table(diag_result().only(("classifier",))), width=120)
     assert text.count("quantiles") == 1
     assert "features.conv1" not in text
     assert "norm 12.3" in text
     assert "1 of 3 layers selected, totals are of them all" in text
     layers = many_layers(20)
     shown = tuple(layer.name for layer in layers[:10])
-    assert "quantiles" not in printed(diag_table(diag_result(layers), shown=shown), width=120)
+    assert "quantiles" not in printed(diag_table(diag_result(layers).only(shown)), width=120)
 
 
 def test_many_layers_are_cut_to_the_largest() -> None:

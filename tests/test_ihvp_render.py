@@ -256,7 +256,7 @@ def test_layers_in_full_detail() -> None:
 
 
 def test_selected_layers_keep_their_rank() -> None:
-    text = printed(ihvp_table(ihvp_result(), shown=("head",)), width=120)
+    text = printed(ihvp_table(ihvp_result().only(("head",))), width=120)
     assert any(line.startswith("5  head") for line in text.splitlines())
     assert "conv1" not in text
     assert "1 of 6 layers selected" in text

@@ -246,7 +246,7 @@ def test_many_layers_are_cut_to_the_largest() -> None:
 
 
 def test_selected_layers_leave_the_totals() -> None:
-    text = printed(trace_table(trace_result(), shown=("features.conv2",)))
+    text = printed(trace_table(trace_result().only(("features.conv2",))))
     assert "features.conv2" in text
     assert "classifier" not in text
     assert "1 234 ± 56" in text

@@ -233,7 +233,7 @@ def test_what_is_not_known_is_said() -> None:
 
 
 def test_layers_are_restricted() -> None:
-    text = printed(spectrum_table(spectrum_result(), shown=("classifier",)), width=160)
+    text = printed(spectrum_table(spectrum_result().only(("classifier",))), width=160)
     assert "classifier" in text
     assert "features.conv1" not in text
 

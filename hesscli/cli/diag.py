@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -93,14 +92,13 @@ def diag(
             observe=observe,
         )
     say_warnings(console, problem, result.warnings)
-    chosen = tuple(layer for layer in result.layers if shown is None or layer.name in shown)
-    selected = replace(result, layers=chosen)
+    selected = result.only(shown)
     deliver(
         selected,
         console,
         out=out,
         folder=folder,
-        table=lambda: diag_table(result, shown=shown, full=EVERY_LAYER in (layers or ())),
+        table=lambda: diag_table(selected, full=EVERY_LAYER in (layers or ())),
         figures=_figures(selected, heatmap or _most_curved(selected)),
         tensors={"diag": result.entries, "diag_stderr": result.stderr},
     )

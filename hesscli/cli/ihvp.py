@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,14 +117,13 @@ def ihvp(
                 observe=observe,
             )
     say_warnings(console, problem, result.warnings)
-    kept = tuple(layer for layer in result.layers if shown is None or layer.name in shown)
-    selected = replace(result, layers=kept)
+    selected = result.only(shown)
     deliver(
         selected,
         console,
         out=out,
         folder=folder,
-        table=lambda: ihvp_table(selected, shown=shown, full=EVERY_LAYER in (layers or ())),
+        table=lambda: ihvp_table(selected, full=EVERY_LAYER in (layers or ())),
         figures=_figures(selected),
         tensors={"saliency": result.saliency} if vector is None else {"ihvp": result.direction},
     )

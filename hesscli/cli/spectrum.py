@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -98,14 +97,14 @@ def spectrum(
             observe=observe,
         )
     say_warnings(console, problem, result.warnings)
-    chosen = tuple(layer for layer in result.layers if shown is None or layer.name in shown)
+    selected = result.only(shown)
     deliver(
-        replace(result, layers=chosen),
+        selected,
         console,
         out=out,
         folder=folder,
-        table=lambda: spectrum_table(result, shown=shown, full=EVERY_LAYER in (layers or ())),
-        figures=_figures(result, verbose=verbose),
+        table=lambda: spectrum_table(selected, full=EVERY_LAYER in (layers or ())),
+        figures=_figures(selected, verbose=verbose),
         tensors={"spectrum_vectors": result.vectors} if vectors else {},
     )
     return exit_code(result.status, asked=bool(rtol))

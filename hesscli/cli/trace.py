@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -87,14 +86,14 @@ def trace(
             observe=observe,
         )
     say_warnings(console, problem, result.warnings)
-    selected = tuple(layer for layer in result.layers if shown is None or layer.name in shown)
+    selected = result.only(shown)
     deliver(
-        replace(result, layers=selected),
+        selected,
         console,
         out=out,
         folder=folder,
-        table=lambda: trace_table(result, shown=shown, full=EVERY_LAYER in (layers or ())),
-        figures={"trace": lambda: draw(result)},
+        table=lambda: trace_table(selected, full=EVERY_LAYER in (layers or ())),
+        figures={"trace": lambda: draw(selected)},
     )
     return exit_code(result.status, asked=bool(rtol or atol))
 

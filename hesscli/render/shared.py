@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,24 +184,22 @@ def _scale(found: list[Noise]) -> str:
     return "one standard error each" + ("; rounding is a bound" if any(bounds) else "")
 
 
-def listed(layers: list[words.LayerT], full: bool) -> list[words.LayerT]:
+def listed(layers: Sequence[words.LayerT], full: bool) -> list[words.LayerT]:
     """The layers that get a row: all in full detail or where they are few, else the largest."""
     if full or len(layers) <= _MANY_LAYERS:
-        return layers
+        return list(layers)
     return words.largest(layers, _LARGEST_LAYERS)
 
 
-def listing_notes(
-    visible: list[words.LayerT], selected: list[words.LayerT], every: tuple[LayerTrace, ...]
-) -> list[str]:
+def listing_notes(visible: Sequence[LayerTrace], result: words.Estimated) -> list[str]:
     """Say which layers have no row, and which rows are uncertain."""
-    notes = []
-    if len(visible) < len(selected):
-        hidden = words.count(len(selected) - len(visible), "smaller layer")
+    notes, selected = [], len(result.layers)
+    if len(visible) < selected:
+        hidden = words.count(selected - len(visible), "smaller layer")
         notes.append(f"{hidden} not listed: see the JSON")
-    if len(selected) < len(every):
-        total = words.count(len(every), "layer")
-        notes.append(f"{words.count(len(selected))} of {total} selected, totals are of them all")
+    if result.num_hidden:
+        total = words.count(result.num_layers, "layer")
+        notes.append(f"{words.count(selected)} of {total} selected, totals are of them all")
     uncertain = sum(words.includes_zero(layer.interval) for layer in visible)
     if uncertain:
         notes.append(f"{words.count(uncertain, 'dim row')}: the interval includes 0")

@@ -220,6 +220,11 @@ class Answer(Header):
     layers: tuple[Layer, ...]
     num_hidden: int | None = field(default=None, metadata={"document": False})
 
+    @property
+    def num_layers(self) -> int:
+        """How many there are, those included that were left out."""
+        return len(self.layers) + (self.num_hidden or 0)
+
     def only(self, names: Collection[str] | None) -> Self:
         """The answer with no layers but those of these names, or with all where it is None."""
         if names is None:

@@ -194,24 +194,20 @@ def _with_interval(value: float, interval: Interval) -> str:
 _FEW_LAYERS = 6
 
 
-def diag_table(
-    result: DiagResult, shown: tuple[str, ...] | None = None, full: bool = False
-) -> RenderableType:
+def diag_table(result: DiagResult, full: bool = False) -> RenderableType:
     """Lay out the answer of ``hesscli diag``.
 
     Args:
-        result: the answer.
-        shown: the names of the layers to list; all where None. A few are shown in full detail.
-            Totals stay those of the network.
+        result: the answer; its totals are those of the network, whichever layers it has. A few
+            that were chosen are shown in full detail.
         full: list every layer, however many there are, and all in full detail.
 
     Returns:
         Something that a rich console prints at any width and in any encoding.
     """
-    selected = [layer for layer in result.layers if shown is None or layer.name in shown]
-    visible = listed(selected, full)
-    detailed = full or (shown is not None and len(selected) <= _FEW_LAYERS)
-    notes = listing_notes(visible, selected, result.layers)
+    visible = listed(result.layers, full)
+    detailed = full or (result.num_hidden is not None and len(result.layers) <= _FEW_LAYERS)
+    notes = listing_notes(visible, result)
     return Plainable(
         Group(
             proof_line(result.problem),

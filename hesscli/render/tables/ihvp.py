@@ -367,21 +367,17 @@ _MANY_LAYERS = 40
 _HIGHEST_LAYERS = 30
 
 
-def ihvp_table(
-    result: IhvpResult, shown: tuple[str, ...] | None = None, full: bool = False
-) -> RenderableType:
+def ihvp_table(result: IhvpResult, full: bool = False) -> RenderableType:
     """Lay out the answer of ``hesscli ihvp``.
 
     Args:
-        result: the answer.
-        shown: the names of the layers to list; all where None. Ranks stay those among all.
+        result: the answer; its ranks are those among all layers, whichever it has.
         full: list every layer, however many there are, and every change of each.
 
     Returns:
         Something that a rich console prints at any width and in any encoding.
     """
-    selected = [layer for layer in result.layers if shown is None or layer.name in shown]
-    selected.sort(key=lambda layer: layer.rank)
+    selected = sorted(result.layers, key=lambda layer: layer.rank)
     many = len(selected) > _MANY_LAYERS and not full
     visible = selected[:_HIGHEST_LAYERS] if many else selected
     return Plainable(
@@ -434,9 +430,9 @@ def _listing(
     if len(visible) < len(selected):
         hidden = words.count(len(selected) - len(visible), "lower layer")
         notes.append(f"{hidden} not listed: see the JSON")
-    every = len(result.ranking.layers) if result.ranking is not None else len(selected)
-    if len(selected) < every:
-        notes.append(f"{words.count(len(selected))} of {words.count(every, 'layer')} selected")
+    if result.num_hidden:
+        every = words.count(result.num_layers, "layer")
+        notes.append(f"{words.count(len(selected))} of {every} selected")
     return notes
 
 

@@ -32,14 +32,11 @@ _NAMES = {
 }
 
 
-def spectrum_table(
-    result: SpectrumResult, shown: tuple[str, ...] | None = None, full: bool = False
-) -> RenderableType:
+def spectrum_table(result: SpectrumResult, full: bool = False) -> RenderableType:
     """Lay out the answer of ``hesscli spectrum``.
 
     Args:
         result: the answer.
-        shown: the names of the layers to list; all where None.
         full: list every layer, however many there are.
 
     Returns:
@@ -53,7 +50,7 @@ def spectrum_table(
             GAP,
             *_headline(result),
             GAP,
-            _eigenvalues(result, shown),
+            _eigenvalues(result),
             facts(_eigenvalue_notes(result), style="dim"),
             GAP,
             _sums(result),
@@ -86,7 +83,7 @@ def _condition(condition: Condition) -> str:
     return f"condition number with damping {damping} between {low} and {high}"
 
 
-def _eigenvalues(result: SpectrumResult, shown: tuple[str, ...] | None) -> Table:
+def _eigenvalues(result: SpectrumResult) -> Table:
     table = ruled_table()
     table.add_column("", justify="right", no_wrap=True)
     for heading in ("eigenvalue", "±", "copies"):
@@ -100,7 +97,7 @@ def _eigenvalues(result: SpectrumResult, shown: tuple[str, ...] | None) -> Table
             Text(str(rank) if eigenvalue.settled or abs(rank) == 1 else "?"),
             *_value(eigenvalue),
             *([Text(words.count(eigenvalue.copies))] if _has_copies(result) else []),
-            Text(_whereabouts(result, index, shown)),
+            Text(_whereabouts(result, index)),
             style="" if known(eigenvalue) else "dim",
         )
     return table
@@ -127,15 +124,11 @@ def _value(eigenvalue: Eigenvalue) -> tuple[Text, Text]:
     return Text(value), Text(bar)
 
 
-def _whereabouts(result: SpectrumResult, index: int, shown: tuple[str, ...] | None) -> str:
+def _whereabouts(result: SpectrumResult, index: int) -> str:
     """The layers with the largest parts; none where the vector may be another's."""
     if not has_vector(result.eigenvalues[index]):
         return "-"
-    parts = [
-        (layer.participation[index], layer.name)
-        for layer in result.layers
-        if shown is None or layer.name in shown
-    ]
+    parts = [(layer.participation[index], layer.name) for layer in result.layers]
     largest = sorted(parts, key=lambda part: -part[0])[:_MOST_NAMED]
     names = [layer.name for layer in result.layers]
     short = dict(zip(names, words.shorten_all(names, 24), strict=True))

@@ -24,22 +24,18 @@ from hesscli.render.terminal import GAP, Bar, Name, Plainable, facts, ruled_tabl
 from hesscli.results import LayerTrace, TraceResult
 
 
-def trace_table(
-    result: TraceResult, shown: tuple[str, ...] | None = None, full: bool = False
-) -> RenderableType:
+def trace_table(result: TraceResult, full: bool = False) -> RenderableType:
     """Lay out the answer of ``hesscli trace``.
 
     Args:
-        result: the answer.
-        shown: the names of the layers to list; all where None. Totals stay those of the network.
+        result: the answer; its totals are those of the network, whichever layers it has.
         full: list every layer, however many there are.
 
     Returns:
         Something that a rich console prints at any width and in any encoding.
     """
-    selected = [layer for layer in result.layers if shown is None or layer.name in shown]
-    visible = listed(selected, full)
-    notes = listing_notes(visible, selected, result.layers)
+    visible = listed(result.layers, full)
+    notes = listing_notes(visible, result)
     return Plainable(
         Group(
             proof_line(result.problem),
