@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hesscli.errors import UsageError
+from hesscli.units import human_bytes
 
 _SPARE = 0.9
 """Of the free memory, what may be taken: there is more to do than to hold it."""
@@ -50,14 +51,9 @@ def require_room(
         smaller.append("--window-dtype bfloat16")
     raise UsageError(
         "the window is larger than the memory that is free",
-        f"{rows} rows take {gibibytes(needed)}, and there is room for {gibibytes(room)}",
+        f"{rows} rows take {human_bytes(needed)}, and there is room for {human_bytes(room)}",
         " or ".join(filter(None, (", ".join(smaller), "--window-file FILE"))),
     )
-
-
-def gibibytes(count: int) -> str:
-    """For people."""
-    return f"{count / 2**30:.3g} GiB"
 
 
 def _of_machine() -> int:

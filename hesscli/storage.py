@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hesscli.errors import UsageError
+from hesscli.units import human_bytes
 
 _PLAIN_WORDS = {
     errno.EACCES: "permission denied",
@@ -98,7 +99,7 @@ def map_scratch(path: Path, nbytes: int) -> mmap.mmap:
     Raises:
         UsageError: where the file cannot be made: no space, no permission, or it exists.
     """
-    hint = f"a file on a disk with {nbytes / 2**30:.2g} GiB to spare"
+    hint = f"a file on a disk with {human_bytes(nbytes)} to spare"
     try:
         stream = path.open("xb+")
     except FileExistsError as error:

@@ -9,7 +9,7 @@ import pytest
 
 from hesscli.cli import reading
 from hesscli.cli.answer import fill_bare_layers
-from hesscli.cli.console import describe_estimate, describe_time_left, format_duration
+from hesscli.cli.console import describe_estimate, describe_time_left
 from hesscli.cli.options import relative_tolerance
 from hesscli.results import Snapshot
 
@@ -111,14 +111,6 @@ def test_a_file_after_a_bare_layer_is_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "conv1").mkdir()
     folder = str(tmp_path / "conv1")
     assert fill_bare_layers(["--layer", folder]) == ["--layer", folder]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (8.2, "9s"), (59.5, "1m00s"), (200, "3m20s"), (3599.5, "1h00m"), (7500, "2h05m")],
-)
-def test_durations_for_people(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
 
 
 def test_time_left_is_the_rest_at_the_observed_rate_or_unknown() -> None:

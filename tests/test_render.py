@@ -22,7 +22,7 @@ from hesscli.render.figures.canvas import save_figure
 from hesscli.render.figures.trace import trace_figure
 from hesscli.render.tables.check import check_table
 from hesscli.render.tables.trace import trace_table
-from hesscli.render.words import human_bytes, human_seconds, shorten, shorten_all, with_error
+from hesscli.render.words import shorten, shorten_all, with_error
 from hesscli.results import LayerTrace, TraceResult
 
 
@@ -61,39 +61,6 @@ def many_layers(number: int) -> list[LayerTrace]:
 )
 def test_digits_follow_the_error_bar(value: float, half_width: float, expected: str) -> None:
     assert with_error(value, half_width) == expected
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        (0, "0 B"),
-        (1000, "1000 B"),
-        (1024, "1.0 KiB"),
-        (50600, "49 KiB"),
-        (2**20 - 1, "1.0 MiB"),
-        (2**29, "512 MiB"),
-        (3.5 * 2**30, "3.5 GiB"),
-        (3 * 2**50, "3072 TiB"),
-    ],
-)
-def test_human_bytes(size: float, expected: str) -> None:
-    assert human_bytes(size) == expected
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (0, "0 ms"),
-        (0.0123, "12 ms"),
-        (3.44, "3.4 s"),
-        (59.7, "1 min"),
-        (125, "2 min 5 s"),
-        (3599.8, "1 h"),
-        (4200, "1 h 10 min"),
-    ],
-)
-def test_human_seconds(seconds: float, expected: str) -> None:
-    assert human_seconds(seconds) == expected
 
 
 def test_long_names_keep_both_ends() -> None:

@@ -165,7 +165,7 @@ def test_memory_in_a_file_on_a_full_disk(tmp_path: Path, small_files: int) -> No
     with pytest.raises(UsageError) as caught:
         map_scratch(tmp_path / "scratch", small_files + 1)
     assert "larger than allowed" in caught.value.got
-    assert "GiB to spare" in caught.value.hint
+    assert "KiB to spare" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from hesscli.errors import ExitCode, HesscliError, first_line, printable
 from hesscli.results import Observe, Snapshot
+from hesscli.units import duration
 
 # -- The live progress line: what is being done, the estimate so far, and the time left ------------
 
@@ -86,7 +87,7 @@ def describe_time_left(first: Snapshot, now: Snapshot, seconds: float) -> str:
     done = now.done - (first.done or 0.0)
     if done <= 0:
         return "time left unknown"
-    return f"{format_duration(max(now.total - now.done, 0.0) * seconds / done)} left"
+    return f"{duration(max(now.total - now.done, 0.0) * seconds / done)} left"
 
 
 def describe_estimate(snapshot: Snapshot) -> str:
@@ -96,15 +97,6 @@ def describe_estimate(snapshot: Snapshot) -> str:
     low, high = snapshot.interval or (-math.inf, math.inf)
     half = (high - low) / 2
     return f"{snapshot.estimate:.5g}" + (f" ± {half:.2g}" if math.isfinite(half) else "")
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as people say them: ``8s``, ``3m20s``, ``2h05m``."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 # -- What a run says, and where: results on stdout, everything else on stderr ----------------------

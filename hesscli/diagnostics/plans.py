@@ -25,6 +25,7 @@ from hesscli.operators.base import Operator
 from hesscli.parameters import Parameter
 from hesscli.results import PlannedCommand
 from hesscli.streams import key
+from hesscli.units import human_bytes
 
 # -- What a tolerance will cost, from an estimator's first steps on a few batches ------------------
 
@@ -172,8 +173,8 @@ def plan_ihvp(
     window = rows * size * options.torch_dtype.itemsize
     factors = 8 * size * largest if largest <= rows else 4 * size * rows
     notes = [
-        f"{rows} rows take {_mebibytes(window)}, what inverts them {_mebibytes(factors)}; a copy "
-        f"for queries of single elements of the whole matrix {_mebibytes(4 * size * rows)} more",
+        f"{rows} rows take {human_bytes(window)}, what inverts them {human_bytes(factors)}; a copy "
+        f"for queries of single elements of the whole matrix {human_bytes(4 * size * rows)} more",
         f"{changes} changes of {len(problem.layer_names)} layers, at most: batches are seen until "
         "all predictions are known to 20%",
     ]
@@ -207,7 +208,3 @@ def _rate(device: torch.device) -> float:
         (a @ a)[0, 0].item()
         times.append(time.perf_counter() - began)
     return 2.0 * _GEMM**3 / sorted(times)[1]
-
-
-def _mebibytes(count: float) -> str:
-    return f"{count / 2**20:.3g} MiB"

@@ -21,6 +21,7 @@ from hesscli.operators.preflight import checked
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
 from hesscli.results import Environment, Observe, Preflight, Snapshot
+from hesscli.units import duration
 
 # -- A run's time: its limit, and the observer's line ----------------------------------------------
 
@@ -68,7 +69,7 @@ def beyond(seconds: float, budget: float | None) -> tuple[str, ...]:
     """What a plan says where it takes longer than it will be given; nothing where it does not."""
     if budget is None or seconds <= budget:
         return ()
-    return (f"beyond --budget {budget:.0f}s, which ends it at its result so far",)
+    return (f"beyond --budget {duration(budget)}, which ends it at its result so far",)
 
 
 # -- Where a run happens, and the most memory that it took -----------------------------------------

@@ -29,13 +29,14 @@ from hesscli.engines.quadrature import (
     with_copies,
 )
 from hesscli.errors import UsageError
-from hesscli.memory import available_bytes, gibibytes
+from hesscli.memory import available_bytes
 from hesscli.operators.base import Operator, Retained
 from hesscli.parameters import Parameters
 from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem
 from hesscli.results import ConvergencePoint, PlannedCommand, Status
 from hesscli.streams import key
+from hesscli.units import human_bytes
 
 # -- Lanczos runs under a clock: a long one for the eigenvalues, short ones for the rest -----------
 
@@ -437,8 +438,9 @@ def require_room(problem: Problem, plan: Plan) -> None:
         return
     raise UsageError(
         "the Lanczos vectors do not fit in the memory that is free",
-        f"{plan.steps} steps of {size} parameters take {gibibytes(basis_bytes(size, plan.steps))}, "
-        f"{gibibytes(needed)} with restarts, and there is room for {gibibytes(room)}",
+        f"{plan.steps} steps of {size} parameters take "
+        f"{human_bytes(basis_bytes(size, plan.steps))}, {human_bytes(needed)} with restarts, "
+        f"and there is room for {human_bytes(room)}",
         _proposal(size, plan.probes, room),
     )
 
@@ -463,13 +465,13 @@ def require_dense(problem: Problem, limit: int) -> None:
     if size > limit:
         raise UsageError(
             f"--exact is for at most {limit} parameters",
-            f"{size}: as many products, and {gibibytes(needed)}",
+            f"{size}: as many products, and {human_bytes(needed)}",
             f"--exact-limit {size}, or no --exact",
         )
     if needed > room:
         raise UsageError(
             "the dense matrix does not fit in the memory that is free",
-            f"{gibibytes(needed)}, and there is room for {gibibytes(room)}",
+            f"{human_bytes(needed)}, and there is room for {human_bytes(room)}",
             "no --exact",
         )
 
@@ -492,7 +494,7 @@ def plan_spectrum(
     needed = needed_bytes(size, plan.steps, plan.probes)
     notes = [
         f"{plan.steps} steps, each of which keeps a vector: "
-        f"{gibibytes(basis_bytes(size, plan.steps))}, at most {gibibytes(needed)} with restarts"
+        f"{human_bytes(basis_bytes(size, plan.steps))}, at most {human_bytes(needed)} with restarts"
     ]
     room = int(_SPARE * available_bytes(device))
     if needed > room:

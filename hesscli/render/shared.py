@@ -15,6 +15,7 @@ from rich.text import Text
 from hesscli.render import words
 from hesscli.render.terminal import GAP, Facts, facts
 from hesscli.results import Cost, DiagResult, LayerTrace, ProblemReport
+from hesscli.units import duration, human_bytes, human_seconds
 
 # -- The line that opens every table: which model was analysed, on what ----------------------------
 
@@ -87,9 +88,7 @@ def more_work(result: words.Estimated) -> str:
     option = more_probes = f"--probes {4 * result.method.num_probes}"
     if result.status == "budget":
         # Time or a given number of probes ended the run; these two together lift both limits.
-        seconds = math.ceil(4 * result.cost.seconds)
-        time = f"{seconds}s" if seconds < 120 else f"{math.ceil(seconds / 60)}m"
-        option = f"{more_probes} --budget {time}"
+        option = f"{more_probes} --budget {duration(4 * result.cost.seconds)}"
     elif result.status == "converged":
         # Else the tolerance did not end the run, so a tighter one would change nothing.
         option = _half_the_error(result) or more_probes
@@ -231,8 +230,8 @@ def cost_line(cost: Cost) -> Facts:
         (
             f"{words.amount(cost.products)} products",
             f"the work of {words.amount(cost.gradients)} full gradients",
-            words.human_seconds(cost.seconds),
-            f"{words.human_bytes(cost.peak_bytes)} peak memory",
+            human_seconds(cost.seconds),
+            f"{human_bytes(cost.peak_bytes)} peak memory",
         )
     )
 

@@ -104,26 +104,6 @@ def correlation(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.2f}"
 
 
-def human_bytes(size: float) -> str:
-    """Write an amount of memory, as in ``512 MiB``."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        units = size / 1024**power
-        if units >= 0.9995:
-            return f"{units:.1f} {unit}" if units < 9.95 else f"{units:.0f} {unit}"
-    return f"{size:.0f} B"
-
-
-def human_seconds(seconds: float) -> str:
-    """Write a time span, as in ``12 ms``, ``3.4 s``, ``2 min 5 s`` or ``1 h 10 min``."""
-    if seconds < 0.0995:
-        return f"{_digits(1000 * seconds, 2)} ms"
-    if seconds < 59.5:
-        return f"{_digits(seconds, 2)} s"
-    if seconds < 3599.5:
-        return _two_units(seconds, 60, "min", "s")
-    return _two_units(seconds / 60, 60, "h", "min")
-
-
 def shorten(name: str, width: int) -> str:
     """Cut a name in the middle and make it printable.
 
@@ -251,8 +231,3 @@ def _rounded(value: float, place: int, scientific: bool) -> str:
         decimals = int(f"{value:e}".split("e")[1]) - place
         return f"{value:.{max(decimals, 0)}e}"
     return f"{value:,.{max(-place, 0)}f}".replace(",", " ")
-
-
-def _two_units(amount: float, factor: int, large: str, small: str) -> str:
-    whole, rest = divmod(round(amount), factor)
-    return f"{whole} {large} {rest} {small}" if rest else f"{whole} {large}"

@@ -15,7 +15,8 @@ from torch import Tensor
 from hesscli.engines.mfac.system import DualBlock, PrimalRun, Solved
 from hesscli.engines.mfac.window import GradientWindow
 from hesscli.errors import UnsoundError, UsageError
-from hesscli.memory import available_bytes, gibibytes
+from hesscli.memory import available_bytes
+from hesscli.units import human_bytes
 
 # -- What comes out of a solve, and what may go in -------------------------------------------------
 
@@ -300,7 +301,7 @@ def _require_room(nbytes: int, window: GradientWindow) -> None:
     if nbytes > room:
         raise UsageError(
             "not enough memory for the inverse",
-            f"{gibibytes(nbytes)} for {window.count} rows, and {gibibytes(room)} are free",
+            f"{human_bytes(nbytes)} for {window.count} rows, and {human_bytes(room)} are free",
             "--blocks with fewer entries each, or fewer rows with --window",
         )
 

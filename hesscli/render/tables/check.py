@@ -12,6 +12,7 @@ from hesscli.render import words
 from hesscli.render.shared import proof_line
 from hesscli.render.terminal import GAP, Facts, Plainable, facts, ruled_table
 from hesscli.results import Check, CheckResult, CheckState, Plan, Preflight
+from hesscli.units import human_bytes, human_seconds
 
 _MARKS: dict[CheckState, str] = {"passed": "pass", "skipped": "skip", "not applicable": "n/a"}
 _STYLES: dict[CheckState, str] = {"passed": "green", "skipped": "yellow", "not applicable": "dim"}
@@ -66,14 +67,14 @@ def _preflight(preflight: Preflight) -> Facts:
 def _unit_costs(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2))
     for what, size in (
-        ("one full gradient", words.human_seconds(plan.gradient_seconds)),
+        ("one full gradient", human_seconds(plan.gradient_seconds)),
         (
             "one full product",
-            f"{words.human_seconds(plan.product_seconds)}, "
-            f"{words.human_bytes(plan.product_bytes)} beyond model and examples",
+            f"{human_seconds(plan.product_seconds)}, "
+            f"{human_bytes(plan.product_bytes)} beyond model and examples",
         ),
-        ("model parameters", words.human_bytes(plan.parameter_bytes)),
-        ("kept examples", words.human_bytes(plan.kept_bytes)),
+        ("model parameters", human_bytes(plan.parameter_bytes)),
+        ("kept examples", human_bytes(plan.kept_bytes)),
     ):
         table.add_row(Text(what), Text(size))
     return table
@@ -89,8 +90,8 @@ def _planned_commands(plan: Plan) -> Table:
             Text(planned.command),
             Text(words.amount(planned.products)),
             Text(words.amount(planned.gradients)),
-            Text(words.human_seconds(planned.seconds)),
-            Text(words.human_bytes(planned.peak_bytes)),
+            Text(human_seconds(planned.seconds)),
+            Text(human_bytes(planned.peak_bytes)),
         )
     return table
 

@@ -25,6 +25,7 @@ from hesscli.results import (
     Refinement,
     WindowReport,
 )
+from hesscli.units import duration, human_bytes
 
 # -- What a terminal shows of a window of gradients, the solve with it, and other dampings ---------
 
@@ -44,7 +45,7 @@ def window_lines(result: IhvpResult) -> Iterator[RenderableType]:
     yield line.append(f" ({window.relative_damping:.3g} of its mean diagonal)")
     details = [_ROWS.get(window.row_kind.partition(":")[0], window.row_kind)]
     details += [_blocks(window, result.problem.num_parameters), window.dtype]
-    details.append(words.human_bytes(window.num_bytes) + (" on disk" if window.file else ""))
+    details.append(human_bytes(window.num_bytes) + (" on disk" if window.file else ""))
     yield facts(details, indent=2, style="dim")
 
 
@@ -456,9 +457,7 @@ def _shortfall(result: IhvpResult) -> str:
 
 
 def _longer(result: IhvpResult) -> str:
-    seconds = math.ceil(4 * result.cost.seconds)
-    time = f"{seconds}s" if seconds < 120 else f"{math.ceil(seconds / 60)}m"
-    return f"--budget {time} (four times as long)"
+    return f"--budget {duration(4 * result.cost.seconds)} (four times as long)"
 
 
 def _method_line(result: IhvpResult) -> Facts:
