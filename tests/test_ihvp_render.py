@@ -191,7 +191,7 @@ def test_a_small_or_unknown_residual_calls_for_nothing() -> None:
         (
             refined(converged=False, residual=0.2),
             "budget: the tolerance was not reached within the limits; --budget 50s "
-            "(four times as long), or accept --refine 2.0e-01",
+            "(four times as long); or accept --refine 2.0e-01",
         ),
         (
             refined(converged=False, residual=0.2, negative_curvature=-0.013),
@@ -203,7 +203,7 @@ def test_a_small_or_unknown_residual_calls_for_nothing() -> None:
         ),
         (
             ihvp_result(status="budget"),
-            "--budget 50s (four times as long), or accept --rtol 4.0%",
+            "--budget 50s (four times as long); or accept --rtol 4.0%",
         ),
         (
             ihvp_result(status="interrupted"),

@@ -266,6 +266,17 @@ def test_tables_fit_any_stream(name: str, encoding: str, width: int) -> None:
             assert shown.name[-6:] in text
 
 
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_names_are_told_apart_before_columns_are_kept(width: int) -> None:
+    """What a row is about says more than any of its numbers."""
+    lines = printed(trace_table(trace_result(many_layers(20))), width).splitlines()
+    start = next(row for row, line in enumerate(lines) if line.startswith("layer "))
+    rows = [line.split() for line in lines[start + 2 : start + 22]]
+    assert len({row[0] for row in rows}) == 20
+    assert "100.00" in rows[0]
+    assert "trace" in lines[start]
+
+
 def test_ascii_stays_aligned_and_readable() -> None:
     plain = printed(trace_table(trace_result()), encoding="ascii").splitlines()
     fancy = printed(trace_table(trace_result())).splitlines()

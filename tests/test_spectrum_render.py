@@ -220,7 +220,7 @@ def test_the_table_says_it_all() -> None:
         "no error bar: the last half of the steps changed it by 0.0069",
         "± one standard error between 5 start vectors",
         "converged: the bar of each largest eigenvalue is within the tolerance",
-        "Lanczos, 5 start vectors",
+        "lanczos · 5 start vectors",
     ):
         assert words in text, words
 
@@ -230,6 +230,13 @@ def test_what_is_not_known_is_said() -> None:
     assert "no eigenvalue stands apart" in text
     assert "-: the vector is not known" in text
     assert "?: others may lie between" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_blocks_of_layers_keep_their_names(width: int) -> None:
+    lines = printed(spectrum_table(HARD["explored"]), width=width).splitlines()
+    start = next(row for row, line in enumerate(lines) if line.startswith("block of"))
+    assert [line[0] for line in lines[start + 2 : start + 4]] == ["o", "a"]
 
 
 def test_layers_are_restricted() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import RenderableType
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.terminal import GAP, Facts, facts
-from hesscli.results import Cost, DiagResult, LayerTrace, ProblemReport
+from hesscli.render.terminal import GAP, Facts, facts, grid
+from hesscli.render.words import LayerT
+from hesscli.results import DiagResult, Layer, LayerTrace, MethodReport, ProblemReport, Status
 from hesscli.units import duration, human_bytes, human_seconds
 
 # -- The line that opens every table: which model was analysed, on what ----------------------------
@@ -159,14 +158,11 @@ def error_budget(result: words.Estimated, heading: str) -> Iterator[RenderableTy
         return
     known = math.isfinite(words.half_width(result.trace.interval))
     largest = "largest; " if len(found) > 1 and known else ""
-    table = Table.grid(padding=(0, 2))
-    for index, noise in enumerate(found):
-        size = words.number(noise.size, 2)
-        remedy = f"{largest}{noise.remedy}" if index == 0 else ""
-        table.add_row(Text(noise.source), Text(f"± {size}", justify="right"), Text(remedy))
+    rows = [[noise.source, f"± {words.number(noise.size, 2)}", ""] for noise in found]
+    rows[0][2] = f"{largest}{found[0].remedy}"
     yield GAP
     yield Text(f"{heading} ({_scale(found)})", style="dim")
-    yield Padding(table, (0, 0, 0, 2), expand=False)
+    yield grid(rows, right=(1,), indent=2)
     if result.trace.data_stderr and result.problem.num_examples_available is None:
         size = words.number(result.trace.data_stderr, 2)
         yield Text(
@@ -183,36 +179,60 @@ def _scale(found: list[Noise]) -> str:
     return "one standard error each" + ("; rounding is a bound" if any(bounds) else "")
 
 
-def listed(layers: Sequence[words.LayerT], full: bool) -> list[words.LayerT]:
+def listed(layers: Sequence[LayerT], full: bool, size: Callable[[LayerT], float]) -> list[LayerT]:
     """The layers that get a row: all in full detail or where they are few, else the largest."""
     if full or len(layers) <= _MANY_LAYERS:
         return list(layers)
-    return words.largest(layers, _LARGEST_LAYERS)
+    return words.largest(layers, _LARGEST_LAYERS, size)
 
 
-def listing_notes(visible: Sequence[LayerTrace], result: words.Estimated) -> list[str]:
-    """Say which layers have no row, and which rows are uncertain."""
+def listing_notes(
+    visible: Sequence[Layer], result: words.Answer, kind: str, whole: str = "totals are of them all"
+) -> list[str]:
+    """Say which layers have no row.
+
+    Args:
+        visible: those that have one.
+        result: the answer.
+        kind: what the others are called, as in ``smaller layer``.
+        whole: what does not depend on which layers were chosen, in words.
+    """
     notes, selected = [], len(result.layers)
     if len(visible) < selected:
-        hidden = words.count(selected - len(visible), "smaller layer")
-        notes.append(f"{hidden} not listed: see the JSON")
+        notes.append(f"{words.count(selected - len(visible), kind)} not listed: see the JSON")
     if result.num_hidden:
         total = words.count(result.num_layers, "layer")
-        notes.append(f"{words.count(selected)} of {total} selected, totals are of them all")
+        notes.append(f"{words.count(selected)} of {total} selected, {whole}")
+    return notes
+
+
+def trace_notes(visible: Sequence[LayerTrace], result: words.Estimated) -> list[str]:
+    """Say which layers have no row, and which rows are uncertain."""
+    notes = listing_notes(visible, result, "smaller layer")
     uncertain = sum(words.includes_zero(layer.interval) for layer in visible)
     if uncertain:
         notes.append(f"{words.count(uncertain, 'dim row')}: the interval includes 0")
     return notes
 
 
-def status_line(result: words.Answer, subject: str, shortfall: str) -> Text:
-    """How the run ended, in words.
+def ending(
+    result: words.Answer, subject: str, remedy: str, accept: str, drawn: Sequence[str] = ()
+) -> tuple[RenderableType, ...]:
+    """How the run ended, what it took, and how it can be made again.
 
     Args:
         result: the answer.
         subject: what is compared with the tolerance.
-        shortfall: what would reach the tolerance where time or probes ran out first.
+        remedy: what would reach the tolerance where the run ended before it, if anything.
+        accept: the tolerance that was reached, if any.
+        drawn: the random vectors that the numbers were made with, in words.
     """
+    return GAP, status_line(result, subject, remedy, accept), *cost_lines(result, drawn)
+
+
+def status_line(result: words.Answer, subject: str, remedy: str, accept: str) -> Text:
+    """How the run ended, in words; arguments as of :func:`ending`."""
+    shortfall = "; or ".join(filter(None, (remedy, accept and f"accept {accept}")))
     meaning = {
         "exact": "no probe noise, and every example was used",
         "converged": f"{subject} is within the tolerance",
@@ -220,30 +240,31 @@ def status_line(result: words.Answer, subject: str, shortfall: str) -> Text:
         "data-limited": "data noise alone exceeds the tolerance; " + more_examples(result.problem),
         "interrupted": f"stopped early; {subject} is that of the work done so far",
     }[result.status]
-    style = "green" if result.status in ("exact", "converged") else "yellow"
-    return Text.assemble((result.status, f"bold {style}"), f": {meaning}")
+    return status_text(result.status, meaning)
 
 
-def cost_line(cost: Cost) -> Facts:
-    """What the run took."""
-    return facts(
-        (
-            f"{words.amount(cost.products)} products",
-            f"the work of {words.amount(cost.gradients)} full gradients",
-            human_seconds(cost.seconds),
-            f"{human_bytes(cost.peak_bytes)} peak memory",
-        )
+def status_text(status: Status, meaning: str) -> Text:
+    """A status in its colour, and what it means."""
+    style = "green" if status in ("exact", "converged") else "yellow"
+    return Text.assemble((status, f"bold {style}"), f": {meaning}")
+
+
+def cost_lines(result: words.Answer, drawn: Sequence[str] = ()) -> tuple[Facts, Facts]:
+    """What the run took, and how the numbers were made, for whoever wants them again."""
+    cost, method = result.cost, result.method
+    work = (
+        f"{words.amount(cost.products)} products",
+        f"the work of {words.amount(cost.gradients)} full gradients",
+        human_seconds(cost.seconds),
+        f"{human_bytes(cost.peak_bytes)} peak memory",
     )
+    made = (method.name, *drawn, f"{method.mode} mode", f"seed {method.seed}", method.note)
+    return facts(work), facts(filter(None, made), style="dim")
 
 
-def method_line(result: words.Estimated) -> Facts:
-    """How the numbers were made, for whoever wants them again."""
-    method = result.method
-    items = [method.name]
-    if method.num_probes:
-        items.append(f"{words.count(method.num_probes)} {method.probe_distribution} probes")
-        items.append(f"{method.probe_design} design")
-    else:
-        items.append("no probes")
-    items += [f"{method.mode} mode", f"seed {method.seed}"]
-    return facts(items + ([method.note] if method.note else []), style="dim")
+def probes_drawn(method: MethodReport) -> tuple[str, ...]:
+    """How many probes there were, of which kind."""
+    if not method.num_probes:
+        return ("no probes",)
+    probes = f"{words.count(method.num_probes)} {method.probe_distribution} probes"
+    return probes, f"{method.probe_design} design"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.padding import Padding
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,7 @@ _ASCII = str.maketrans("█▌░·…‖─±×▁▂▃▄▅▆▇", "##-|~|-
 # Called ascii so that rich leaves it alone: Plainable replaces the glyph where it must.
 _RULE = box.Box(str(box.SIMPLE_HEAD), ascii=True)
 GAP = Text()
+_LEAST_BAR = 4
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Bar:
     style: str = "cyan"
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(4, max(options.max_width // 10, 4))
+        return Measurement(_LEAST_BAR, max(options.max_width // 10, _LEAST_BAR))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         halves = round(2 * options.max_width * abs(self.share))
@@ -97,6 +99,50 @@ class Bar:
             yield Text("░" * ((halves + 1) // 2), style=self.style, no_wrap=True)
         else:
             yield Text("█" * (halves // 2) + "▌" * (halves % 2), style=self.style, no_wrap=True)
+
+
+def grid(
+    rows: Iterable[Sequence[str | RenderableType]],
+    *,
+    unbroken: Container[int] = (),
+    right: Container[int] = (),
+    dim: Container[int] = (),
+    indent: int = 0,
+) -> Padding:
+    """Rows without headings, in columns as wide as they must be.
+
+    Args:
+        rows: of as many cells each.
+        unbroken: the columns that stay on one line.
+        right: those that are aligned at their right ends.
+        dim: those that are less bright.
+        indent: characters to the left.
+    """
+    table, columns = Table.grid(padding=(0, 2)), [*zip(*rows, strict=True)]
+    while columns and not any(columns[-1]):  # rich gives too little room to the others
+        columns.pop()
+    for column in range(len(columns)):
+        table.add_column(
+            no_wrap=column in unbroken,
+            justify="right" if column in right else "left",
+            style="dim" if column in dim else "",
+        )
+    for row in zip(*columns, strict=True):
+        table.add_row(*map(_plain, row))
+    return Padding(table, (0, 0, 0, indent), expand=False)
+
+
+def after_gap(lines: Iterable[RenderableType]) -> Iterator[RenderableType]:
+    """The lines with an empty one before them, if there are any."""
+    for index, line in enumerate(lines):
+        if index == 0:
+            yield GAP
+        yield line
+
+
+def _plain(cell: str | RenderableType) -> RenderableType:
+    """What rich does not take for markup."""
+    return Text(cell) if isinstance(cell, str) else cell
 
 
 def ruled_table() -> Table:
@@ -124,13 +170,14 @@ class Column:
 
     rank: int
     heading: str
-    cells: list[Text]
+    cells: Sequence[str | Text | Bar]
     justify: Literal["left", "right"] = "right"
 
     @property
     def width(self) -> int:
-        """How many characters the column takes."""
-        return max(len(line) for line in (*self.heading.split("\n"), *map(str, self.cells)))
+        """How many characters the column takes, bars as short as they can be."""
+        texts = (_LEAST_BAR * " " if isinstance(cell, Bar) else cell for cell in self.cells)
+        return max(map(len, (*self.heading.split("\n"), *texts)))
 
 
 @dataclass(frozen=True)
@@ -146,10 +193,10 @@ class FittedRows:
     """
 
     heading: str
-    names: list[str]
-    columns: list[Column]
-    numbers: tuple[str, ...] = ()
-    styles: tuple[str, ...] = ()
+    names: Sequence[str]
+    columns: Sequence[Column]
+    numbers: Sequence[str] = ()
+    styles: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns, least = list(self.columns), self._least_name_width()
@@ -160,13 +207,14 @@ class FittedRows:
             table.add_column("#", justify="right", no_wrap=True, vertical="bottom")
         table.add_column(self.heading, no_wrap=True, vertical="bottom")
         for column in columns:
+            bars = any(isinstance(cell, Bar) for cell in column.cells)
             table.add_column(
-                column.heading, justify=column.justify, no_wrap=True, vertical="bottom"
+                column.heading, justify=column.justify, no_wrap=not bars, vertical="bottom"
             )
         names = words.shorten_all(self.names, max(options.max_width - self._width(columns), 1))
         for row, name in enumerate(names):
             number = [Text(self.numbers[row])] if self.numbers else []
-            cells = (column.cells[row] for column in columns)
+            cells = (_plain(column.cells[row]) for column in columns)
             style = self.styles[row] if self.styles else ""
             table.add_row(*number, Text(name), *cells, style=style)
         yield table

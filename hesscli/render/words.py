@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from itertools import takewhile
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ from hesscli.results import (
     DiagResult,
     IhvpResult,
     Interval,
+    Layer,
     LayerTrace,
     ProblemReport,
     SpectrumResult,
@@ -24,7 +25,7 @@ Estimated = TraceResult | DiagResult
 Answer = Estimated | IhvpResult | SpectrumResult
 """The answers of work that may end before its tolerance."""
 
-LayerT = TypeVar("LayerT", bound=LayerTrace)
+LayerT = TypeVar("LayerT", bound=Layer)
 
 _NO_PLACE = 400  # beyond the smallest float
 
@@ -180,10 +181,15 @@ def per_parameter(layer: LayerTrace) -> float:
     return layer.estimate / max(layer.num_parameters, 1)
 
 
-def largest(layers: Sequence[LayerT], most: int) -> list[LayerT]:
-    """The layers of largest trace by size, at most so many, in their own order."""
-    by_size = sorted(range(len(layers)), key=lambda index: -abs(layers[index].estimate))
+def largest(layers: Sequence[LayerT], most: int, size: Callable[[LayerT], float]) -> list[LayerT]:
+    """The layers of largest size, at most so many, in their own order."""
+    by_size = sorted(range(len(layers)), key=lambda index: -size(layers[index]))
     return [layers[index] for index in sorted(by_size[:most])]
+
+
+def trace_size(layer: LayerTrace) -> float:
+    """How large a layer's trace is, whatever its sign."""
+    return abs(layer.estimate)
 
 
 def half_width(interval: Interval) -> float:

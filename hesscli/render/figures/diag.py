@@ -41,7 +41,7 @@ def diag_figure(result: DiagResult) -> Figure:
     Returns:
         The figure, for ``save_figure`` or for one's own canvas.
     """
-    layers = words.largest(result.layers, canvas.MOST_LAYERS)
+    layers = words.largest(result.layers, canvas.MOST_LAYERS, words.trace_size)
     histograms = [result.diagonal.histogram, *(layer.histogram for layer in layers)]
     histogram, *spectra = bins.trimmed(histograms)
     rows = Rows(
@@ -159,7 +159,7 @@ def block_figure(result: DiagResult) -> Figure:
         The figure, for ``save_figure`` or for one's own canvas.
     """
     averaged = [layer for layer in result.layers if words.is_averaged(layer.block)]
-    layers = words.largest(averaged, canvas.MOST_LAYERS)
+    layers = words.largest(averaged, canvas.MOST_LAYERS, words.trace_size)
     blocks = [layer.block for layer in layers]
     rows = Rows(
         f"What block averages keep of the {words.matrix_name(result.problem)}'s diagonal",

@@ -30,7 +30,7 @@ def trace_figure(result: TraceResult) -> Figure:
     Returns:
         The figure, for ``save_figure`` or for one's own canvas.
     """
-    layers = words.largest(result.layers, canvas.MOST_LAYERS)
+    layers = words.largest(result.layers, canvas.MOST_LAYERS, words.trace_size)
     rows = Rows(_title(result), canvas.provenance(result), [layer.name for layer in layers])
     dots = rows.panel()
     _draw_traces(rows, layers)

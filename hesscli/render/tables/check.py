@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import words
 from hesscli.render.shared import proof_line
-from hesscli.render.terminal import GAP, Facts, Plainable, facts, ruled_table
+from hesscli.render.terminal import GAP, Column, Facts, FittedRows, Plainable, facts, grid
 from hesscli.results import Check, CheckResult, CheckState, Plan, Preflight
 from hesscli.units import human_bytes, human_seconds
 
@@ -43,14 +42,17 @@ def check_table(result: CheckResult) -> RenderableType:
     )
 
 
-def _checks(checks: tuple[Check, ...]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for check in checks:
-        mark = Text(_MARKS[check.state], style=_STYLES[check.state])
-        measured = words.number(check.value, 2) if check.value is not None else ""
-        bound = f"bound {words.number(check.bound, 2)}" if check.bound is not None else ""
-        table.add_row(mark, Text(check.name), Text(measured), Text(bound), Text(check.detail))
-    return table
+def _checks(checks: tuple[Check, ...]) -> RenderableType:
+    return grid(
+        (
+            Text(_MARKS[check.state], style=_STYLES[check.state]),
+            check.name,
+            words.number(check.value, 2) if check.value is not None else "",
+            f"bound {words.number(check.bound, 2)}" if check.bound is not None else "",
+            check.detail,
+        )
+        for check in checks
+    )
 
 
 def _preflight(preflight: Preflight) -> Facts:
@@ -64,36 +66,33 @@ def _preflight(preflight: Preflight) -> Facts:
     return facts(items)
 
 
-def _unit_costs(plan: Plan) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for what, size in (
-        ("one full gradient", human_seconds(plan.gradient_seconds)),
+def _unit_costs(plan: Plan) -> RenderableType:
+    product = human_seconds(plan.product_seconds)
+    return grid(
         (
-            "one full product",
-            f"{human_seconds(plan.product_seconds)}, "
-            f"{human_bytes(plan.product_bytes)} beyond model and examples",
-        ),
-        ("model parameters", human_bytes(plan.parameter_bytes)),
-        ("kept examples", human_bytes(plan.kept_bytes)),
-    ):
-        table.add_row(Text(what), Text(size))
-    return table
-
-
-def _planned_commands(plan: Plan) -> Table:
-    table = ruled_table()
-    table.add_column("command", no_wrap=True)
-    for heading in ("products", "gradients", "time", "peak memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for planned in plan.commands:
-        table.add_row(
-            Text(planned.command),
-            Text(words.amount(planned.products)),
-            Text(words.amount(planned.gradients)),
-            Text(human_seconds(planned.seconds)),
-            Text(human_bytes(planned.peak_bytes)),
+            ("one full gradient", human_seconds(plan.gradient_seconds)),
+            (
+                "one full product",
+                f"{product}, {human_bytes(plan.product_bytes)} beyond model and examples",
+            ),
+            ("model parameters", human_bytes(plan.parameter_bytes)),
+            ("kept examples", human_bytes(plan.kept_bytes)),
         )
-    return table
+    )
+
+
+def _planned_commands(plan: Plan) -> FittedRows:
+    commands = plan.commands
+    return FittedRows(
+        "command",
+        [planned.command for planned in commands],
+        [
+            Column(2, "products", [words.amount(planned.products) for planned in commands]),
+            Column(1, "gradients", [words.amount(planned.gradients) for planned in commands]),
+            Column(4, "time", [human_seconds(planned.seconds) for planned in commands]),
+            Column(3, "peak memory", [human_bytes(planned.peak_bytes) for planned in commands]),
+        ],
+    )
 
 
 def _plan_notes(plan: Plan) -> Iterator[Text]:

@@ -3,103 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.padding import Padding
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hesscli.render import bins, words
 from hesscli.render.bins import axis_marks, cells_for, sparkline
 from hesscli.render.shared import (
-    cost_line,
+    ending,
     error_budget,
     listed,
-    listing_notes,
-    method_line,
     more_work,
+    probes_drawn,
     proof_line,
-    status_line,
     trace_lines,
+    trace_notes,
 )
-from hesscli.render.terminal import GAP, Facts, Name, Plainable, facts, ruled_table
-from hesscli.results import BlockReport, DiagResult, Entry, Histogram, Interval, LayerDiagonal
-
-# -- One row for each layer's diagonal -------------------------------------------------------------
-
-
-_NAME_WIDTH = 11
-"""A name is cut down to this before a column is given up for it."""
-_GAP = 2
-
-
-@dataclass(frozen=True)
-class Column:
-    """A heading and its cells; where room is short, the lowest ranks are given up first."""
-
-    rank: int
-    heading: str
-    cells: list[Text]
-    justify: Literal["left", "right"] = "right"
-
-    @property
-    def width(self) -> int:
-        """How many characters the column takes."""
-        return max(len(line) for line in (*self.heading.split("\n"), *map(str, self.cells)))
-
-
-@dataclass(frozen=True)
-class DiagonalRows:
-    """A table of layers and their spectra in as many columns as there is room for."""
-
-    layers: list[LayerDiagonal]
-    spectra: list[Histogram]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        columns = self._columns()
-        while columns and _width(columns) > options.max_width:
-            columns.remove(min(columns, key=lambda column: column.rank))
-        table = ruled_table()
-        table.add_column("layer", vertical="bottom")
-        for column in columns:
-            table.add_column(
-                column.heading, justify=column.justify, no_wrap=True, vertical="bottom"
-            )
-        for row, layer in enumerate(self.layers):
-            uncertain = words.includes_zero(layer.interval)
-            values = (column.cells[row] for column in columns)
-            table.add_row(Name(layer.name), *values, style="dim" if uncertain else "")
-        yield table
-
-    def _columns(self) -> list[Column]:
-        layers = self.layers
-        cells = cells_for(self.spectra[0].edges) if self.spectra else ()
-        spectra = [sparkline(histogram, cells) for histogram in self.spectra]
-        means = [words.rounded_pair(layer.mean, layer.mean_stderr) for layer in layers]
-        return [
-            Column(2, "entries", [Text(words.count(layer.num_parameters)) for layer in layers]),
-            Column(6, "mean", [Text(mean) for mean, _ in means]),
-            Column(4, "± s.e.", [Text(error) for _, error in means]),
-            Column(1, "std", [Text(_std(layer)) for layer in layers]),
-            Column(5, "< 0", [Text(words.percent(layer.negative_fraction)) for layer in layers]),
-            Column(7, f"spectrum\n{axis_marks(cells)}", spectra, "left"),
-            Column(3, "blocks\nkeep", [Text(_kept(layer)) for layer in layers]),
-        ]
-
-
-def _width(columns: list[Column]) -> int:
-    return _NAME_WIDTH + sum(_GAP + column.width for column in columns)
-
-
-def _std(layer: LayerDiagonal) -> str:
-    return words.rounded_pair(layer.std, layer.std_stderr)[0] if layer.std else "0"
-
-
-def _kept(layer: LayerDiagonal) -> str:
-    return words.percent(layer.block.explained) if words.is_averaged(layer.block) else "-"
-
+from hesscli.render.terminal import (
+    GAP,
+    Column,
+    Facts,
+    FittedRows,
+    Name,
+    Plainable,
+    after_gap,
+    facts,
+    grid,
+)
+from hesscli.results import BlockReport, DiagResult, Entry, Interval, LayerDiagonal
 
 # -- One layer's diagonal in full detail -----------------------------------------------------------
 
@@ -107,17 +38,15 @@ def _kept(layer: LayerDiagonal) -> str:
 def layer_details(layer: LayerDiagonal) -> Iterator[RenderableType]:
     """A heading, and under it quantiles, largest entries and what block averages keep."""
     yield _heading(layer)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_row("entries", _moments(layer))
+    rows: list[tuple[str, RenderableType]] = [("entries", _moments(layer))]
     if layer.quantiles:
-        table.add_row("quantiles", _quantiles(layer))
+        rows.append(("quantiles", _quantiles(layer)))
     if layer.largest:
-        table.add_row("largest", _largest(layer.largest))
+        rows.append(("largest", _largest(layer.largest)))
     if words.is_averaged(layer.block):
-        table.add_row("variance", _variances(layer.block))
-    table.add_row("blocks", Group(*_blocks(layer.block)))
-    yield Padding(table, (0, 0, 0, 2), expand=False)
+        rows.append(("variance", _variances(layer.block)))
+    rows.append(("blocks", Group(*_blocks(layer.block))))
+    yield grid(rows, unbroken=(0,), dim=(0,), indent=2)
 
 
 def _heading(layer: LayerDiagonal) -> Facts:
@@ -155,15 +84,12 @@ def _level(level: float) -> str:
     return {0.0: "least", 0.5: "median", 1.0: "greatest"}.get(level, f"{100 * level:g}%")
 
 
-def _largest(entries: tuple[Entry, ...]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(no_wrap=True)
+def _largest(entries: tuple[Entry, ...]) -> RenderableType:
+    rows = []
     for entry in entries:
         place = f"[{', '.join(map(str, entry.index))}]" if entry.index else ""
-        value = words.with_error(entry.estimate, entry.stderr)
-        table.add_row(Name(entry.parameter + place), Text(value))
-    return table
+        rows.append((Name(entry.parameter + place), words.with_error(entry.estimate, entry.stderr)))
+    return grid(rows, unbroken=(1,))
 
 
 def _variances(block: BlockReport) -> Facts:
@@ -205,9 +131,9 @@ def diag_table(result: DiagResult, full: bool = False) -> RenderableType:
     Returns:
         Something that a rich console prints at any width and in any encoding.
     """
-    visible = listed(result.layers, full)
+    visible = listed(result.layers, full, words.trace_size)
     detailed = full or (result.num_hidden is not None and len(result.layers) <= _FEW_LAYERS)
-    notes = listing_notes(visible, result)
+    notes = trace_notes(visible, result)
     return Plainable(
         Group(
             proof_line(result.problem),
@@ -218,10 +144,13 @@ def diag_table(result: DiagResult, full: bool = False) -> RenderableType:
             GAP,
             *_layer_rows(visible, notes),
             *(_details(visible) if detailed else _verdicts(visible)),
-            GAP,
-            status_line(result, "the relative error", _shortfall(result)),
-            cost_line(result.cost),
-            method_line(result),
+            *ending(
+                result,
+                "the relative error",
+                f"{more_work(result)} halves the probe noise" if result.method.num_probes else "",
+                words.percent(result.diagonal.relative_error_bound),
+                probes_drawn(result.method),
+            ),
         )
     )
 
@@ -244,7 +173,23 @@ def _diagonal_lines(result: DiagResult) -> tuple[Text, Facts]:
 
 def _layer_rows(layers: list[LayerDiagonal], listing: list[str]) -> Iterator[RenderableType]:
     spectra = bins.trimmed([layer.histogram for layer in layers])
-    yield DiagonalRows(layers, spectra)
+    cells = cells_for(spectra[0].edges) if spectra else ()
+    means = [words.rounded_pair(layer.mean, layer.mean_stderr) for layer in layers]
+    sparklines = [sparkline(histogram, cells) for histogram in spectra]
+    yield FittedRows(
+        "layer",
+        [layer.name for layer in layers],
+        [
+            Column(2, "entries", [words.count(layer.num_parameters) for layer in layers]),
+            Column(6, "mean", [mean for mean, _ in means]),
+            Column(4, "± s.e.", [error for _, error in means]),
+            Column(1, "std", [_std(layer) for layer in layers]),
+            Column(5, "< 0", [words.percent(layer.negative_fraction) for layer in layers]),
+            Column(7, f"spectrum\n{axis_marks(cells)}", sparklines, "left"),
+            Column(3, "blocks\nkeep", [_kept(layer) for layer in layers]),
+        ],
+        styles=["dim" if words.includes_zero(layer.interval) else "" for layer in layers],
+    )
     notes = ["s.e.: one standard error"]
     if spectra and (edges := spectra[0].edges):
         low = edges[0] if bins.sign(edges, 0) else 0.0
@@ -253,30 +198,27 @@ def _layer_rows(layers: list[LayerDiagonal], listing: list[str]) -> Iterator[Ren
     yield facts(notes + listing, style="dim")
 
 
+def _std(layer: LayerDiagonal) -> str:
+    return words.rounded_pair(layer.std, layer.std_stderr)[0] if layer.std else "0"
+
+
+def _kept(layer: LayerDiagonal) -> str:
+    return words.percent(layer.block.explained) if words.is_averaged(layer.block) else "-"
+
+
 def _verdicts(layers: list[LayerDiagonal]) -> Iterator[RenderableType]:
     """What AdaHessian's averages would do to each layer that has blocks."""
-    averaged = [layer for layer in layers if words.is_averaged(layer.block)]
-    if not averaged:
-        return
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(no_wrap=True)
-    for layer in averaged:
-        table.add_row(Name(layer.name), Text(layer.block.rule), Text(layer.block.verdict))
-    yield GAP
-    yield Text("AdaHessian's block averages", style="dim")
-    yield table
+    rows = [
+        (Name(layer.name), layer.block.rule, layer.block.verdict)
+        for layer in layers
+        if words.is_averaged(layer.block)
+    ]
+    if rows:
+        yield GAP
+        yield Text("AdaHessian's block averages", style="dim")
+        yield grid(rows, unbroken=(1,))
 
 
 def _details(layers: list[LayerDiagonal]) -> Iterator[RenderableType]:
     for layer in layers:
-        yield GAP
-        yield from layer_details(layer)
-
-
-def _shortfall(result: DiagResult) -> str:
-    """What would have reached the tolerance, or which one was reached."""
-    accept = f"accept {words.percent(result.diagonal.relative_error_bound)}"
-    if not result.method.num_probes:
-        return accept
-    return f"{more_work(result)} halves the probe noise; or {accept}"
+        yield from after_gap(layer_details(layer))

@@ -7,13 +7,21 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import bins, perturbations, words
 from hesscli.render.bins import cells_for, sparkline
-from hesscli.render.shared import cost_line, proof_line, status_line
-from hesscli.render.terminal import GAP, Column, Facts, FittedRows, Plainable, facts
+from hesscli.render.shared import cost_lines, ending, listed, listing_notes, proof_line, status_text
+from hesscli.render.terminal import (
+    GAP,
+    Column,
+    Facts,
+    FittedRows,
+    Plainable,
+    after_gap,
+    facts,
+    grid,
+)
 from hesscli.results import (
     HOLDS_WITHIN,
     LARGE_RESIDUAL,
@@ -65,18 +73,15 @@ def solve_lines(result: IhvpResult) -> Iterator[RenderableType]:
         yield facts(_refined(solve.refinement), indent=2)
     matrix = words.matrix_name(result.problem)
     rows = (
-        ("window + damping", residual.window, _window_remark(result)),
-        (f"{matrix} + damping", residual.operator, _operator_remark(result)),
+        ("window + damping", _known(residual.window), _window_remark(result)),
+        (f"{matrix} + damping", _known(residual.operator), _operator_remark(result)),
     )
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, justify="right")
-    table.add_column()
-    for name, value, remark in rows:
-        known = "unknown" if value is None else words.number(value, 2)
-        table.add_row(Text(name), Text(known), Text(remark))
     yield Text("relative residual of y against", style="dim")
-    yield Padding(table, (0, 0, 0, 2), expand=False)
+    yield grid(rows, unbroken=(0, 1), right=(1,), indent=2)
+
+
+def _known(residual: float | None) -> str:
+    return "unknown" if residual is None else words.number(residual, 2)
 
 
 def _window_remark(result: IhvpResult) -> str:
@@ -117,14 +122,14 @@ def sweep_table(result: IhvpResult) -> Iterator[RenderableType]:
         "relative",
         [_damping(point, own) for point in points],
         [
-            _column(2, "damping", [words.number(point.absolute, 2) for point in points]),
-            _column(5, "y in\nspan", [_share(point.span_share) for point in points]),
-            _column(3, "cosine\nto next", [words.correlation(point.cosine) for point in points]),
-            _column(6, "median\nleverage", [words.probability(point.leverage) for point in points]),
-            _column(
+            Column(2, "damping", [words.number(point.absolute, 2) for point in points]),
+            Column(5, "y in\nspan", [_share(point.span_share) for point in points]),
+            Column(3, "cosine\nto next", [words.correlation(point.cosine) for point in points]),
+            Column(6, "median\nleverage", [words.probability(point.leverage) for point in points]),
+            Column(
                 4, "rank\ncorr.", [words.correlation(point.rank_correlation) for point in points]
             ),
-            _column(7, "residual", [_residual(point.operator_residual) for point in points]),
+            Column(7, "residual", [_number(point.operator_residual) for point in points]),
         ],
         styles=tuple("bold" if is_own(point, own) else "" for point in points),
     )
@@ -152,10 +157,6 @@ def _share(share: float | None) -> str:
     return "-" if share is None else words.percent(share)
 
 
-def _residual(value: float | None) -> str:
-    return "-" if value is None else words.number(value, 2)
-
-
 # -- One row for each layer's saliencies, and one for what changes of its weights do ---------------
 
 
@@ -180,14 +181,14 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
         "layer",
         [layer.name for layer in layers],
         [
-            _column(2, "weights", (words.count(layer.num_parameters) for layer in layers)),
-            _column(9, "mean\nsaliency", (mean for mean, _ in means)),
-            _column(6, "± s.e.", (error for _, error in means)),
-            _column(7, "above\nnext", (perturbations.above_next(layer) for layer in layers)),
-            _column(8, "leverage", (words.probability(layer.leverage) for layer in layers)),
-            _column(8, "ranking\nis", (perturbations.ranked_by(layer) for layer in layers)),
-            _column(3, "halves", (words.correlation(x.half_correlation) for x in layers)),
-            _column(1, "|w|", (words.correlation(x.magnitude_correlation) for x in layers)),
+            Column(2, "weights", [words.count(layer.num_parameters) for layer in layers]),
+            Column(9, "mean\nsaliency", [mean for mean, _ in means]),
+            Column(6, "± s.e.", [error for _, error in means]),
+            Column(7, "above\nnext", [perturbations.above_next(layer) for layer in layers]),
+            Column(8, "leverage", [words.probability(layer.leverage) for layer in layers]),
+            Column(8, "ranking\nis", [perturbations.ranked_by(layer) for layer in layers]),
+            Column(3, "halves", [words.correlation(x.half_correlation) for x in layers]),
+            Column(1, "|w|", [words.correlation(x.magnitude_correlation) for x in layers]),
             Column(5, "spread", [sparkline(spectrum, cells) for spectrum in spectra], "left"),
         ],
         numbers=tuple(str(layer.rank) for layer in layers),
@@ -252,11 +253,11 @@ def _change_columns(layers: Sequence[LayerSensitivity]) -> Iterator[Column]:
         found = [_change(layer, kind, level) for layer in layers]
         heading = f"{level:g} bit" if kind == "round" else f"prune\n{words.percent(level)}"
         rank = 2 * (len(_HEADLINES) - place)
-        yield _column(rank, heading, map(_predicted, found))
+        yield Column(rank, heading, [*map(_predicted, found)])
         if place < _WITH_MEASURED and any(
             change and change.measured is not None for change in found
         ):
-            yield _column(rank - 1, "measured", map(_measured, found))
+            yield Column(rank - 1, "measured", [*map(_measured, found)])
 
 
 def _kinds(layers: Iterable[LayerSensitivity]) -> list[tuple[str, float]]:
@@ -280,10 +281,6 @@ def _measured(change: Perturbation | None) -> str:
     if change is None or change.measured is None:
         return "- "
     return words.number(change.measured, 2) + ("!" if change.holds is False else " ")
-
-
-def _column(rank: int, heading: str, cells: Iterable[str]) -> Column:
-    return Column(rank, heading, [Text(cell) for cell in cells])
 
 
 # -- One layer's sensitivity in full detail --------------------------------------------------------
@@ -334,22 +331,18 @@ def _level(level: float) -> str:
 
 
 def _changes(changes: tuple[Perturbation, ...]) -> FittedRows:
-    values: dict[str, tuple[int, list[float | None]]] = {
-        "linear": (8, [change.linear for change in changes]),
-        "quadratic": (7, [change.quadratic for change in changes]),
-        "sum": (1, [perturbations.predicted(change) for change in changes]),
-        "± s.e.": (5, [change.stderr for change in changes]),
-        "HAWQ": (3, [change.hawq for change in changes]),
-    }
-    if any(change.measured is not None for change in changes):
-        values["measured"] = (6, [change.measured for change in changes])
     columns = [
-        Column(rank, heading, [Text(_number(value)) for value in column])
-        for heading, (rank, column) in values.items()
+        Column(8, "linear", [_number(change.linear) for change in changes]),
+        Column(7, "quadratic", [_number(change.quadratic) for change in changes]),
+        Column(1, "sum", [_number(perturbations.predicted(change)) for change in changes]),
+        Column(5, "± s.e.", [_number(change.stderr) for change in changes]),
+        Column(3, "HAWQ", [_number(change.hawq) for change in changes]),
     ]
+    if any(change.measured is not None for change in changes):
+        columns.append(Column(6, "measured", [_number(change.measured) for change in changes]))
     if any(change.holds is not None for change in changes):
-        columns.append(Column(4, "holds", [Text(_HOLDS[change.holds]) for change in changes]))
-        columns.append(Column(2, "order", [Text(_order(change)) for change in changes]))
+        columns.append(Column(4, "holds", [_HOLDS[change.holds] for change in changes]))
+        columns.append(Column(2, "order", [_order(change) for change in changes]))
     return FittedRows("change", [perturbations.label(change) for change in changes], columns)
 
 
@@ -364,10 +357,6 @@ def _order(change: Perturbation) -> str:
 # -- Sensitivities as people read them in a terminal: the window, the solve, and the layers --------
 
 
-_MANY_LAYERS = 40
-_HIGHEST_LAYERS = 30
-
-
 def ihvp_table(result: IhvpResult, full: bool = False) -> RenderableType:
     """Lay out the answer of ``hesscli ihvp``.
 
@@ -379,8 +368,7 @@ def ihvp_table(result: IhvpResult, full: bool = False) -> RenderableType:
         Something that a rich console prints at any width and in any encoding.
     """
     selected = sorted(result.layers, key=lambda layer: layer.rank)
-    many = len(selected) > _MANY_LAYERS and not full
-    visible = selected[:_HIGHEST_LAYERS] if many else selected
+    visible = listed(selected, full, lambda layer: -layer.rank)
     return Plainable(
         Group(
             proof_line(result.problem),
@@ -388,13 +376,10 @@ def ihvp_table(result: IhvpResult, full: bool = False) -> RenderableType:
             *window_lines(result),
             GAP,
             *solve_lines(result),
-            *_layers(result, visible, _listing(result, visible, selected)),
+            *_layers(result, visible, _listing(result, visible)),
             *(_details(visible) if full else ()),
-            *_after_gap(sweep_table(result)),
-            GAP,
-            _status(result),
-            cost_line(result.cost),
-            _method_line(result),
+            *after_gap(sweep_table(result)),
+            *_ending(result),
         )
     )
 
@@ -403,64 +388,38 @@ def _layers(
     result: IhvpResult, visible: list[LayerSensitivity], listing: list[str]
 ) -> Iterator[RenderableType]:
     if visible:
-        yield from _after_gap(saliency_rows(visible, listing))
-        yield from _after_gap(change_rows(result, visible))
+        yield from after_gap(saliency_rows(visible, listing))
+        yield from after_gap(change_rows(result, visible))
 
 
 def _details(layers: list[LayerSensitivity]) -> Iterator[RenderableType]:
     for layer in layers:
-        yield from _after_gap(layer_details(layer))
+        yield from after_gap(layer_details(layer))
 
 
-def _after_gap(lines: Iterator[RenderableType]) -> Iterator[RenderableType]:
-    """The lines with an empty one before them, if there are any."""
-    for index, line in enumerate(lines):
-        if index == 0:
-            yield GAP
-        yield line
-
-
-def _listing(
-    result: IhvpResult, visible: list[LayerSensitivity], selected: list[LayerSensitivity]
-) -> list[str]:
-    """Say which layers have no row, and how sure the whole ranking is."""
+def _listing(result: IhvpResult, visible: list[LayerSensitivity]) -> list[str]:
+    """Say how sure the whole ranking is, and which layers have no row."""
     notes = []
     if result.ranking is not None and result.ranking.half_correlation is not None:
         agreement = words.correlation(result.ranking.half_correlation)
         notes.append(f"over all weights, half-windows agree to {agreement}")
-    if len(visible) < len(selected):
-        hidden = words.count(len(selected) - len(visible), "lower layer")
-        notes.append(f"{hidden} not listed: see the JSON")
-    if result.num_hidden:
-        every = words.count(result.num_layers, "layer")
-        notes.append(f"{words.count(len(selected))} of {every} selected")
-    return notes
+    return notes + listing_notes(visible, result, "lower layer", "ranks are among them all")
 
 
-def _status(result: IhvpResult) -> Text:
+def _ending(result: IhvpResult) -> tuple[RenderableType, ...]:
     if result.status == "converged" and not result.layers and result.solve.refinement is None:
-        return Text.assemble(("converged", "bold green"), ": solved with the window")
+        return GAP, status_text("converged", "solved with the window"), *cost_lines(result)
     subject = "each prediction" if result.layers else "the residual"
-    return status_line(result, subject, _shortfall(result))
+    return ending(result, subject, *_shortfall(result))
 
 
-def _shortfall(result: IhvpResult) -> str:
-    """What fell short, and what would help."""
+def _shortfall(result: IhvpResult) -> tuple[str, str]:
+    """What would have helped, and which tolerance was reached."""
+    longer = f"--budget {duration(4 * result.cost.seconds)} (four times as long)"
     refinement = result.solve.refinement
     if refinement is not None and not refinement.converged:
         if refinement.negative_curvature is not None:
-            return "with a larger --damping, or --matrix ggn, the solve can go on"
-        return f"{_longer(result)}, or accept --refine {refinement.residual:.1e}"
+            return "with a larger --damping, or --matrix ggn, the solve can go on", ""
+        return longer, f"--refine {refinement.residual:.1e}"
     certainty = perturbations.least_certain(result.layers)
-    accept = f", or accept --rtol {words.percent(certainty)}" if certainty else ""
-    return _longer(result) + accept
-
-
-def _longer(result: IhvpResult) -> str:
-    return f"--budget {duration(4 * result.cost.seconds)} (four times as long)"
-
-
-def _method_line(result: IhvpResult) -> Facts:
-    method = result.method
-    items = [method.name, f"{method.mode} mode", f"seed {method.seed}"]
-    return facts(items + ([method.note] if method.note else []), style="dim")
+    return longer, f"--rtol {words.percent(certainty)}" if certainty else ""

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.shared import cost_line, proof_line, status_line
+from hesscli.render.shared import ending, proof_line
 from hesscli.render.spectra import compared_with_classes, estimate, has_vector, standing_apart
-from hesscli.render.terminal import GAP, Facts, Name, Plainable, facts, ruled_table
+from hesscli.render.terminal import (
+    GAP,
+    Column,
+    Facts,
+    FittedRows,
+    Plainable,
+    after_gap,
+    facts,
+    grid,
+    ruled_table,
+)
 from hesscli.results import (
     Condition,
     Eigenvalue,
@@ -42,8 +51,6 @@ def spectrum_table(result: SpectrumResult, full: bool = False) -> RenderableType
     Returns:
         Something that a rich console prints at any width and in any encoding.
     """
-    explored = [layer for layer in result.layers if layer.eigenvalues is not None]
-    visible = explored if full else explored[:_MOST_LAYERS]
     return Plainable(
         Group(
             proof_line(result.problem),
@@ -55,11 +62,14 @@ def spectrum_table(result: SpectrumResult, full: bool = False) -> RenderableType
             GAP,
             _sums(result),
             *_sum_notes(result),
-            *_blocks(visible, len(explored)),
-            GAP,
-            status_line(result, "the bar of each largest eigenvalue", _shortfall(result)),
-            cost_line(result.cost),
-            _method_line(result),
+            *after_gap(_blocks(result, full)),
+            *ending(
+                result,
+                "the bar of each largest eigenvalue",
+                f"--steps {2 * result.steps} looks twice as deep",
+                "the bars above",
+                (words.count(result.method.num_probes, "start vector"),),
+            ),
         )
     )
 
@@ -147,15 +157,12 @@ def _eigenvalue_notes(result: SpectrumResult) -> list[str]:
     return notes
 
 
-def _sums(result: SpectrumResult) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column()
+def _sums(result: SpectrumResult) -> RenderableType:
+    rows = []
     for name, label in _NAMES.items():
         function: SpectralFunction = getattr(result.functions, name)
-        table.add_row(Text(label), Text(estimate(function)), Text(_doubt(result, function)))
-    return table
+        rows.append((label, estimate(function), _doubt(result, function)))
+    return grid(rows, unbroken=(1,), right=(1,))
 
 
 def _doubt(result: SpectrumResult, function: SpectralFunction) -> str:
@@ -177,45 +184,44 @@ def _sum_notes(result: SpectrumResult) -> Iterator[Facts]:
     yield facts([f"± one standard error between {number}"], style="dim")
 
 
-def _blocks(layers: list[LayerSpectrum], total: int) -> Iterator[RenderableType]:
+def _blocks(result: SpectrumResult, full: bool) -> Iterator[RenderableType]:
     """The blocks of layers that were explored."""
+    explored = [layer for layer in result.layers if layer.functions is not None]
+    layers = explored if full else explored[:_MOST_LAYERS]
     if not layers:
         return
-    table = ruled_table()
-    table.add_column("block of")
-    for heading in ("parameters", "largest", "smallest", "trace", "negative", "eff. rank"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for layer in layers:
-        assert layer.eigenvalues is not None  # explored
-        assert layer.functions is not None
-        mass = layer.functions.negative_mass.value
-        table.add_row(
-            Name(layer.name),
-            Text(words.count(layer.num_parameters)),
-            Text(_short(layer.eigenvalues[0])),
-            Text(_short(layer.eigenvalues[-1])),
-            Text(estimate(layer.functions.trace)),
-            Text("-" if mass is None else words.percent(mass)),
-            Text(estimate(layer.functions.effective_rank)),
-        )
-    yield GAP
-    yield table
-    if len(layers) < total:
-        yield Padding(Text(f"{total - len(layers)} more: see the JSON", style="dim"), (0, 0))
+    yield FittedRows(
+        "block of",
+        [layer.name for layer in layers],
+        [
+            Column(3, "parameters", [words.count(layer.num_parameters) for layer in layers]),
+            Column(6, "largest", [_end(layer, 0) for layer in layers]),
+            Column(5, "smallest", [_end(layer, -1) for layer in layers]),
+            Column(4, "trace", [_sum(layer, "trace") for layer in layers]),
+            Column(2, "negative", [_negative(layer) for layer in layers]),
+            Column(1, "eff. rank", [_sum(layer, "effective_rank") for layer in layers]),
+        ],
+    )
+    if len(layers) < len(explored):
+        yield Text(f"{len(explored) - len(layers)} more: see the JSON", style="dim")
+
+
+def _end(layer: LayerSpectrum, place: int) -> str:
+    assert layer.eigenvalues is not None  # explored
+    return _short(layer.eigenvalues[place])
+
+
+def _sum(layer: LayerSpectrum, name: str) -> str:
+    return estimate(getattr(layer.functions, name))
+
+
+def _negative(layer: LayerSpectrum) -> str:
+    assert layer.functions is not None  # explored
+    mass = layer.functions.negative_mass.value
+    return "-" if mass is None else words.percent(mass)
 
 
 def _short(eigenvalue: Eigenvalue) -> str:
     if not known(eigenvalue):
         return f"0 ± {words.number(abs(eigenvalue.value) + eigenvalue.residual, 2)}"
     return words.number(eigenvalue.value, 4)
-
-
-def _shortfall(result: SpectrumResult) -> str:
-    return f"--steps {2 * result.steps} looks twice as deep, or accept the bars above"
-
-
-def _method_line(result: SpectrumResult) -> Facts:
-    method = result.method
-    starts = words.count(method.num_probes, "start vector")
-    items = [f"Lanczos, {starts}", f"{method.mode} mode", f"seed {method.seed}", method.note]
-    return facts(items, style="dim")

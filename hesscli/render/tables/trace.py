@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from hesscli.render import words
 from hesscli.render.shared import (
-    cost_line,
+    ending,
     error_budget,
     listed,
-    listing_notes,
-    method_line,
     noises,
+    probes_drawn,
     proof_line,
-    status_line,
     trace_lines,
+    trace_notes,
 )
-from hesscli.render.terminal import GAP, Bar, Name, Plainable, facts, ruled_table
+from hesscli.render.terminal import GAP, Bar, Column, FittedRows, Plainable, facts
 from hesscli.results import LayerTrace, TraceResult
 
 
@@ -34,8 +31,8 @@ def trace_table(result: TraceResult, full: bool = False) -> RenderableType:
     Returns:
         Something that a rich console prints at any width and in any encoding.
     """
-    visible = listed(result.layers, full)
-    notes = listing_notes(visible, result)
+    visible = listed(result.layers, full, words.trace_size)
+    notes = trace_notes(visible, result)
     return Plainable(
         Group(
             proof_line(result.problem),
@@ -43,42 +40,31 @@ def trace_table(result: TraceResult, full: bool = False) -> RenderableType:
             *trace_lines(result),
             *error_budget(result, "error budget"),
             GAP,
-            _layer_table(result, visible),
+            _layer_rows(visible, result),
             *([facts(notes, style="dim")] if notes else []),
-            GAP,
-            status_line(result, "the interval", _shortfall(result)),
-            cost_line(result.cost),
-            method_line(result),
+            *ending(result, "the interval", *_shortfall(result), probes_drawn(result.method)),
         )
     )
 
 
-def _layer_table(result: TraceResult, layers: list[LayerTrace]) -> Table:
-    confidence = words.percent(result.trace.confidence)
-    table = ruled_table()
-    table.add_column("layer")
-    for heading in ("parameters", "trace", f"± ({confidence})", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
-    table.add_column("per param.", justify="right", no_wrap=True)
+def _layer_rows(layers: list[LayerTrace], result: TraceResult) -> FittedRows:
+    confidence, total = words.percent(result.trace.confidence), result.trace.estimate
     largest = max((abs(layer.estimate) for layer in layers), default=0.0)
-    for layer in layers:
-        _add_layer(table, layer, result.trace.estimate, largest)
-    return table
-
-
-def _add_layer(table: Table, layer: LayerTrace, total: float, largest: float) -> None:
-    value, error = words.rounded_pair(layer.estimate, words.half_width(layer.interval))
-    uncertain = words.includes_zero(layer.interval)
-    table.add_row(
-        Name(layer.name),
-        Text(words.count(layer.num_parameters)),
-        Text(value),
-        Text(error),
-        Text(words.percent(layer.estimate / total) if total else ""),
-        Bar(_ratio(layer.estimate, largest)),
-        Text(words.number(words.per_parameter(layer))),
-        style="dim" if uncertain else "",
+    pairs = [words.rounded_pair(x.estimate, words.half_width(x.interval)) for x in layers]
+    shares = [words.percent(layer.estimate / total) if total else "" for layer in layers]
+    each = [words.number(words.per_parameter(layer)) for layer in layers]
+    return FittedRows(
+        "layer",
+        [layer.name for layer in layers],
+        [
+            Column(2, "parameters", [words.count(layer.num_parameters) for layer in layers]),
+            Column(6, "trace", [value for value, _ in pairs]),
+            Column(5, f"± ({confidence})", [error for _, error in pairs]),
+            Column(3, "share", shares),
+            Column(1, "", [Bar(_ratio(layer.estimate, largest)) for layer in layers], "left"),
+            Column(4, "per param.", each),
+        ],
+        styles=["dim" if words.includes_zero(layer.interval) else "" for layer in layers],
     )
 
 
@@ -86,10 +72,9 @@ def _ratio(value: float, largest: float) -> float:
     return value / largest if largest and math.isfinite(value / largest) else 0.0
 
 
-def _shortfall(result: TraceResult) -> str:
-    """What would have reached the tolerance, or which one was reached."""
+def _shortfall(result: TraceResult) -> tuple[str, str]:
+    """What would have reached the tolerance, and which one was reached."""
     found = noises(result)
-    largest = f"{found[0].source} is largest: {found[0].remedy}; " if found else ""
+    largest = f"{found[0].source} is largest: {found[0].remedy}" if found else ""
     error = words.half_width(result.trace.interval)
-    accept = words.number(error, 2) if math.isfinite(error) else "any size"
-    return f"{largest}or accept ± {accept}"
+    return largest, f"± {words.number(error, 2) if math.isfinite(error) else 'any size'}"
