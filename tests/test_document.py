@@ -243,6 +243,23 @@ def test_broken_sensitivities_do_not(
     assert not validator.is_valid(document)
 
 
+@pytest.mark.parametrize(
+    "result",
+    [trace_result(), check_result(), diag_result(), ihvp_result()],
+    ids=lambda r: r.command,
+)
+def test_the_schema_describes_every_key(result: TraceResult) -> None:
+    strict = schema()
+    for definition in strict["$defs"].values():
+        definition["additionalProperties"] = False
+    assert Draft202012Validator(strict).is_valid(json.loads(to_json(result)))
+
+
+def test_a_check_says_whether_it_passed() -> None:
+    checks = json.loads(to_json(check_result()))["preflight"]["checks"]
+    assert [check["passed"] for check in checks] == [True, False, True]
+
+
 def test_new_keys_may_come(validator: Draft202012Validator) -> None:
     document = json.loads(to_json(trace_result()))
     document["trace"]["median"] = 3.0

@@ -23,7 +23,7 @@ class Check:
     detail: str
     value: float | None = None
     bound: float | None = None
-    passed: bool = field(init=False)
+    passed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passed", self.state == "passed")
