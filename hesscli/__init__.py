@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import Any
 
+from hesscli.commands import COMMANDS
+
 __version__ = _version("hesscli")
 
 _HOMES = {
@@ -18,13 +20,13 @@ _HOMES = {
     "GaussNewton": "hesscli.operators.gauss_newton",
     "Fisher": "hesscli.operators.gauss_newton",
     "EmpiricalFisher": "hesscli.operators.gauss_newton",
-    "trace": "hesscli.diagnostics.trace",
-    "diagonal": "hesscli.diagnostics.diag",
-    "sensitivity": "hesscli.diagnostics.ihvp",
     "ihvp": "hesscli.diagnostics.ihvp",
     "WindowOptions": "hesscli.diagnostics.window",
-    "spectrum": "hesscli.diagnostics.spectrum",
-    "check": "hesscli.diagnostics.check",
+}
+_HOMES |= {
+    function: module
+    for module, _, function in (command.measure.partition(":") for command in COMMANDS.values())
+    if function
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from program import SUNSPOTS, hesscli_warm
 
+from hesscli.commands import COMMANDS
+
 LAYERS = {"hidden1", "hidden2", "head"}
 FEW = {
     "trace": ("--method", "hutchinson", "--probes", 4),
@@ -24,7 +26,10 @@ def named(text: str) -> set[str]:
     return {layer for layer in LAYERS if re.search(rf"\b{layer}\b", text)}
 
 
-@pytest.mark.parametrize("command", FEW)
+MEASURED = [name for name, command in COMMANDS.items() if command.figures]
+
+
+@pytest.mark.parametrize("command", MEASURED)
 def test_layer_restricts_table_pictures_and_document_alike(command: str, tmp_path: Path) -> None:
     line = (command, SUNSPOTS, *FEW[command], "--dir", ".", "--layer", "head")
     run = hesscli_warm(*line, cwd=tmp_path)

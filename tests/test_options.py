@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hesscli.cli import reading
-from hesscli.cli.answer import fill_bare_layers
+from hesscli.cli.answer import fill_bare_layers, what_is_asked
 from hesscli.cli.console import describe_estimate, describe_time_left
-from hesscli.cli.options import relative_tolerance
+from hesscli.cli.trace import USAGE as TRACE
 from hesscli.results import Snapshot
 
 ACCEPTED = [
@@ -77,11 +77,19 @@ def test_refused(read, text) -> None:
         read(text)
 
 
-def test_a_typed_absolute_tolerance_replaces_the_usual_relative_one() -> None:
-    assert relative_tolerance(None, None) == 0.05
-    assert relative_tolerance(0.01, None) == 0.01
-    assert relative_tolerance(None, 0.1) is None
-    assert relative_tolerance(0.01, 0.1) == 0.01
+@pytest.mark.parametrize(
+    ("typed", "rtol"),
+    [
+        ({}, 0.05),
+        ({"rtol": 0.01}, 0.01),
+        ({"atol": 0.1}, None),
+        ({"rtol": 0.01, "atol": 0.1}, 0.01),
+    ],
+)
+def test_a_typed_absolute_tolerance_replaces_the_usual_relative_one(
+    typed: dict[str, float], rtol: float | None
+) -> None:
+    assert what_is_asked(TRACE, TRACE.defaults() | typed)["rtol"] == rtol
 
 
 @pytest.mark.parametrize(

@@ -1,43 +1,34 @@
-"""What every command has: a bare ``--layer``, the problem, and what happens to a result."""
+"""What a command does with what was typed: load, measure, and let everything be read or written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import typer
 from typer.core import TyperCommand
 
+from hesscli.cli import options
 from hesscli.cli.console import Console
+from hesscli.cli.usage import Given, Layers, Measure, Usage
+from hesscli.commands import Command
 from hesscli.errors import ExitCode, InputError, UsageError
-from hesscli.results import (
-    CheckpointReport,
-    CheckResult,
-    DiagResult,
-    IhvpResult,
-    Observe,
-    SpectrumResult,
-    Status,
-    TraceResult,
-)
+from hesscli.results import Answer, CheckpointReport, Header, Observe, Status
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.console import RenderableType
-
     from hesscli.problem.problem import Problem
 
 
-# -- What every command has: a bare ``--layer``, and a console that knows how much to say ----------
+# -- A bare ``--layer``, which takes every layer ---------------------------------------------------
 
 
 EVERY_LAYER = "*"
 
 
-class Command(TyperCommand):
+class Typed(TyperCommand):
     """A command on which ``--layer`` may stand without a pattern."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -62,32 +53,62 @@ def fill_bare_layers(args: Sequence[str]) -> list[str]:
     return [*filled, *args[end:]]
 
 
-_LOADING = (
-    "spec",
-    "examples",
-    "device",
-    "dtype",
-    "batch_size",
-    "weight_decay",
-    "trust",
-    "seed",
-    "budget",
-)
+# -- From a command line to its exit code ----------------------------------------------------------
 
 
-def load_problem(context: typer.Context, console: Console, observe: Observe) -> Problem:
-    """The problem that the options of a command name; its warnings are said at once."""
+def answer(command: Command, usage: Usage, console: Console, given: Given) -> ExitCode:
+    """Do what a command line asks: load, measure, say, write, and tell the shell.
+
+    Args:
+        command: which one.
+        usage: how it is typed.
+        console: where to say what.
+        given: what was typed, by the names of its options.
+    """
+    patterns = given.get("layers") or ()
+    with console.working() as observe:
+        problem = load_problem(given, observe)
+        console.warn(*problem.warnings)
+        shown = select_layers(patterns, problem)
+        measure = prepared(command, usage, problem, given, shown)
+        folder = prepare_output(given["directory"], problem.checkpoint)
+        result = measure(observe=observe)
+    console.warn(*(text for text in result.warnings if text not in problem.warnings))
+    if not isinstance(result, Answer):
+        deliver(command, result, console, given, folder)
+        return ExitCode.OK
+    deliver(command, result.only(shown), console, given, folder)
+    return exit_code(result.status, asked=any(given.get(name) for name in _TOLERANCES))
+
+
+_TOLERANCES = ("rtol", "atol", "refine")
+
+
+def load_problem(given: Given, observe: Observe) -> Problem:
+    """The problem that the options of a command name."""
     from hesscli.problem.loading import load
 
-    chosen = {name: context.params[name] for name in _LOADING}
-    problem = load(context.params["checkpoint"], observe=observe, **chosen)
-    console.warn(*problem.warnings)
-    return problem
+    return load(observe=observe, **{option.name: given[option.name] for option in options.LOADED})
 
 
-def say_warnings(console: Console, problem: Problem, warnings: Sequence[str]) -> None:
-    """A result's warnings, but for those that were said when the problem was loaded."""
-    console.warn(*(text for text in warnings if text not in problem.warnings))
+def prepared(
+    command: Command, usage: Usage, problem: Problem, given: Given, shown: Layers
+) -> Measure:
+    """The command's measurement, told all that is asked of it."""
+    asked = what_is_asked(usage, given)
+    if usage.prepare is not None:
+        return usage.prepare(problem, asked, shown)
+    return partial(resolve_name(command.measure), problem, **asked)
+
+
+def what_is_asked(usage: Usage, given: Given) -> dict[str, Any]:
+    """What a measurement is told, of all that was typed; without a tolerance the usual one."""
+    elsewhere = {*options.LOADED, *options.SHOWN} - {options.SEED, options.BUDGET}
+    asked = {option.name: given[option.name] for option in usage.options if option not in elsewhere}
+    usual = next((option.usual for option in usage.options if option.name == "rtol"), None)
+    if usual is not None and not (given["rtol"] or given.get("atol")):
+        asked["rtol"] = usual
+    return asked
 
 
 def exit_code(status: Status, *, asked: bool) -> ExitCode:
@@ -98,19 +119,8 @@ def exit_code(status: Status, *, asked: bool) -> ExitCode:
     return ExitCode.TOLERANCE if missed and asked else ExitCode.OK
 
 
-def loudness(context: typer.Context, *, quiet: bool, verbose: bool) -> Console:
-    """The run's console, told how much to say; error reports follow it too."""
-    root = context.find_root()
-    root.obj = replace(root.obj, quiet=quiet, verbose=verbose)
-    console: Console = root.obj
-    return console
-
-
 # -- What happens to a result: which layers it shows, its files, and stdout ------------------------
 
-
-ResultT = TypeVar("ResultT", TraceResult, CheckResult, DiagResult, IhvpResult, SpectrumResult)
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors")
 NO_FILES = Path("-")
@@ -153,56 +163,35 @@ def prepare_output(folder: Path | None, checkpoint: CheckpointReport | None) -> 
 
 
 def deliver(
-    result: ResultT,
-    console: Console,
-    *,
-    out: str,
-    folder: Path | None,
-    table: Callable[[], RenderableType],
-    figures: Mapping[str, Callable[[], Figure]] = NOTHING,
-    tensors: Mapping[str, Mapping[str, Any]] = NOTHING,
+    command: Command, result: Header, console: Console, given: Given, folder: Path | None
 ) -> None:
-    """Write a result's files and print it.
-
-    Args:
-        result: what the command found.
-        console: where to print.
-        out: what stdout carries, ``table`` or ``json``.
-        folder: where files go; None for none.
-        table: makes what people read.
-        figures: draw pictures, by the name of their files.
-        tensors: numpy arrays by name, by the name of their file, the main ones first.
-    """
+    """Write a result's files, into a folder if there is to be one, and print it."""
     from hesscli.render.document import to_json
 
     try:
         if folder is not None:
-            result = _save(result, console, folder, figures, tensors)
+            result = _save(command, result, console, given, folder)
     finally:  # a full disk must not cost the user the numbers
-        if out == "json":
+        if given["out"] == "json":
             console.write(to_json(result))
         else:
-            console.show(table())
+            every = EVERY_LAYER in (given.get("layers") or ())
+            console.show(resolve_name(command.table)(result, **({"full": True} if every else {})))
 
 
-def _save(
-    result: ResultT,
-    console: Console,
-    folder: Path,
-    figures: Mapping[str, Callable[[], Figure]],
-    tensors: Mapping[str, Mapping[str, Any]],
-) -> ResultT:
+def _save(command: Command, result: Header, console: Console, given: Given, folder: Path) -> Header:
     from hesscli.render.document import to_json
 
     files = {"json": folder / f"{_file_name(result, result.command)}.json"}
-    for name, arrays in tensors.items():
+    for name, arrays in result.tensors().items():
         kind = _kind(result, name, "tensors") if "tensors" in files else "tensors"
         files[kind] = _write_tensors(folder, _file_name(result, name), arrays)
-    for name, draw in figures.items():
+    if command.figures:
         from hesscli.render.figures.canvas import save_figure
 
-        saved = save_figure(draw(), folder, _file_name(result, name))
-        files |= {_kind(result, name, kind): path for kind, path in saved.items()}
+        for name, figure in resolve_name(command.figures)(result, given):
+            saved = save_figure(figure, folder, _file_name(result, name))
+            files |= {_kind(result, name, kind): path for kind, path in saved.items()}
     result = replace(result, files={kind: str(path) for kind, path in files.items()})
     write_text(files["json"], to_json(result))
     for path in files.values():
@@ -210,13 +199,13 @@ def _save(
     return result
 
 
-def _kind(result: ResultT, name: str, kind: str) -> str:
+def _kind(result: Header, name: str, kind: str) -> str:
     """What ``files`` calls a file: the command's main ones by their kind alone."""
     extra = name.removeprefix(result.command).strip("-_")
     return f"{kind}_{extra}" if extra else kind
 
 
-def _file_name(result: ResultT, name: str) -> str:
+def _file_name(result: Header, name: str) -> str:
     """A file's name without its ending; it carries the matrix where that is not the Hessian."""
     matrix = result.problem.matrix
     return name if matrix == "hessian" else f"{name}-{matrix}"

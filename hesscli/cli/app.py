@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import platform
 import re
@@ -11,17 +12,20 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
+from pkgutil import resolve_name
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
 from hesscli import __version__
-from hesscli.cli import check, diag, ihvp, init, schema, spectrum, trace
-from hesscli.cli.answer import Command
+from hesscli.cli.answer import Typed, answer
 from hesscli.cli.console import Console, interrupts
 from hesscli.cli.process import keep_freed_memory, results_alone, yield_waiting_cores
+from hesscli.cli.usage import Usage
+from hesscli.commands import COMMANDS, Command
 from hesscli.errors import (
     ExitCode,
     HesscliError,
@@ -47,24 +51,6 @@ is found, and not named by --spec, must lie inside the working folder's
 tree, or be let run by --trust.
 """
 
-app = typer.Typer(
-    name="hesscli",
-    help="A curvature microscope for trained PyTorch networks.",
-    epilog=EXAMPLES,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-COMMANDS: dict[str, tuple[Callable[..., ExitCode], str]] = {
-    "check": (check.check, check.EXAMPLES),
-    "init": (init.init, init.EXAMPLES),
-    "trace": (trace.trace, trace.EXAMPLES),
-    "diag": (diag.diag, diag.EXAMPLES),
-    "ihvp": (ihvp.ihvp, ihvp.EXAMPLES),
-    "spectrum": (spectrum.spectrum, spectrum.EXAMPLES),
-    "schema": (schema.schema, schema.EXAMPLES),
-}
-for name, (function, examples) in COMMANDS.items():
-    app.command(name, cls=Command, epilog=examples)(function)
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -72,7 +58,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def _hesscli(
     context: typer.Context,
     _version: Annotated[
@@ -82,6 +67,40 @@ def _hesscli(
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def program() -> Any:
+    """All commands of the registry, as typer has them."""
+    app = typer.Typer(
+        name="hesscli",
+        help="A curvature microscope for trained PyTorch networks.",
+        epilog=EXAMPLES,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_hesscli)
+    for name, command in COMMANDS.items():
+        usage: Usage = resolve_name(command.usage)
+        declare = app.command(name, cls=Typed, help=usage.help, epilog=usage.examples)
+        declare(_function(command, usage))
+    return typer.main.get_command(app)
+
+
+def _function(command: Command, usage: Usage) -> Callable[..., ExitCode]:
+    """A command as a function, whose signature has the options that it takes."""
+
+    def run(context: typer.Context, **given: Any) -> ExitCode:
+        console: Console = context.obj
+        if "quiet" in given:  # error reports follow it too
+            console = replace(console, quiet=given["quiet"], verbose=given["verbose"])
+            context.find_root().obj = console
+        if usage.run is not None:
+            return usage.run(console, given)
+        return answer(command, usage, console, given)
+
+    first = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [first, *(option.parameter for option in usage.options)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,16 +113,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    program = typer.main.get_command(app)
+    commands = program()
     if "_HESSCLI_COMPLETE" in os.environ:
-        program.main(prog_name="hesscli")  # answers the shell that completes, and exits
+        commands.main(prog_name="hesscli")  # answers the shell that completes, and exits
     keep_freed_memory()
     yield_waiting_cores()
     with results_alone(for_good=argv is None):
         console = Console.open()
         code = int(ExitCode.OK)
         try:
-            code = _run(program, args, console)
+            code = _run(commands, args, console)
             console.flush()
         except BrokenPipeError:  # the reader has left, and has what it wanted
             console.abandon()
@@ -113,13 +132,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(program: Any, args: list[str], console: Console) -> int:
+def _run(commands: Any, args: list[str], console: Console) -> int:
     context = None
     try:
         with interrupts():
-            context = program.make_context("hesscli", list(args), obj=console)
+            context = commands.make_context("hesscli", list(args), obj=console)
             with context:
-                code = program.invoke(context)
+                code = commands.invoke(context)
             console.flush()
         return int(code or ExitCode.OK)
     except typer.Exit as finished:

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from hesscli.cli import options
-from hesscli.cli.answer import loudness, write_text
+from hesscli.cli.answer import write_text
+from hesscli.cli.console import Console
+from hesscli.cli.usage import Given, Usage, switch
 from hesscli.errors import ExitCode, UsageError
 
-EXAMPLES = """\
-Examples:
 
-  hesscli init model.pt              writes model.toml beside it
-  hesscli init model.pt --stdout     prints the spec instead
-"""
+def run(console: Console, given: Given) -> ExitCode:
+    """Write the spec, or print it.
 
-
-def init(
-    context: typer.Context,
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT", help="A .pt, .pth, .safetensors or .pt2 file, or a folder of one."
-        ),
-    ],
-    trust: options.Trust = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a spec that is there.")] = False,
-    stdout: Annotated[
-        bool, typer.Option("--stdout", help="Print the spec and write no file.")
-    ] = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> ExitCode:
-    """Write a spec for a checkpoint: which model, which data, which loss."""
-    console = loudness(context, quiet=quiet, verbose=verbose)
+    Raises:
+        UsageError: a spec is there already, or cannot be written.
+    """
+    checkpoint: Path = given["checkpoint"]
     spec = spec_path(checkpoint)
-    if spec.exists() and not (force or stdout):
+    if spec.exists() and not (given["force"] or given["stdout"]):
         raise UsageError(
             "a spec is there already",
             str(spec),
@@ -48,8 +33,8 @@ def init(
     from hesscli.problem.template import write_template
 
     with console.working():
-        text = write_template(checkpoint, trust=trust)
-    if stdout:
+        text = write_template(checkpoint, trust=given["trust"])
+    if given["stdout"]:
         console.write(text)
         return ExitCode.OK
     try:
@@ -71,3 +56,30 @@ def spec_path(checkpoint: Path) -> Path:
     if checkpoint.is_dir():
         return checkpoint / SPEC_NAME
     return checkpoint.with_name(f"{stem_of(checkpoint)}.toml")
+
+
+USAGE = Usage(
+    help="Write a spec for a checkpoint: which model, which data, which loss.",
+    examples="""\
+Examples:
+
+  hesscli init model.pt              writes model.toml beside it
+  hesscli init model.pt --stdout     prints the spec instead
+""",
+    options=(
+        replace(
+            options.CHECKPOINT,
+            default=inspect.Parameter.empty,
+            declared=typer.Argument(
+                metavar="CHECKPOINT",
+                help="A .pt, .pth, .safetensors or .pt2 file, or a folder of one.",
+            ),
+        ),
+        options.TRUST,
+        switch("--force", help="Replace a spec that is there."),
+        switch("--stdout", help="Print the spec and write no file."),
+        options.QUIET,
+        options.VERBOSE,
+    ),
+    run=run,
+)

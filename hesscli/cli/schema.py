@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 
-import typer
-
 from hesscli.cli.console import Console
+from hesscli.cli.usage import Given, Usage
 from hesscli.errors import ExitCode
 
-EXAMPLES = """\
+
+def run(console: Console, _given: Given) -> ExitCode:
+    """Print it."""
+    from hesscli.render.document import schema
+
+    console.write(json.dumps(schema(), indent=2) + "\n")
+    return ExitCode.OK
+
+
+USAGE = Usage(
+    help="Print the JSON Schema of every command's document.",
+    examples="""\
 Examples:
 
   hesscli schema > hesscli.schema.json
-"""
-
-
-def schema(context: typer.Context) -> ExitCode:
-    """Print the JSON Schema of every command's document."""
-    from hesscli.render.document import schema as describe
-
-    console: Console = context.obj
-    console.write(json.dumps(describe(), indent=2) + "\n")
-    return ExitCode.OK
+""",
+    options=(),
+    run=run,
+)

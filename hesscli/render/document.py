@@ -10,20 +10,8 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from hesscli.results import (
-    CheckResult,
-    DiagResult,
-    Header,
-    IhvpResult,
-    SpectrumResult,
-    TraceResult,
-    documented,
-)
-
-_RESULTS: dict[str, type[Header]] = {
-    kind.command: kind
-    for kind in (CheckResult, TraceResult, DiagResult, IhvpResult, SpectrumResult)
-}
+from hesscli.commands import results
+from hesscli.results import Header, documented
 
 
 def to_json(result: Header) -> str:
@@ -38,8 +26,9 @@ def to_json(result: Header) -> str:
     Returns:
         The document, in ASCII, ending with a newline.
     """
-    names = documented(type(result))
-    plain = _adapter(result.command).dump_python(
+    kind: Any = type(result)
+    names = documented(kind)
+    plain = _adapter(kind).dump_python(
         result, mode="json", include=set(names), fallback=_number, warnings=False
     )
     text = json.dumps({name: plain[name] for name in names})
@@ -48,9 +37,9 @@ def to_json(result: Header) -> str:
 
 
 @cache
-def _adapter(command: str) -> TypeAdapter[Any]:
-    """What knows the types of a command's result: it writes documents and describes them."""
-    return TypeAdapter(_RESULTS[command])
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """What knows a result's types: it writes documents and describes them."""
+    return TypeAdapter(kind)
 
 
 def _number(scalar: Any) -> Any:
@@ -65,11 +54,12 @@ def schema() -> dict[str, Any]:
         A JSON Schema (draft 2020-12). Keys that it does not name are allowed, since new ones
         may come without a new ``schema_version``.
     """
+    kinds = results()
     references, definitions = TypeAdapter.json_schemas(
-        [(command, "serialization", _adapter(command)) for command in _RESULTS],
+        [(command, "serialization", _adapter(kind)) for command, kind in kinds.items()],
         schema_generator=_DocumentSchema,
     )
-    for kind in _RESULTS.values():
+    for kind in kinds.values():
         definition, names = definitions["$defs"][kind.__name__], documented(kind)
         definition["required"] = names
         definition["properties"] = {name: definition["properties"][name] for name in names}
@@ -81,7 +71,7 @@ def schema() -> dict[str, Any]:
         "$schema": GenerateJsonSchema.schema_dialect,
         "title": "hesscli",
         "description": "What hesscli prints with --out json: one document a command.",
-        "oneOf": [references[command, "serialization"] for command in _RESULTS],
+        "oneOf": [references[command, "serialization"] for command in kinds],
         **definitions,
     }
 

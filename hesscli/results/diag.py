@@ -111,6 +111,10 @@ class DiagResult(Answer):
     """±1.96 of them cover 95%, however few the draws they were estimated from; or more, where
     entries were shrunk, and they count how far."""
 
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Entries and their standard errors."""
+        return {"diag": self.entries, "diag_stderr": self.stderr}
+
     def __str__(self) -> str:
         """One honest line."""
         report = self.diagonal

@@ -206,6 +206,10 @@ class Header:
     files: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Arrays by the names of the files that they go to, the main ones first."""
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Header):

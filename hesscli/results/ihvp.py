@@ -194,6 +194,10 @@ class IhvpResult(Answer):
     direction: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
     """y, likewise."""
 
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Saliencies, or where only a solve was asked for what it found."""
+        return {"saliency": self.saliency} if self.saliency else {"ihvp": self.direction}
+
     def __str__(self) -> str:
         """One honest line."""
         off = self.residual.operator

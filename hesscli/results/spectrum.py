@@ -159,6 +159,10 @@ class SpectrumResult(Answer):
     """By parameter, in its shape after one more dimension in front: a vector for each of
     ``eigenvalues``. Empty where they were not asked for."""
 
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Eigenvectors, where they were asked for."""
+        return {"spectrum_vectors": self.vectors} if self.vectors else {}
+
     def __str__(self) -> str:
         """One honest line."""
         top = self.eigenvalues[0]

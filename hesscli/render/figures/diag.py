@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -9,6 +12,7 @@ from matplotlib.patches import Patch
 from hesscli.render import bins, words
 from hesscli.render.figures import canvas
 from hesscli.render.figures.canvas import label_sizes, scale_by_size
+from hesscli.render.figures.heat_map import heat_map
 from hesscli.render.figures.rows import (
     LEAST,
     SHAPES,
@@ -208,3 +212,23 @@ def _variances(block: BlockReport) -> tuple[float, float, float]:
     parts = (block.between_variance, block.within_variance, block.noise_variance or 0.0)
     between, within, noise = (max(part, 0.0) for part in parts)
     return between, within, noise
+
+
+# -- Which pictures an answer has, by the names of their files -------------------------------------
+
+
+def figures(result: DiagResult, asked: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """The diagonal, its blocks where there are any, and the map of one tensor."""
+    yield "diag", diag_figure(result)
+    if any(layer.block.rule != "none" for layer in result.layers):
+        yield "diag_blocks", block_figure(result)
+    mapped = asked["heatmap"] or _most_curved(result)
+    if mapped is not None:
+        yield "diag_heatmap", heat_map(mapped, result.entries[mapped], canvas.provenance(result))
+
+
+def _most_curved(result: DiagResult) -> str | None:
+    """The layers' matrix or kernel tensor with the largest entry, if there is any."""
+    names = [parameter.name for layer in result.layers for parameter in layer.parameters]
+    mapped = {name: result.entries[name] for name in names if result.entries[name].ndim >= 2}
+    return max(mapped, key=lambda name: abs(mapped[name]).max(), default=None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from matplotlib.lines import Line2D
 from hesscli.render import bins, perturbations, words
 from hesscli.render.figures import canvas
 from hesscli.render.figures.canvas import label_sizes, scale_by_size
+from hesscli.render.figures.ihvp_checks import calibration_figure, sweep_figure
 from hesscli.render.figures.rows import SHAPES, Rows, draw_shape, draw_spread, mark_mean
 from hesscli.results import (
     HOLDS_WITHIN,
@@ -253,3 +255,19 @@ def _saliency_notes(result: IhvpResult, layers: list[LayerSensitivity]) -> list[
     zeros = sum(x.num_parameters - sum(x.saliency.histogram.counts) for x in layers)
     notes += canvas.not_drawn(zeros, "weight", " of zero saliency")
     return notes + canvas.not_drawn(len(result.layers) - len(layers), "lower layer")
+
+
+# -- Which pictures an answer has, by the names of their files -------------------------------------
+
+
+def figures(result: IhvpResult, _asked: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """What changes cost, which weights matter, and how both were checked."""
+    changes = [change for layer in result.layers for change in layer.perturbations]
+    if changes:
+        yield "ihvp", sensitivity_figure(result)
+    if result.layers:
+        yield "ihvp_saliency", saliency_figure(result)
+    if any(change.measured is not None for change in changes):
+        yield "ihvp_calibration", calibration_figure(result)
+    if result.sweep:
+        yield "ihvp_damping", sweep_figure(result)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -395,3 +396,15 @@ def _label_powers(axes: Axes) -> None:
     axes.set_ylim(10.0**first, 10.0**last)
     powers = range(last, first - 1, -(1 + (last - first) // _MOST_POWERS))
     canvas.label_heights(axes, [10.0**power for power in powers])
+
+
+# -- Which pictures an answer has, by the names of their files -------------------------------------
+
+
+def figures(result: SpectrumResult, asked: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """The density, the largest eigenvalues and where their vectors lie; how they settled."""
+    yield "spectrum", density_figure(result)
+    yield "spectrum_staircase", staircase_figure(result)
+    yield "spectrum_participation", participation_figure(result)
+    if asked["verbose"]:
+        yield "spectrum_convergence", convergence_figure(result)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -128,3 +130,11 @@ def _limits(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     air = 0.04 * (high - low) or 1.0
     return (low - air if low < 0 else 0.0), (high + air if high > 0 else 0.0 if low < 0 else air)
+
+
+# -- Which pictures an answer has, by the names of their files -------------------------------------
+
+
+def figures(result: TraceResult, _asked: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """The trace, layer by layer."""
+    yield "trace", trace_figure(result)
