@@ -12,8 +12,9 @@ from noisy_diagonals import at_least, at_most, estimates, matrix
 
 from hesscli.diagnostics.block_variance import block_report
 from hesscli.engines.diagonal import Diagonal
-from hesscli.engines.hutchinson.blocks import BlockRule, Blocks
+from hesscli.engines.hutchinson.blocks import Blocks
 from hesscli.results import BlockReport
+from hesscli.vocabulary import BlockRule
 
 SEEDS = 500
 SHAPES = [(4, 3, 2, 2), (4,), (3, 10)]  # 48 and 30 entries in blocks, 4 outside

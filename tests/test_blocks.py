@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from hesscli.engines.hutchinson.blocks import BlockRule, Blocks
+from hesscli.engines.hutchinson.blocks import Blocks
 from hesscli.errors import UsageError
+from hesscli.vocabulary import BlockRule
 
 SHAPES = [(), (1,), (5,), (4, 6), (6, 70), (8, 64), (3, 32), (4, 3, 5), (4, 3, 3, 3), (2, 3, 1, 1)]
 SHAPES += [(2, 3, 2, 2, 2), (0, 3), (3, 0), (2, 0, 3)]

@@ -18,6 +18,7 @@ HEAVY = {"torch", "numpy", "matplotlib", "scipy"}
 # From the street up to the roof; a room may import from the floors below it.
 FLOORS = [
     {"errors", "units", "commands"},
+    {"vocabulary"},
     {"results"},
     {"parameters", "streams", "storage", "memory", "meter"},
     {"problem"},
@@ -27,8 +28,16 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-RENDER_MAY_USE = {"render", "results", "commands", "errors", "storage", "units"}
-WITHOUT_TORCH = ("cli", "render", "results", "commands.py", "errors.py", "units.py")
+RENDER_MAY_USE = {"render", "results", "commands", "vocabulary", "errors", "storage", "units"}
+WITHOUT_TORCH = (
+    "cli",
+    "render",
+    "results",
+    "commands.py",
+    "vocabulary.py",
+    "errors.py",
+    "units.py",
+)
 
 
 def sources() -> list[Path]:

@@ -13,7 +13,7 @@ import hesscli
 from hesscli import Hessian
 from hesscli.engines.estimator import Estimator
 from hesscli.engines.hutchinson.engine import Hutchinson
-from hesscli.engines.mfac.rows import RowKind, Rows
+from hesscli.engines.mfac.rows import Rows
 from hesscli.engines.per_example.engine import ExactDiagonal
 from hesscli.meter import Meter
 from hesscli.operators.exactness import (
@@ -27,6 +27,7 @@ from hesscli.operators.hessian import Residual
 from hesscli.problem.data import FrozenData
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
+from hesscli.vocabulary import RowKind
 
 COUNT, SAMPLE = 24, 8
 SHARE = SAMPLE / COUNT

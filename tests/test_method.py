@@ -23,7 +23,7 @@ from hesscli.diagnostics.measurement import Estimation, Standing, Tolerance
 from hesscli.diagnostics.run import Clock, matrix_named
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.estimator import Estimator, Reading, Rounding
-from hesscli.engines.hutchinson.blocks import BlockRule, Blocks
+from hesscli.engines.hutchinson.blocks import Blocks
 from hesscli.engines.hutchinson.designs import Deflated, Stratified, stratified_ratio
 from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.base import Operator
@@ -32,6 +32,7 @@ from hesscli.operators.hessian import Hessian
 from hesscli.problem.data import FrozenData
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
+from hesscli.vocabulary import BlockRule
 
 LEVEL = 1e-3
 SEEDS = 200

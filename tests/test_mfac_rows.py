@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.engines.mfac.rows import RowKind, Rows, fitting_kind
+from hesscli.engines.mfac.rows import Rows, fitting_kind
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
+from hesscli.vocabulary import RowKind
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 

@@ -16,12 +16,12 @@ import hesscli
 from hesscli import EmpiricalFisher, Fisher, GaussNewton, Hessian
 from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
-from hesscli.operators.products import MODES
 from hesscli.problem.batches import Batch
 from hesscli.problem.classification import LanguageModel
 from hesscli.problem.data import FrozenData
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
+from hesscli.vocabulary import MODES
 
 OPERATORS: dict[str, Callable[..., Operator]] = {
     kind.name: kind for kind in (Hessian, GaussNewton, Fisher, EmpiricalFisher)

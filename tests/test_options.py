@@ -11,6 +11,7 @@ from hesscli.cli import reading
 from hesscli.cli.answer import fill_bare_layers, what_is_asked
 from hesscli.cli.console import describe_estimate, describe_time_left
 from hesscli.cli.trace import USAGE as TRACE
+from hesscli.errors import UsageError
 from hesscli.results import Snapshot
 
 ACCEPTED = [
@@ -73,7 +74,7 @@ def test_accepted(read, text, value) -> None:
 
 @pytest.mark.parametrize(("read", "text"), [(read, t) for read, texts in REFUSED for t in texts])
 def test_refused(read, text) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises((ValueError, UsageError)):
         read(text)
 
 

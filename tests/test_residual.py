@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 from hesscli import GaussNewton, Hessian
 from hesscli.errors import UsageError
 from hesscli.operators.hessian import Residual
-from hesscli.operators.products import MODES
 from hesscli.problem.classification import LanguageModel
 from hesscli.problem.data import FrozenData
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
+from hesscli.vocabulary import MODES
 
 ROUNDING = 1e-12
 """Relative to H: float64, sums of some thousand terms."""

@@ -8,13 +8,19 @@ import typer
 
 from hesscli.cli import reading
 from hesscli.cli.usage import Option, choice, listed, switch, text, value
+from hesscli.vocabulary import (
+    DTYPES,
+    MATRICES,
+    METHODS,
+    MODES,
+    WINDOW_DTYPES,
+    BlockRule,
+    RowKind,
+    Selection,
+    WindowBlocks,
+)
 
-MATRICES = ("hessian", "ggn", "fisher", "empirical-fisher")
-METHODS = ("auto", "exact", "split", "deflated", "stratified", "hutchinson")
-MODES = ("auto", "double-backward", "forward-over-reverse", "finite-difference")
-DTYPES = ("float32", "float64")
-WINDOW_DTYPES = ("float32", "bfloat16", "float64")
-OUTPUTS = ("table", "json")
+_MATRICES, _MODES, _OUTPUTS = tuple(MATRICES), ("auto", *MODES), ("table", "json")
 
 _PROBLEM, _ACCURACY, _COMPUTE, _OUTPUT = "Problem", "Accuracy", "Computation", "Output"
 _WINDOW = "Window of gradients"
@@ -41,19 +47,19 @@ SPEC = text(
 )
 MATRIX = choice(
     "--matrix",
-    MATRICES,
+    _MATRICES,
     panel=_PROBLEM,
     default="hessian",
-    help=f"{listed(MATRICES)}. Default: hessian.",
+    help=f"{listed(_MATRICES)}. Default: hessian.",
 )
 EXAMPLES = value(
     "--examples",
     reading.examples,
-    "a number of examples, all, or first:N",
+    Selection.spelled,
     "--examples 4096, --examples all or --examples first:1000",
     metavar="N|all|first:N",
     panel=_PROBLEM,
-    default="4096",
+    default=str(Selection.usual),
     help="How many examples to keep, drawn by the seed. Default: 4096.",
 )
 WEIGHT_DECAY = value(
@@ -227,9 +233,9 @@ SEED = value(
 ROWS = value(
     "--rows",
     reading.rows,
-    "auto, sampled, example or microbatch:N",
+    RowKind.spelled,
     "--rows sampled or --rows microbatch:32",
-    words=("auto", "sampled", "example", "microbatch:"),
+    words=("auto", *RowKind.named, "microbatch:"),
     metavar="KIND",
     panel=_WINDOW,
     default="auto",
@@ -263,9 +269,9 @@ WINDOW_FILE = text(
 BLOCKS = value(
     "--blocks",
     reading.blocks,
-    "auto, whole, layer or a number of entries",
+    WindowBlocks.spelled,
     "--blocks 64",
-    words=("auto", "whole", "layer"),
+    words=WindowBlocks.named,
     metavar="RULE",
     panel=_WINDOW,
     default="auto",
@@ -299,9 +305,9 @@ METHOD = choice(
 BLOCK = value(
     "--block",
     reading.block,
-    "auto, row, kernel, channel, head:N or a number of entries",
+    BlockRule.spelled,
     "--block 32 or --block head:4",
-    words=("auto", "row", "kernel", "channel"),
+    words=BlockRule.named,
     metavar="NAME|head:N|N",
     panel=_COMPUTE,
     default="auto",
@@ -369,10 +375,10 @@ DTYPE = choice(
 )
 MODE = choice(
     "--mode",
-    MODES,
+    _MODES,
     panel=_COMPUTE,
     default="auto",
-    help=f"How products are differentiated: {listed(MODES)}. Default: auto, the cheapest that "
+    help=f"How products are differentiated: {listed(_MODES)}. Default: auto, the cheapest that "
     "passes its checks.",
 )
 
@@ -403,7 +409,7 @@ VECTORS = switch(
 )
 OUT = choice(
     "--out",
-    OUTPUTS,
+    _OUTPUTS,
     panel=_OUTPUT,
     default="table",
     help="What stdout carries: table or json. Default: table.",

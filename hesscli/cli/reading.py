@@ -1,10 +1,16 @@
-"""From what is typed after an option to its value; ValueError where it cannot be meant."""
+"""From what is typed after an option to its value.
+
+ValueError or UsageError where it cannot be meant.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
+
+from hesscli.vocabulary import BlockRule, RowKind, Selection, WindowBlocks
 
 
 class ProbeRange(NamedTuple):
@@ -84,28 +90,24 @@ def probes(text: str) -> ProbeRange:
     return probes
 
 
-def block(text: str) -> str:
-    """A named rule, ``head:N`` or ``N``, as it was typed."""
-    if text not in ("auto", "row", "kernel", "channel"):
-        count(text.removeprefix("head:"))
-    return text
+def as_typed(parse: Callable[[str], object]) -> Callable[[str], str]:
+    """What a grammar accepts, as it was typed: it is read again where it is used."""
+
+    def read(text: str) -> str:
+        parse(text)
+        return text
+
+    return read
+
+
+block = as_typed(BlockRule.parse)
+blocks = as_typed(WindowBlocks.parse)
+examples = as_typed(Selection.parse)
 
 
 def rows(text: str) -> str:
-    """``auto``, ``sampled``, ``example`` or ``microbatch:N``, as it was typed."""
-    if text not in ("auto", "sampled", "example"):
-        name, _, number = text.partition(":")
-        if name != "microbatch":
-            raise ValueError
-        count(number)
-    return text
-
-
-def blocks(text: str) -> str:
-    """``auto``, ``whole``, ``layer`` or ``N``, as it was typed."""
-    if text not in ("auto", "whole", "layer"):
-        count(text)
-    return text
+    """A kind of rows, or ``auto``, as it was typed."""
+    return text if text == "auto" else as_typed(RowKind.parse)(text)
 
 
 def damping(text: str) -> DampingValue:
@@ -116,13 +118,6 @@ def damping(text: str) -> DampingValue:
 def bandwidth(text: str) -> float | None:
     """``auto``, which is None, or a fraction."""
     return None if text == "auto" else fraction(text)
-
-
-def examples(text: str) -> str:
-    """``N``, ``all`` or ``first:N``, as it was typed."""
-    if text != "all":
-        count(text.removeprefix("first:"))
-    return text
 
 
 def device(text: str) -> str:

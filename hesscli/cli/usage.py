@@ -124,7 +124,7 @@ def value(
             return value
         try:
             return read(value.strip())
-        except ValueError:
+        except (ValueError, UsageError):
             raise UsageError(f"{flag} must be {must}", repr(value), example) from None
 
     declared = typer.Option(

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.diagonal import Array, Diagonal, share, share_interval, student
-from hesscli.engines.hutchinson.blocks import BlockRule, Blocks
+from hesscli.engines.hutchinson.blocks import Blocks
 from hesscli.results import BlockReport, Interval
+from hesscli.vocabulary import BlockRule
 
 _SAFE = 0.9
 """A share of the structure that is as good as all of it."""

@@ -27,7 +27,6 @@ from hesscli.diagnostics.summary import Summary, histogram_edges, summarise, tot
 from hesscli.engines.diagonal import Diagonal, shrunk
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.estimator import Estimator, Reading
-from hesscli.engines.hutchinson.blocks import BlockRule
 from hesscli.engines.hutchinson.designs import Plain
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.errors import UsageError
@@ -43,6 +42,7 @@ from hesscli.results import (
     Observe,
     ParameterReport,
 )
+from hesscli.vocabulary import BlockRule
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from hesscli.operators.hessian import Hessian, Residual
 from hesscli.parameters import Parameters
 from hesscli.problem.output_hessian import columns_at, scores_at
 from hesscli.streams import Distribution, key
-
-METHODS = ("auto", "exact", "split", "deflated", "stratified", "hutchinson")
+from hesscli.vocabulary import METHODS
 
 EXACTNESS_GRADIENTS = 1 / 3
 """A forward pass over the data, which looks for curved operations."""

@@ -11,15 +11,15 @@ import torch
 
 from hesscli.diagnostics.run import Clock
 from hesscli.engines.mfac import GradientWindow, StaticFisher
-from hesscli.engines.mfac.rows import RowKind, Rows, fitting_kind
-from hesscli.engines.mfac.window import DTYPES as WINDOW_DTYPES
+from hesscli.engines.mfac.rows import Rows, fitting_kind
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
 from hesscli.results import WindowReport
+from hesscli.vocabulary import WINDOW_DTYPES, RowKind, WindowBlocks
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WINDOW_DTYPES}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WINDOW_DTYPES}
 USUAL_ROWS = 512
 FEWEST_ROWS = 16
 _BLOCKS_IN_WINDOW = 4
@@ -151,14 +151,13 @@ def block_sizes(parameters: Parameters, rule: str, rows: int) -> tuple[int, ...]
     Raises:
         UsageError: no such rule.
     """
-    if rule == "whole":
+    asked = WindowBlocks.parse(rule)
+    if asked.kind == "whole":
         return None
     layers = [place.stop - place.start for place in parameters.layer_places()]
-    if rule == "layer":
+    if asked.kind == "layer":
         return tuple(layers)
-    if rule != "auto" and not (rule.isdecimal() and int(rule) > 0):
-        raise UsageError("no such blocks", repr(rule), "auto, whole, layer or a number of entries")
-    most = max(1, rows // _BLOCKS_IN_WINDOW) if rule == "auto" else int(rule)
+    most = max(1, rows // _BLOCKS_IN_WINDOW) if asked.kind == "auto" else asked.number
     return tuple(size for layer in layers for size in _cut(layer, most))
 
 

@@ -19,7 +19,8 @@ from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Tensors
 from hesscli.parameters import Parameters
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem, WeightedBatch
-from hesscli.results import Mode, Preflight
+from hesscli.results import Preflight
+from hesscli.vocabulary import Mode
 
 # -- Operators: curvature matrices as weighted means of batch terms, seen only through products ----
 

@@ -29,7 +29,7 @@ from hesscli.problem.classification import CrossEntropy
 from hesscli.problem.output_hessian import OutputHessian, has_closed_form
 from hesscli.problem.precision import doubled, tolerance
 from hesscli.problem.problem import Problem, WeightedBatch
-from hesscli.results import Mode
+from hesscli.vocabulary import Mode
 
 # -- Where diag H = diag G exactly: parameters on whose diagonal entries R = H − G is zero ---------
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hesscli.errors import HesscliError, UnsoundError, UsageError, first_line
 from hesscli.operators import narrow
 from hesscli.operators.base import Operator
-from hesscli.operators.products import MODES, flatten, gradient
+from hesscli.operators.products import flatten, gradient
 from hesscli.operators.verification import (
     MismatchError,
     Products,
@@ -34,7 +34,8 @@ from hesscli.problem.blame import (
 from hesscli.problem.precision import doubled, tolerance
 from hesscli.problem.problem import Problem
 from hesscli.problem.sampling import Sample
-from hesscli.results import Check, CheckState, Mode, Preflight
+from hesscli.results import Check, CheckState, Preflight
+from hesscli.vocabulary import MODES, Mode
 
 _FEWEST, _FEW, _MANY = 8, 16, 64
 """Examples: at least; for what takes many products; and for a comparison with differences."""

@@ -14,10 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hesscli.results import Mode
+from hesscli.vocabulary import Mode
 
 Kind = Literal["hessian", "sandwich"]
-MODES: tuple[Mode, ...] = ("double-backward", "forward-over-reverse", "finite-difference")
 
 Apply = Callable[[Tensor], Tensor]
 Tensors = Sequence[Tensor]

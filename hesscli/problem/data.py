@@ -10,34 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import UsageError
 from hesscli.problem.batches import Batch, leaves_of, owned, tensors_of
-
-DEFAULT_EXAMPLES = 4096
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How many examples to keep: at random out of all, or the ``first`` of an iterable."""
-
-    count: int | None = DEFAULT_EXAMPLES
-    first: bool = False
-
-    @classmethod
-    def parse(cls, text: str | int) -> Selection:
-        """From ``N``, ``"all"`` or ``"first:N"``.
-
-        Raises:
-            UsageError: anything else, or a count below one.
-        """
-        if text == "all":
-            return cls(None)
-        number = str(text).removeprefix("first:")
-        if not number.isdecimal() or int(number) < 1:
-            raise UsageError(
-                "examples must be a number, all, or first:N", repr(text), "examples=4096"
-            )
-        return cls(int(number), number != str(text))
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ from hesscli.problem.batches import (
     size_of,
     tensors_of,
 )
-from hesscli.problem.data import FrozenData, Reservoir, Selection, digest_of
+from hesscli.problem.data import FrozenData, Reservoir, digest_of
 from hesscli.problem.independence import MIN_GROUPS, Part, sliced
 from hesscli.problem.sources import Examples, as_source, seeded
 from hesscli.results import Observe, Snapshot
+from hesscli.vocabulary import Selection
 
 BATCH_SIZE = 128
 """Examples a batch at most, where the user does not say."""

@@ -14,7 +14,6 @@ from torch import nn
 from hesscli.errors import InputError, UsageError
 from hesscli.problem.checkpoint import Checkpoint, floating_dtype, read_checkpoint
 from hesscli.problem.criteria import NAMED, as_loss, with_tensors
-from hesscli.problem.data import DEFAULT_EXAMPLES
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
 from hesscli.problem.fitting import load_state
 from hesscli.problem.forward import cast, require_real
@@ -23,13 +22,14 @@ from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
 from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec
 from hesscli.results import CheckpointReport, Observe, Snapshot
+from hesscli.vocabulary import Selection
 
 
 def load(
     checkpoint: Path | str | None = None,
     *,
     spec: Path | str | None = None,
-    examples: str | int = "4096",
+    examples: str | int = Selection.usual,
     device: str = "auto",
     dtype: str | None = None,
     batch_size: int | None = None,
@@ -101,7 +101,7 @@ def _until(budget: float | None, observe: Observe | None) -> Observe | None:
             raise InputError(
                 "the data did not end within the budget",
                 f"{snapshot.done:.0f} examples read in {budget:g} s",
-                f"--examples first:{DEFAULT_EXAMPLES}, which reads no more than those",
+                f"--examples first:{Selection.usual}, which reads no more than those",
             )
         return observe is not None and observe(snapshot)
 

@@ -17,7 +17,7 @@ from hesscli.meter import Meter
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch, first_rows, map_tensors, place, size_of
 from hesscli.problem.criteria import as_loss, reading
-from hesscli.problem.data import FrozenData, Selection
+from hesscli.problem.data import FrozenData
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import Run, placed, require_real, retyped, run_with, undisturbed
 from hesscli.problem.freezing import freeze
@@ -27,6 +27,7 @@ from hesscli.problem.precision import Precision, Widened, precision_of
 from hesscli.problem.proof import Proof, prove
 from hesscli.problem.sampling import Sample
 from hesscli.results import CheckpointReport, Observe, ProblemReport, Reduction
+from hesscli.vocabulary import Selection
 
 _LOOKED_AT = 32
 """Examples of a batch by which a loss is settled."""
@@ -81,7 +82,7 @@ class Problem:
         *,
         output: str | int | None = None,
         weight_decay: float = 0.0,
-        examples: str | int = "4096",
+        examples: str | int = Selection.usual,
         reduction: Reduction | None = None,
         collate: Callable[[list[Any]], Batch] | None = None,
         batch_size: int | None = None,

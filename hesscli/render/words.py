@@ -18,6 +18,7 @@ from hesscli.results import (
     SpectrumResult,
     TraceResult,
 )
+from hesscli.vocabulary import MATRICES
 
 Estimated = TraceResult | DiagResult
 """The answers that hold an estimate of the trace."""
@@ -28,13 +29,6 @@ Answer = Estimated | IhvpResult | SpectrumResult
 LayerT = TypeVar("LayerT", bound=Layer)
 
 _NO_PLACE = 400  # beyond the smallest float
-
-_MATRIX_NAMES = {
-    "hessian": "Hessian",
-    "ggn": "Gauss-Newton matrix",
-    "fisher": "Fisher matrix",
-    "empirical-fisher": "empirical Fisher matrix",
-}
 
 
 def with_error(value: float, half_width: float | None) -> str:
@@ -153,7 +147,7 @@ def _printable(name: str) -> str:
 
 def matrix_name(problem: ProblemReport) -> str:
     """Name the matrix that was analysed."""
-    return _MATRIX_NAMES.get(problem.matrix, problem.matrix)
+    return MATRICES.get(problem.matrix, problem.matrix)
 
 
 def examples_used(problem: ProblemReport) -> str:

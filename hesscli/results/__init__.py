@@ -33,7 +33,6 @@ from hesscli.results.header import (
     Layer,
     LayerTrace,
     MethodReport,
-    Mode,
     Observe,
     ParameterReport,
     ProblemReport,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hesscli.results.header import Header, Mode
+from hesscli.results.header import Header
+from hesscli.vocabulary import Mode
 
 CheckState = Literal["passed", "skipped", "not applicable"]
 

@@ -28,7 +28,6 @@ class _NullWhereUnknown:
 
 
 Interval = Annotated[tuple[float, float], _NullWhereUnknown]
-Mode = Literal["double-backward", "forward-over-reverse", "finite-difference"]
 Reduction = Literal["mean", "sum"]
 Status = Literal["exact", "converged", "budget", "data-limited", "interrupted"]
 

@@ -28,43 +28,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from hesscli.errors import UsageError
+from hesscli.vocabulary import BlockRule
 
-Kind = Literal["auto", "row", "kernel", "channel", "head", "entries"]
 MATRIX_BLOCK = 32
 """Consecutive entries in a block of a matrix, unless said otherwise."""
-
-
-@dataclass(frozen=True)
-class BlockRule:
-    """A rule by name, and the N of ``head:N`` and ``N``."""
-
-    kind: Kind = "auto"
-    number: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> BlockRule:
-        """Read ``auto``, ``row``, ``kernel``, ``channel``, ``head:N`` or ``N``.
-
-        Raises:
-            UsageError: it is none of these.
-        """
-        if text in ("auto", "row", "kernel", "channel"):
-            return cls(cast(Kind, text))
-        kind: Kind = "head" if text.startswith("head:") else "entries"
-        digits = text.removeprefix("head:")
-        if not digits.isdecimal() or int(digits) == 0:
-            raise UsageError(
-                "blocks must be auto, row, kernel, channel, head:N or a number of entries",
-                repr(text),
-                "auto, head:8 or 32",
-            )
-        return cls(kind, int(digits))
 
 
 @dataclass(frozen=True)

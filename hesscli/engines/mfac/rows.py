@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,41 +29,12 @@ from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
 from hesscli.problem.output_hessian import Factor, ScoreFactor, factor_of, has_factor
 from hesscli.problem.problem import Problem, WeightedBatch
-
-Name = Literal["sampled", "example", "microbatch"]
-NAMES = ("auto", "sampled", "example", "microbatch:N")
+from hesscli.vocabulary import RowKind
 
 _PART = 32
 """Examples whose gradients are made at once."""
 _DRAWS = 0xF15E2
 """Separates label streams from other uses of a seed."""
-
-
-@dataclass(frozen=True)
-class RowKind:
-    """What a row is; ``size`` is the number of examples in it."""
-
-    name: Name
-    size: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> RowKind:
-        """``sampled``, ``example`` or ``microbatch:N``.
-
-        Raises:
-            UsageError: none of these.
-        """
-        singles: tuple[Name, ...] = ("sampled", "example")
-        for single in singles:
-            if text == single:
-                return cls(single)
-        name, _, number = text.partition(":")
-        if name == "microbatch" and number.isdecimal() and int(number) > 0:
-            return cls("microbatch", int(number))
-        raise UsageError("no such kind of rows", repr(text), f"one of {', '.join(NAMES)}")
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.size}" if self.name == "microbatch" else self.name
 
 
 def fitting_kind(problem: Problem) -> tuple[RowKind, str]:

@@ -14,11 +14,12 @@ from hesscli import storage
 from hesscli.engines.rounding import of_sum
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import require_room
+from hesscli.vocabulary import WINDOW_DTYPES
 
 # -- The last gradients, as rows of a matrix in memory or in a file --------------------------------
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = tuple(getattr(torch, name) for name in WINDOW_DTYPES)
 TILE = 4096
 """Columns in a tile: a float32 sum over more loses digits, over fewer time."""
 _SLAB = 2**25

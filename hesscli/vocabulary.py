@@ -1,0 +1,131 @@
+"""Words that are typed, and that documents have: each list of them, and each grammar, is here.
+
+Without torch, so that the command line can refuse a word before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self, cast, get_args
+
+from hesscli.errors import UsageError
+
+MATRICES = {
+    "hessian": "Hessian",
+    "ggn": "Gauss-Newton matrix",
+    "fisher": "Fisher matrix",
+    "empirical-fisher": "empirical Fisher matrix",
+}
+"""What each is called in a sentence."""
+METHODS = ("auto", "exact", "split", "deflated", "stratified", "hutchinson")
+"""Of estimating a trace or a diagonal."""
+Mode = Literal["double-backward", "forward-over-reverse", "finite-difference"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+"""Of differentiating a product, the cheapest first."""
+DTYPES = ("float32", "float64")
+"""In which models compute."""
+WINDOW_DTYPES = ("float32", "bfloat16", "float64")
+"""In which windows of gradients are kept."""
+
+
+def _number(text: str) -> int | None:
+    """A whole number, 1 or more, that 63 bits hold; None for anything else."""
+    return int(text) if re.fullmatch("[0-9]{1,19}", text) and 0 < int(text) < 2**63 else None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many examples to keep: at random out of all, or the ``first`` of an iterable."""
+
+    spelled: ClassVar[str] = "a number of examples, all, or first:N"
+    usual: ClassVar[int] = 4096
+    count: int | None = usual
+    first: bool = False
+
+    @classmethod
+    def parse(cls, text: str | int) -> Self:
+        """Read ``N``, ``all`` or ``first:N``.
+
+        Raises:
+            UsageError: anything else, or a count below one.
+        """
+        if text == "all":
+            return cls(None)
+        digits = str(text).removeprefix("first:")
+        if (number := _number(digits)) is None:
+            raise UsageError(f"examples must be {cls.spelled}", repr(text), "examples=4096")
+        return cls(number, digits != str(text))
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """AdaHessian's blocks: a rule by name, and the N of ``head:N`` and ``N``."""
+
+    spelled: ClassVar[str] = "auto, row, kernel, channel, head:N or a number of entries"
+    named: ClassVar[tuple[str, ...]] = ("auto", "row", "kernel", "channel")
+    kind: Literal["auto", "row", "kernel", "channel", "head", "entries"] = "auto"
+    number: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``auto``, ``row``, ``kernel``, ``channel``, ``head:N`` or ``N``.
+
+        Raises:
+            UsageError: it is none of these.
+        """
+        if text in cls.named:
+            return cls(cast(Literal["auto"], text))
+        if (number := _number(text.removeprefix("head:"))) is None:
+            raise UsageError(f"blocks must be {cls.spelled}", repr(text), "auto, head:8 or 32")
+        return cls("head" if text.startswith("head:") else "entries", number)
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """What a row of a window is; ``size`` is the number of examples in it."""
+
+    spelled: ClassVar[str] = "auto, sampled, example or microbatch:N"
+    named: ClassVar[tuple[str, ...]] = ("sampled", "example")
+    name: Literal["sampled", "example", "microbatch"]
+    size: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``sampled``, ``example`` or ``microbatch:N``.
+
+        Raises:
+            UsageError: none of these.
+        """
+        if text in cls.named:
+            return cls(cast(Literal["sampled"], text))
+        name, _, digits = text.partition(":")
+        if name != "microbatch" or (number := _number(digits)) is None:
+            raise UsageError("no such kind of rows", repr(text), cls.spelled)
+        return cls("microbatch", number)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.size}" if self.name == "microbatch" else self.name
+
+
+@dataclass(frozen=True)
+class WindowBlocks:
+    """Diagonal blocks of the matrix of a window: a rule by name, and the N of ``N``."""
+
+    spelled: ClassVar[str] = "auto, whole, layer or a number of entries"
+    named: ClassVar[tuple[str, ...]] = ("auto", "whole", "layer")
+    kind: Literal["auto", "whole", "layer", "entries"] = "auto"
+    number: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``auto``, ``whole``, ``layer`` or ``N``.
+
+        Raises:
+            UsageError: it is none of these.
+        """
+        if text in cls.named:
+            return cls(cast(Literal["auto"], text))
+        if (number := _number(text)) is None:
+            raise UsageError("no such blocks", repr(text), cls.spelled)
+        return cls("entries", number)
