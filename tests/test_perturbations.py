@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli import Problem
-from hesscli.diagnostics import perturbations
+from hesscli.diagnostics import predictions
 from hesscli.diagnostics.predictions import BITS, PRUNED, applied, changes_of, prune, round_to
 from hesscli.parameters import Parameter, Parameters
 
@@ -292,7 +292,7 @@ class Interrupted:
         self.left, self.rang = moment, False
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> Any:
-        if frame.f_code.co_filename != perturbations.__file__:
+        if frame.f_code.co_filename != predictions.__file__:
             return None
         if event == "line" and not self.rang:
             self.left -= 1

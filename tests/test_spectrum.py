@@ -13,7 +13,7 @@ from scipy.stats import wasserstein_distance
 from torch import nn
 
 import hesscli
-from hesscli.diagnostics import spectral_plan
+from hesscli.diagnostics import spectral_runs
 from hesscli.errors import UsageError
 from hesscli.operators.base import Retained
 from hesscli.problem.data import FrozenData
@@ -333,7 +333,7 @@ def test_what_does_not_fit_is_refused_with_what_does(
     relu: hesscli.Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = 8 * relu.parameters.size * 30
-    monkeypatch.setattr(spectral_plan, "available_bytes", lambda *_: room)
+    monkeypatch.setattr(spectral_runs, "available_bytes", lambda *_: room)
     with pytest.raises(UsageError) as refusal:
         hesscli.spectrum(relu)
     assert refusal.value.hint == "--steps 9 or --steps 27 --probes 1"
