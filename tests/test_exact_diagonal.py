@@ -18,9 +18,8 @@ from torch.utils.data import TensorDataset
 from hesscli import GaussNewton
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.per_example import ExactDiagonal
-from hesscli.engines.per_example.engine import relative_rounding
-from hesscli.engines.per_example.sites import _by_gradients, _by_pairs
 from hesscli.errors import UsageError
+from hesscli.operators.per_example.sites import _by_gradients, _by_pairs
 from hesscli.problem.data import FrozenData
 from hesscli.problem.problem import Problem
 
@@ -56,10 +55,11 @@ class Found:
 
 
 def _run(problem: Problem, draws: int | None = None, **options: Any) -> Found:
-    parameters = options.get("parameters", problem.parameters)
+    parameters = options.pop("parameters", problem.parameters)
     entries = Entries(parameters, problem.device)
     stream = entries.stream(parameters, exact=draws is None)
-    engine = ExactDiagonal(problem, sampled=draws is not None, stream=stream, **options)
+    operator = GaussNewton(problem, parameters=parameters)
+    engine = ExactDiagonal(operator, sampled=draws is not None, stream=stream, **options)
     for _ in engine.extend(draws or 1):
         pass
     found = entries.diagonal([Part(stream, 1.0, engine.count)], problem.weight_decay)
@@ -284,7 +284,7 @@ def test_the_diagonal_is_the_dense_matrix_s(name: str) -> None:
     problem = Problem(build().double(), loss, _cut(data, [10, 1, 8, 4]), weight_decay=0.125)
     result = _run(problem)
     assert _error(problem, result) < ROUNDING
-    assert set(result.engine.generic) == generic
+    assert set(result.engine.passes.generic) == generic
     assert result.stderr is None
 
 
@@ -295,10 +295,10 @@ def test_every_parameter_by_single_examples_gives_the_same(
     build, loss, data, _ = CASES[name]
     problem = Problem(build().double(), loss, _cut(data, [10, 1, 8, 4]))
     by_module = _run(problem)
-    monkeypatch.setattr("hesscli.engines.per_example.passes.site_class", lambda module: None)
+    monkeypatch.setattr("hesscli.operators.per_example.passes.site_class", lambda module: None)
     alone = _run(problem)
-    assert set(alone.engine.generic) == set(problem.parameter_names)
-    assert set(by_module.engine.generic) < set(alone.engine.generic)
+    assert set(alone.engine.passes.generic) == set(problem.parameter_names)
+    assert set(by_module.engine.passes.generic) < set(alone.engine.passes.generic)
     torch.testing.assert_close(alone.diagonal, by_module.diagonal, rtol=1e-10, atol=1e-14)
 
 
@@ -314,7 +314,7 @@ def test_both_orders_of_sums_agree() -> None:
 def test_the_sunspots_sample(sunspots: Problem) -> None:
     result = _run(sunspots)
     assert _error(sunspots, result) < ROUNDING
-    assert result.engine.generic == ()
+    assert result.engine.passes.generic == ()
     # One output: a forward pass and a backward pass over the data, and the check of 16 of 256.
     assert result.engine.meter.gradients == pytest.approx(1, abs=0.2)
     table = np.stack(result.cells)
@@ -388,7 +388,7 @@ def test_draws_do_not_depend_on_how_a_batch_is_cut(monkeypatch: pytest.MonkeyPat
     build, loss, data, _ = CASES["images"]
     problem = Problem(build(), loss, _cut(data, [19, 4]))
     whole = _run(problem, draws=2)
-    monkeypatch.setattr("hesscli.engines.per_example.passes.PART_BYTES", 1)
+    monkeypatch.setattr("hesscli.operators.per_example.passes.PART_BYTES", 1)
     torch.testing.assert_close(_run(problem, draws=2).diagonal, whole.diagonal)
     assert not torch.equal(_run(problem, draws=2, seed=1).diagonal, whole.diagonal)
 
@@ -398,7 +398,7 @@ def test_a_large_vocabulary_is_drawn_and_never_enumerated() -> None:
     tokens = _classes(20_000, 4, 3)
     problem = Problem(model, "language_model", _cut((tokens, tokens), [2, 2]))
     with pytest.raises(UsageError, match="one backward pass for each column") as caught:
-        ExactDiagonal(problem)
+        ExactDiagonal(GaussNewton(problem))
     assert str(3 * 19_999) in caught.value.got
     result = _run(problem, draws=1)
     looked_up = result.diagonal[: 2 * 20_000].view(-1, 2)[torch.unique(tokens)]
@@ -410,7 +410,7 @@ def test_a_large_vocabulary_is_drawn_and_never_enumerated() -> None:
 
 
 def test_a_stopped_run_speaks_for_its_batches_and_goes_on(sunspots: Problem) -> None:
-    engine = ExactDiagonal(sunspots)
+    engine = ExactDiagonal(GaussNewton(sunspots))
     steps = engine.extend()
     for _ in range(5):
         next(steps)
@@ -431,7 +431,7 @@ def test_a_stopped_run_speaks_for_its_batches_and_goes_on(sunspots: Problem) -> 
 def test_batch_norm_in_train_mode_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double().train()
     with pytest.raises(UsageError, match="per-example gradients do not exist") as caught:
-        ExactDiagonal(Problem(model, "cross_entropy", _cut(SMALL, [N])))
+        ExactDiagonal(GaussNewton(Problem(model, "cross_entropy", _cut(SMALL, [N]))))
     assert "1 (BatchNorm1d)" in caught.value.got
 
 
@@ -453,10 +453,10 @@ def test_examples_that_depend_on_each_other_are_found() -> None:
 def test_unknown_output_hessians_and_shapeless_batches_are_refused() -> None:
     model = nn.Linear(3, 3).double()
     with pytest.raises(UsageError, match="is not known"):
-        ExactDiagonal(Problem(model, nn.MultiMarginLoss(), _cut(SMALL, [N])))
+        ExactDiagonal(GaussNewton(Problem(model, nn.MultiMarginLoss(), _cut(SMALL, [N]))))
     whole = FrozenData((SMALL,), (N,), N, False, "by hand")
     with pytest.raises(UsageError, match="one row an example"):
-        ExactDiagonal(Problem(model, "cross_entropy", whole))
+        ExactDiagonal(GaussNewton(Problem(model, "cross_entropy", whole)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -466,5 +466,5 @@ def test_rounding_that_was_measured_small_by_chance_counts_as_a_unit(dtype: torc
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(dtype)
         data = TensorDataset(torch.randn(20, 3), torch.randn(20, 2))
-        rounding = relative_rounding(ExactDiagonal(Problem(model, "mse", data)))
+        rounding = GaussNewton(Problem(model, "mse", data)).passes().relative_rounding()
         assert torch.finfo(dtype).eps <= rounding <= 100 * torch.finfo(dtype).eps

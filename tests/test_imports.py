@@ -124,3 +124,16 @@ def test_torch_is_not_imported_where_results_are_shown() -> None:
         for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
             names = at_import_time(ast.parse(path.read_text(encoding="utf-8")))
             assert "torch" not in {name.partition(".")[0] for name in names}, path
+
+
+def test_engines_know_no_problem() -> None:
+    """They run on whatever makes products, as an optimizer's own step does."""
+    engines = sorted((PACKAGE / "engines").rglob("*.py"))
+    assert len(engines) > 10
+    for path in engines:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        rooms = {room(name) for name in imported(tree) if name.startswith("hesscli.")}
+        assert "problem" not in rooms, path
+        assert not [
+            n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "problem"
+        ], path

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 import hesscli
-from hesscli import Hessian
+from hesscli import GaussNewton, Hessian
 from hesscli.engines.estimator import Estimator
 from hesscli.engines.hutchinson.engine import Hutchinson
-from hesscli.engines.mfac.rows import Rows
-from hesscli.engines.per_example.engine import ExactDiagonal
+from hesscli.engines.per_example import ExactDiagonal
 from hesscli.meter import Meter
 from hesscli.operators.exactness import (
     _probe,
@@ -24,6 +23,7 @@ from hesscli.operators.exactness import (
     within_parameters,
 )
 from hesscli.operators.hessian import Residual
+from hesscli.operators.per_example.rows import Rows
 from hesscli.problem.data import FrozenData
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
@@ -54,14 +54,14 @@ def test_blocks_count_with_their_whole() -> None:
 
 def test_sources_that_share_a_meter_are_counted_once() -> None:
     problem, meter = problem_of(), Meter()
-    known = ExactDiagonal(problem, meter=meter)
+    known = ExactDiagonal(GaussNewton(problem, meter=meter))
     probes = Hutchinson(Residual(problem, meter=meter), seed=0)
-    estimator = Estimator(problem, decay=0.0, gauss_newton=known, probes=probes)
+    estimator = Estimator(Hessian(problem), gauss_newton=known, probes=probes)
     for _ in estimator.extend(2):
         pass
     assert (estimator.products, estimator.gradients) == (meter.products, meter.gradients)
     assert meter.products == pytest.approx(2)
-    alone = ExactDiagonal(problem)
+    alone = ExactDiagonal(GaussNewton(problem))
     list(alone.extend())
     assert meter.gradients == pytest.approx(alone.meter.gradients + 1 + 2 * 2)
 

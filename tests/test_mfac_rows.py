@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.engines.mfac.rows import Rows, fitting_kind
 from hesscli.errors import UnsoundError, UsageError
+from hesscli.operators.per_example.rows import Rows, fitting_kind
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
 from hesscli.vocabulary import RowKind

@@ -21,8 +21,8 @@ from hesscli.diagnostics.saliency import GROUPS, repeats, saliencies
 from hesscli.diagnostics.window import block_sizes
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.mfac import GradientWindow, StaticFisher
-from hesscli.engines.mfac.rows import Rows
 from hesscli.errors import UnsoundError, UsageError
+from hesscli.operators.per_example.rows import Rows
 from hesscli.results import IhvpResult, Snapshot
 from hesscli.vocabulary import RowKind
 

@@ -96,7 +96,7 @@ def _measure(operator: Operator) -> tuple[float, float, int]:
     does not let its memory be watched: it carries what a gradient keeps once more for each probe.
     """
     problem = operator.problem
-    batch = problem.batch(next(i for i, mass in enumerate(problem.masses) if mass > 0))
+    batch = problem.batch(problem.indices[0])
     scale = problem.data.count / batch.count
     block = Probes(operator, 0, "fresh", "rademacher").block(batch.index, 0, 4)
     kept: dict[int, int] = {}

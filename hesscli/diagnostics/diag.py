@@ -269,7 +269,7 @@ def _require_heads(rule: BlockRule, problem: Problem) -> None:
 
 def _standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:
     """How far the diagonal's relative error is from the tolerance, both of the norm."""
-    fraction = estimator.problem.sampling_fraction or 1.0
+    fraction = estimator.operator.sampling_fraction or 1.0
     found, random = estimator.diagonal(fraction), estimator.diagonal(1.0)
     error, drawn = found.relative_error(), random.relative_error()
     norm = found.squared_norm().estimate ** 0.5

@@ -17,14 +17,19 @@ from hesscli.engines.hutchinson.designs import (
 )
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Sharing
-from hesscli.engines.per_example.engine import ExactDiagonal, columns_of_sample
+from hesscli.engines.per_example import ExactDiagonal
 from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.exactness import Exactness, exact_parameters, require_output_hessian
-from hesscli.operators.gauss_newton import EmpiricalFisher, require_examples
+from hesscli.operators.gauss_newton import (
+    EmpiricalFisher,
+    GaussNewton,
+    Sandwich,
+    require_examples,
+)
 from hesscli.operators.hessian import Hessian, Residual
+from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
-from hesscli.problem.output_hessian import columns_at, scores_at
 from hesscli.streams import Distribution, key
 from hesscli.vocabulary import METHODS
 
@@ -114,15 +119,15 @@ def _split(operator: Operator, method: str, draw: Draw) -> Choice:
     """
     problem = operator.problem
     require_examples(problem, operator.name)
-    make_columns = scores_at if isinstance(operator, EmpiricalFisher) else columns_at
-    if make_columns is columns_at:
+    if not isinstance(operator, EmpiricalFisher):
         require_output_hessian(problem)
-    columns = columns_of_sample(problem, make_columns).num_columns
+    make_part = type(operator) if isinstance(operator, Sandwich) else GaussNewton
+    part = make_part(problem, mode=operator.mode)
+    columns = part.passes().columns.num_columns
     sampled = method != "exact" and columns > AFFORDABLE_COLUMNS
     gauss_newton = ExactDiagonal(
-        problem,
+        part,
         sampled=sampled,
-        columns=make_columns,
         seed=draw.seed,
         batches=draw.batches,
         stream=draw.stream(problem.parameters, exact=not sampled),
@@ -130,8 +135,7 @@ def _split(operator: Operator, method: str, draw: Draw) -> Choice:
     gauss_newton.verify()
     make = partial(
         Estimator,
-        problem,
-        decay=operator.decay,
+        operator,
         gauss_newton=gauss_newton,
         entries=draw.entries,
     )
@@ -166,8 +170,7 @@ def _split(operator: Operator, method: str, draw: Draw) -> Choice:
 def _probed(operator: Operator, method: str, draw: Draw, reason: str = "as asked for") -> Choice:
     """All of the matrix from probes."""
     estimator = Estimator(
-        operator.problem,
-        decay=operator.decay,
+        operator,
         probes=_hutchinson(operator, draw, design=_designed(operator, method, draw)),
         entries=draw.entries,
     )
@@ -177,7 +180,7 @@ def _probed(operator: Operator, method: str, draw: Draw, reason: str = "as asked
 
 
 def _hutchinson(
-    operator: Operator, draw: Draw, whole: Parameters | None = None, design: Design | None = None
+    operator: Source, draw: Draw, whole: Parameters | None = None, design: Design | None = None
 ) -> Hutchinson:
     return Hutchinson(
         operator,
@@ -212,8 +215,7 @@ def _better(estimator: Estimator, needed: float, draw: Draw) -> tuple[Estimator,
         why = f"the top {steps} Krylov directions exactly, probes for the rest"
     fresh = replace(draw, seed=key(_TURN, draw.seed), first=0)
     better = Estimator(
-        estimator.problem,
-        decay=estimator.decay,
+        estimator.operator,
         gauss_newton=estimator.gauss_newton,
         probes=_hutchinson(operator, fresh, whole=estimator.parameters, design=design),
         entries=estimator.entries,

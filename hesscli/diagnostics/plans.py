@@ -66,7 +66,7 @@ class Pilot:
             products=float(counts) if estimator.probes is not None else 0.0,
             gradients=PROOF_GRADIENTS + self.choice.gradients + estimator.gradients * times,
             seconds=seconds,
-            peak_bytes=peak_bytes(estimator.problem.device) + replicates,
+            peak_bytes=peak_bytes(estimator.operator.device) + replicates,
             note="; ".join(notes),
         )
 
@@ -79,7 +79,7 @@ class Pilot:
         error, wanted, goal = (
             self._of_trace(table, tolerance) if command == "trace" else self._of_diagonal(tolerance)
         )
-        counts, look = first_look("fresh", self.choice.estimator.problem.num_batches), 1
+        counts, look = first_look("fresh", len(self.choice.estimator.operator.masses)), 1
         while wanted and look < _MOST_LOOKS:
             quantile = 1.0 if command == "diag" else _normal(miss, look)
             if quantile * error * math.sqrt(self.probes / (counts * self.scale)) <= wanted:

@@ -22,7 +22,7 @@ from hesscli.diagnostics.run import Clock
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.hutchinson.table import variance_between
 from hesscli.engines.lanczos import ROUNDING
-from hesscli.operators.base import Operator, Term
+from hesscli.operators.base import LiveTerm, Operator
 from hesscli.operators.products import gradient
 from hesscli.parameters import Parameter, Parameters
 from hesscli.problem.precision import doubled
@@ -271,7 +271,7 @@ class Predictions:
         Raises:
             KeyboardInterrupt: the observer wanted no more; what was seen is kept.
         """
-        batches = [i for i, mass in enumerate(self.problem.masses) if mass > 0]
+        batches = self.problem.indices
         look = min(FEWEST_BATCHES, len(batches))
         for number, index in enumerate(batches, 1):
             self._see(self.problem.batch(index), number, len(batches), clock)
@@ -288,7 +288,7 @@ class Predictions:
         changes = layer.changes()
         squared = np.array([float(change.delta.square().sum()) for change in changes])
         slope = self._gradient[layer.start : layer.start + layer.size]
-        masses = [mass for mass in self.problem.masses if mass > 0]
+        masses = [self.problem.masses[i] for i in self.problem.indices]
         seen = len(layer.forms)
         probed = sum(masses[:seen]) / sum(masses)
         mean, error = sampled_mean(
@@ -312,7 +312,7 @@ class Predictions:
         slope = self._slope(batch) if self._fraction < 1 else None
         for position, layer in enumerate(self.layers):
             changes = torch.stack([change.delta for change in layer.changes()])
-            forms.append(_quadratic_forms(Term(batch, layer.operator), changes))
+            forms.append(_quadratic_forms(LiveTerm(batch, layer.operator), changes))
             if slope is not None:
                 own = slope[layer.start : layer.start + layer.size]
                 slopes.append((changes.to(own) @ own).cpu().numpy())
@@ -343,7 +343,7 @@ def _layers(operator: Operator, saliency: Tensor) -> Iterator[Layer]:
         yield Layer(name, owned, operator.block(Parameters(owned)), place.start, saliency[place])
 
 
-def _quadratic_forms(term: Term, changes: Tensor) -> Array:
+def _quadratic_forms(term: LiveTerm, changes: Tensor) -> Array:
     """δᵀA_b δ of every change, a block of products at a time."""
     operator = term.operator
     block = changes.to(operator.problem.dtype)

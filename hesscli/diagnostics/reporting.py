@@ -11,7 +11,6 @@ from hesscli.diagnostics.estimators import Choice, Draw
 from hesscli.diagnostics.measurement import Outcome, Tolerance
 from hesscli.diagnostics.run import PROOF_GRADIENTS, Clock, peak_bytes
 from hesscli.engines.estimator import Reading, Rounding
-from hesscli.engines.per_example.engine import relative_rounding as rounding_of_squares
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound
 from hesscli.problem.problem import Problem
@@ -36,7 +35,7 @@ def rounding_of(problem: Problem, flight: Preflight, choice: Choice) -> Rounding
     if estimator.probes is not None:
         errors.append(flight.relative_rounding)
     if estimator.gauss_newton is not None:
-        errors.append(rounding_of_squares(estimator.gauss_newton))
+        errors.append(estimator.gauss_newton.passes.relative_rounding())
     known = [error for error in errors if error is not None]
     if len(known) < len(errors):
         allowed = rounding_bound(problem.precision.narrowest)

@@ -11,9 +11,9 @@ import torch
 
 from hesscli.diagnostics.run import Clock
 from hesscli.engines.mfac import GradientWindow, StaticFisher
-from hesscli.engines.mfac.rows import Rows, fitting_kind
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
+from hesscli.operators.per_example.rows import Rows, fitting_kind
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
 from hesscli.results import WindowReport

@@ -14,15 +14,15 @@ from hesscli.engines.diagonal import Diagonal
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Array, MeanSquare, Sharing, Table, reduce_table
-from hesscli.engines.per_example.engine import ExactDiagonal
+from hesscli.engines.per_example import ExactDiagonal
 from hesscli.meter import Meter
+from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
-from hesscli.problem.problem import Problem
 
 # -- One matrix from up to two sources: its Gauss-Newton part without probes, and what is probed ---
 
 
-Source = ExactDiagonal | Hutchinson
+Engine = ExactDiagonal | Hutchinson
 
 
 class Estimator:
@@ -32,8 +32,7 @@ class Estimator:
     residual R from probes, where it is not zero; or all of the matrix from either.
 
     Args:
-        problem: model, loss and examples.
-        decay: weight decay's multiple of the identity, which neither source has.
+        operator: the matrix; its decay is what neither source has.
         gauss_newton: the source without probes, if any.
         probes: the source with, if any; at least one of the two.
         entries: where the sources' streams keep single entries, if they do.
@@ -41,22 +40,21 @@ class Estimator:
 
     def __init__(
         self,
-        problem: Problem,
+        operator: Source,
         *,
-        decay: float,
         gauss_newton: ExactDiagonal | None = None,
         probes: Hutchinson | None = None,
         entries: Entries | None = None,
     ) -> None:
-        self.problem, self.decay, self.entries = problem, decay, entries
+        self.operator, self.entries = operator, entries
         self.gauss_newton, self.probes = gauss_newton, probes
         self.draws_per_probe = 1.0
-        self._sources: list[Source] = [s for s in (gauss_newton, probes) if s is not None]
+        self._sources: list[Engine] = [s for s in (gauss_newton, probes) if s is not None]
 
     @property
     def parameters(self) -> Parameters:
         """The rows of the matrix."""
-        return self.problem.parameters
+        return self.operator.parameters
 
     @property
     def exact(self) -> bool:
@@ -74,7 +72,7 @@ class Estimator:
         return "fresh" if self.probes is None else self.probes.sharing
 
     @property
-    def indices(self) -> list[int]:
+    def indices(self) -> Sequence[int]:
         """The batches that there are."""
         return self._sources[0].indices
 
@@ -116,13 +114,13 @@ class Estimator:
         if probed:
             self.draws_per_probe = min(1.0, math.sqrt(drawn / probed))
 
-    def _energy(self, source: Source | None) -> float:
+    def _energy(self, source: Engine | None) -> float:
         """A single draw's squared error, of the entries where they are kept, else of the total."""
         assert source is not None  # there are both
         if self.entries is not None:
             found = self.entries.diagonal(self._parts([source], 1.0), 0.0)
             return found.squared_norm().bias * source.count
-        weights = [self.problem.masses[i] for i in source.seen]
+        weights = [self.operator.masses[i] for i in source.seen]
         table = reduce_table(source.aligned(source.seen), weights, "fresh")
         return float(table.within.value[-1]) * source.count
 
@@ -134,12 +132,12 @@ class Estimator:
         seen = self._seen()
         if len(seen) < min(2, len(self.indices)):
             return None
-        known, masses = self.gauss_newton, self.problem.masses
+        known, masses, probed = self.gauss_newton, self.operator.masses, seen
         if known is not None:
-            seen = [*seen, *(i for i in known.seen if i not in set(seen))]
+            seen = [*probed, *sorted(set(known.seen) - set(probed))]
         added = None if known is None else known.aligned(seen)
         if self.probes is not None:
-            cells = self.probes.aligned(self._seen())
+            cells = self.probes.aligned(probed)
         else:
             assert added is not None  # or there is no source
             cells = [0 * rows[:1] for rows in added]
@@ -150,7 +148,7 @@ class Estimator:
         """By layer and in all, weight decay included, over the batches of :meth:`table`."""
         if self.gauss_newton is None or not (seen := self.gauss_newton.seen):
             return None
-        masses = np.array([self.problem.masses[i] for i in seen])
+        masses = np.array([self.operator.masses[i] for i in seen])
         means = np.stack([rows.mean(0) for rows in self.gauss_newton.aligned(seen)])
         return np.asarray(masses @ means / masses.sum() + self.decay_traces())
 
@@ -158,7 +156,7 @@ class Estimator:
         """Weight decay's own share: its coefficient times the number of parameters, exactly."""
         parameters = self.parameters
         sizes = [sum(p.numel for p in parameters.in_layer(name)) for name in parameters.layers]
-        return self.decay * np.array([*sizes, parameters.size], dtype=np.float64)
+        return self.operator.decay * np.array([*sizes, parameters.size], dtype=np.float64)
 
     def diagonal(self, fraction: float) -> Diagonal:
         """The entries, weight decay included.
@@ -167,7 +165,7 @@ class Estimator:
             fraction: share of all examples that the kept ones make up.
         """
         assert self.entries is not None  # asked for only of estimators that keep them
-        return self.entries.diagonal(self._parts(self._sources, fraction), self.decay)
+        return self.entries.diagonal(self._parts(self._sources, fraction), self.operator.decay)
 
     def known_diagonal(self) -> Tensor | None:
         """The entries of the part that has no probes, without weight decay."""
@@ -181,7 +179,7 @@ class Estimator:
             return None
         return self.entries.diagonal(self._parts([self.probes], fraction), 0.0)
 
-    def _parts(self, sources: Sequence[Source], fraction: float) -> list[Part]:
+    def _parts(self, sources: Sequence[Engine], fraction: float) -> list[Part]:
         """Streams, with the share of all examples and the estimates that each rests on."""
         return [
             Part(stream, fraction * self._share(source.seen), source.count)
@@ -192,21 +190,21 @@ class Estimator:
 
     def _examples(self, batches: Sequence[int]) -> float:
         """Independent ones in a batch, on average."""
-        if self.problem.couples_examples is not None:
+        if not self.operator.independent:
             return 1.0
-        return sum(self.problem.data.counts[i] for i in batches) / len(batches)
+        return sum(self.operator.counts[i] for i in batches) / len(batches)
 
     def coverage(self) -> float:
         """Share of the kept examples in the batches that every source has seen."""
         return self._share(self._seen())
 
     def _share(self, batches: Sequence[int]) -> float:
-        counts = self.problem.data.counts
+        counts = self.operator.counts
         return sum(counts[i] for i in batches) / sum(counts[i] for i in self.indices)
 
     def _seen(self) -> list[int]:
         """Batches that every source has seen."""
-        return [i for i in self.indices if all(i in s.seen for s in self._sources)]
+        return sorted(set[int].intersection(*(set(s.seen) for s in self._sources)))
 
 
 # -- From a table to intervals: estimates, variances and rounding, layer by layer and in all -------
@@ -278,10 +276,10 @@ def read(estimator: Estimator, miss: float, relative: float) -> Reading | None:
     if table is None:
         return None
     # Where the loader's size is not known, intervals are about the kept examples.
-    fraction = (estimator.problem.sampling_fraction or 1.0) * estimator.coverage()
+    fraction = (estimator.operator.sampling_fraction or 1.0) * estimator.coverage()
     variance = table.variance(fraction)
     # A layer whose forms cancel is rounded as what they are made of, which is the whole's.
-    unit = torch.finfo(estimator.problem.dtype).eps
+    unit = torch.finfo(estimator.operator.dtype).eps
     rounding = relative * table.root_mean_square + unit * table.root_mean_square[-1]
     return Reading(
         table=table,

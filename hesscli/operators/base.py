@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -30,7 +30,7 @@ BLOCK_BYTES = 1 << 26
 
 
 @dataclass
-class Term:
+class LiveTerm:
     """One batch's matrix on one retained graph, which is made by the first product.
 
     It is made anew where the problem has computed in another type since: autograd then knows its
@@ -76,6 +76,8 @@ class Term:
 
 class Operator(ABC):
     """A symmetric d × d matrix of a :class:`Problem`: Σ weight_b · A_b + decay · I.
+
+    It is a :class:`Source` to engines.
 
     Args:
         problem: model, loss and frozen examples.
@@ -143,6 +145,41 @@ class Operator(ABC):
         return COST[self.kind][self.mode]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The problem's present one."""
+        return self.problem.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The problem's."""
+        return self.problem.device
+
+    @property
+    def masses(self) -> Sequence[float]:
+        """Of all batches."""
+        return self.problem.masses
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Of all batches."""
+        return self.problem.data.counts
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Of the batches that weigh something."""
+        return self.problem.indices
+
+    @property
+    def sampling_fraction(self) -> float | None:
+        """Kept examples over available ones, None where that is not known."""
+        return self.problem.sampling_fraction
+
+    @property
+    def independent(self) -> bool:
+        """Whether examples are independent of each other."""
+        return self.problem.couples_examples is None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(d, d)."""
         return self.parameters.size, self.parameters.size
@@ -152,7 +189,7 @@ class Operator(ABC):
         """Weight decay: the multiple of the identity that is added to the mean."""
         return self.problem.weight_decay
 
-    def batches(self) -> Iterator[Term]:
+    def batches(self) -> Iterator[LiveTerm]:
         """The terms, one at a time: a term's graph is freed when the next is taken.
 
         Raises:
@@ -160,7 +197,7 @@ class Operator(ABC):
         """
         self.check()
         for batch in self.problem.batches():
-            yield Term(batch, self)
+            yield LiveTerm(batch, self)
 
     def restrict(self, pattern: str) -> Operator:
         """The diagonal block of the parameters that a glob selects.
@@ -272,7 +309,7 @@ class Retained:
     def __init__(self, operator: Operator, room: int) -> None:
         self.operator = operator
         self._room = room if operator.mode == "double-backward" else 0
-        self._kept: dict[int, Term] = {}
+        self._kept: dict[int, LiveTerm] = {}
         self._parts: dict[int, float] = {}
         self._storages: set[int] = set()
 
@@ -319,7 +356,7 @@ class Retained:
         self._kept.clear()
         self._room = 0
 
-    def _apply(self, term: Term, row: Tensor) -> Tensor:
+    def _apply(self, term: LiveTerm, row: Tensor) -> Tensor:
         """A product on the graph that was kept, or else on a new one, kept if there is room."""
         if term.index in self._kept or self._room <= 0:
             return self._kept.get(term.index, term).apply(row)

@@ -6,17 +6,46 @@ section 3.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from torch import Tensor
 
 from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
+from hesscli.operators.per_example.passes import SquaredJacobian
 from hesscli.operators.products import Apply, Function, Tensors, gradient, vector_jacobian
+from hesscli.problem.batches import Batch
+from hesscli.problem.losses import Loss
+from hesscli.problem.output_hessian import Columns, columns_at, scores_at
 from hesscli.problem.problem import Problem, WeightedBatch
 
 # -- The generalised Gauss-Newton matrix Jᵀ A J, A the loss's Hessian in the model's outputs -------
 
 
-class GaussNewton(Operator):
+class Sandwich(Operator):
+    """Jᵀ A J over the model's outputs, A one block an example."""
+
+    kind = "sandwich"
+
+    @abstractmethod
+    def columns(self, loss: Loss, outputs: Tensor, batch: Batch) -> Columns:
+        """Signed columns of A at a batch's outputs.
+
+        Raises:
+            UsageError: A is not known.
+        """
+
+    def passes(self) -> SquaredJacobian:
+        """The matrix example by example, for its diagonal; counted with this operator's work.
+
+        Raises:
+            UsageError: an example's gradient does not exist.
+        """
+        require_examples(self.problem, self.name)
+        return SquaredJacobian(self.problem, self.parameters, self.columns, self.meter)
+
+
+class GaussNewton(Sandwich):
     """Jᵀ (∂²ℓ/∂f²) J over the model's outputs f; positive semidefinite for convex ℓ.
 
     For cross-entropy and the other log-likelihoods with natural parameters it is the Fisher
@@ -27,7 +56,6 @@ class GaussNewton(Operator):
     """
 
     name = "ggn"
-    kind = "sandwich"
 
     def __init__(self, problem: Problem, **options: object) -> None:
         super().__init__(problem, **options)  # type: ignore[arg-type]
@@ -46,6 +74,10 @@ class GaussNewton(Operator):
             return self.problem.outputs(batch.data, self.named(theta))
 
         return function, self.parameters.tensors, middle
+
+    def columns(self, loss: Loss, outputs: Tensor, batch: Batch) -> Columns:
+        """Of the loss's Hessian in the outputs."""
+        return columns_at(loss, outputs, batch)
 
 
 def require_outputs(problem: Problem, matrix: str) -> None:
@@ -109,7 +141,7 @@ class Fisher(GaussNewton):
             )
 
 
-class EmpiricalFisher(Operator):
+class EmpiricalFisher(Sandwich):
     """Σ m_i g_i g_iᵀ / Σ m_i over examples, g_i the gradient of example i's own mean loss.
 
     An example of a language model is a sequence, its mass m_i its unmasked tokens. Labels are
@@ -121,7 +153,6 @@ class EmpiricalFisher(Operator):
     """
 
     name = "empirical-fisher"
-    kind = "sandwich"
     per_example = True
 
     def __init__(self, problem: Problem, **options: object) -> None:
@@ -144,3 +175,7 @@ class EmpiricalFisher(Operator):
 
         weights = loss.multiple * masses / masses.sum()
         return each, self.parameters.tensors, lambda pushed: pushed * weights
+
+    def columns(self, loss: Loss, outputs: Tensor, batch: Batch) -> Columns:
+        """The one column: the slopes of the examples' losses."""
+        return scores_at(loss, outputs, batch)

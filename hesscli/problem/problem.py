@@ -106,8 +106,8 @@ class Problem:
                 type(model).__name__,
                 "requires_grad=True on what is to be analysed",
             )
-        self.device = self.parameters[0].tensor.device
-        self.dtype = self.parameters[0].tensor.dtype
+        self.device: torch.device = self.parameters[0].tensor.device
+        self.dtype: torch.dtype = self.parameters[0].tensor.dtype
         self.retypings = 0  # a graph that was made before one is cut off from the parameters
         self._widened = self._is_widening = False
         self._require_finite_weights()
@@ -205,11 +205,14 @@ class Problem:
         available = self.data.available
         return None if available is None else self.data.count / available
 
+    @cached_property
+    def indices(self) -> tuple[int, ...]:
+        """The batches that weigh something."""
+        return tuple(i for i, mass in enumerate(self.masses) if mass > 0)
+
     def batches(self) -> Iterator[WeightedBatch]:
-        """All batches, one at a time on the device; batches of no mass are passed over."""
-        for index, mass in enumerate(self.masses):
-            if mass > 0:
-                yield self.batch(index)
+        """All batches that weigh something, one at a time on the device."""
+        return map(self.batch, self.indices)
 
     def batch(self, index: int) -> WeightedBatch:
         """One batch on the device."""

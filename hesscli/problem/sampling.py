@@ -6,7 +6,7 @@ rows of the first batch would miss it, so rows come from as many batches as ther
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,14 +46,13 @@ class Sample:
             count: of them.
             together: rows in a part at most, which bounds the memory that a part needs.
         """
-        indices = [i for i, mass in enumerate(problem.masses) if mass > 0]
         separable = problem.separable and problem.loss.shows_examples
         if separable:
-            stacked = _stacked(_rows_across(problem, indices, count))
+            stacked = _stacked(_rows_across(problem, count))
             parts = [piece for part in stacked for piece in _pieces(part, together or count)]
             return cls(problem, tuple(parts), tuple(_mass(problem, p) for p in parts), True)
         chosen: list[int] = []
-        for index in indices:
+        for index in problem.indices:
             chosen.append(index)
             if sum(problem.data.counts[i] for i in chosen) >= count:
                 break
@@ -99,9 +98,9 @@ class Sample:
         )
 
 
-def _rows_across(problem: Problem, indices: list[int], count: int) -> Iterator[Batch]:
+def _rows_across(problem: Problem, count: int) -> Iterator[Batch]:
     """Rows that weigh something, evenly out of batches that are evenly chosen."""
-    chosen = _spread(indices, count)
+    chosen = _spread(problem.indices, count)
     for number, index in enumerate(chosen):
         share = (number + 1) * count // len(chosen) - number * count // len(chosen)
         batch = problem.data.batches[index]
@@ -111,7 +110,7 @@ def _rows_across(problem: Problem, indices: list[int], count: int) -> Iterator[B
             yield map_tensors(lambda tensor, taken=taken: tensor[taken], batch)  # type: ignore[misc]
 
 
-def _spread(values: list[int], count: int) -> list[int]:
+def _spread(values: Sequence[int], count: int) -> Sequence[int]:
     """So many of a list, evenly, or all there are."""
     size = len(values)
     return values if size <= count else [values[i * size // count] for i in range(count)]

@@ -14,7 +14,7 @@ from hesscli import streams
 from hesscli.engines.entries import Stream
 from hesscli.engines.hutchinson.table import Array, Sharing
 from hesscli.engines.lanczos import Lanczos
-from hesscli.operators.base import Operator, Term
+from hesscli.operators.source import Source, Term
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.streams import Distribution, key
 
@@ -29,22 +29,22 @@ class Probes:
     """Rows of probes for an operator's parameters."""
 
     def __init__(
-        self, operator: Operator, seed: int, sharing: Sharing, distribution: Distribution
+        self, operator: Source, seed: int, sharing: Sharing, distribution: Distribution
     ) -> None:
         self.operator, self.seed, self.sharing = operator, seed, sharing
         self._sample = streams.SAMPLERS[distribution]
         self._runs = _contiguous_runs(operator.parameters)
 
     def block(self, batch: int, first: int, count: int) -> Tensor:
-        """Probes ``first … first + count`` of a batch, ``(count, d)`` in the problem's dtype."""
+        """Probes ``first … first + count`` of a batch, ``(count, d)`` in the operator's dtype."""
         return torch.stack([self._vector(batch, probe) for probe in range(first, first + count)])
 
     def _vector(self, batch: int, probe: int) -> Tensor:
         owner = streams.SHARED if self.sharing == "shared" else batch
         stream = streams.key(_PROBES, self.seed, owner, probe)
-        problem = self.operator.problem
+        source = self.operator
         parts = [
-            self._sample(stream, offset, size, dtype=problem.dtype, device=problem.device)
+            self._sample(stream, offset, size, dtype=source.dtype, device=source.device)
             for offset, size in self._runs
         ]
         return torch.cat(parts)
@@ -111,7 +111,7 @@ class Stratified(Design):
 
     name = "stratified"
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Source) -> None:
         parameters = operator.parameters
         self._strata = [
             [i for i, p in enumerate(parameters) if p.layer == layer] for layer in parameters.layers
@@ -143,7 +143,7 @@ class Stratified(Design):
         return torch.split(rows, self._sizes, dim=1)
 
 
-def stratified_ratio(operator: Operator, seed: int) -> float:
+def stratified_ratio(operator: Source, seed: int) -> float:
     """Work of stratified probes over that of plain ones for the same error of the trace.
 
     The same products say both: a layer's probe gives its own quadratic form, and all of them
@@ -163,7 +163,7 @@ def stratified_ratio(operator: Operator, seed: int) -> float:
     return design.products * own / plain if plain else float("inf")
 
 
-def common_share(operator: Operator, seed: int) -> float:
+def common_share(operator: Source, seed: int) -> float:
     """Share of a batch's probe noise that its matrix has in common with another batch's.
 
     The correlation of two batches' quadratic forms of the same probes. A basis from the mean of
@@ -203,7 +203,7 @@ class Deflated(Design):
 
     def __init__(
         self,
-        operator: Operator,
+        operator: Source,
         steps: int,
         seed: int,
         stream: Stream | None,
@@ -225,8 +225,8 @@ class Deflated(Design):
             self._product,
             self.operator.parameters.size,
             seed=self.seed,
-            dtype=self.operator.problem.dtype,
-            device=self.operator.problem.device,
+            dtype=self.operator.dtype,
+            device=self.operator.device,
             reserve=self.steps,
         )
         for _ in range(min(self.steps, self.operator.parameters.size)):
@@ -248,8 +248,7 @@ class Deflated(Design):
 
     def _product(self, vector: Tensor) -> Tensor:
         """A q without weight decay; each batch's part of the diagonal is kept on the way."""
-        problem = self.operator.problem
-        row = vector[None].to(problem.dtype)
+        row = vector[None].to(self.operator.dtype)
         total = torch.zeros_like(vector)
         for term in self.operator.batches():
             product = term.apply(row).double()

@@ -19,7 +19,7 @@ from hesscli.engines.entries import Stream
 from hesscli.engines.hutchinson.designs import Design, Plain, Probes
 from hesscli.engines.hutchinson.table import Array, Sharing, Table, reduce_table
 from hesscli.meter import Meter
-from hesscli.operators.base import Operator, Term
+from hesscli.operators.source import Source, Term
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.streams import Distribution
 
@@ -44,7 +44,7 @@ class Hutchinson:
 
     def __init__(
         self,
-        operator: Operator,
+        operator: Source,
         *,
         seed: int,
         sharing: Sharing = "fresh",
@@ -59,8 +59,7 @@ class Hutchinson:
         self.distribution = distribution
         self.probes = Probes(operator, seed, sharing, distribution)
         self.design = Plain() if design is None else design
-        masses = operator.problem.masses
-        self.indices = [i for i, mass in enumerate(masses) if mass > 0][:batches]
+        self.indices = operator.indices[:batches]
         self._sums = LayerSums(operator.parameters, whole)
         self.stream = stream
         columns = self._sums.num_layers + 1
@@ -128,8 +127,8 @@ class Hutchinson:
         """
         if len(self.seen) < min(2, len(self.indices)):
             return None
-        masses = self.operator.problem.masses
-        return reduce_table(self.aligned(self.seen), [masses[i] for i in self.seen], self.sharing)
+        masses = [self.operator.masses[i] for i in self.seen]
+        return reduce_table(self.aligned(self.seen), masses, self.sharing)
 
     @property
     def streams(self) -> list[Stream]:

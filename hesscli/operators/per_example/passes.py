@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hesscli import streams
-from hesscli.engines.per_example.generic import Generic
-from hesscli.engines.per_example.sites import Site, site_class
 from hesscli.errors import UnsoundError
 from hesscli.meter import BACKWARD, FORWARD, Meter
-from hesscli.parameters import Parameters
-from hesscli.problem.batches import rows
+from hesscli.operators.per_example.generic import Generic
+from hesscli.operators.per_example.sites import Site, site_class
+from hesscli.parameters import LayerSums, Parameters
+from hesscli.problem.batches import Batch, rows
 from hesscli.problem.blame import is_out_of_memory
+from hesscli.problem.losses import Loss
+from hesscli.problem.output_hessian import Columns
+from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem, WeightedBatch
 
 # -- What modules see in a forward pass: their inputs, and the graph's edges behind their outputs --
@@ -113,6 +116,12 @@ class Pass:
         self.calls = calls
         self._sites: dict[nn.Module, Site] = {}
         owner.meter.add(FORWARD, self.share)
+
+    @property
+    def columns(self) -> Columns:
+        """Of the loss's output Hessian."""
+        problem = self.owner.problem
+        return self.owner.make_columns(problem.loss, self.outputs, self.batch.data)
 
     @property
     def structure(self) -> Hashable:
@@ -205,7 +214,7 @@ class Pass:
             UnsoundError: they do not, so that examples depend on each other.
         """
         _, column = self._some_examples()
-        expected = self._batch_gradients(column) if self.owner.generic else []
+        expected = self._batch_gradients(column) if self.owner.unspoken_for else []
         terms = torch.stack([part.norm() for part in expected]).norm() if expected else None
         for position, (total, square) in self._generic([column]).items():
             if not is_close(total, expected[position], square.sum().sqrt(), terms):
@@ -254,7 +263,7 @@ class Pass:
 
     def _generic(self, columns: Sequence[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """Sums of gradients and of squares for the parameters that no site speaks for."""
-        positions = sorted(self.owner.generic)
+        positions = sorted(self.owner.unspoken_for)
         if not positions:
             return {}
         self.owner.meter.add(FORWARD + len(columns) * BACKWARD, self.share)
@@ -315,38 +324,87 @@ _SAMPLE = 16
 """Examples that a verification takes."""
 
 
+MakeColumns = Callable[[Loss, Tensor, Batch], Columns]
+
+
 class SquaredJacobian:
     """Per-example vector-Jacobian products of a problem, squared.
 
     Args:
         problem: its examples must not depend on each other.
         parameters: what to differentiate by.
+        make_columns: those of A at a batch's outputs.
         meter: counts the passes.
-
-    ``generic`` holds the positions of parameters that take the generic path, as far as known.
     """
 
-    def __init__(self, problem: Problem, parameters: Parameters, meter: Meter) -> None:
+    def __init__(
+        self, problem: Problem, parameters: Parameters, make_columns: MakeColumns, meter: Meter
+    ) -> None:
         self.problem, self.parameters, self.meter = problem, parameters, meter
+        self.make_columns = make_columns
         self.known = _known_modules(problem.model, parameters)
         spoken_for = {i for names in self.known.values() for i in names.values()}
-        self.generic = set(range(len(parameters))) - spoken_for
+        self.unspoken_for = set(range(len(parameters))) - spoken_for
         self.shared: set[nn.Module] = set()
         self.mapper = Generic(problem)
         self._structures: set[Hashable] = set()
         self._part: int | None = None
 
-    def passes(self, batch: WeightedBatch) -> Iterator[tuple[int, Pass]]:
+    @property
+    def generic(self) -> tuple[str, ...]:
+        """Parameters that take the generic path, as far as known."""
+        return tuple(self.parameters[i].name for i in sorted(self.unspoken_for))
+
+    @property
+    def columns(self) -> Columns:
+        """Of a few examples.
+
+        Raises:
+            UsageError: the loss's output Hessian is not known.
+        """
+        loss, sample = self.problem.loss, self.problem.sample(_SAMPLE)
+        outputs = self.problem.fixed_outputs(sample.data)
+        loss.check(outputs, sample.data)
+        return self.make_columns(loss, outputs, sample.data)
+
+    def relative_rounding(self) -> float | None:
+        """Error of a layer's traces relative to their size, at most, on a few examples.
+
+        One measurement may come out small by chance: a unit in the last place is added to it.
+        None where the model does not run in float64.
+        """
+        problem = self.problem
+        if not problem.precision.is_float64:
+            return None
+        rough = self._traces_of(problem.sample(_SAMPLE))
+        with doubled(problem):
+            fine = self._traces_of(problem.sample(_SAMPLE))
+        unit = torch.finfo(problem.dtype).eps
+        tiny = torch.finfo(torch.float64).tiny
+        least = max(unit * abs(float(fine[-1])), tiny)  # of a layer that an invariance zeroes
+        return float(((rough - fine).abs() / fine.abs().clamp_min(least)).max()) + unit
+
+    def _traces_of(self, batch: WeightedBatch) -> Tensor:
+        """Traces ``(L + 1,)`` of a few examples by one draw, on the CPU."""
+        live = Pass(self, batch)
+        squares = [sign * live.squares([column]) for sign, column in live.columns.draw(0)]
+        return LayerSums(self.parameters)(torch.stack(squares).sum(0, keepdim=True))[0].cpu()
+
+    def of(self, batch: int) -> Iterator[tuple[int, Pass]]:
         """Forward passes over parts of a batch, each with the place of its first example.
 
         A part is as large as a CPU's cache likes the activations, or as a GPU likes its work.
+
+        Raises:
+            UnsoundError: examples depend on each other.
         """
+        whole = self.problem.batch(batch)
         if self._part is None:
-            self._part = self._verified(_cut(batch, 0, _SAMPLE)).fitting
-        count = -(-batch.count // self._part)
-        bounds = [part * batch.count // count for part in range(count + 1)]
+            self._part = self._verified(_cut(whole, 0, _SAMPLE)).fitting
+        count = -(-whole.count // self._part)
+        bounds = [part * whole.count // count for part in range(count + 1)]
         for start, stop in itertools.pairwise(bounds):
-            yield start, self._verified(_cut(batch, start, stop))
+            yield start, self._verified(_cut(whole, start, stop))
 
     def _verified(self, batch: WeightedBatch) -> Pass:
         """A forward pass; where its structure is new, a few of its examples are verified."""
@@ -383,7 +441,7 @@ class SquaredJacobian:
 
     def _give_up(self, module: nn.Module) -> None:
         self.shared.discard(module)
-        self.generic |= set(self.known.pop(module).values())
+        self.unspoken_for |= set(self.known.pop(module).values())
 
 
 def _known_modules(model: nn.Module, parameters: Parameters) -> dict[nn.Module, dict[str, int]]:

@@ -8,7 +8,7 @@ the number of parameters. Random columns in their place are unbiased.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,37 +17,25 @@ from torch import Tensor
 from hesscli import streams
 from hesscli.engines.entries import Stream
 from hesscli.engines.hutchinson.table import Array
-from hesscli.engines.per_example.passes import Pass, SquaredJacobian
 from hesscli.errors import UsageError
 from hesscli.meter import Meter
 from hesscli.operators.base import BLOCK_BYTES
-from hesscli.operators.gauss_newton import require_examples
-from hesscli.parameters import LayerSums, Parameters
-from hesscli.problem.batches import Batch
-from hesscli.problem.losses import Loss
-from hesscli.problem.output_hessian import Columns, columns_at
-from hesscli.problem.precision import doubled
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.operators.source import ByExample, Pass
+from hesscli.parameters import LayerSums
 
-MakeColumns = Callable[[Loss, Tensor, Batch], Columns]
-
-_SAMPLE = 16
 _DRAWS = 0xD4A35
 """Separates label streams from other uses of a seed."""
 
 
 class ExactDiagonal:
-    """diag G over a problem's batches: a table of traces, and the entries if they are wanted.
+    """diag G over a matrix's batches: a table of traces, and the entries if they are wanted.
 
     Args:
-        problem: its loss's output Hessian must be known and its examples independent.
-        parameters: the entries; default all trainable ones.
+        operator: G, whose output Hessian must be known and whose examples independent.
         sampled: random columns, as many as are asked for, in place of all of them.
-        columns: those at a batch's outputs; default of the loss's output Hessian.
         seed: of the random columns.
         batches: only so many of the first batches (a pilot), default all.
         stream: takes the estimates of single entries, where they are wanted.
-        meter: counts the passes; default a new one.
 
     ``cells[b]`` is ``(draws, L + 1)``, as Hutchinson's tables have it: a batch's traces by layer
     and in the last column their sum, without weight decay; one row where they are exact.
@@ -59,21 +47,16 @@ class ExactDiagonal:
 
     def __init__(
         self,
-        problem: Problem,
+        operator: ByExample,
         *,
-        parameters: Parameters | None = None,
         sampled: bool = False,
-        columns: MakeColumns = columns_at,
         seed: int = 0,
         batches: int | None = None,
         stream: Stream | None = None,
-        meter: Meter | None = None,
     ) -> None:
-        require_examples(problem, "ggn")
-        self.problem, self.sampled, self.seed = problem, sampled, seed
-        self.parameters = problem.parameters if parameters is None else parameters
-        self._columns = columns
-        found = columns_of_sample(problem, columns)
+        self.operator, self.sampled, self.seed = operator, sampled, seed
+        self.passes = operator.passes()
+        found = self.passes.columns
         self.num_columns = found.num_columns
         if not sampled and self.num_columns > found.most:
             raise UsageError(
@@ -81,17 +64,15 @@ class ExactDiagonal:
                 f"{self.num_columns} columns",
                 "--method split, which draws columns",
             )
-        self.meter = Meter() if meter is None else meter
-        self._jacobian = SquaredJacobian(problem, self.parameters, self.meter)
-        self._sums, self.stream = LayerSums(self.parameters), stream
-        self.indices = [i for i, mass in enumerate(problem.masses) if mass > 0][:batches]
+        self._sums, self.stream = LayerSums(operator.parameters), stream
+        self.indices = operator.indices[:batches]
         empty: Array = np.empty((0, self._sums.num_layers + 1))
         self.cells = dict.fromkeys(self.indices, empty)
 
     @property
-    def generic(self) -> tuple[str, ...]:
-        """Parameters whose per-example gradients are made one example at a time."""
-        return tuple(self.parameters[i].name for i in sorted(self._jacobian.generic))
+    def meter(self) -> Meter:
+        """The operator's."""
+        return self.operator.meter
 
     @property
     def streams(self) -> list[Stream]:
@@ -123,54 +104,48 @@ class ExactDiagonal:
         """
         wanted = draws if self.sampled else 1
         began = min(len(cells) for cells in self.cells.values())
-        most = max(2, BLOCK_BYTES // (8 * max(1, self.parameters.size)))
+        most = max(2, BLOCK_BYTES // (8 * max(1, self.operator.parameters.size)))
         rounds = max(1, (wanted - began) // most) if wanted > began else 0
         bounds = np.linspace(began, wanted, rounds + 1).astype(int).tolist()
         for start, stop in itertools.pairwise(bounds):
-            for batch in map(self.problem.batch, self.indices):
-                if len(self.cells[batch.index]) < stop:
-                    yield from self._visit(batch, len(self.cells[batch.index]), stop)
+            for index in self.indices:
+                if len(self.cells[index]) < stop:
+                    yield from self._visit(index, len(self.cells[index]), stop)
             if self.stream is not None:
                 self.stream.close_round(stop - start)
 
     def verify(self) -> None:
-        """Put the problem to the test on a few examples.
+        """Put the operator to the test on a few examples.
 
         Raises:
             UnsoundError: examples depend on each other.
         """
-        next(self._jacobian.passes(next(self.problem.batches())))
+        next(self.passes.of(self.operator.indices[0]))
 
-    def traces_of(self, batch: WeightedBatch) -> Array:
-        """Traces ``(L + 1,)`` of a few examples by one draw, for comparisons."""
-        live = Pass(self._jacobian, batch)
-        drawn = self._columns(self.problem.loss, live.outputs, batch.data).draw(0)
-        squares = torch.stack([sign * live.squares([column]) for sign, column in drawn])
-        return np.asarray(self._sums(squares.sum(0, keepdim=True))[0].cpu().numpy())
-
-    def _visit(self, batch: WeightedBatch, done: int, wanted: int) -> Iterator[None]:
+    def _visit(self, batch: int, done: int, wanted: int) -> Iterator[None]:
         """Add a batch: its parts, on one graph each, and on that all its columns."""
-        size = self.parameters.size
-        kept = torch.zeros(wanted - done, size, dtype=torch.float64, device=self.problem.device)
-        for first, live in self._jacobian.passes(batch):
-            for row, sign, columns in self._estimates(live, first, done, wanted):
+        size, masses = self.operator.parameters.size, self.operator.masses
+        kept = torch.zeros(wanted - done, size, dtype=torch.float64, device=self.operator.device)
+        for first, live in self.passes.of(batch):
+            for row, sign, columns in self._estimates(batch, live, first, done, wanted):
                 kept[row] += sign * live.squares(columns)
                 yield
-        kept /= self.problem.masses[batch.index]
+        kept /= masses[batch]
+        weight = masses[batch] / sum(masses)
         if self.stream is not None and self.sampled:
-            entries = self.stream.of_batch(batch.index, batch.weight)
+            entries = self.stream.of_batch(batch, weight)
             self.stream.add(entries, kept, done)
             self.stream.keep(entries)
         elif self.stream is not None:
-            self.stream.add_exact(batch.index, batch.weight, kept[0])
+            self.stream.add_exact(batch, weight, kept[0])
         rows = self._sums(kept).cpu().numpy()
-        self.cells[batch.index] = np.concatenate([self.cells[batch.index], rows])
+        self.cells[batch] = np.concatenate([self.cells[batch], rows])
 
     def _estimates(
-        self, live: Pass, first: int, done: int, wanted: int
+        self, batch: int, live: Pass, first: int, done: int, wanted: int
     ) -> Iterator[tuple[int, float, list[Tensor]]]:
         """Columns of one sign in blocks, with the row of the estimate that they are a part of."""
-        columns = self._columns(self.problem.loss, live.outputs, live.batch.data)
+        columns = live.columns
         if not self.sampled:
             signed = map(columns.column, range(columns.num_columns))
             for sign, block in itertools.groupby(signed, lambda pair: pair[0]):
@@ -179,36 +154,5 @@ class ExactDiagonal:
                     yield 0, sign, part
             return
         for draw in range(done, wanted):
-            stream = streams.key(_DRAWS, self.seed, live.batch.index, draw)
-            for sign, column in columns.draw(stream, first):
+            for sign, column in columns.draw(streams.key(_DRAWS, self.seed, batch, draw), first):
                 yield draw - done, sign, [column]
-
-
-def columns_of_sample(problem: Problem, columns: MakeColumns = columns_at) -> Columns:
-    """The columns of a few examples, which say how many backward passes the exact diagonal takes.
-
-    Raises:
-        UsageError: the loss's output Hessian is not known.
-    """
-    sample = problem.sample(_SAMPLE)
-    outputs = problem.fixed_outputs(sample.data)
-    problem.loss.check(outputs, sample.data)
-    return columns(problem.loss, outputs, sample.data)
-
-
-def relative_rounding(engine: ExactDiagonal) -> float | None:
-    """Error of a layer's traces relative to their size, at most, on a few examples.
-
-    One measurement may come out small by chance: a unit in the last place is added to it. None
-    where the model does not run in float64.
-    """
-    problem = engine.problem
-    if not problem.precision.is_float64:
-        return None
-    rough = engine.traces_of(problem.sample(_SAMPLE))
-    with doubled(problem):
-        fine = engine.traces_of(problem.sample(_SAMPLE))
-    unit = torch.finfo(problem.dtype).eps
-    least = unit * abs(fine[-1])  # of a layer that an invariance zeroes
-    size = np.abs(fine).clip(min=max(least, np.finfo(float).tiny))
-    return float(np.max(np.abs(rough - fine) / size)) + unit

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from hesscli import streams
-from hesscli.engines.per_example.generic import Generic
-from hesscli.engines.per_example.passes import is_close
 from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.meter import FORWARD, Meter
 from hesscli.operators.gauss_newton import require_examples
+from hesscli.operators.per_example.generic import Generic
+from hesscli.operators.per_example.passes import is_close
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
 from hesscli.problem.output_hessian import Factor, ScoreFactor, factor_of, has_factor
@@ -83,7 +83,7 @@ class Rows:
     @property
     def available(self) -> float:
         """How many different rows there are; sampled ones do not end."""
-        counts = [self.problem.data.counts[i] for i in self._indices]
+        counts = [self.problem.data.counts[i] for i in self.problem.indices]
         if self.kind.name == "sampled":
             return float("inf")
         if self._whole_batches:
@@ -94,17 +94,13 @@ class Rows:
         """The first ``count`` rows, or as many as there are, in blocks ``(k, d)``."""
         left, draw = int(min(count, self.available)), 0
         while left:
-            for index in self._indices:
+            for index in self.problem.indices:
                 for block in self._of_batch(self.problem.batch(index), draw, left):
                     left -= len(block)
                     yield block
                 if not left:
                     return
             draw += 1
-
-    @property
-    def _indices(self) -> list[int]:
-        return [i for i, mass in enumerate(self.problem.masses) if mass > 0]
 
     @property
     def _whole_batches(self) -> bool:
