@@ -1,17 +1,28 @@
-"""What holds for every command that measures, whichever it is."""
+"""What holds for every command that measures, whichever it is: one that is new included."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
+import jsonschema
 import pytest
 from program import SUNSPOTS, hesscli_warm
+from toy import TOY
 
+from hesscli.cli.app import main
+from hesscli.cli.usage import Usage
 from hesscli.commands import COMMANDS
+from hesscli.render.document import schema
 
 LAYERS = {"hidden1", "hidden2", "head"}
+MEASURED = [*(name for name, command in COMMANDS.items() if command.figures), "toy"]
 FEW = {
     "trace": ("--method", "hutchinson", "--probes", 4),
     "diag": ("--method", "hutchinson", "--probes", 4),
@@ -21,28 +32,83 @@ FEW = {
 """Little work, of the kind that each does."""
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A command that was run with ``--layer head``: what it printed, and its document."""
+
+    command: str
+    stdout: str
+    document: dict[str, Any]
+    folder: Path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def toy() -> Iterator[None]:
+    """A command more, by one entry."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COMMANDS, "toy", TOY)
+        yield
+
+
+@pytest.fixture(scope="module", params=MEASURED)
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    command, folder = request.param, tmp_path_factory.mktemp(request.param)
+    few = FEW.get(command, ())
+    run = hesscli_warm(command, SUNSPOTS, *few, "--dir", ".", "--layer", "head", cwd=folder)
+    assert run.returncode == 0, run.stderr
+    document = json.loads((folder / f"{command}.json").read_text())
+    return Ran(command, run.stdout, document, folder)
+
+
 def named(text: str) -> set[str]:
     """The sample's layers that a text names, or the tensors of."""
     return {layer for layer in LAYERS if re.search(rf"\b{layer}\b", text)}
 
 
-MEASURED = [name for name, command in COMMANDS.items() if command.figures]
+def texts(picture: Path) -> str:
+    """What is written in a picture, where it is drawn as outlines."""
+    return "\n".join(re.findall("<!-- (.*?) -->", picture.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("command", MEASURED)
-def test_layer_restricts_table_pictures_and_document_alike(command: str, tmp_path: Path) -> None:
-    line = (command, SUNSPOTS, *FEW[command], "--dir", ".", "--layer", "head")
-    run = hesscli_warm(*line, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert named(run.stdout) <= {"head"}
-    document = json.loads((tmp_path / f"{command}.json").read_text())
-    assert [layer["name"] for layer in document["layers"]] == ["head"]
-    pictures = [Path(path) for kind, path in document["files"].items() if kind.startswith("svg")]
-    drawn = [named("\n".join(comments(tmp_path / picture))) for picture in pictures]
+def test_layer_restricts_table_pictures_and_document_alike(ran: Ran) -> None:
+    assert named(ran.stdout) <= {"head"}
+    assert [layer["name"] for layer in ran.document["layers"]] == ["head"]
+    files = ran.document["files"].items()
+    drawn = [named(texts(ran.folder / path)) for kind, path in files if kind.startswith("svg")]
     assert {"head"} in drawn
     assert all(names <= {"head"} for names in drawn)
 
 
-def comments(picture: Path) -> list[str]:
-    """The texts of a picture, which are drawn as outlines."""
-    return re.findall("<!-- (.*?) -->", picture.read_text(encoding="utf-8"))
+def test_a_document_keeps_the_schema_and_says_where_files_are(ran: Ran) -> None:
+    jsonschema.validate(ran.document, schema())
+    assert ran.document["command"] == ran.command
+    written = {Path(path).name for path in ran.document["files"].values()}
+    assert written == {path.name for path in ran.folder.iterdir()}
+
+
+@pytest.mark.parametrize("command", MEASURED)
+def test_help_names_the_command_and_its_options(command: str, capsys) -> None:
+    assert main(["--help"]) == 0
+    assert f" {command} " in capsys.readouterr().out
+    assert main([command, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"hesscli {command}" in told
+    for option in ("--budget", "--layer", "--out"):
+        assert option in told
+
+
+@pytest.mark.parametrize("command", [*MEASURED, "check"])
+def test_options_and_python_mean_the_same_where_nothing_is_said(command: str) -> None:
+    usage: Usage = resolve_name(COMMANDS[command].usage)
+    parameters = inspect.signature(resolve_name(COMMANDS[command].measure)).parameters
+    typed = usage.defaults()
+    shared = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name in typed and parameter.default is not inspect.Parameter.empty
+    }
+    usual = {option.name: option.usual for option in usage.options if option.usual is not None}
+    own = {"window", "layers"} & shared.keys()  # another type, made of several options
+    assert {name: (typed | usual)[name] for name in shared.keys() - own} == {
+        name: shared[name] for name in shared.keys() - own
+    }
