@@ -411,12 +411,27 @@ def test_a_matrix_is_drawn_as_it_is() -> None:
     assert subtitle == "7 × 11  ·  all 100 examples"
 
 
-@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (5, 3, 4), (4, 3, 2, 3, 3), (8, 5, 1, 1)])
-def test_kernels_stand_in_a_grid(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "turned"),
+    [
+        ((4, 6, 3, 3), False),
+        ((6, 4, 3, 3), True),
+        ((5, 3, 4), False),
+        ((4, 3, 2, 3, 3), True),
+        ((8, 5, 1, 1), True),
+        ((5, 8, 1, 1), False),
+    ],
+)
+def test_kernels_stand_in_a_grid(shape: tuple[int, ...], turned: bool) -> None:
+    """The first dimension runs down, or across where the page would be left half empty."""
     weight = entries(shape)
     tiles = weight.reshape(*shape[:2], -1, shape[-1])
-    naive = np.block([[tiles[out, into] for into in range(shape[1])] for out in range(shape[0])])
+    tiles = tiles.swapaxes(0, 1) if turned else tiles
+    down, across = tiles.shape[:2]
+    naive = np.block([[tiles[row, column] for column in range(across)] for row in range(down)])
     figure = heat_map("conv.weight", weight)
+    ways = "runs across, the second down" if turned else "runs down, the second across"
+    assert any(ways in text for text in drawn_texts(figure))
     assert (image(figure) == naive).all()
     # One white line between any two neighbours, and none around 1 × 1 kernels.
     gaps = sum(len(lines.get_paths()) for lines in figure.axes[0].collections)
@@ -441,13 +456,17 @@ def test_large_tensors_are_averaged_in_blocks(shape: tuple[int, ...]) -> None:
     weight = entries(shape)
     matrix = np.atleast_2d(weight)
     down, across = (math.ceil(length / 512) for length in matrix.shape)
-    naive = [
-        [matrix[r : r + down, c : c + across].mean() for c in range(0, matrix.shape[1], across)]
-        for r in range(0, matrix.shape[0], down)
-    ]
+    naive = np.array(
+        [
+            [matrix[r : r + down, c : c + across].mean() for c in range(0, matrix.shape[1], across)]
+            for r in range(0, matrix.shape[0], down)
+        ]
+    )
     figure = heat_map("fc.weight", weight)
-    assert max(image(figure).shape) <= 512
-    assert image(figure) == pytest.approx(np.array(naive))  # sums in another order
+    drawn = image(figure)
+    assert max(drawn.shape) <= 512
+    wide = drawn.T if matrix.shape[0] > 1.2 * matrix.shape[1] else drawn
+    assert wide == pytest.approx(naive)  # sums in another order
     averaged = f"means of {down} × {across} entries" in figure.texts[0].get_text()
     assert averaged == (max(matrix.shape) > 512)
 
@@ -456,8 +475,20 @@ def test_large_kernel_grids_show_the_mean_of_each_kernel() -> None:
     weight = entries((600, 40, 3, 3))
     figure = heat_map("conv.weight", weight)
     means = weight.mean(axis=(2, 3))
-    assert image(figure) == pytest.approx((means[::2] + means[1::2]) / 2)
+    drawn = image(figure).T  # it is turned
+    assert drawn == pytest.approx((means[::2] + means[1::2]) / 2)
     assert figure.texts[0].get_text().endswith("means of 2 × 1 kernels")
+
+
+@pytest.mark.parametrize(
+    "shape", [(16, 1, 5, 5), (48, 1, 3, 3), (32, 16, 3, 3), (128, 10), (20, 17), (300, 1)]
+)
+def test_a_page_is_not_left_half_empty(shape: tuple[int, ...]) -> None:
+    """Of the eleven inches margins, the colours and their labels take two and a half."""
+    figure = heat_map("conv.weight", entries(shape))
+    frame = figure.axes[0].get_position()
+    assert frame.width * 11 > 5.5
+    assert figure.get_figheight() < 9
 
 
 @pytest.mark.parametrize("signed", [True, False])

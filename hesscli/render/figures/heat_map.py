@@ -25,6 +25,10 @@ from hesscli.render.figures import canvas
 Array = npt.NDArray[np.float64]
 
 _MOST_CELLS = 512
+_TALL = 1.2
+"""How many times as high as wide a matrix must be to be turned."""
+_WIDER = 2.0
+"""How many times as wide as its square a list of kernels is wrapped to be, about."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Sheet:
         across: those from left to right.
         tiles: whether each of them is a kernel of several cells.
         ordered: whether down and across are dimensions of the tensor.
+        turned: whether the first of these runs across.
         averaged: what a cell is the mean of; empty where it is a single entry.
     """
 
@@ -45,28 +50,36 @@ class Sheet:
     across: int
     tiles: bool = False
     ordered: bool = True
+    turned: bool = False
     averaged: str = ""
 
 
 def spread(values: Array) -> Sheet:
-    """Lay a tensor out: a vector as a row, a matrix as it is, kernels as a grid of tiles."""
-    if values.ndim <= 2:
+    """Lay a tensor out: a vector as a row, a matrix as it is, kernels as a grid of tiles.
+
+    A page is wide: a matrix or grid that is clearly taller is turned, kernels themselves are not.
+    """
+    if values.ndim <= 1:
         return _matrix(np.atleast_2d(values), "entries")
-    outputs, inputs, *kernel = values.shape
+    outputs, inputs, *kernel = values.shape if values.ndim > 2 else (*values.shape, 1)
     kernels = values.reshape(outputs, inputs, -1, kernel[-1])
     rows, columns = kernels.shape[2:]
-    if rows * columns == 1:
-        return _matrix(kernels[:, :, 0, 0], "entries")
-    if inputs == 1:
+    ordered = inputs > 1 or rows * columns == 1
+    turned = ordered and outputs * rows > _TALL * inputs * columns
+    if turned:
+        kernels = kernels.swapaxes(0, 1)
+    elif not ordered:
         kernels = _wrapped(kernels[:, 0])
+    if rows * columns == 1:
+        return _matrix(kernels[:, :, 0, 0], "entries", turned=turned)
     down, across = kernels.shape[:2]
     if max(down * rows, across * columns) > _MOST_CELLS:
-        return _matrix(kernels.mean(axis=(2, 3)), "kernels", ordered=inputs > 1)
+        return _matrix(kernels.mean(axis=(2, 3)), "kernels", ordered, turned)
     cells = kernels.transpose(0, 2, 1, 3).reshape(down * rows, across * columns)
-    return Sheet(cells, down, across, tiles=True, ordered=inputs > 1)
+    return Sheet(cells, down, across, tiles=True, ordered=ordered, turned=turned)
 
 
-def _matrix(values: Array, units: str, *, ordered: bool = True) -> Sheet:
+def _matrix(values: Array, units: str, ordered: bool = True, turned: bool = False) -> Sheet:
     """At most so many cells a side, each the mean of a block of units."""
     down, across = values.shape
     steps = [math.ceil(length / _MOST_CELLS) for length in (down, across)]
@@ -76,16 +89,17 @@ def _matrix(values: Array, units: str, *, ordered: bool = True) -> Sheet:
         sizes = np.diff(np.append(starts, cells.shape[axis]))
         sums = np.add.reduceat(cells, starts, axis=axis)
         cells = sums / (sizes[:, None] if axis == 0 else sizes)
-    averaged = f"{steps[0]} × {steps[1]} {units}" if max(steps) > 1 or units != "entries" else ""
-    return Sheet(cells, down, across, ordered=ordered, averaged=averaged)
+    first, second = reversed(steps) if turned else steps
+    averaged = f"{first} × {second} {units}" if max(steps) > 1 or units != "entries" else ""
+    return Sheet(cells, down, across, ordered=ordered, turned=turned, averaged=averaged)
 
 
 def _wrapped(kernels: Array) -> Array:
-    """A list of kernels as a grid that is somewhat wider than high, with few places empty."""
+    """A list of kernels as a grid that is wider than high, with few places empty."""
     count = len(kernels)
     root = math.sqrt(count)
     widths = range(math.ceil(root), max(math.ceil(root), math.floor(2.5 * root)) + 1)
-    across = min(widths, key=lambda width: (-count % width, abs(width - 1.25 * root)))
+    across = min(widths, key=lambda width: (-count % width, abs(width - _WIDER * root)))
     empty = np.full((-count % across, *kernels.shape[1:]), np.nan)
     return np.concatenate([kernels, empty]).reshape(-1, across, *kernels.shape[1:])
 
@@ -95,7 +109,7 @@ def _wrapped(kernels: Array) -> Array:
 
 # In inches: the largest image and cell, the side below which cells are stretched, what lies
 # below the image, the colour bar, and the room for a label.
-_WIDE, _HIGH, _CELL, _THIN = 8.7, 6.5, 0.4, 2.0
+_WIDE, _HIGH, _CELL, _THIN = 8.7, 6.5, 0.6, 2.0
 _BOTTOM, _BAR, _GAP, _BAR_HIGH = 0.95, 0.2, 0.25, 1.8
 _LABEL_WIDE, _LABEL_HIGH = 0.6, 0.2
 _DECADES = 4
@@ -113,7 +127,8 @@ def heat_map(name: str, values: npt.ArrayLike, facts: Iterable[str] = ()) -> Fig
     """Draw one tensor of diagonal entries as an image.
 
     A matrix is drawn as it is; kernels stand in a grid, the first dimension down and the second
-    across; a vector is one row. What is too large is averaged in blocks, and the page says so.
+    across; a vector is one row. What is clearly taller than wide is turned, what is too large
+    averaged in blocks, and the page says so.
 
     Args:
         name: of the tensor.
@@ -225,7 +240,8 @@ def _numbers(count: int, room: float) -> range:
 def _notes(values: Array, sheet: Sheet) -> list[str]:
     notes = ["Colours are on a log scale." if values.any() else "All entries are zero."]
     if values.ndim >= 2 and sheet.ordered:
-        notes.append("The first dimension runs down, the second across.")
+        ways = ("across", "down") if sheet.turned else ("down", "across")
+        notes.append(f"The first dimension runs {ways[0]}, the second {ways[1]}.")
     if sheet.tiles:
         kernel = " × ".join(map(str, values.shape[2:]))
         order = "" if sheet.ordered else ", in reading order"
