@@ -6,6 +6,7 @@ import io
 from itertools import pairwise
 from typing import Literal
 
+import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -39,6 +40,18 @@ def assert_tidy(figure: Figure) -> None:
     assert 0 <= drawn.y0 <= drawn.y1 <= height
     for axes in figure.axes:
         assert_labels_apart(axes)
+        assert_scale_is_named(axes)
+
+
+def assert_scale_is_named(axes: Axes) -> None:
+    """A label says how far an axis is logarithmic: one through zero is linear about it."""
+    label, scale = axes.get_xlabel(), axes.get_xscale()
+    assert ("log scale" in label) == (bool(label) and scale != "linear")
+    assert ("beyond" in label) == (bool(label) and scale == "symlog")
+    if "beyond" in label:
+        threshold = axes.xaxis.get_transform().linthresh
+        said = label.partition("± ")[2].partition(":")[0]
+        assert float(said) == pytest.approx(threshold, rel=0.05)
 
 
 def assert_labels_apart(axes: Axes) -> None:

@@ -16,6 +16,7 @@ import matplotlib.style
 from matplotlib import rc_params_from_file
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -273,6 +274,17 @@ def scale_by_size(axes: Axes, edges: tuple[float, ...]) -> None:
     decades = math.log10(left / threshold) + math.log10(right / threshold)
     axes.set_xscale("symlog", linthresh=threshold, linscale=max(0.035 * decades, 0.03))
     axes.set_xlim(-left * _AIR, right * _AIR)
+
+
+def log_scale(axis: Axis) -> str:
+    """Say how far a scale is logarithmic: one that goes through zero is linear about it."""
+    threshold = getattr(axis.get_transform(), "linthresh", None)
+    return "log scale" if threshold is None else log_scale_beyond(threshold)
+
+
+def log_scale_beyond(threshold: float) -> str:
+    """Name a scale that is linear about zero."""
+    return f"log scale beyond ± {words.number(threshold, 2)}"
 
 
 def label_sizes(axes: Axes, edges: tuple[float, ...]) -> None:

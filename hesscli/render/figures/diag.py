@@ -113,7 +113,7 @@ def _draw_layers(rows: Rows, layers: list[LayerDiagonal], spectra: list[Histogra
             "negative": [words.percent(layer.negative_fraction) for layer in layers],
         }
     )
-    rows.axes.set_xlabel("size of an entry, log scale")
+    rows.axes.set_xlabel(f"size of an entry, {canvas.log_scale(rows.axes.xaxis)}")
     rows.axes.grid(axis="x")
 
 

@@ -157,7 +157,7 @@ def heat_map(name: str, values: npt.ArrayLike, facts: Iterable[str] = ()) -> Fig
     canvas.place(figure, axes, left, _BOTTOM + tall - high, wide, high)
     canvas.place(figure, bar, left + wide + _GAP, _BOTTOM, _BAR, tall)
     bar.set_visible(bool(entries.any()))
-    canvas.note(figure, _notes(entries, sheet))
+    canvas.note(figure, _notes(entries, sheet, norm.linthresh))
     return figure
 
 
@@ -237,8 +237,9 @@ def _numbers(count: int, room: float) -> range:
     return range(0, count if count > 1 else 0, step)
 
 
-def _notes(values: Array, sheet: Sheet) -> list[str]:
-    notes = ["Colours are on a log scale." if values.any() else "All entries are zero."]
+def _notes(values: Array, sheet: Sheet, threshold: float) -> list[str]:
+    beyond = f"Colours are on a {canvas.log_scale_beyond(threshold)}."
+    notes = [beyond if values.any() else "All entries are zero."]
     if values.ndim >= 2 and sheet.ordered:
         ways = ("across", "down") if sheet.turned else ("down", "across")
         notes.append(f"The first dimension runs {ways[0]}, the second {ways[1]}.")

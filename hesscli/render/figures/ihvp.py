@@ -118,7 +118,7 @@ def _draw_changes(axes: Axes, layers: list[LayerSensitivity], kind: str) -> None
         _draw_change(axes, row + _LANES[change.granularity], change, 3 + order / 1000)
     if edges and edges[0] <= 0:
         axes.axvline(0, color=canvas.QUIET, linewidth=0.8)
-    axes.set_xlabel("predicted loss change, log scale")
+    axes.set_xlabel(f"predicted loss change, {canvas.log_scale(axes.xaxis)}")
     axes.grid(axis="x")
     label_sizes(axes, edges)
 
@@ -212,7 +212,8 @@ def saliency_figure(result: IhvpResult) -> Figure:
             "this ranking is": [perturbations.ranked_by(layer) for layer in layers],
         }
     )
-    rows.axes.set_xlabel("saliency of a weight, log scale: a ranking, not a loss change")
+    scale = canvas.log_scale(rows.axes.xaxis)
+    rows.axes.set_xlabel(f"saliency of a weight, {scale}: a ranking, not a loss change")
     rows.axes.grid(axis="x")
     rows.put(rows.axes, *rows.room())
     label_sizes(rows.axes, spectra[0].edges)

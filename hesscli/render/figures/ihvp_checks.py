@@ -115,8 +115,9 @@ def _draw_both(axes: Axes, points: list[_Point]) -> None:
     axes.fill_between(line, line - within, line + within, color=canvas.LINE, linewidth=0)
     axes.plot(line, line, color=canvas.QUIET, linewidth=0.8)
     _draw_points(axes, points, lambda point: (point.scaled.predicted, point.scaled.measured))
-    axes.set_xlabel("predicted loss change, log scale")
-    axes.set_ylabel("measured loss change, log scale")
+    scale = canvas.log_scale(axes.xaxis)
+    axes.set_xlabel(f"predicted loss change, {scale}")
+    axes.set_ylabel(f"measured loss change, {scale}")
     axes.grid()
     label_sizes(axes, edges)
     axes.tick_params(axis="x", pad=8)  # apart from the first label of the other axis
@@ -155,7 +156,7 @@ def _draw_misses(axes: Axes, points: list[_Point]) -> None:
     label_sizes(axes, edges)
     ticks = [t for t in (1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0) if low <= t <= high]
     label_heights(axes, ticks, [f"{100 * tick:g}%" for tick in ticks])
-    axes.set_xlabel("|linear| + |quadratic|, log scale")
+    axes.set_xlabel(f"|linear| + |quadratic|, {canvas.log_scale(axes.xaxis)}")
     axes.set_ylabel("error as a share of it")
     axes.grid()
 

@@ -89,7 +89,7 @@ def density_figure(result: SpectrumResult) -> Figure:
         canvas.describe(axes, (name, size, f"trace {trace}", *more))
         label_sizes(axes, edges)
     drawn[0].set_ylabel("eigenvalues")
-    drawn[-1].set_xlabel("eigenvalue, log scale")
+    drawn[-1].set_xlabel(f"eigenvalue, {canvas.log_scale(drawn[-1].xaxis)}")
     canvas.note(figure, _density_notes(result, len(spectra)))
     return figure
 

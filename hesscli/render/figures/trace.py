@@ -71,24 +71,23 @@ def _draw_per_parameter(axes: Axes, layers: list[LayerTrace]) -> None:
     values = [words.per_parameter(layer) for layer in layers]
     shares = [max(layer.num_parameters, 1) for layer in layers]
     ends = [end / n for layer, n in zip(layers, shares, strict=True) for end in _ends(layer)]
-    axes.set_xlabel("trace per parameter" + _scale(axes, values, ends))
+    _scale(axes, values, ends)
+    logarithmic = axes.get_xscale() != "linear"
+    scale = f",\n{canvas.log_scale(axes.xaxis)}" if logarithmic else ""
+    axes.set_xlabel(f"trace per parameter{scale}")
     for row, (layer, value, n) in enumerate(zip(layers, values, shares, strict=True)):
         canvas.whisker(axes, row, (layer.interval[0] / n, layer.interval[1] / n))
         axes.plot(value, row, "o", markersize=5.5, color=_colour(layer), zorder=3)
     axes.grid(axis="x")
 
 
-def _scale(axes: Axes, values: list[float], ends: list[float]) -> str:
-    """Linear where all values can be told apart on a line, else logarithmic, signs kept.
-
-    Returns:
-        What the axis label has to say about it.
-    """
+def _scale(axes: Axes, values: list[float], ends: list[float]) -> None:
+    """Linear where all values can be told apart on a line, else logarithmic, signs kept."""
     sizes = [abs(value) for value in values if value]
     if not sizes or max(sizes) / min(sizes) <= 30:
         axes.set_xlim(*_limits([0.0, *ends]))
         canvas.plain_ticks(axes, 3)
-        return ""
+        return
     first, last = math.floor(math.log10(min(sizes))), math.floor(math.log10(2 * max(sizes)))
     ticks = [10.0**power for power in range(last, first - 1, -1)]
     if min(values) > 0:
@@ -101,7 +100,6 @@ def _scale(axes: Axes, values: list[float], ends: list[float]) -> str:
     ticks = canvas.apart(axes, ticks, 0.24)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    return ", log scale"
 
 
 def _notes(result: TraceResult, layers: list[LayerTrace]) -> list[str]:
