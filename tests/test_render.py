@@ -390,3 +390,11 @@ def test_no_pyplot_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize(("half_width", "said"), [(0.4, True), (300.0, False), (0.0, False)])
+def test_lines_behind_their_dots_are_said_to_be_there(half_width: float, said: bool) -> None:
+    """A line is at most 2.1 inches long for what the axis spans, and a dot 5.5 points wide."""
+    layers = [layer("a", 900.0, half_width), layer("b", 450.0, half_width)]
+    texts = drawn_texts(trace_figure(trace_result(layers)))
+    assert any("lie behind" in on_one_line(text) for text in texts) == said

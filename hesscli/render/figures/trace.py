@@ -17,6 +17,8 @@ from hesscli.results import LayerTrace, TraceResult
 
 _PER_PARAMETER = 2.1
 """The second panel's width in inches."""
+_DOT = 5.5
+"""Its dots' width in points."""
 
 
 @canvas.styled
@@ -40,7 +42,8 @@ def trace_figure(result: TraceResult) -> Figure:
     left, width = rows.room(1.5 * canvas.GAP + _PER_PARAMETER)
     rows.put(rows.axes, left, width)
     rows.put(dots, canvas.WIDTH - canvas.SIDE - _PER_PARAMETER, _PER_PARAMETER)
-    canvas.note(rows.figure, _notes(result, layers))
+    notes = [*_notes(result, layers), *_hidden_lines(dots, layers)]
+    canvas.note(rows.figure, notes)
     return rows.figure
 
 
@@ -77,7 +80,7 @@ def _draw_per_parameter(axes: Axes, layers: list[LayerTrace]) -> None:
     axes.set_xlabel(f"trace per parameter{scale}")
     for row, (layer, value, n) in enumerate(zip(layers, values, shares, strict=True)):
         canvas.whisker(axes, row, (layer.interval[0] / n, layer.interval[1] / n))
-        axes.plot(value, row, "o", markersize=5.5, color=_colour(layer), zorder=3)
+        axes.plot(value, row, "o", markersize=_DOT, color=_colour(layer), zorder=3)
     axes.grid(axis="x")
 
 
@@ -113,6 +116,16 @@ def _notes(result: TraceResult, layers: list[LayerTrace]) -> list[str]:
         rest -= sum(layer.estimate for layer in layers)
         notes.append(f"And {words.count(hidden, 'smaller layer')}: sum {words.number(rest)}.")
     return notes
+
+
+def _hidden_lines(dots: Axes, layers: list[LayerTrace]) -> list[str]:
+    """Say where lines are that are not seen, if any."""
+    for layer in layers:
+        n, (low, high) = max(layer.num_parameters, 1), layer.interval
+        ends = dots.transData.transform([(low / n, 0.0), (high / n, 0.0)])[:, 0]
+        if low < high and 72 * (ends[1] - ends[0]) / dots.figure.dpi < _DOT:
+            return ["Lines that are shorter than their dot lie behind it."]
+    return []
 
 
 def _colour(layer: LayerTrace) -> str:
