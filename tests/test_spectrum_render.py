@@ -245,6 +245,12 @@ def test_layers_are_restricted() -> None:
     assert "features.conv1" not in text
 
 
+def test_shares_of_chosen_layers_are_not_said_to_sum_to_all() -> None:
+    whole, chosen = spectrum_result(), spectrum_result().only(("classifier",))
+    notes = [" ".join(drawn_texts(participation_figure(result))) for result in (whole, chosen)]
+    assert ["sum to 100% over all layers." in note for note in notes] == [False, True]
+
+
 def test_what_pictures_say() -> None:
     density_texts = " ".join(drawn_texts(density_figure(HARD["exact"])))
     assert "Grey: the dense matrix." in density_texts

@@ -321,7 +321,8 @@ def _write_shares(axes: Axes, shares: Array, columns: list[int]) -> None:
 
 
 def _participation_notes(result: SpectrumResult, drawn: int, layers: int) -> list[str]:
-    notes = ["Shares of an eigenvector's squared length; columns sum to 100%."]
+    of_all = " over all layers" if result.num_hidden else ""
+    notes = [f"Shares of an eigenvector's squared length; columns sum to 100%{of_all}."]
     errors = [one.vector_error or 0.0 for one in result.eigenvalues if has_vector(one)]
     if errors:
         notes.append(f"Shares are within {words.percent(2 * max(errors))}.")
