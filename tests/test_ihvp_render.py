@@ -26,6 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
+from matplotlib.text import Annotation
 from shown import assert_tidy, drawn_texts, on_one_line, printed
 
 from hesscli.render import perturbations
@@ -379,13 +380,49 @@ def test_changes_lie_at_the_sum_of_both_terms() -> None:
             if to_hex(line.get_color()) == canvas.AMBER
         }
         assert bars == {(c.quadratic, c.linear + c.quadratic) for c in drawn}
-        written = [text.get_text() for text in axes.texts if text.get_text().isdecimal()]
+        discs_texts = (text.get_text().split() for text in axes.texts)
+        written = [word for words in discs_texts if words[0].isdecimal() for word in words]
         levels = [100 * c.level if kind == "prune" else c.level for c in drawn]
         assert sorted(map(int, written)) == sorted(map(round, levels))
         for x, colour in markers(axes, "^"):
             (found,) = {c.holds for c in drawn if c.measured == x}
             assert colour == (canvas.INK if found else canvas.NEGATIVE)
         assert len(markers(axes, "^")) == len(drawn)
+
+
+def on_discs(axes: Axes) -> list[Annotation]:
+    texts = (text for text in axes.texts if isinstance(text, Annotation))
+    return [text for text in texts if text.get_text().split()[0].isdecimal()]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 0.01, 0.03, 0.1, 0.3])
+def test_discs_that_would_touch_are_one(spread: float) -> None:
+    """Numbers never lie on each other, and run as their changes do, however alike these are."""
+    levels = (8.0, 6.0, 4.0, 3.0, 2.0)
+    sizes = [0.01 * 10 ** (spread * step) for step in range(len(levels))]
+    alike = tuple(
+        perturbation(0.0, size, level=level, kind=kind, granularity=granularity)
+        for size, level in zip(sizes, levels, strict=True)
+        for kind, granularity in (("round", "channel"), ("round", "tensor"))
+    )
+    shares = zip(sizes, (0.1, 0.5, 0.9), strict=False)
+    pruned = tuple(
+        perturbation(0.0, size, level=level, kind="prune", granularity="weight")
+        for size, level in shares
+    )
+    far = sensitivity("far", 100, 1e-5, rank=2, perturbations=(perturbation(0.0, 10.0),))
+    layer = sensitivity("near", 100, 1e-5, perturbations=alike + pruned)
+    figure = sensitivity_figure(ihvp_result([layer, far]))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        texts = on_discs(axes)
+        for one, other in combinations((text.get_window_extent() for text in texts), 2):
+            assert not one.overlaps(other)
+        lanes: dict[float, list[str]] = {}
+        for text in sorted(texts, key=lambda text: text.get_window_extent().x0):
+            lanes.setdefault(text.xy[1], []).extend(text.get_text().split())
+        for numbers in lanes.values():
+            assert numbers in (["8", "6", "4", "3", "2"], ["10", "50", "90"], ["4"])
 
 
 def test_grids_of_a_channel_and_of_a_tensor_are_told_apart() -> None:

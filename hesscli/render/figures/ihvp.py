@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ from hesscli.results import (
     HOLDS_WITHIN,
     LOW_LEVERAGE,
     IhvpResult,
+    Interval,
     LayerSensitivity,
     Perturbation,
     SaliencyReport,
@@ -34,8 +36,8 @@ _LEGEND, _BETWEEN, _ROUNDING = 0.85, 0.3, 0.6
 # In rows: how far the lanes of the two grids lie from the middle, and measured marks below.
 _LANES = {"channel": -0.24, "tensor": 0.24, "weight": 0.0}
 _BELOW = 0.23
-# In points: the disc that bears the bits or the percentage, and what is written on it.
-_DISC, _FONT = 10.5, 6.5
+# In points: the disc that bears the bits or the percentage, what is written on it, and a digit.
+_DISC, _FONT, _DIGIT = 10.5, 6.5, 4.6
 
 
 @canvas.styled
@@ -43,8 +45,9 @@ def sensitivity_figure(result: IhvpResult) -> Figure:
     """Draw the predicted loss changes of each layer on logarithmic axes.
 
     A disc bears the bits of a rounding or the percentage of a pruning and lies at the predicted
-    change; a line to it starts at the quadratic term alone. Layers run in model order; with
-    many, those of the largest changes are drawn.
+    change; those that would touch are one long disc with all their numbers, from left to right. A
+    line to it starts at the quadratic term alone. Layers run in model order; with many, those of
+    the largest changes are drawn.
 
     Args:
         result: an answer of ``hesscli ihvp`` with perturbations.
@@ -75,7 +78,8 @@ def sensitivity_figure(result: IhvpResult) -> Figure:
             canvas.mark(axes, loss, f"the loss, {words.number(loss)}")
     _draw_legend(rows.figure, perturbations.verified(layers))
     notes = [
-        "Discs lie at linear + quadratic term; the amber line starts at the quadratic one alone.",
+        "Discs lie at linear + quadratic term; those that would touch are one, numbered from left "
+        "to right. The amber line starts at the quadratic term alone.",
         "Black lines, where wider than a disc, are ± one standard error.",
         *canvas.not_drawn(len(result.layers) - len(layers), "layer", " of smaller changes"),
     ]
@@ -113,9 +117,14 @@ def _draw_changes(axes: Axes, layers: list[LayerSensitivity], kind: str) -> None
     scale_by_size(axes, edges)
     for row in range(len(layers) - 1):
         axes.axhline(row + 0.5, color=canvas.LINE, linewidth=0.6)
-    # The finest first, so that what is coarser lies on top.
-    for order, (row, change) in enumerate(sorted(changes, key=lambda pair: _coarseness(pair[1]))):
-        _draw_change(axes, row + _LANES[change.granularity], change, 3 + order / 1000)
+    lanes: dict[float, list[Perturbation]] = {}
+    for row, change in changes:
+        lane = row + _LANES[change.granularity]
+        _draw_terms(axes, lane, change)
+        lanes.setdefault(lane, []).append(change)
+    for lane, alike in lanes.items():
+        for group in _grouped(axes, alike):
+            _draw_discs(axes, lane, group)
     if edges and edges[0] <= 0:
         axes.axvline(0, color=canvas.QUIET, linewidth=0.8)
     axes.set_xlabel(f"predicted loss change, {canvas.log_scale(axes.xaxis)}")
@@ -130,32 +139,77 @@ def _positions(change: Perturbation) -> Iterator[float]:
         yield change.measured
 
 
-def _coarseness(change: Perturbation) -> float:
-    return change.level if change.kind == "prune" else -change.level
-
-
-def _draw_change(axes: Axes, lane: float, change: Perturbation, order: float) -> None:
+def _draw_terms(axes: Axes, lane: float, change: Perturbation) -> None:
+    """What the linear term adds, the standard error, and what was measured."""
     total = perturbations.predicted(change)
-    coarse = change.granularity == "tensor"
-    fill, ink = (canvas.PALE, canvas.INK) if coarse else (canvas.ACCENT, "white")
     axes.plot((change.quadratic, total), (lane, lane), color=canvas.AMBER, linewidth=1.8, zorder=2)
     canvas.whisker(axes, lane, (total - change.stderr, total + change.stderr))
-    axes.plot(total, lane, "o", markersize=_DISC, color=fill, zorder=order)
-    axes.text(
-        total,
-        lane,
-        f"{100 * change.level:.0f}" if change.kind == "prune" else f"{change.level:g}",
+    if change.measured is not None:
+        colour = canvas.NEGATIVE if change.holds is False else canvas.INK
+        axes.plot(change.measured, lane + _BELOW, "^", markersize=4.5, color=colour, zorder=5)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Changes of one lane whose discs touch, from left to right.
+
+    ``ends`` are in points: from the first disc's middle to the last one's, or as far as the
+    text needs.
+    """
+
+    changes: tuple[Perturbation, ...]
+    ends: Interval
+
+    @property
+    def text(self) -> str:
+        """Bits, or percentages."""
+        change = self.changes[0]
+        factor = 100 if change.kind == "prune" else 1
+        return " ".join(f"{factor * change.level:.0f}" for change in self.changes)
+
+
+def _grouped(axes: Axes, changes: list[Perturbation]) -> list[_Group]:
+    """Make one of discs that would touch, until none do."""
+    groups: list[_Group] = []
+    for change in sorted(changes, key=perturbations.predicted):
+        groups.append(_group(axes, (change,)))
+        while len(groups) > 1 and groups[-1].ends[0] - groups[-2].ends[1] < _DISC:
+            right, left = groups.pop(), groups.pop()
+            groups.append(_group(axes, left.changes + right.changes))
+    return groups
+
+
+def _group(axes: Axes, changes: tuple[Perturbation, ...]) -> _Group:
+    places = [(perturbations.predicted(change), 0.0) for change in changes]
+    across = axes.transData.transform(places)[:, 0] * 72 / axes.figure.dpi
+    low, high = float(across[0]), float(across[-1])
+    wanted = _DIGIT * (len(_Group(changes, (low, high)).text) - 2)
+    more = max(wanted - (high - low), 0.0) / 2
+    return _Group(changes, (low - more, high + more))
+
+
+def _draw_discs(axes: Axes, lane: float, group: _Group) -> None:
+    """A disc at each change, one long one where they touch, and on it their levels."""
+    coarse = group.changes[0].granularity == "tensor"
+    fill, ink = (canvas.PALE, canvas.INK) if coarse else (canvas.ACCENT, "white")
+    pixels = [(end * axes.figure.dpi / 72, 0.0) for end in group.ends]
+    low, high = axes.transData.inverted().transform(pixels)[:, 0]
+    axes.plot((low, high), (lane, lane), color=fill, lw=_DISC, solid_capstyle="round", zorder=3)
+    places = [perturbations.predicted(change) for change in group.changes]
+    axes.plot(places, [lane] * len(places), "o", markersize=_DISC, color=fill, zorder=3)
+    axes.annotate(
+        group.text,
+        (low, lane),
+        ((group.ends[1] - group.ends[0]) / 2, 0),
+        textcoords="offset points",
         color=ink,
         fontsize=_FONT,
         weight="bold",
         ha="center",
         va="center_baseline",
-        zorder=order,
-        clip_on=True,
+        zorder=4,
+        annotation_clip=True,
     )
-    if change.measured is not None:
-        colour = canvas.NEGATIVE if change.holds is False else canvas.INK
-        axes.plot(change.measured, lane + _BELOW, "^", markersize=4.5, color=colour, zorder=5)
 
 
 def _draw_legend(figure: Figure, verified: bool) -> None:
