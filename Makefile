@@ -39,6 +39,9 @@ calibration: $(VENV)/demo  ## Predicted against measured loss changes, in float6
 fuzz: $(VENV)/test  ## Random networks with faults planted in them, and without (a quarter of an hour)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
+reference: $(VENV)/demo  ## Write .github/OPTIONS.md from what --help shows
+	$(BIN)/python tests/reference.py
+
 gallery: $(VENV)/demo  ## Every picture of all samples; they go to hesscli-out/
 	for model in $(SAMPLES); do for command in trace diag ihvp spectrum; do \
 		$(BIN)/hesscli $$command $$model --budget 5m || exit; done; done
@@ -75,5 +78,5 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum \
-	calibration coverage fuzz gallery goldens gpu hostile clean
+	calibration coverage fuzz gallery goldens gpu hostile reference clean
 .DEFAULT_GOAL := help

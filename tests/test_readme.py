@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from reference import REFERENCE, reference
 
 from hesscli.commands import COMMANDS
 from hesscli.problem.spec import read_spec
@@ -47,3 +48,7 @@ def test_every_exit_code_is_named() -> None:
 
 def test_every_command_is_named() -> None:
     assert all(f"hesscli {name}" in README for name in COMMANDS)
+
+
+def test_the_reference_of_options_is_what_help_shows() -> None:
+    assert REFERENCE.read_text(encoding="utf-8") == reference(), "make reference"
