@@ -12,7 +12,7 @@ import typer
 from hesscli.cli import options
 from hesscli.cli.answer import write_text
 from hesscli.cli.console import Console
-from hesscli.cli.usage import Given, Usage, switch
+from hesscli.cli.usage import Given, Panel, Usage
 from hesscli.errors import ExitCode, UsageError
 
 
@@ -76,8 +76,8 @@ Examples:
             ),
         ),
         options.TRUST,
-        switch("--force", help="Replace a spec that is there."),
-        switch("--stdout", help="Print the spec and write no file."),
+        Panel(None).switch("--force", help="Replace a spec that is there."),
+        Panel(None).switch("--stdout", help="Print the spec and write no file."),
         options.QUIET,
         options.VERBOSE,
     ),

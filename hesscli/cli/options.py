@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from hesscli.cli import reading
-from hesscli.cli.usage import Option, choice, listed, switch, text, value
+from hesscli.cli.usage import Option, Panel, listed
 from hesscli.vocabulary import (
     DTYPES,
     MATRICES,
@@ -22,8 +22,8 @@ from hesscli.vocabulary import (
 
 _MATRICES, _MODES, _OUTPUTS = tuple(MATRICES), ("auto", *MODES), ("table", "json")
 
-_PROBLEM, _ACCURACY, _COMPUTE, _OUTPUT = "Problem", "Accuracy", "Computation", "Output"
-_WINDOW = "Window of gradients"
+_PROBLEM, _ACCURACY, _COMPUTE = Panel("Problem"), Panel("Accuracy"), Panel("Computation")
+_WINDOW, _OUTPUT = Panel("Window of gradients"), Panel("Output")
 
 
 # -- Which problem ---------------------------------------------------------------------------------
@@ -38,51 +38,42 @@ CHECKPOINT = Option(
     ),
     type=Path | None,
 )
-SPEC = text(
+SPEC = _PROBLEM.text(
     "--spec",
     "FILE",
-    panel=_PROBLEM,
     help="The spec: model, data and loss; the code that it names is run. Default: CHECKPOINT's "
     "name with .toml, else hesscli.toml beside it (inside the working folder) or here.",
 )
-MATRIX = choice(
-    "--matrix",
-    _MATRICES,
-    panel=_PROBLEM,
-    default="hessian",
-    help=f"{listed(_MATRICES)}. Default: hessian.",
+MATRIX = _PROBLEM.choice(
+    "--matrix", _MATRICES, default="hessian", help=f"{listed(_MATRICES)}. Default: hessian."
 )
-EXAMPLES = value(
+EXAMPLES = _PROBLEM.value(
     "--examples",
     reading.examples,
     Selection.spelled,
     "--examples 4096, --examples all or --examples first:1000",
     metavar="N|all|first:N",
-    panel=_PROBLEM,
     default=str(Selection.usual),
     help="How many examples to keep, drawn by the seed. Default: 4096.",
 )
-WEIGHT_DECAY = value(
+WEIGHT_DECAY = _PROBLEM.value(
     "--weight-decay",
     reading.non_negative,
     "a number, 0 or more",
     "--weight-decay 1e-4",
     metavar="X",
-    panel=_PROBLEM,
     help="Add X/2 times the squared parameters to the loss. Default: as the spec says.",
 )
-BATCH_SIZE = value(
+BATCH_SIZE = _PROBLEM.value(
     "--batch-size",
     reading.count,
     "a whole number, 1 or more",
     "--batch-size 64",
     metavar="N",
-    panel=_PROBLEM,
     help="Examples in a batch. Default: as the spec says.",
 )
-TRUST = switch(
+TRUST = _PROBLEM.switch(
     "--trust",
-    panel=_PROBLEM,
     help="Run code in the checkpoint, and the code that a spec found outside the working folder "
     "names. Only for files whose maker you trust.",
 )
@@ -93,12 +84,12 @@ TRUST = switch(
 
 def _tolerance(examples: tuple[str, str], help: str, usual: float | None) -> Option:
     """``--rtol``, which means something else to each command."""
-    example = " or ".join(f"--rtol {amount}" for amount in examples)
-    must = "a percentage, or a fraction, above 0"
-    return value(
-        *("--rtol", reading.fraction, must, example),
+    return _ACCURACY.value(
+        "--rtol",
+        reading.fraction,
+        "a percentage, or a fraction, above 0",
+        " or ".join(f"--rtol {amount}" for amount in examples),
         metavar="PERCENT",
-        panel=_ACCURACY,
         usual=usual,
         help=help,
     )
@@ -129,99 +120,89 @@ RTOL_OF_EIGENVALUES = _tolerance(
     "5.",
     usual=None,
 )
-ATOL = value(
+ATOL = _ACCURACY.value(
     "--atol",
     reading.positive,
     "a number above 0",
     "--atol 0.1",
     metavar="X",
-    panel=_ACCURACY,
     help="Stop once the error bar is this small; exit 5 if that was not reached.",
 )
-CONFIDENCE = value(
+CONFIDENCE = _ACCURACY.value(
     "--confidence",
     reading.confidence,
     "a percentage, or a fraction, between 0 and 1",
     "--confidence 95% or --confidence 0.95",
     metavar="PERCENT",
-    panel=_ACCURACY,
     default=0.95,
     help="How often the intervals hold. Default: 95%.",
 )
-BUDGET = value(
+BUDGET = _ACCURACY.value(
     "--budget",
     reading.duration,
     "a time, or none",
     "--budget 10m, --budget 90s, --budget 1h30m or --budget none",
     metavar="TIME",
-    panel=_ACCURACY,
     default=600.0,
     help="Stop after this long with what there is. Default: 10m.",
 )
-PROBES = value(
+PROBES = _ACCURACY.value(
     "--probes",
     reading.probes,
     "a number of probes, or a range a:b with a below b",
     "--probes 64 or --probes 64:128",
     metavar="N|a:b",
-    panel=_ACCURACY,
     help="Use exactly these random probes, whatever the tolerance. Default: as many as it takes.",
 )
-VERIFY = switch(
+VERIFY = _ACCURACY.switch(
     "--verify",
-    panel=_ACCURACY,
     help="Apply every change to the weights, measure the loss, and draw predicted against "
     "measured.",
 )
-EIGENVALUES = value(
+EIGENVALUES = _ACCURACY.value(
     "--k",
     reading.count,
     "a number of eigenvalues, 1 or more",
     "--k 10",
     metavar="N",
-    panel=_ACCURACY,
     default=10,
     help="How many eigenvalues to list from either end of the spectrum. Default: 10.",
 )
-STEPS = value(
+STEPS = _ACCURACY.value(
     "--steps",
     reading.count,
     "a number of steps, 1 or more",
     "--steps 64",
     metavar="N",
-    panel=_ACCURACY,
     help="Products from the first start vector; each keeps a vector of 8 bytes a parameter. "
     "Default: 64, or as many as --rtol takes.",
 )
-START_VECTORS = value(
+START_VECTORS = _ACCURACY.value(
     "--probes",
     reading.count,
     "a number of start vectors, 1 or more",
     "--probes 5",
     metavar="N",
-    panel=_ACCURACY,
     default=5,
     help="Random start vectors. Those after the first take a quarter of its steps; without them "
     "sums over all eigenvalues have no error bar. Default: 5.",
 )
-BANDWIDTH = value(
+BANDWIDTH = _ACCURACY.value(
     "--bandwidth",
     reading.bandwidth,
     "auto, or a percentage or fraction above 0",
     "--bandwidth auto or --bandwidth 10%",
     words=("auto",),
     metavar="auto|PERCENT",
-    panel=_ACCURACY,
     help="Width of the density's kernels beside the size of an eigenvalue. Default: auto, what "
     "one start vector resolves.",
 )
-SEED = value(
+SEED = _ACCURACY.value(
     "--seed",
     reading.whole,
     "a whole number, 0 or more",
     "--seed 0",
     metavar="N",
-    panel=_ACCURACY,
     default=0,
     help="Names the random probes and the examples kept. Default: 0.",
 )
@@ -230,61 +211,55 @@ SEED = value(
 # -- Through which window of gradients -------------------------------------------------------------
 
 
-ROWS = value(
+ROWS = _WINDOW.value(
     "--rows",
     reading.rows,
     RowKind.spelled,
     "--rows sampled or --rows microbatch:32",
     words=("auto", *RowKind.named, "microbatch:"),
     metavar="KIND",
-    panel=_WINDOW,
     default="auto",
     help="What a row of the window is: sampled (an example's gradient for labels drawn from the "
     "model; its mean square is the Gauss-Newton matrix), example (for its own label) or "
     "microbatch:N (the mean of N). Default: auto, sampled where the loss allows it.",
 )
-WINDOW = value(
+WINDOW = _WINDOW.value(
     "--window",
     reading.count,
     "a number of rows, 1 or more",
     "--window 512",
     metavar="N",
-    panel=_WINDOW,
     help="How many gradients the window holds. Default: 512, fewer where a quarter of the free "
     "memory holds fewer.",
 )
-WINDOW_DTYPE = choice(
+WINDOW_DTYPE = _WINDOW.choice(
     "--window-dtype",
     WINDOW_DTYPES,
-    panel=_WINDOW,
     default="float32",
     help=f"{listed(WINDOW_DTYPES)}. Default: float32.",
 )
-WINDOW_FILE = text(
+WINDOW_FILE = _WINDOW.text(
     "--window-file",
     "FILE",
-    panel=_WINDOW,
     help="Keep the window in this file instead of memory; it is removed at the end.",
 )
-BLOCKS = value(
+BLOCKS = _WINDOW.value(
     "--blocks",
     reading.blocks,
     WindowBlocks.spelled,
     "--blocks 64",
     words=WindowBlocks.named,
     metavar="RULE",
-    panel=_WINDOW,
     default="auto",
     help="Diagonal blocks of the matrix that is inverted: auto (a quarter as many entries as "
     "rows), whole, layer or N entries. Default: auto.",
 )
-DAMPING = value(
+DAMPING = _WINDOW.value(
     "--damping",
     reading.damping,
     "a number above 0, or abs: and a number above 0",
     "--damping 1e-3 or --damping abs:1e-5",
     metavar="X|abs:X",
-    panel=_WINDOW,
     default=reading.DampingValue(1e-3),
     help="λ in F̂ + λI, in units of tr F̂ / d, or abs: in its own. Default: 1e-3.",
 )
@@ -293,90 +268,78 @@ DAMPING = value(
 # -- How it is computed ----------------------------------------------------------------------------
 
 
-METHOD = choice(
+METHOD = _COMPUTE.choice(
     "--method",
     METHODS,
-    panel=_COMPUTE,
     default="auto",
     help="How it is estimated: auto takes the Gauss-Newton part without probes where the loss "
     "allows it, and probes for the rest. exact, split, deflated, stratified or hutchinson insist. "
     "Default: auto.",
 )
-BLOCK = value(
+BLOCK = _COMPUTE.value(
     "--block",
     reading.block,
     BlockRule.spelled,
     "--block 32 or --block head:4",
     words=BlockRule.named,
     metavar="NAME|head:N|N",
-    panel=_COMPUTE,
     default="auto",
     help="AdaHessian's blocks: auto (kernels of convolutions, 32 entries of a matrix's row), row, "
     "kernel, channel, head:N or N entries. Default: auto.",
 )
-VECTOR = text(
+VECTOR = _COMPUTE.text(
     "--vector",
     "gradient|FILE",
     type=str,
-    panel=_COMPUTE,
     help="Only solve, for the loss's gradient or a .safetensors FILE with tensors named as in the "
     "checkpoint, and write the direction.",
 )
-REFINE = value(
+REFINE = _COMPUTE.value(
     "--refine",
     reading.fraction,
     "a relative residual between 0 and 1",
     "--refine 1e-3",
     metavar="RESIDUAL",
-    panel=_COMPUTE,
     help="Go on by conjugate gradients with the matrix itself, the window as preconditioner, "
     "until the residual is this small.",
 )
-RELATIVE_DAMPING = value(
+RELATIVE_DAMPING = _COMPUTE.value(
     "--damping",
     reading.positive,
     "a number above 0",
     "--damping 1e-3",
     metavar="X",
-    panel=_COMPUTE,
     default=1e-3,
     help="What the condition number of ggn, fisher and empirical-fisher adds to every eigenvalue, "
     "in units of their mean. Default: 1e-3.",
 )
-EXACT = switch(
-    "--exact",
-    panel=_COMPUTE,
-    help="Form the dense matrix of a small model as well, and draw its spectrum beneath.",
+EXACT = _COMPUTE.switch(
+    "--exact", help="Form the dense matrix of a small model as well, and draw its spectrum beneath."
 )
-EXACT_LIMIT = value(
+EXACT_LIMIT = _COMPUTE.value(
     "--exact-limit",
     reading.count,
     "a number of parameters, 1 or more",
     "--exact-limit 5000",
     metavar="N",
-    panel=_COMPUTE,
     default=5000,
     help="Refuse --exact for more parameters than this: it takes a product for each. Default: "
     "5000.",
 )
-DEVICE = value(
+DEVICE = _COMPUTE.value(
     "--device",
     reading.device,
     "auto, cpu, cuda or cuda:NUMBER",
     "--device auto",
     words=("auto", "cpu", "cuda"),
     metavar="auto|cpu|cuda:N",
-    panel=_COMPUTE,
     default="auto",
     help="Where to compute. Default: auto, a GPU where there is one.",
 )
-DTYPE = choice(
-    "--dtype", DTYPES, panel=_COMPUTE, help=f"{listed(DTYPES)}. Default: the model's own."
-)
-MODE = choice(
+DTYPE = _COMPUTE.choice("--dtype", DTYPES, help=f"{listed(DTYPES)}. Default: the model's own.")
+MODE = _COMPUTE.choice(
     "--mode",
     _MODES,
-    panel=_COMPUTE,
     default="auto",
     help=f"How products are differentiated: {listed(_MODES)}. Default: auto, the cheapest that "
     "passes its checks.",
@@ -386,43 +349,35 @@ MODE = choice(
 # -- What is shown ---------------------------------------------------------------------------------
 
 
-LAYERS = text(
+LAYERS = _OUTPUT.text(
     "--layer",
     "GLOB",
     name="layers",
     type=list[str],
-    panel=_OUTPUT,
     help="Report only matching layers; may be repeated. Without GLOB: every layer, in full detail.",
 )
-HEATMAP = text(
+HEATMAP = _OUTPUT.text(
     "--heatmap",
     "TENSOR",
     type=str,
-    panel=_OUTPUT,
     help="The matrix or kernel tensor whose entries are drawn as a map. Default: the one with the "
     "largest entry.",
 )
-VECTORS = switch(
+VECTORS = _OUTPUT.switch(
     "--vectors",
-    panel=_OUTPUT,
     help="Write the eigenvectors of the listed eigenvalues to spectrum_vectors.safetensors.",
 )
-OUT = choice(
-    "--out",
-    _OUTPUTS,
-    panel=_OUTPUT,
-    default="table",
-    help="What stdout carries: table or json. Default: table.",
+OUT = _OUTPUT.choice(
+    "--out", _OUTPUTS, default="table", help="What stdout carries: table or json. Default: table."
 )
-DIRECTORY = text(
+DIRECTORY = _OUTPUT.text(
     "--dir",
     "FOLDER",
     name="directory",
-    panel=_OUTPUT,
     help="Where files go; - writes none. Default: a folder for the checkpoint under hesscli-out.",
 )
-QUIET = switch("--quiet", "-q", panel=_OUTPUT, help="Say nothing but results and errors.")
-VERBOSE = switch("--verbose", "-v", panel=_OUTPUT, help="Say each step; show tracebacks of bugs.")
+QUIET = _OUTPUT.switch("--quiet", "-q", help="Say nothing but results and errors.")
+VERBOSE = _OUTPUT.switch("--verbose", "-v", help="Say each step; show tracebacks of bugs.")
 
 
 # -- Rows that go together -------------------------------------------------------------------------

@@ -100,82 +100,72 @@ class Usage:
 # -- How rows are written --------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A group of options in ``--help``; makes its rows."""
+
+    title: str | None
+
+    def value(
+        self,
+        flag: str,
+        read: Callable[[str], Any],
+        must: str,
+        example: str,
+        *,
+        metavar: str,
+        help: str,
+        default: Any = None,
+        words: Sequence[str] = (),
+        usual: float | None = None,
+    ) -> Option:
+        """An option whose refusal says what it must be and shows one that works."""
+
+        def parse(value: Any) -> Any:
+            if not isinstance(value, str):  # a default, which is a value already
+                return value
+            try:
+                return read(value.strip())
+            except (ValueError, UsageError):
+                raise UsageError(f"{flag} must be {must}", repr(value), example) from None
+
+        more = {"parser": parse, "autocompletion": (lambda: list(words)) if words else None}
+        declared = self._declared(flag, metavar=metavar, help=help, show_default=False, **more)
+        return Option(name=_name(flag), declared=declared, default=default, usual=usual)
+
+    def choice(
+        self, flag: str, choices: Sequence[str], *, help: str, default: str | None = None
+    ) -> Option:
+        """An option that takes one of a few names, which shells complete and refusals suggest."""
+
+        def parse(value: Any) -> Any:
+            if value is None or value in choices:
+                return value
+            what = f"{flag} must be {listed(choices)}"
+            raise UsageError(what, repr(value), f"{flag} {_meant(str(value), choices)}")
+
+        more = {"parser": parse, "autocompletion": lambda: list(choices)}
+        declared = self._declared(flag, metavar="NAME", help=help, show_default=False, **more)
+        return Option(name=_name(flag), declared=declared, default=default)
+
+    def text(
+        self, flag: str, metavar: str, *, help: str, type: Any = Path, name: str | None = None
+    ) -> Option:
+        """A path, a name or a pattern, which are read later."""
+        declared = self._declared(flag, metavar=metavar, help=help, show_default=False)
+        return Option(name=name or _name(flag), declared=declared, type=type | None)
+
+    def switch(self, *flags: str, help: str) -> Option:
+        """An option that is there or not."""
+        declared = self._declared(*flags, help=help)
+        return Option(name=_name(flags[0]), declared=declared, type=bool, default=False)
+
+    def _declared(self, *flags: str, **settings: Any) -> Any:
+        return typer.Option(*flags, rich_help_panel=self.title, **settings)
+
+
 def _name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
-
-
-def value(
-    flag: str,
-    read: Callable[[str], Any],
-    must: str,
-    example: str,
-    *,
-    metavar: str,
-    panel: str,
-    help: str,
-    default: Any = None,
-    words: Sequence[str] = (),
-    usual: float | None = None,
-) -> Option:
-    """An option whose refusal says what it must be and shows one that works."""
-
-    def parse(value: Any) -> Any:
-        if not isinstance(value, str):  # a default, which is a value already
-            return value
-        try:
-            return read(value.strip())
-        except (ValueError, UsageError):
-            raise UsageError(f"{flag} must be {must}", repr(value), example) from None
-
-    declared = typer.Option(
-        flag,
-        parser=parse,
-        autocompletion=(lambda: list(words)) if words else None,
-        metavar=metavar,
-        show_default=False,
-        rich_help_panel=panel,
-        help=help,
-    )
-    return Option(name=_name(flag), declared=declared, default=default, usual=usual)
-
-
-def choice(
-    flag: str, choices: Sequence[str], *, panel: str, help: str, default: str | None = None
-) -> Option:
-    """An option that takes one of a few names, which shells complete and refusals suggest."""
-
-    def parse(value: Any) -> Any:
-        if value is None or value in choices:
-            return value
-        what = f"{flag} must be {listed(choices)}"
-        raise UsageError(what, repr(value), f"{flag} {_meant(str(value), choices)}")
-
-    declared = typer.Option(
-        flag,
-        parser=parse,
-        autocompletion=lambda: list(choices),
-        metavar="NAME",
-        show_default=False,
-        rich_help_panel=panel,
-        help=help,
-    )
-    return Option(name=_name(flag), declared=declared, default=default)
-
-
-def text(
-    flag: str, metavar: str, *, panel: str, help: str, type: Any = Path, name: str | None = None
-) -> Option:
-    """A path, a name or a pattern, which are read later."""
-    declared = typer.Option(
-        flag, metavar=metavar, show_default=False, rich_help_panel=panel, help=help
-    )
-    return Option(name=name or _name(flag), declared=declared, type=type | None)
-
-
-def switch(*flags: str, help: str, panel: str | None = None) -> Option:
-    """An option that is there or not."""
-    declared = typer.Option(*flags, rich_help_panel=panel, help=help)
-    return Option(name=_name(flags[0]), declared=declared, type=bool, default=False)
 
 
 def _meant(text: str, choices: Sequence[str]) -> str:
