@@ -227,7 +227,15 @@ def test_layers_of_unknown_sign_are_dimmed() -> None:
     dimmed = [line for line in text.splitlines() if line.startswith("\x1b[2m")]
     assert any("unsure" in line for line in dimmed)
     assert not any("conv1" in line or "zero" in line for line in dimmed)
-    assert "1 dim row: the interval includes 0" in text
+    assert "unsure: the interval includes 0" in text
+
+
+def test_layers_of_unknown_sign_are_named_where_they_are_few() -> None:
+    unsure = [layer(f"unsure{index}", 1.0, 3.0) for index in range(4)]
+    text = printed(trace_table(trace_result([*LAYERS, *unsure[:3]])), width=100)
+    assert "unsure0, unsure1, unsure2: the interval includes 0" in text
+    text = printed(trace_table(trace_result([*LAYERS, *unsure])), width=100)
+    assert "4 layers: the interval includes 0" in text
 
 
 ODD_RESULTS = {

@@ -13,7 +13,15 @@ from rich.text import Text
 from hesscli.render import words
 from hesscli.render.terminal import GAP, Facts, facts, grid
 from hesscli.render.words import LayerT
-from hesscli.results import DiagResult, Layer, LayerTrace, MethodReport, ProblemReport, Status
+from hesscli.results import (
+    Answer,
+    DiagResult,
+    Layer,
+    LayerTrace,
+    MethodReport,
+    ProblemReport,
+    Status,
+)
 from hesscli.units import duration, human_bytes, human_seconds
 
 # -- The line that opens every table: which model was analysed, on what ----------------------------
@@ -187,7 +195,7 @@ def listed(layers: Sequence[LayerT], full: bool, size: Callable[[LayerT], float]
 
 
 def listing_notes(
-    visible: Sequence[Layer], result: words.Answer, kind: str, whole: str = "totals are of them all"
+    visible: Sequence[Layer], result: Answer, kind: str, whole: str = "totals are of them all"
 ) -> list[str]:
     """Say which layers have no row.
 
@@ -209,14 +217,15 @@ def listing_notes(
 def trace_notes(visible: Sequence[LayerTrace], result: words.Estimated) -> list[str]:
     """Say which layers have no row, and which rows are uncertain."""
     notes = listing_notes(visible, result, "smaller layer")
-    uncertain = sum(words.includes_zero(layer.interval) for layer in visible)
+    uncertain = [layer.name for layer in visible if words.includes_zero(layer.interval)]
     if uncertain:
-        notes.append(f"{words.count(uncertain, 'dim row')}: the interval includes 0")
+        names = words.few(uncertain, [layer.name for layer in visible])
+        notes.append(f"{names}: the interval includes 0")
     return notes
 
 
 def ending(
-    result: words.Answer, subject: str, remedy: str, accept: str, drawn: Sequence[str] = ()
+    result: Answer, subject: str, remedy: str, accept: str, drawn: Sequence[str] = ()
 ) -> tuple[RenderableType, ...]:
     """How the run ended, what it took, and how it can be made again.
 
@@ -230,7 +239,7 @@ def ending(
     return GAP, status_line(result, subject, remedy, accept), *cost_lines(result, drawn)
 
 
-def status_line(result: words.Answer, subject: str, remedy: str, accept: str) -> Text:
+def status_line(result: Answer, subject: str, remedy: str, accept: str) -> Text:
     """How the run ended, in words; arguments as of :func:`ending`."""
     shortfall = "; or ".join(filter(None, (remedy, accept and f"accept {accept}")))
     meaning = {
@@ -249,7 +258,7 @@ def status_text(status: Status, meaning: str) -> Text:
     return Text.assemble((status, f"bold {style}"), f": {meaning}")
 
 
-def cost_lines(result: words.Answer, drawn: Sequence[str] = ()) -> tuple[Facts, Facts]:
+def cost_lines(result: Answer, drawn: Sequence[str] = ()) -> tuple[Facts, Facts]:
     """What the run took, and how the numbers were made, for whoever wants them again."""
     cost, method = result.cost, result.method
     work = (

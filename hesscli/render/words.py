@@ -8,6 +8,7 @@ from itertools import takewhile
 from typing import TypeVar
 
 from hesscli.results import (
+    Answer,
     BlockReport,
     DiagResult,
     IhvpResult,
@@ -23,11 +24,9 @@ from hesscli.vocabulary import MATRICES
 Estimated = TraceResult | DiagResult
 """The answers that hold an estimate of the trace."""
 
-Answer = Estimated | IhvpResult | SpectrumResult
-"""The answers of work that may end before its tolerance."""
-
 LayerT = TypeVar("LayerT", bound=Layer)
 
+_MOST_NAMES = 3
 _NO_PLACE = 400  # beyond the smallest float
 
 
@@ -118,6 +117,19 @@ def shorten_all(names: Sequence[str], width: int) -> list[str]:
         shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, modules))
         names = ["…" * (shared > 0) + ".".join(name.split(".")[shared:]) for name in names]
     return [_told_apart(name, set(names) - {name}, width) for name in names]
+
+
+def few(names: Sequence[str], every: Sequence[str]) -> str:
+    """Name layers where they are few, else say how many: ``conv1, head`` or ``7 layers``.
+
+    Args:
+        names: of the layers.
+        every: among which they are told apart.
+    """
+    if len(names) > _MOST_NAMES:
+        return count(len(names), "layer")
+    short = dict(zip(every, shorten_all(every, 32), strict=True))
+    return ", ".join(short[name] for name in names)
 
 
 def _told_apart(name: str, others: Set[str], width: int) -> str:

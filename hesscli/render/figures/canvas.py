@@ -24,7 +24,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from hesscli.render import words
-from hesscli.results import Interval
+from hesscli.results import Answer, Interval
 from hesscli.storage import write_atomically
 
 # -- Colours and style -----------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def names_width(figure: Figure, axes: Axes) -> float:
     return float(max(widths, default=0.0)) / figure.dpi
 
 
-def provenance(result: words.Answer) -> tuple[str, ...]:
+def provenance(result: Answer) -> tuple[str, ...]:
     """Which model was analysed, on what and with how much work: the facts of a subtitle."""
     problem = result.problem
     checkpoint = Path(problem.checkpoint.path).name if problem.checkpoint else "model in memory"

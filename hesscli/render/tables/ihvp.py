@@ -163,7 +163,6 @@ def _share(share: float | None) -> str:
 # The changes that stay where there is little room, with what was measured of the first two.
 _HEADLINES = (("round", 4.0), ("prune", 0.5), ("round", 3.0), ("round", 8.0), ("prune", 0.9))
 _WITH_MEASURED = 2
-_MOST_NAMES = 3
 
 
 def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterator[RenderableType]:
@@ -208,16 +207,11 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
 
 def _magnitude_warning(layers: list[LayerSensitivity]) -> Iterator[Text]:
     """Where the ranking says no more than the weights themselves."""
-    short = words.shorten_all([layer.name for layer in layers], 32)
-    pairs = zip(short, layers, strict=True)
-    names = [name for name, layer in pairs if perturbations.ranks_by_magnitude(layer)]
-    if not names:
-        return
-    which = ", ".join(names[:_MOST_NAMES])
-    if len(names) > _MOST_NAMES:
-        which = words.count(len(names), "layer")
-    limit = words.percent(LOW_LEVERAGE)
-    yield Text(f"{which}: leverage below {limit}, this ranking is magnitude |w|", style="yellow")
+    names = [layer.name for layer in layers if perturbations.ranks_by_magnitude(layer)]
+    if names:
+        which, limit = words.few(names, [x.name for x in layers]), words.percent(LOW_LEVERAGE)
+        said = f"{which}: leverage below {limit}, this ranking is magnitude |w|"
+        yield Text(said, style="yellow")
 
 
 def change_rows(result: IhvpResult, layers: list[LayerSensitivity]) -> Iterator[RenderableType]:

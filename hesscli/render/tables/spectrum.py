@@ -66,7 +66,7 @@ def spectrum_table(result: SpectrumResult, full: bool = False) -> RenderableType
             *ending(
                 result,
                 "the bar of each largest eigenvalue",
-                f"--steps {2 * result.steps} looks twice as deep",
+                f"--steps {2 * result.steps} goes twice as deep",
                 "the bars above",
                 (words.count(result.method.num_probes, "start vector"),),
             ),
