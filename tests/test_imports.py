@@ -137,3 +137,23 @@ def test_engines_know_no_problem() -> None:
         assert not [
             n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "problem"
         ], path
+
+
+def test_no_modules_import_each_other_round_about() -> None:
+    """Not even where only a type checker looks, or a function is called."""
+    names = {module_name(path): path for path in sources()}
+    imports: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found = set[str]()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= (inner & names.keys()) or {node.module}
+        imports[name] = found & names.keys() - {name}
+    assert sum(map(len, imports.values())) > 200
+    while free := [name for name, needs in imports.items() if not needs & imports.keys()]:
+        for name in free:
+            del imports[name]
+    assert not imports, f"in or behind a circle: {', '.join(sorted(imports))}"

@@ -17,7 +17,8 @@ from hesscli.operators.hessian import Hessian
 from hesscli.operators.preflight import preflight
 from hesscli.operators.products import Apply
 from hesscli.problem.data import FrozenData
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.problem.objective import WeightedBatch
+from hesscli.problem.problem import Problem
 from hesscli.results import Check, Preflight
 
 EXAMPLES = 8

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from hesscli.problem.data import FrozenData
 from hesscli.problem.losses import StepLoss
+from hesscli.problem.objective import Sample
 from hesscli.problem.problem import Problem
-from hesscli.problem.sampling import Sample
 
 
 def numbered(first: int, count: int, width: int = 4) -> Tensor:

@@ -25,8 +25,9 @@ from hesscli.engines.lanczos import ROUNDING
 from hesscli.operators.base import LiveTerm, Operator
 from hesscli.operators.products import gradient
 from hesscli.parameters import Parameter, Parameters
+from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.problem.problem import Problem
 from hesscli.results import Status
 
 # -- Changes that people make to trained weights: pruning them, and rounding them to few bits ------

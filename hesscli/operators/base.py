@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hesscli.errors import UnsoundError, UsageError
-from hesscli.meter import Meter
-from hesscli.operators.kernels import twice_differentiable
-from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Tensors
+from hesscli.operators.curvature import Curvature
+from hesscli.operators.preflight import checked
+from hesscli.operators.products import Apply
 from hesscli.parameters import Parameters
+from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
-from hesscli.problem.problem import Problem, WeightedBatch
 from hesscli.results import Preflight
 from hesscli.vocabulary import Mode
 
@@ -74,37 +73,13 @@ class LiveTerm:
         return product
 
 
-class Operator(ABC):
+class Operator(Curvature):
     """A symmetric d × d matrix of a :class:`Problem`: Σ weight_b · A_b + decay · I.
 
-    It is a :class:`Source` to engines.
-
-    Args:
-        problem: model, loss and frozen examples.
-        parameters: the rows and columns; default all trainable ones.
-        mode: autodiff mode of the products, which must hold; ``auto`` takes the cheapest that does.
-        meter: counts the products; default a new one, which blocks of the operator share.
-
-    Products are put to the test before the first, once for a problem, as those of a command are.
-    ``A @ V`` takes ``(d,)`` or ``(d, k)``, as a tensor or an array, and gives the same kind.
+    It is a :class:`Source` to engines. Products are put to the test before the first, once for a
+    problem, as those of a command are. ``A @ V`` takes ``(d,)`` or ``(d, k)``, as a tensor or an
+    array, and gives the same kind.
     """
-
-    name: str
-    kind: Kind
-    per_example = False
-    """Whether it is made of the gradients of single examples, which coupled ones do not have."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        *,
-        parameters: Parameters | None = None,
-        mode: Mode | Literal["auto"] = "auto",
-        meter: Meter | None = None,
-    ) -> None:
-        self.problem, self._wanted = problem, mode
-        self.parameters = problem.parameters if parameters is None else parameters
-        self.meter = Meter() if meter is None else meter
 
     def check(self) -> Preflight:
         """Put the products to the test, unless that was done before.
@@ -112,37 +87,12 @@ class Operator(ABC):
         Raises:
             UnsoundError: the problem's curvature would mean nothing, or not in this mode.
         """
-        from hesscli.operators.preflight import checked  # which makes operators itself
-
         return checked(self.problem, type(self), self._wanted)
 
     @property
     def mode(self) -> Mode:
         """Autodiff mode of the products."""
         return self.check().mode if self._wanted == "auto" else self._wanted
-
-    @abstractmethod
-    def parts(self, batch: WeightedBatch) -> tuple[Any, ...]:
-        """One batch's function, the tensors, and what stands between J and Jᵀ if anything."""
-
-    def live(self, batch: WeightedBatch) -> Apply:
-        """Products with one batch's matrix, without weight decay, in this operator's mode."""
-        build = BUILDERS[self.kind][self.mode]
-        if self.mode != "double-backward":
-            return build(*self.parts(batch))
-        with twice_differentiable():
-            apply = build(*self.parts(batch))
-
-        def under_the_same_kernels(block: Tensor) -> Tensor:
-            with twice_differentiable():  # activation checkpointing runs the forward again
-                return apply(block)
-
-        return under_the_same_kernels
-
-    @property
-    def cost(self) -> tuple[float, float]:
-        """Gradients for a batch's graph, and for each product."""
-        return COST[self.kind][self.mode]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -183,11 +133,6 @@ class Operator(ABC):
     def shape(self) -> tuple[int, int]:
         """(d, d)."""
         return self.parameters.size, self.parameters.size
-
-    @property
-    def decay(self) -> float:
-        """Weight decay: the multiple of the identity that is added to the mean."""
-        return self.problem.weight_decay
 
     def batches(self) -> Iterator[LiveTerm]:
         """The terms, one at a time: a term's graph is freed when the next is taken.
@@ -250,10 +195,6 @@ class Operator(ABC):
         """The whole matrix from unit vectors, float64 ``(d, d)`` on the CPU; for small d."""
         identity = torch.eye(self.parameters.size, dtype=self.problem.dtype)
         return self.apply(identity).T.contiguous().cpu()
-
-    def named(self, theta: Tensors | None) -> dict[str, Tensor] | None:
-        """Tensors for this operator's parameters by name, as the problem's functions take them."""
-        return None if theta is None else dict(zip(self.parameters.names, theta, strict=True))
 
 
 def _is_finite(product: Tensor) -> bool:

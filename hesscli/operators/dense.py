@@ -13,7 +13,8 @@ from hesscli.operators.products import Apply
 from hesscli.problem.batches import Batch
 from hesscli.problem.data import FrozenData, digest_of
 from hesscli.problem.losses import StepLoss
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.problem.objective import WeightedBatch
+from hesscli.problem.problem import Problem
 from hesscli.results import Preflight
 
 

@@ -26,9 +26,10 @@ from hesscli.operators.products import gradient, vector_jacobian
 from hesscli.parameters import Parameters
 from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.classification import CrossEntropy
+from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.output_hessian import OutputHessian, has_closed_form
 from hesscli.problem.precision import doubled, tolerance
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.problem.problem import Problem
 from hesscli.vocabulary import Mode
 
 # -- Where diag H = diag G exactly: parameters on whose diagonal entries R = H − G is zero ---------

@@ -16,8 +16,9 @@ from hesscli.operators.per_example.passes import SquaredJacobian
 from hesscli.operators.products import Apply, Function, Tensors, gradient, vector_jacobian
 from hesscli.problem.batches import Batch
 from hesscli.problem.losses import Loss
+from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.output_hessian import Columns, columns_at, scores_at
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.problem.problem import Problem
 
 # -- The generalised Gauss-Newton matrix Jᵀ A J, A the loss's Hessian in the model's outputs -------
 

@@ -9,7 +9,8 @@ from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.gauss_newton import require_outputs
 from hesscli.operators.products import Function, Tensors
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.problem.objective import WeightedBatch
+from hesscli.problem.problem import Problem
 from hesscli.results import Preflight
 
 # -- The Hessian of the loss -----------------------------------------------------------------------

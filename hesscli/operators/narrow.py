@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hesscli.operators.base import Operator
+from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import central_difference, flatten, gradient
 from hesscli.operators.verification import MismatchError, moving, product, vectors
-from hesscli.problem.sampling import Sample
+from hesscli.problem.objective import Sample
 from hesscli.results import Check
 
 _STEPS = (1.0, 0.25, 4.0)
@@ -61,7 +61,7 @@ def check_gradient(sample: Sample, precision: torch.dtype) -> Check:
     return _outcome("gradient", "|g'v - difference of the loss| / |g'v|", value, bound, precision)
 
 
-def check_difference(operator: Operator, sample: Sample, precision: torch.dtype) -> Check:
+def check_difference(operator: Curvature, sample: Sample, precision: torch.dtype) -> Check:
     """‖Av − difference‖ / ‖Av‖ along a direction that the matrix stretches, and signs.
 
     Args:

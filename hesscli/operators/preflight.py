@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from hesscli.errors import HesscliError, UnsoundError, UsageError, first_line
 from hesscli.operators import narrow
-from hesscli.operators.base import Operator
+from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import flatten, gradient
 from hesscli.operators.verification import (
     MismatchError,
@@ -31,9 +33,9 @@ from hesscli.problem.blame import (
     failing_module,
     is_out_of_memory,
 )
+from hesscli.problem.objective import Objective, Sample
 from hesscli.problem.precision import doubled, tolerance
 from hesscli.problem.problem import Problem
-from hesscli.problem.sampling import Sample
 from hesscli.results import Check, CheckState, Preflight
 from hesscli.vocabulary import MODES, Mode
 
@@ -48,11 +50,11 @@ _FLOOR = 100 * torch.finfo(torch.float64).eps
 """Rounding of quadratic forms in float64 itself."""
 
 
-_PASSED: WeakKeyDictionary[Problem, dict[tuple[type[Operator], str, torch.dtype], Preflight]]
+_PASSED: WeakKeyDictionary[Problem, dict[tuple[type[Curvature], str, torch.dtype], Preflight]]
 _PASSED = WeakKeyDictionary()
 
 
-def checked(problem: Problem, make: type[Operator], mode: str = "auto") -> Preflight:
+def checked(problem: Problem, make: type[Curvature], mode: str = "auto") -> Preflight:
     """The preflight of a problem, made once; arguments and errors are those of :func:`preflight`.
 
     A mode that was chosen has been checked by that.
@@ -65,7 +67,7 @@ def checked(problem: Problem, make: type[Operator], mode: str = "auto") -> Prefl
     return passed[key]
 
 
-def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Preflight:
+def preflight(problem: Problem, make: type[Curvature], mode: str = "auto") -> Preflight:
     """Check loss, determinism and products, and choose the mode.
 
     Args:
@@ -96,7 +98,7 @@ def preflight(problem: Problem, make: type[Operator], mode: str = "auto") -> Pre
     )
     refusals: list[str] = []
     for candidate in [known for known in MODES if mode in ("auto", known)]:
-        outcome = _try(make, candidate, few, many)
+        outcome = _try(partial(make, problem, mode=candidate), candidate, few, many)
         if isinstance(outcome, str):
             refusals.append(f"{candidate}: {outcome}")
             continue
@@ -164,6 +166,10 @@ def _gradient(sample: Sample) -> Check:
         ) from None
 
 
+Make = Callable[[], Curvature]
+"""Makes the operator anew, in the mode that is tried and the problem's present type."""
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """A mode that passed, and its rounding where that is known.
@@ -177,7 +183,7 @@ class _Outcome:
     products: float | None
 
 
-def _try(make: type[Operator], mode: Mode, few: Sample, many: Sample) -> _Outcome | str:
+def _try(make: Make, mode: Mode, few: Sample, many: Sample) -> _Outcome | str:
     """The checks of one mode, or why it cannot be used."""
     problem = few.problem
     try:
@@ -185,7 +191,7 @@ def _try(make: type[Operator], mode: Mode, few: Sample, many: Sample) -> _Outcom
             return _in_own_type(make, mode, few, many)
         if mode == "finite-difference":
             return _by_differences(make, few, many)
-        return _against_float64(make, mode, few, many)
+        return _against_float64(make, few, many)
     except MismatchError as mismatch:
         return str(mismatch)
     except HesscliError:
@@ -196,12 +202,12 @@ def _try(make: type[Operator], mode: Mode, few: Sample, many: Sample) -> _Outcom
         return f"{_obstacle(problem, mode)} ({first_line(error)})"
 
 
-def _against_float64(make: type[Operator], mode: Mode, few: Sample, many: Sample) -> _Outcome:
+def _against_float64(make: Make, few: Sample, many: Sample) -> _Outcome:
     """Products in the problem's own type against float64, and float64 against truth."""
     problem = few.problem
-    own = products(make(problem, mode=mode), few)
+    own = products(make(), few)
     with doubled(problem):
-        operator = make(problem, mode=mode)
+        operator = make()
         exact = products(operator, few)
         symmetry = check_symmetry(operator, few, exact, torch.float64)
         difference = check_difference(operator, many)
@@ -214,7 +220,7 @@ def _against_float64(make: type[Operator], mode: Mode, few: Sample, many: Sample
     return _Outcome((symmetry, difference), max(forms, floor), max(error, floor))
 
 
-def _largest(operator: Operator, sample: Sample, found: Products) -> float:
+def _largest(operator: Curvature, sample: Sample, found: Products) -> float:
     """The length of the largest product with a unit vector: a step of the power method."""
     lengths = found.values.norm(dim=1)
     if not float(lengths[0]):
@@ -223,25 +229,25 @@ def _largest(operator: Operator, sample: Sample, found: Products) -> float:
     return max(float(top.norm()), float((lengths / found.vectors.norm(dim=1)).max()))
 
 
-def _by_differences(make: type[Operator], few: Sample, many: Sample) -> _Outcome:
+def _by_differences(make: Make, few: Sample, many: Sample) -> _Outcome:
     """Differences in float64 only, whose error is what another step makes of them."""
     problem = few.problem
     with doubled(problem):
-        operator = make(problem, mode="finite-difference")
+        operator = make()
         symmetry = check_symmetry(operator, few, products(operator, few, 2), torch.float64)
         difference = check_difference(operator, many)
     error = max(difference.value or 0.0, _FLOOR)
     return _Outcome((symmetry, difference), error, error)
 
 
-def _in_own_type(make: type[Operator], mode: Mode, few: Sample, many: Sample) -> _Outcome:
+def _in_own_type(make: Make, mode: Mode, few: Sample, many: Sample) -> _Outcome:
     """What can be seen of a model that does not compute in float64."""
     problem = few.problem
     precision = problem.precision.narrowest
     if mode == "finite-difference":
         told = str(precision).removeprefix("torch.")
         raise MismatchError(f"central differences need float64: the model computes in {told}")
-    operator = make(problem, mode=mode)
+    operator = make()
     symmetry = check_symmetry(operator, few, products(operator, few), precision)
     difference = narrow.check_difference(operator, many, precision)
     return _Outcome((symmetry, difference), None, None)
@@ -254,7 +260,7 @@ _ATTEMPTS: dict[Mode, Attempt] = {
 }
 
 
-def _obstacle(problem: Problem, mode: Mode) -> str:
+def _obstacle(problem: Objective, mode: Mode) -> str:
     """The module that a mode does not get through; the loss where it is no module."""
     sample = problem.sample(2)
     with problem.forward_context():
@@ -267,7 +273,7 @@ def _obstacle(problem: Problem, mode: Mode) -> str:
 # -- What the test of independent examples found, as a check ---------------------------------------
 
 
-def check_independence(problem: Problem, make: type[Operator]) -> Check:
+def check_independence(problem: Problem, make: type[Curvature]) -> Check:
     """What was found when the data was frozen.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli import streams
-from hesscli.operators.base import Operator
+from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import (
     BUILDERS,
     STEP,
@@ -28,9 +28,8 @@ from hesscli.operators.products import (
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import tensors_of
 from hesscli.problem.forward import moved
+from hesscli.problem.objective import Objective, Sample, WeightedBatch
 from hesscli.problem.precision import tolerance
-from hesscli.problem.problem import Problem, WeightedBatch
-from hesscli.problem.sampling import Sample
 from hesscli.results import Check
 
 # -- Where operators are put to the test: along which vectors, at which weights, by which steps ----
@@ -52,7 +51,7 @@ class MismatchError(Exception):
     """Something that runs and is wrong."""
 
 
-def vectors(problem: Problem, count: int) -> Tensor:
+def vectors(problem: Objective, count: int) -> Tensor:
     """The first Rademacher rows ``(count, d)`` of a fixed stream."""
     rows = [
         streams.rademacher(
@@ -104,7 +103,7 @@ def within_bound(sample: Sample, measure: Measure, what: str) -> tuple[float, fl
 
 @contextmanager
 def _at(
-    problem: Problem, number: int, attempt: tuple[float, float]
+    problem: Objective, number: int, attempt: tuple[float, float]
 ) -> Iterator[tuple[Tensor, float]]:
     """The weights of an attempt, and its unit direction and step."""
     step, shift = attempt
@@ -126,7 +125,7 @@ def layers_where(parameters: Parameters, is_wrong: Callable[[Tensor], bool]) -> 
     return f", in {', '.join(wrong[:5])}{more}" if wrong else ""
 
 
-def moving(problem: Problem) -> Tensor:
+def moving(problem: Objective) -> Tensor:
     """Zero at padding rows of embeddings, which no gradient reaches though outputs use them."""
     rows = {
         module.weight: module.padding_idx
@@ -161,7 +160,7 @@ class Terms:
         sample: the examples.
     """
 
-    def __init__(self, operator: Operator, sample: Sample) -> None:
+    def __init__(self, operator: Curvature, sample: Sample) -> None:
         self.operator, self.sample = operator, sample
 
     def rounding_of(self, vector: Tensor, precision: torch.dtype) -> float:
@@ -212,7 +211,7 @@ class Terms:
 
 
 @contextmanager
-def _outputs_of(problem: Problem) -> Iterator[list[Tensor]]:
+def _outputs_of(problem: Objective) -> Iterator[list[Tensor]]:
     """Meanwhile, whatever differentiable tensors the model returns."""
     outputs: list[Tensor] = []
 
@@ -257,7 +256,7 @@ class Products:
         return (self.vectors * self.values).sum(1, dtype=torch.float64)
 
 
-def products(operator: Operator, sample: Sample, count: int = 4) -> Products:
+def products(operator: Curvature, sample: Sample, count: int = 4) -> Products:
     """Of an operator on some examples.
 
     Raises:
@@ -267,7 +266,7 @@ def products(operator: Operator, sample: Sample, count: int = 4) -> Products:
     return Products(block, product(operator, sample, block))
 
 
-def product(operator: Operator, sample: Sample, block: Tensor) -> Tensor:
+def product(operator: Curvature, sample: Sample, block: Tensor) -> Tensor:
     """A v on some examples, without weight decay, for rows ``(k, d)``.
 
     Raises:
@@ -314,7 +313,7 @@ def check_gradient(sample: Sample) -> Check:
 
 
 def check_symmetry(
-    operator: Operator, sample: Sample, found: Products, precision: torch.dtype
+    operator: Curvature, sample: Sample, found: Products, precision: torch.dtype
 ) -> Check:
     """|vᵀAw − wᵀAv| / ‖Aw‖ for Rademacher v and w, which does not depend on d.
 
@@ -351,7 +350,7 @@ def check_symmetry(
     )
 
 
-def check_difference(operator: Operator, sample: Sample) -> Check:
+def check_difference(operator: Curvature, sample: Sample) -> Check:
     """‖Av − difference‖ / ‖Av‖ along a unit direction, in float64.
 
     Raises:
@@ -376,7 +375,7 @@ def check_difference(operator: Operator, sample: Sample) -> Check:
     return Check(name="central difference", state="passed", detail=detail, value=value, bound=bound)
 
 
-def _by_differences(operator: Operator, sample: Sample, direction: Tensor, step: float) -> Tensor:
+def _by_differences(operator: Curvature, sample: Sample, direction: Tensor, step: float) -> Tensor:
     build = BUILDERS[operator.kind]["finite-difference"]
     total = torch.zeros_like(direction)
     with operator.problem.forward_context():
@@ -386,11 +385,11 @@ def _by_differences(operator: Operator, sample: Sample, direction: Tensor, step:
     return total
 
 
-def _one(operator: Operator, sample: Sample, vector: Tensor) -> Tensor:
+def _one(operator: Curvature, sample: Sample, vector: Tensor) -> Tensor:
     return product(operator, sample, vector[None])[0]
 
 
-def _gradient_rounding(problem: Problem, sample: Sample, step: float) -> float:
+def _gradient_rounding(problem: Objective, sample: Sample, step: float) -> float:
     """What rounding of the gradient makes of its difference along a unit direction, at most."""
     with problem.forward_context():
         loss = sample.evaluate()
@@ -398,6 +397,6 @@ def _gradient_rounding(problem: Problem, sample: Sample, step: float) -> float:
     return _rounding(problem, abs(float(loss.detach())) + float(slope.norm()), step)
 
 
-def _rounding(problem: Problem, size: float, step: float) -> float:
+def _rounding(problem: Objective, size: float, step: float) -> float:
     """At most, of the difference of something of a size; sure probabilities cancel from 1."""
     return _ROUNDED * _EPS * (problem.loss.multiple + size) / step

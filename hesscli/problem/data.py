@@ -35,6 +35,11 @@ class FrozenData:
         return sum(self.counts)
 
     @property
+    def fraction(self) -> float | None:
+        """Kept examples over available ones; None where the loader was not seen to the end."""
+        return None if self.available is None else self.count / self.available
+
+    @property
     def nbytes(self) -> int:
         """Memory that the kept examples take."""
         return sum(t.nbytes for batch in self.batches for t in tensors_of(batch))

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from hesscli.problem.blame import is_out_of_memory
-
-if TYPE_CHECKING:
-    from hesscli.problem.problem import Problem
-
 
 _WIDER = {
     torch.float16: torch.float64,
@@ -99,7 +93,6 @@ def _widened(value: Any, meets: bool) -> Any:
 
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32}
-_EXAMPLES = 8
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -136,45 +129,18 @@ class Precision:
         return self.narrowest == torch.float64
 
 
-def precision_of(problem: Problem) -> Precision:
-    """Run a few examples in float64, and once more with casts and constants widened if need be.
+class Retyped(Protocol):
+    """What computes in one floating type, and can in another."""
 
-    Args:
-        problem: what is analysed; it has run in its own type.
-    """
-    own = torch.float32 if problem.dtype == torch.float64 else problem.dtype
-    seen = _seen(problem, widened=False)
-    plain, numbers = (own, 0) if seen is None else seen
-    if plain != torch.float64:
-        wider = _seen(problem, widened=True)
-        if wider is not None and wider[0] == torch.float64:
-            return Precision(plain, *wider)
-    return Precision(plain, plain, numbers)
+    @property
+    def is_doubled(self) -> bool:
+        """Whether it computes in float64 now, as far as it can."""
+
+    def in_dtype(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Compute in another type meanwhile."""
 
 
-def _seen(problem: Problem, *, widened: bool) -> tuple[torch.dtype, int] | None:
-    """The narrowest type and how much is made for an example, or None where it does not run."""
-    watch = Narrowing()
-    with problem.in_dtype(torch.float64, widened=widened):
-        sample = problem.sample(_EXAMPLES)
-        try:
-            with watch:
-                value = problem.evaluate(sample.data)
-            # Compiled code may run as Python while it is watched, and not be widened otherwise.
-            unwatched = problem.evaluate(sample.data)
-            with problem.forward_context():
-                torch.autograd.grad(unwatched, problem.parameters.tensors, allow_unused=True)
-        except Exception as error:  # of any kind: the code is the user's, made for another type
-            if is_out_of_memory(error):
-                raise
-            return None
-    change = abs(float(value.detach()) - float(unwatched.detach()))
-    if widened and not change <= tolerance(torch.float64) * max(1.0, abs(float(value.detach()))):
-        return None
-    return watch.narrowest, watch.numbers // sample.count
-
-
-def doubled(problem: Problem) -> AbstractContextManager[None]:
+def doubled(problem: Retyped) -> AbstractContextManager[None]:
     """The problem in float64 meanwhile, and what it casts to less too where that is needed."""
     return nullcontext() if problem.is_doubled else problem.in_dtype(torch.float64)
 

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hesscli.errors import InputError, UnsoundError
 from hesscli.meter import Meter
 from hesscli.parameters import Parameters
-from hesscli.problem.batches import Batch, first_rows, map_tensors, place, size_of
+from hesscli.problem.batches import Batch, first_rows, place
 from hesscli.problem.criteria import as_loss, reading
 from hesscli.problem.data import FrozenData
 from hesscli.problem.factory import blamed_on_user
-from hesscli.problem.forward import Run, placed, require_real, retyped, run_with, undisturbed
+from hesscli.problem.forward import placed, require_real, undisturbed
 from hesscli.problem.freezing import freeze
 from hesscli.problem.independence import MODEL_RAISED, IndependenceTest, must_fit
 from hesscli.problem.losses import Loss, StepLoss, Summed, UserLoss
-from hesscli.problem.precision import Precision, Widened, precision_of
+from hesscli.problem.objective import Objective
 from hesscli.problem.proof import Proof, prove
-from hesscli.problem.sampling import Sample
 from hesscli.results import CheckpointReport, Observe, ProblemReport, Reduction
 from hesscli.vocabulary import Selection
 
@@ -33,17 +30,7 @@ _LOOKED_AT = 32
 """Examples of a batch by which a loss is settled."""
 
 
-@dataclass(frozen=True)
-class WeightedBatch:
-    """One batch on the device; ``weight`` is its share of the whole weight mass."""
-
-    index: int
-    data: Batch
-    weight: float
-    count: int
-
-
-class Problem:
+class Problem(Objective):
     """A weighted mean loss over frozen examples, plus ½·weight_decay·‖θ‖².
 
     Args:
@@ -96,72 +83,70 @@ class Problem:
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # a compiled module has no double backward
         require_real(model)
-        self.model = placed(model, device, dtype)
-        self.originals = () if self.model is model else tuple(model.parameters())
-        self.loss: Loss = reading(as_loss(loss, reduction=reduction), output)
-        self.parameters = Parameters.of(self.model)
-        if not len(self.parameters):
+        twin = placed(model, device, dtype)
+        given: Loss = reading(as_loss(loss, reduction=reduction), output)
+        parameters = Parameters.of(twin)
+        if not len(parameters):
             raise InputError(
                 "the model has no trainable parameter",
                 type(model).__name__,
                 "requires_grad=True on what is to be analysed",
             )
-        self.device: torch.device = self.parameters[0].tensor.device
-        self.dtype: torch.dtype = self.parameters[0].tensor.dtype
-        self.retypings = 0  # a graph that was made before one is cut off from the parameters
-        self._widened = self._is_widening = False
-        self._require_finite_weights()
-        self.weight_decay, self.unseen = weight_decay, unseen
-        self.checkpoint = checkpoint
-        self._proof: Proof | None = None
-        self.must_fit = must_fit(data)
-        test = IndependenceTest(self.model, self.loss, self.device, self.dtype, self.must_fit)
+        where = parameters[0].tensor.device, parameters[0].tensor.dtype
+        _require_finite_weights(twin)
+        hint = must_fit(data)
+        test = IndependenceTest(twin, given, *where, hint)
         if isinstance(data, FrozenData):
-            self.data = data
+            frozen = data
             test.see_frozen(data.batches)
         else:
-            self.data = freeze(
+            frozen = freeze(
                 data,
                 Selection.parse(examples),
                 batch_size=batch_size,
                 seed=seed,
                 trial=test,
                 collate=collate,
-                steps=isinstance(self.loss, StepLoss),
+                steps=isinstance(given, StepLoss),
                 observe=observe,
             )
-        self.independence = test.result
-        says_nothing = isinstance(self.loss, UserLoss) and self.loss.reduction is None
-        self.loss = self.loss.reduced(self.independence.reduction)
-        self._batches = self._pinned(self.data.batches)
-        with self.forward_context(), blamed_on_user(MODEL_RAISED, self.must_fit):
-            few = (self._placed(first_rows(batch, _LOOKED_AT)) for batch in self._batches)
-            self.loss = self.loss.settled(self.model, few)
-            if self.loss.reduction == "sum":
-                self.loss = Summed(self.loss, 1.0)
-            self.masses = self._weigh()
-        self.total_weight = sum(self.masses)
-        if not self.total_weight > 0:
+        settled = given.reduced(test.result.reduction)
+        with undisturbed(twin, where[0]), blamed_on_user(MODEL_RAISED, hint):
+            few = (place(first_rows(batch, _LOOKED_AT), *where) for batch in frozen.batches)
+            settled = settled.settled(twin, few)
+            if settled.reduction == "sum":
+                settled = Summed(settled, 1.0)
+            masses = [
+                settled.mass(twin, place(batch, *where), count)
+                for batch, count in zip(frozen.batches, frozen.counts, strict=True)
+            ]
+        if not sum(masses) > 0:
             raise UnsoundError(
-                "the examples weigh nothing", f"weight mass {self.total_weight}", "unmasked targets"
+                "the examples weigh nothing", f"weight mass {sum(masses)}", "unmasked targets"
             )
-        if isinstance(self.loss, Summed):
-            whole = self.total_weight / (self.sampling_fraction or 1.0)
-            self.loss = Summed(self.loss.unscaled, whole)
+        if isinstance(settled, Summed):
+            settled = Summed(settled.unscaled, sum(masses) / (frozen.fraction or 1.0))
+        super().__init__(
+            twin,
+            parameters,
+            settled,
+            frozen,
+            test.result,
+            masses,
+            weight_decay=weight_decay,
+            originals=() if twin is model else tuple(model.parameters()),
+            must_fit=hint,
+        )
+        self.checkpoint, self.unseen = checkpoint, unseen
+        self._proof: Proof | None = None
         self.warnings = (*warnings, *self.loss.warnings, *self._warnings(batch_size))
+        says_nothing = isinstance(given, UserLoss) and given.reduction is None
         if says_nothing and self.independence.unseen is not None and self.num_batches > 1:
             self.warnings += (
                 f"whether the loss {self.loss.name} is a mean or a sum was not seen "
                 f"({self.independence.unseen}): it is taken for each batch's mean; "
                 'reduction = "sum" under [loss] says otherwise',
             )
-
-    def _weigh(self) -> list[float]:
-        counts = self.data.counts
-        return [
-            self.loss.mass(self.model, self._placed(batch), count)
-            for batch, count in zip(self._batches, counts, strict=True)
-        ]
 
     def _warnings(self, batch_size: int | None) -> Iterator[str]:
         """What was done to the user's function, or could not be, before anything is computed."""
@@ -192,132 +177,6 @@ class Problem:
                 f"the {self.data.count} that were kept are one draw of them"
             )
 
-    # -- data ----------------------------------------------------------------------------------
-
-    @property
-    def num_batches(self) -> int:
-        """Number of frozen batches."""
-        return len(self._batches)
-
-    @property
-    def sampling_fraction(self) -> float | None:
-        """Kept examples over available ones; None where the loader was not seen to the end."""
-        available = self.data.available
-        return None if available is None else self.data.count / available
-
-    @cached_property
-    def indices(self) -> tuple[int, ...]:
-        """The batches that weigh something."""
-        return tuple(i for i, mass in enumerate(self.masses) if mass > 0)
-
-    def batches(self) -> Iterator[WeightedBatch]:
-        """All batches that weigh something, one at a time on the device."""
-        return map(self.batch, self.indices)
-
-    def batch(self, index: int) -> WeightedBatch:
-        """One batch on the device."""
-        data = self._placed(self._batches[index])
-        return WeightedBatch(
-            index, data, self.masses[index] / self.total_weight, self.data.counts[index]
-        )
-
-    def sample(self, count: int) -> WeightedBatch:
-        """Examples of one form from all over the batches, as a batch of its own."""
-        return next(Sample.of(self, count).batches())
-
-    def batch_of(self, batch: Batch, index: int, weight: float) -> WeightedBatch:
-        """Kept examples as a batch on the device, in the present type."""
-        return WeightedBatch(index, self._placed(batch), weight, size_of(batch))
-
-    def _placed(self, batch: Batch) -> Batch:
-        return place(batch, self.device, self.dtype)
-
-    def _pinned(self, batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
-        if self.device.type != "cuda":
-            return batches
-        return tuple(map_tensors(torch.Tensor.pin_memory, batch) for batch in batches)
-
-    # -- the function --------------------------------------------------------------------------
-
-    @contextmanager
-    def forward_context(self) -> Iterator[None]:
-        """What every forward and backward pass runs in; no buffer of the model changes."""
-        with undisturbed(self.model, self.device), self._widening():
-            yield
-
-    @contextmanager
-    def _widening(self) -> Iterator[None]:
-        """Casts and constants widened, where that is wanted now and not done already."""
-        if not self._widened or self._is_widening:
-            yield
-            return
-        self._is_widening = True
-        try:
-            with Widened():
-                yield
-        finally:
-            self._is_widening = False
-
-    def evaluate(self, batch: Batch, theta: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Mean loss of a batch, without weight decay, as a live scalar.
-
-        ``theta`` stands in for the parameters that it names; None leaves the model as it is.
-        """
-        return self._run(lambda model: self.loss.evaluate(model, batch), theta)
-
-    def outputs(self, batch: Batch, theta: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Model outputs of a batch as a live tensor."""
-        return self._run(lambda model: self.loss.outputs(model, batch), theta)
-
-    def fixed_outputs(self, batch: Batch) -> Tensor:
-        """Model outputs of a batch without their graph; models may differentiate on their way."""
-        return self.outputs(batch).detach()
-
-    def _run(self, run: Run, theta: Mapping[str, Tensor] | None) -> Tensor:
-        with self.forward_context():
-            return run(self.model) if theta is None else run_with(self.model, theta, run)
-
-    @contextmanager
-    def in_dtype(self, dtype: torch.dtype, *, widened: bool | None = None) -> Iterator[None]:
-        """Compute in another floating type meanwhile; the original tensors come back untouched.
-
-        Args:
-            dtype: the type.
-            widened: in float64, whether what the code casts to less is widened too; default where
-                it would not be float64 otherwise.
-        """
-        if widened is None:
-            widened = dtype == torch.float64 and self.precision.widened
-        previous = self.dtype, self._widened
-        self.retypings += 1
-        try:
-            with retyped(self.model, dtype):
-                self.dtype, self._widened = dtype, widened
-                yield
-        finally:
-            self.dtype, self._widened = previous
-            self.retypings += 1
-
-    @cached_property
-    def precision(self) -> Precision:
-        """What becomes of it where float64 is asked for."""
-        return precision_of(self)
-
-    @property
-    def is_doubled(self) -> bool:
-        """Whether it computes in float64 now, as far as it can."""
-        return self.dtype == torch.float64 and (self._widened or not self.precision.widened)
-
-    @property
-    def couples_examples(self) -> str | None:
-        """What makes an example's output or loss depend on its batch, or None."""
-        return self.independence.mixes
-
-    @property
-    def separable(self) -> bool:
-        """Whether a batch may be taken apart: rows are examples and nothing mixes them."""
-        return self.data.sliceable and self.independence.mixes is None
-
     # -- proof ---------------------------------------------------------------------------------
 
     def prove(self, observe: Observe | None = None, meter: Meter | None = None) -> Proof:
@@ -343,15 +202,6 @@ class Problem:
         if self.loss.hidden is None and self.loss.is_claim:
             return self.prove().hidden_outputs
         return self.loss.hidden
-
-    def _require_finite_weights(self) -> None:
-        bad = [n for n, t in self.model.named_parameters() if not torch.isfinite(t).all()]
-        if bad:
-            raise UnsoundError(
-                "the weights are not finite",
-                f"NaN or infinity in {', '.join(bad[:5])} ({len(bad)} tensors)",
-                "a checkpoint from before the run diverged",
-            )
 
     # -- report --------------------------------------------------------------------------------
 
@@ -394,4 +244,14 @@ class Problem:
             training_mode=self.model.training,
             matrix=matrix,
             manifest_sha256=self.manifest_sha256,
+        )
+
+
+def _require_finite_weights(model: nn.Module) -> None:
+    bad = [n for n, t in model.named_parameters() if not torch.isfinite(t).all()]
+    if bad:
+        raise UnsoundError(
+            "the weights are not finite",
+            f"NaN or infinity in {', '.join(bad[:5])} ({len(bad)} tensors)",
+            "a checkpoint from before the run diverged",
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,11 +15,9 @@ from hesscli.problem.blame import is_out_of_memory, no_gradient
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.independence import MODEL_RAISED
 from hesscli.problem.losses import require_number, same_mean
+from hesscli.problem.objective import Objective, WeightedBatch
 from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.results import Observe, Snapshot
-
-if TYPE_CHECKING:
-    from hesscli.problem.problem import Problem, WeightedBatch
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Proof:
         return tuple(told)
 
 
-def prove(problem: Problem, observe: Observe | None = None) -> Proof:
+def prove(problem: Objective, observe: Observe | None = None) -> Proof:
     """Loss, accuracy, gradient and reach over all kept examples.
 
     Raises:
@@ -103,7 +100,7 @@ def prove(problem: Problem, observe: Observe | None = None) -> Proof:
     )
 
 
-def _saturation(problem: Problem) -> str:
+def _saturation(problem: Objective) -> str:
     """Probabilities that are 1 to the last digit have no derivatives left to see."""
     name = str(problem.dtype).removeprefix("torch.")
     more = "" if problem.dtype == torch.float64 else "; --dtype float64 may see more"
@@ -112,7 +109,7 @@ def _saturation(problem: Problem) -> str:
     )
 
 
-def _must_fit(problem: Problem, batch: WeightedBatch) -> str:
+def _must_fit(problem: Objective, batch: WeightedBatch) -> str:
     """What to try where the user's code raises."""
     if batch.count == 1 and problem.couples_examples is not None:
         return (
@@ -137,7 +134,7 @@ class _Seen:
     has_run: bool = True
 
 
-def _read_outputs(problem: Problem, batch: WeightedBatch) -> _Seen:
+def _read_outputs(problem: Objective, batch: WeightedBatch) -> _Seen:
     """Labels are checked here, before the loss reads them."""
     loss = problem.loss
     if loss.hidden is not None:
@@ -153,14 +150,14 @@ def _read_outputs(problem: Problem, batch: WeightedBatch) -> _Seen:
     return _Seen(float(right), float(of), mean)
 
 
-def _why_another(problem: Problem, value: Tensor, mean: float | None) -> str | None:
+def _why_another(problem: Objective, value: Tensor, mean: float | None) -> str | None:
     """Why a loss is not what was made of its outputs; None where it is."""
     if mean is None or same_mean(value, mean):
         return None
     return f"the loss {problem.loss.name!r} is not that of the model's outputs alone"
 
 
-def _gradient(problem: Problem, value: Tensor, batch: WeightedBatch) -> tuple[Tensor | None, ...]:
+def _gradient(problem: Objective, value: Tensor, batch: WeightedBatch) -> tuple[Tensor | None, ...]:
     """The batch's gradient as autograd gives it, None where a parameter is not reached."""
     if not value.requires_grad:
         raise UnsoundError(
@@ -177,7 +174,7 @@ def _gradient(problem: Problem, value: Tensor, batch: WeightedBatch) -> tuple[Te
         raise no_gradient(problem.model, run, error) from None
 
 
-def _require_own_weights(problem: Problem, value: Tensor) -> None:
+def _require_own_weights(problem: Objective, value: Tensor) -> None:
     """See that a copy of the model reads none of the weights that it was copied from.
 
     A function that closes over a module of the model, as a hook may, still reads the old one.
@@ -194,7 +191,7 @@ def _require_own_weights(problem: Problem, value: Tensor) -> None:
         )
 
 
-def _require_finite_loss(problem: Problem, value: Tensor, batch: WeightedBatch) -> None:
+def _require_finite_loss(problem: Objective, value: Tensor, batch: WeightedBatch) -> None:
     require_number(problem.loss, value)
     if not torch.isfinite(value):
         broken = [t for t in tensors_of(batch.data) if not torch.isfinite(t).all()]
@@ -206,7 +203,7 @@ def _require_finite_loss(problem: Problem, value: Tensor, batch: WeightedBatch) 
         )
 
 
-def _require_finite_gradient(problem: Problem, gradient: Tensor) -> None:
+def _require_finite_gradient(problem: Objective, gradient: Tensor) -> None:
     parts = zip(problem.parameters, problem.parameters.split(gradient), strict=True)
     bad = [p.name for p, part in parts if not torch.isfinite(part).all()]
     if bad:

@@ -11,7 +11,8 @@ from torch import Tensor
 from hesscli.parameters import Parameter
 from hesscli.problem.batches import Batch, map_tensors, rows, tensors_of
 from hesscli.problem.blame import is_out_of_memory
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.problem.objective import WeightedBatch
+from hesscli.problem.problem import Problem
 
 GRADIENT_BYTES = 1 << 26
 """Bytes of per-example gradients that are held at once."""

@@ -27,9 +27,10 @@ from hesscli.parameters import LayerSums, Parameters
 from hesscli.problem.batches import Batch, rows
 from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.losses import Loss
+from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.output_hessian import Columns
 from hesscli.problem.precision import doubled
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.problem.problem import Problem
 
 # -- What modules see in a forward pass: their inputs, and the graph's edges behind their outputs --
 

@@ -27,8 +27,9 @@ from hesscli.operators.per_example.generic import Generic
 from hesscli.operators.per_example.passes import is_close
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
+from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.output_hessian import Factor, ScoreFactor, factor_of, has_factor
-from hesscli.problem.problem import Problem, WeightedBatch
+from hesscli.problem.problem import Problem
 from hesscli.vocabulary import RowKind
 
 _PART = 32

@@ -1,0 +1,81 @@
+"""A curvature matrix as its batches' functions, and the products that a mode makes of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hesscli.meter import Meter
+from hesscli.operators.kernels import twice_differentiable
+from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Tensors
+from hesscli.parameters import Parameters
+from hesscli.problem.objective import WeightedBatch
+from hesscli.problem.problem import Problem
+from hesscli.vocabulary import Mode
+
+
+class Curvature(ABC):
+    """A symmetric d × d matrix of a :class:`Problem`, one batch at a time and not put to the test.
+
+    Args:
+        problem: model, loss and frozen examples.
+        parameters: the rows and columns; default all trainable ones.
+        mode: autodiff mode of the products, which must hold; ``auto`` takes the cheapest that does.
+        meter: counts the products; default a new one, which blocks of the operator share.
+    """
+
+    name: str
+    kind: Kind
+    per_example = False
+    """Whether it is made of the gradients of single examples, which coupled ones do not have."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        parameters: Parameters | None = None,
+        mode: Mode | Literal["auto"] = "auto",
+        meter: Meter | None = None,
+    ) -> None:
+        self.problem, self._wanted = problem, mode
+        self.parameters = problem.parameters if parameters is None else parameters
+        self.meter = Meter() if meter is None else meter
+
+    @property
+    @abstractmethod
+    def mode(self) -> Mode:
+        """Autodiff mode of the products."""
+
+    @abstractmethod
+    def parts(self, batch: WeightedBatch) -> tuple[Any, ...]:
+        """One batch's function, the tensors, and what stands between J and Jᵀ if anything."""
+
+    def live(self, batch: WeightedBatch) -> Apply:
+        """Products with one batch's matrix, without weight decay, in this operator's mode."""
+        build = BUILDERS[self.kind][self.mode]
+        if self.mode != "double-backward":
+            return build(*self.parts(batch))
+        with twice_differentiable():
+            apply = build(*self.parts(batch))
+
+        def under_the_same_kernels(block: Tensor) -> Tensor:
+            with twice_differentiable():  # activation checkpointing runs the forward again
+                return apply(block)
+
+        return under_the_same_kernels
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """Gradients for a batch's graph, and for each product."""
+        return COST[self.kind][self.mode]
+
+    @property
+    def decay(self) -> float:
+        """Weight decay: the multiple of the identity that is added to the mean."""
+        return self.problem.weight_decay
+
+    def named(self, theta: Tensors | None) -> dict[str, Tensor] | None:
+        """Tensors for this operator's parameters by name, as the problem's functions take them."""
+        return None if theta is None else dict(zip(self.parameters.names, theta, strict=True))

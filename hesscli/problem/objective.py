@@ -1,0 +1,347 @@
+"""A loss as a function of a model's parameters, over frozen and weighted batches of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscli.parameters import Parameters
+from hesscli.problem.batches import Batch, map_tensors, place, rows, size_of, tensors_of
+from hesscli.problem.blame import is_out_of_memory
+from hesscli.problem.data import FrozenData
+from hesscli.problem.forward import Run, retyped, run_with, undisturbed
+from hesscli.problem.independence import MUST_FIT, Independence
+from hesscli.problem.losses import Loss
+from hesscli.problem.precision import Narrowing, Precision, Widened, tolerance
+
+_EXAMPLES = 8
+"""That are run in float64 to see what becomes of it."""
+
+
+@dataclass(frozen=True)
+class WeightedBatch:
+    """One batch on the device; ``weight`` is its share of the whole weight mass."""
+
+    index: int
+    data: Batch
+    weight: float
+    count: int
+
+
+class Objective:
+    """The mean of a loss over batches, by their mass.
+
+    Args:
+        model: whose parameters it is a function of.
+        parameters: those that are trainable, one at least.
+        loss: settled on this model.
+        data: frozen batches.
+        independence: what is known of the examples of a batch.
+        masses: the weight of every batch.
+        weight_decay: coefficient of ½‖θ‖², which no batch's loss has.
+        originals: the parameters that the model's are copies of, if they are.
+        must_fit: what to try where the model or its loss raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Parameters,
+        loss: Loss,
+        data: FrozenData,
+        independence: Independence,
+        masses: Sequence[float],
+        weight_decay: float,
+        originals: Sequence[Tensor] = (),
+        must_fit: str = MUST_FIT,
+    ) -> None:
+        self.model, self.parameters, self.loss = model, parameters, loss
+        self.data, self.independence, self.masses = data, independence, masses
+        self.total_weight, self.weight_decay = sum(masses), weight_decay
+        self.originals, self.must_fit = originals, must_fit
+        self.device: torch.device = parameters[0].tensor.device
+        self.dtype: torch.dtype = parameters[0].tensor.dtype
+        self.retypings = 0  # a graph that was made before one is cut off from the parameters
+        self._widened = self._is_widening = False
+        self._batches = data.batches
+        if self.device.type == "cuda":
+            pin = torch.Tensor.pin_memory
+            self._batches = tuple(map_tensors(pin, batch) for batch in data.batches)
+
+    # -- data ----------------------------------------------------------------------------------
+
+    @property
+    def num_batches(self) -> int:
+        """Number of frozen batches."""
+        return len(self._batches)
+
+    @property
+    def sampling_fraction(self) -> float | None:
+        """Kept examples over available ones; None where the loader was not seen to the end."""
+        return self.data.fraction
+
+    @property
+    def couples_examples(self) -> str | None:
+        """What makes an example's output or loss depend on its batch, or None."""
+        return self.independence.mixes
+
+    @property
+    def separable(self) -> bool:
+        """Whether a batch may be taken apart: rows are examples and nothing mixes them."""
+        return self.data.sliceable and self.independence.mixes is None
+
+    @cached_property
+    def indices(self) -> tuple[int, ...]:
+        """The batches that weigh something."""
+        return tuple(i for i, mass in enumerate(self.masses) if mass > 0)
+
+    def batches(self) -> Iterator[WeightedBatch]:
+        """All batches that weigh something, one at a time on the device."""
+        return map(self.batch, self.indices)
+
+    def batch(self, index: int) -> WeightedBatch:
+        """One batch on the device."""
+        share = self.masses[index] / self.total_weight
+        data = place(self._batches[index], self.device, self.dtype)
+        return WeightedBatch(index, data, share, self.data.counts[index])
+
+    def batch_of(self, batch: Batch, index: int, weight: float) -> WeightedBatch:
+        """Kept examples as a batch on the device, in the present type."""
+        return WeightedBatch(index, place(batch, self.device, self.dtype), weight, size_of(batch))
+
+    def sample(self, count: int) -> WeightedBatch:
+        """Examples of one form from all over the batches, as a batch of its own."""
+        return next(Sample.of(self, count).batches())
+
+    # -- the function --------------------------------------------------------------------------
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """What every forward and backward pass runs in; no buffer of the model changes."""
+        with undisturbed(self.model, self.device), self._widening():
+            yield
+
+    @contextmanager
+    def _widening(self) -> Iterator[None]:
+        """Casts and constants widened, where that is wanted now and not done already."""
+        if not self._widened or self._is_widening:
+            yield
+            return
+        self._is_widening = True
+        try:
+            with Widened():
+                yield
+        finally:
+            self._is_widening = False
+
+    def evaluate(self, batch: Batch, theta: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Mean loss of a batch, without weight decay, as a live scalar.
+
+        ``theta`` stands in for the parameters that it names; None leaves the model as it is.
+        """
+        return self._run(lambda model: self.loss.evaluate(model, batch), theta)
+
+    def outputs(self, batch: Batch, theta: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Model outputs of a batch as a live tensor."""
+        return self._run(lambda model: self.loss.outputs(model, batch), theta)
+
+    def fixed_outputs(self, batch: Batch) -> Tensor:
+        """Model outputs of a batch without their graph; models may differentiate on their way."""
+        return self.outputs(batch).detach()
+
+    def _run(self, run: Run, theta: Mapping[str, Tensor] | None) -> Tensor:
+        with self.forward_context():
+            return run(self.model) if theta is None else run_with(self.model, theta, run)
+
+    @contextmanager
+    def in_dtype(self, dtype: torch.dtype, *, widened: bool | None = None) -> Iterator[None]:
+        """Compute in another floating type meanwhile; the original tensors come back untouched.
+
+        Args:
+            dtype: the type.
+            widened: in float64, whether what the code casts to less is widened too; default where
+                it would not be float64 otherwise.
+        """
+        if widened is None:
+            widened = dtype == torch.float64 and self.precision.widened
+        previous = self.dtype, self._widened
+        self.retypings += 1
+        try:
+            with retyped(self.model, dtype):
+                self.dtype, self._widened = dtype, widened
+                yield
+        finally:
+            self.dtype, self._widened = previous
+            self.retypings += 1
+
+    @cached_property
+    def precision(self) -> Precision:
+        """What becomes of it where float64 is asked for."""
+        own = torch.float32 if self.dtype == torch.float64 else self.dtype
+        seen = self._seen_in_float64(widened=False)
+        plain, numbers = (own, 0) if seen is None else seen
+        if plain != torch.float64:
+            wider = self._seen_in_float64(widened=True)
+            if wider is not None and wider[0] == torch.float64:
+                return Precision(plain, *wider)
+        return Precision(plain, plain, numbers)
+
+    def _seen_in_float64(self, *, widened: bool) -> tuple[torch.dtype, int] | None:
+        """The narrowest type, and how much is made for an example; None where it does not run."""
+        watch = Narrowing()
+        with self.in_dtype(torch.float64, widened=widened):
+            sample = self.sample(_EXAMPLES)
+            try:
+                with watch:
+                    value = self.evaluate(sample.data)
+                # Compiled code may run as Python while it is watched, and not be widened otherwise.
+                unwatched = self.evaluate(sample.data)
+                with self.forward_context():
+                    torch.autograd.grad(unwatched, self.parameters.tensors, allow_unused=True)
+            except Exception as error:  # of any kind: the code is the user's, made for another type
+                if is_out_of_memory(error):
+                    raise
+                return None
+        change = abs(float(value.detach()) - float(unwatched.detach()))
+        size = max(1.0, abs(float(value.detach())))
+        if widened and not change <= tolerance(torch.float64) * size:
+            return None
+        return watch.narrowest, watch.numbers // sample.count
+
+    @property
+    def is_doubled(self) -> bool:
+        """Whether it computes in float64 now, as far as it can."""
+        return self.dtype == torch.float64 and (self._widened or not self.precision.widened)
+
+
+# -- A few examples from all over the batches, on which products are put to the test ---------------
+# What goes wrong may go wrong on some examples alone: on those that take a branch, say. The first
+# rows of the first batch would miss it, so rows come from as many batches as there are, or can be.
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some of a problem's examples as batches, with weights that sum to 1.
+
+    They are kept as the data is, so that they can be had in whatever type the problem is in.
+
+    Args:
+        problem: whose examples.
+        parts: batches of them.
+        masses: of the parts.
+        separable: whether a part's rows are examples that can be taken apart.
+    """
+
+    problem: Objective
+    parts: tuple[Batch, ...]
+    masses: tuple[float, ...]
+    separable: bool
+
+    @classmethod
+    def of(cls, problem: Objective, count: int, together: int | None = None) -> Sample:
+        """About so many examples that weigh something: rows, or else whole batches.
+
+        Args:
+            problem: whose examples.
+            count: of them.
+            together: rows in a part at most, which bounds the memory that a part needs.
+        """
+        separable = problem.separable and problem.loss.shows_examples
+        if separable:
+            stacked = _stacked(_rows_across(problem, count))
+            parts = [piece for part in stacked for piece in _pieces(part, together or count)]
+            return cls(problem, tuple(parts), tuple(_mass(problem, p) for p in parts), True)
+        chosen: list[int] = []
+        for index in problem.indices:
+            chosen.append(index)
+            if sum(problem.data.counts[i] for i in chosen) >= count:
+                break
+        return cls(
+            problem,
+            tuple(problem.data.batches[i] for i in chosen),
+            tuple(problem.masses[i] for i in chosen),
+            False,
+        )
+
+    @property
+    def count(self) -> int:
+        """Examples."""
+        return sum(map(size_of, self.parts))
+
+    def batches(self) -> Iterator[WeightedBatch]:
+        """The parts in the problem's present type."""
+        total = sum(self.masses)
+        for index, (part, mass) in enumerate(zip(self.parts, self.masses, strict=True)):
+            yield self.problem.batch_of(part, index, mass / total)
+
+    def evaluate(self) -> Tensor:
+        """The mean loss over them, as a live scalar."""
+        terms = [b.weight * self.problem.evaluate(b.data) for b in self.batches()]
+        return torch.stack([term.reshape(()) for term in terms]).sum()
+
+    def halves(self) -> tuple[Sample, ...]:
+        """Two samples that make this one; none where it cannot be taken apart."""
+        if len(self.parts) > 1:
+            middle = len(self.parts) // 2
+            cuts = [slice(None, middle), slice(middle, None)]
+            return tuple(
+                Sample(self.problem, self.parts[cut], self.masses[cut], self.separable)
+                for cut in cuts
+            )
+        (part,) = self.parts
+        if not self.separable or self.count < 2:
+            return ()
+        middle, end = self.count // 2, self.count
+        pieces = rows(part, 0, middle), rows(part, middle, end)
+        return tuple(
+            Sample(self.problem, (piece,), (_mass(self.problem, piece),), True) for piece in pieces
+        )
+
+
+def _rows_across(problem: Objective, count: int) -> Iterator[Batch]:
+    """Rows that weigh something, evenly out of batches that are evenly chosen."""
+    chosen = _spread(problem.indices, count)
+    for number, index in enumerate(chosen):
+        share = (number + 1) * count // len(chosen) - number * count // len(chosen)
+        batch = problem.data.batches[index]
+        heavy = problem.loss.masses(batch).nonzero()[:, 0].tolist()
+        if places := _spread(heavy, share):
+            taken = torch.tensor(places)
+            yield map_tensors(lambda tensor, taken=taken: tensor[taken], batch)  # type: ignore[misc]
+
+
+def _spread(values: Sequence[int], count: int) -> Sequence[int]:
+    """So many of a list, evenly, or all there are."""
+    size = len(values)
+    return values if size <= count else [values[i * size // count] for i in range(count)]
+
+
+def _stacked(pieces: Iterator[Batch]) -> list[Batch]:
+    """Pieces of equal shape put together: examples of other lengths stay apart."""
+    groups: dict[Any, list[Batch]] = {}
+    for piece in pieces:
+        form = tuple((tuple(t.shape[1:]), t.dtype) for t in tensors_of(piece))
+        groups.setdefault(form, []).append(piece)
+    return [_joined(group) for group in groups.values()]
+
+
+def _pieces(part: Batch, size: int) -> Iterator[Batch]:
+    """A batch in pieces of at most so many rows."""
+    for start in range(0, size_of(part), size):
+        yield rows(part, start, min(start + size, size_of(part)))
+
+
+def _joined(group: list[Batch]) -> Batch:
+    columns = zip(*(tensors_of(piece) for piece in group), strict=True)
+    joined = iter([torch.cat(column) for column in columns])
+    return map_tensors(lambda _: next(joined), group[0])
+
+
+def _mass(problem: Objective, batch: Batch) -> float:
+    return float(problem.loss.masses(batch).sum())
