@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from hesscli.cli import reading
-from hesscli.cli.answer import fill_bare_layers, what_is_asked
+from hesscli.cli.answer import what_is_asked
 from hesscli.cli.console import describe_estimate, describe_time_left
 from hesscli.cli.trace import USAGE as TRACE
+from hesscli.cli.usage import fill_bare_layers
 from hesscli.errors import UsageError
 from hesscli.results import Snapshot
 

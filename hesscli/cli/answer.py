@@ -9,67 +9,39 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from typer.core import TyperCommand
-
 from hesscli.cli import options
 from hesscli.cli.console import Console
-from hesscli.cli.usage import Given, Layers, Measure, Usage
+from hesscli.cli.usage import EVERY_LAYER, Given, Layers, Measure, Usage
 from hesscli.commands import Command
 from hesscli.errors import ExitCode, InputError, UsageError
-from hesscli.results import Answer, CheckpointReport, Header, Observe, Status
+from hesscli.results import Answer, CheckpointReport, Header, Status
 
 if TYPE_CHECKING:
     from hesscli.problem.problem import Problem
 
 
-# -- A bare ``--layer``, which takes every layer ---------------------------------------------------
-
-
-EVERY_LAYER = "*"
-
-
-class Typed(TyperCommand):
-    """A command on which ``--layer`` may stand without a pattern."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments once each bare ``--layer`` has its pattern."""
-        return super().parse_args(ctx, fill_bare_layers(args))
-
-
-def fill_bare_layers(args: Sequence[str]) -> list[str]:
-    """Give each bare ``--layer`` the pattern that takes every layer.
-
-    It is bare where it stands last, before another option, or before an existing file, which
-    is the checkpoint.
-    """
-    end = args.index("--") if "--" in args else len(args)
-    following = [*args[1:end], "--"]
-    filled = [
-        f"--layer={EVERY_LAYER}"
-        if arg == "--layer" and (after.startswith("-") or Path(after).is_file())
-        else arg
-        for arg, after in zip(args[:end], following, strict=False)
-    ]
-    return [*filled, *args[end:]]
-
-
 # -- From a command line to its exit code ----------------------------------------------------------
 
 
-def answer(command: Command, usage: Usage, console: Console, given: Given) -> ExitCode:
+def answer(
+    command: Command, usage: Usage, console: Console, checkpoint: Path | None, given: Given
+) -> ExitCode:
     """Do what a command line asks: load, measure, say, write, and tell the shell.
 
     Args:
         command: which one.
         usage: how it is typed.
         console: where to say what.
-        given: what was typed, by the names of its options.
+        checkpoint: of the problem; None where the spec is to name it.
+        given: all else that was typed, by the names of its options.
     """
-    patterns = given.get("layers") or ()
+    from hesscli.problem.loading import load
+
     with console.working() as observe:
-        problem = load_problem(given, observe)
+        how = {option.name: given[option.name] for option in options.LOADED}
+        problem = load(checkpoint, observe=observe, **how)
         console.warn(*problem.warnings)
-        shown = select_layers(patterns, problem)
+        shown = select_layers(given.get("layers") or (), problem)
         measure = prepared(command, usage, problem, given, shown)
         folder = prepare_output(given["directory"], problem.checkpoint)
         result = measure(observe=observe)
@@ -84,13 +56,6 @@ def answer(command: Command, usage: Usage, console: Console, given: Given) -> Ex
 _TOLERANCES = ("rtol", "atol", "refine")
 
 
-def load_problem(given: Given, observe: Observe) -> Problem:
-    """The problem that the options of a command name."""
-    from hesscli.problem.loading import load
-
-    return load(observe=observe, **{option.name: given[option.name] for option in options.LOADED})
-
-
 def prepared(
     command: Command, usage: Usage, problem: Problem, given: Given, shown: Layers
 ) -> Measure:
@@ -103,8 +68,9 @@ def prepared(
 
 def what_is_asked(usage: Usage, given: Given) -> dict[str, Any]:
     """What a measurement is told, of all that was typed; without a tolerance the usual one."""
-    elsewhere = {*options.LOADED, *options.SHOWN} - {options.SEED, options.BUDGET}
-    asked = {option.name: given[option.name] for option in usage.options if option not in elsewhere}
+    elsewhere = {options.CHECKPOINT, *options.LOADED, *options.SHOWN}
+    own = [o for o in usage.options if o not in elsewhere or o in (options.SEED, options.BUDGET)]
+    asked = {option.name: given[option.name] for option in own}
     usual = next((option.usual for option in usage.options if option.name == "rtol"), None)
     if usual is not None and not (given["rtol"] or given.get("atol")):
         asked["rtol"] = usual

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
@@ -21,10 +22,10 @@ import typer
 from typer.exceptions import TyperException
 
 from hesscli import __version__
-from hesscli.cli.answer import Typed, answer
+from hesscli.cli.answer import answer
 from hesscli.cli.console import Console, interrupts
 from hesscli.cli.process import keep_freed_memory, results_alone, yield_waiting_cores
-from hesscli.cli.usage import Usage
+from hesscli.cli.usage import Typed, Usage
 from hesscli.commands import COMMANDS, Command
 from hesscli.errors import (
     ExitCode,
@@ -88,14 +89,14 @@ def program() -> Any:
 def _function(command: Command, usage: Usage) -> Callable[..., ExitCode]:
     """A command as a function, whose signature has the options that it takes."""
 
-    def run(context: typer.Context, **given: Any) -> ExitCode:
+    def run(context: typer.Context, checkpoint: Path | None = None, **given: Any) -> ExitCode:
         console: Console = context.obj
         if "quiet" in given:  # error reports follow it too
             console = replace(console, quiet=given["quiet"], verbose=given["verbose"])
             context.find_root().obj = console
         if usage.run is not None:
-            return usage.run(console, given)
-        return answer(command, usage, console, given)
+            return usage.run(console, checkpoint, given)
+        return answer(command, usage, console, checkpoint, given)
 
     first = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     parameters = [first, *(option.parameter for option in usage.options)]

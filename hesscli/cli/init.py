@@ -16,13 +16,13 @@ from hesscli.cli.usage import Given, Panel, Usage
 from hesscli.errors import ExitCode, UsageError
 
 
-def run(console: Console, given: Given) -> ExitCode:
+def run(console: Console, checkpoint: Path | None, given: Given) -> ExitCode:
     """Write the spec, or print it.
 
     Raises:
         UsageError: a spec is there already, or cannot be written.
     """
-    checkpoint: Path = given["checkpoint"]
+    assert checkpoint is not None  # it is required
     spec = spec_path(checkpoint)
     if spec.exists() and not (given["force"] or given["stdout"]):
         raise UsageError(

@@ -383,8 +383,8 @@ VERBOSE = _OUTPUT.switch("--verbose", "-v", help="Say each step; show tracebacks
 # -- Rows that go together -------------------------------------------------------------------------
 
 
-LOADED = (CHECKPOINT, SPEC, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST, SEED, DEVICE, DTYPE, BUDGET)
-"""What loads a problem."""
+LOADED = (SPEC, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST, SEED, DEVICE, DTYPE, BUDGET)
+"""How a problem is loaded; seed and budget are of its measurement as well."""
 SHOWN = (LAYERS, OUT, DIRECTORY, QUIET, VERBOSE)
 """What happens to a result."""
 PROBLEM = (CHECKPOINT, SPEC, MATRIX, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST)

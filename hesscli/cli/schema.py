@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from hesscli.cli.console import Console
 from hesscli.cli.usage import Given, Usage
 from hesscli.errors import ExitCode
 
 
-def run(console: Console, _given: Given) -> ExitCode:
+def run(console: Console, _checkpoint: Path | None, _given: Given) -> ExitCode:
     """Print it."""
     from hesscli.render.document import schema
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from hesscli.cli.console import Console
 from hesscli.errors import ExitCode, UsageError
@@ -80,7 +81,8 @@ class Usage:
         help: what it does.
         examples: command lines.
         options: rows of the table, in the order of ``--help``.
-        run: does it all, told the console and what was typed, where the command has no result.
+        run: does it all, told the console, the checkpoint and what else was typed, where the
+            command has no result.
         prepare: makes a measurement of a problem, what is asked of it, and the layers that were
             chosen, if any, and refuses what cannot be before the long work; None where the
             registry's own takes what is asked as it is.
@@ -89,12 +91,43 @@ class Usage:
     help: str
     examples: str
     options: tuple[Option, ...]
-    run: Callable[[Console, Given], ExitCode] | None = None
+    run: Callable[[Console, Path | None, Given], ExitCode] | None = None
     prepare: Callable[[Problem, Given, Layers], Measure] | None = None
 
     def defaults(self) -> dict[str, Any]:
         """What is given where nothing is typed."""
         return {option.name: option.default for option in self.options}
+
+
+# -- A bare ``--layer``, which takes every layer ---------------------------------------------------
+
+
+EVERY_LAYER = "*"
+
+
+class Typed(TyperCommand):
+    """A command on which ``--layer`` may stand without a pattern."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments once each bare ``--layer`` has its pattern."""
+        return super().parse_args(ctx, fill_bare_layers(args))
+
+
+def fill_bare_layers(args: Sequence[str]) -> list[str]:
+    """Give each bare ``--layer`` the pattern that takes every layer.
+
+    It is bare where it stands last, before another option, or before an existing file, which
+    is the checkpoint.
+    """
+    end = args.index("--") if "--" in args else len(args)
+    following = [*args[1:end], "--"]
+    filled = [
+        f"--layer={EVERY_LAYER}"
+        if arg == "--layer" and (after.startswith("-") or Path(after).is_file())
+        else arg
+        for arg, after in zip(args[:end], following, strict=False)
+    ]
+    return [*filled, *args[end:]]
 
 
 # -- How rows are written --------------------------------------------------------------------------
