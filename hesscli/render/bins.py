@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from hesscli.render import words
 from hesscli.results import Histogram
 
 # -- Histograms with common edges: their bins by sign, without empty ends --------------------------
@@ -93,6 +94,27 @@ def sparkline(histogram: Histogram, cells: tuple[Cell, ...]) -> Text:
         height = math.ceil(len(_HEIGHTS) * math.log1p(count) / full) if count else 0
         line.append(_HEIGHTS[height - 1] if height else " ", style=_STYLES[cell.sign])
     return line
+
+
+@dataclass(frozen=True)
+class Sparklines:
+    """Histograms as lines on one axis, what marks the axis above them, and how far it goes."""
+
+    lines: list[Text]
+    marks: str
+    axis: str
+
+
+def sparklines(histograms: Sequence[Histogram]) -> Sparklines:
+    """Histograms with common edges as lines, without the ends that are empty in all."""
+    spectra = trimmed(histograms)
+    edges = spectra[0].edges if spectra else ()
+    cells = cells_for(edges)
+    low = edges[0] if edges and sign(edges, 0) else 0.0
+    ends = " to ".join(words.number(end, 2) for end in (low, edges[-1])) if edges else ""
+    lines = [sparkline(histogram, cells) for histogram in spectra]
+    axis = f"from {ends}, log scales" if ends else "empty"
+    return Sparklines(lines, axis_marks(cells), axis)
 
 
 def _cells(edges: tuple[float, ...], size: int) -> tuple[Cell, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hesscli.results import (
     LayerTrace,
     MethodReport,
     ProblemReport,
+    Quantile,
     Status,
 )
 from hesscli.units import duration, human_bytes, human_seconds
@@ -222,6 +223,14 @@ def trace_notes(visible: Sequence[LayerTrace], result: words.Estimated) -> list[
         names = words.few(uncertain, [layer.name for layer in visible])
         notes.append(f"{names}: the interval includes 0")
     return notes
+
+
+def quantiles(found: Iterable[Quantile]) -> Iterator[str]:
+    """Quantiles by their levels, as in ``median 0.15 ± 0.01``."""
+    names = {0.0: "least", 0.5: "median", 1.0: "greatest"}
+    for one in found:
+        name = names.get(one.level, f"{100 * one.level:g}%")
+        yield f"{name} {words.with_error(one.value, one.stderr)}"
 
 
 def ending(

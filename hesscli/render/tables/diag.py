@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from hesscli.render import bins, words
-from hesscli.render.bins import axis_marks, cells_for, sparkline
+from hesscli.render import words
+from hesscli.render.bins import sparklines
 from hesscli.render.shared import (
     ending,
     error_budget,
@@ -16,6 +16,7 @@ from hesscli.render.shared import (
     more_work,
     probes_drawn,
     proof_line,
+    quantiles,
     trace_lines,
     trace_notes,
 )
@@ -40,7 +41,7 @@ def layer_details(layer: LayerDiagonal) -> Iterator[RenderableType]:
     yield _heading(layer)
     rows: list[tuple[str, RenderableType]] = [("entries", _moments(layer))]
     if layer.quantiles:
-        rows.append(("quantiles", _quantiles(layer)))
+        rows.append(("quantiles", facts(quantiles(layer.quantiles))))
     if layer.largest:
         rows.append(("largest", _largest(layer.largest)))
     if words.is_averaged(layer.block):
@@ -71,17 +72,6 @@ def _moments(layer: LayerDiagonal) -> Facts:
             negative,
         )
     )
-
-
-def _quantiles(layer: LayerDiagonal) -> Facts:
-    return facts(
-        f"{_level(quantile.level)} {words.with_error(quantile.value, quantile.stderr)}"
-        for quantile in layer.quantiles
-    )
-
-
-def _level(level: float) -> str:
-    return {0.0: "least", 0.5: "median", 1.0: "greatest"}.get(level, f"{100 * level:g}%")
 
 
 def _largest(entries: tuple[Entry, ...]) -> RenderableType:
@@ -172,10 +162,8 @@ def _diagonal_lines(result: DiagResult) -> tuple[Text, Facts]:
 
 
 def _layer_rows(layers: list[LayerDiagonal], listing: list[str]) -> Iterator[RenderableType]:
-    spectra = bins.trimmed([layer.histogram for layer in layers])
-    cells = cells_for(spectra[0].edges) if spectra else ()
+    spectra = sparklines([layer.histogram for layer in layers])
     means = [words.rounded_pair(layer.mean, layer.mean_stderr) for layer in layers]
-    sparklines = [sparkline(histogram, cells) for histogram in spectra]
     yield FittedRows(
         "layer",
         [layer.name for layer in layers],
@@ -185,17 +173,13 @@ def _layer_rows(layers: list[LayerDiagonal], listing: list[str]) -> Iterator[Ren
             Column(4, "± s.e.", [error for _, error in means]),
             Column(1, "std", [_std(layer) for layer in layers]),
             Column(5, "< 0", [words.percent(layer.negative_fraction) for layer in layers]),
-            Column(7, f"spectrum\n{axis_marks(cells)}", sparklines, "left"),
+            Column(7, f"spectrum\n{spectra.marks}", spectra.lines, "left"),
             Column(3, "blocks\nkeep", [_kept(layer) for layer in layers]),
         ],
         styles=["dim" if words.includes_zero(layer.interval) else "" for layer in layers],
     )
-    notes = ["s.e.: one standard error"]
-    if spectra and (edges := spectra[0].edges):
-        low = edges[0] if bins.sign(edges, 0) else 0.0
-        ends = (words.number(end, 2) for end in (low, edges[-1]))
-        notes.append(f"spectrum: from {' to '.join(ends)}, log scales")
-    yield facts(notes + listing, style="dim")
+    notes = ("s.e.: one standard error", f"spectrum: {spectra.axis}")
+    yield facts([*notes, *listing], style="dim")
 
 
 def _std(layer: LayerDiagonal) -> str:

@@ -9,9 +9,17 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from hesscli.render import bins, perturbations, words
-from hesscli.render.bins import cells_for, sparkline
-from hesscli.render.shared import cost_lines, ending, listed, listing_notes, proof_line, status_text
+from hesscli.render import perturbations, words
+from hesscli.render.bins import sparklines
+from hesscli.render.shared import (
+    cost_lines,
+    ending,
+    listed,
+    listing_notes,
+    proof_line,
+    quantiles,
+    status_text,
+)
 from hesscli.render.terminal import (
     GAP,
     Column,
@@ -172,8 +180,7 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
         layers: by rank.
         listing: which layers have no row, in words.
     """
-    spectra = bins.trimmed([layer.saliency.histogram for layer in layers])
-    cells = cells_for(spectra[0].edges) if spectra else ()
+    spectra = sparklines([layer.saliency.histogram for layer in layers])
     means = [words.rounded_pair(layer.saliency.mean, layer.saliency.stderr) for layer in layers]
     yield Text("layers by mean saliency: a ranking, not a loss change", style="dim")
     yield FittedRows(
@@ -188,7 +195,7 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
             Column(8, "ranking\nis", [perturbations.ranked_by(layer) for layer in layers]),
             Column(3, "halves", [words.correlation(x.half_correlation) for x in layers]),
             Column(1, "|w|", [words.correlation(x.magnitude_correlation) for x in layers]),
-            Column(5, "spread", [sparkline(spectrum, cells) for spectrum in spectra], "left"),
+            Column(5, "spread", spectra.lines, "left"),
         ],
         numbers=tuple(str(layer.rank) for layer in layers),
         styles=tuple("dim" if perturbations.ranks_by_magnitude(x) else "" for x in layers),
@@ -197,10 +204,8 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
         "above next: probability of a higher mean",
         "leverage: median share that data and not damping decides",
         "halves, |w|: rank correlation of two half-windows, and with |w|",
+        f"spread: {spectra.axis}",
     ]
-    if spectra and (edges := spectra[0].edges):
-        ends = (words.number(end, 2) for end in (edges[0], edges[-1]))
-        notes.append(f"spread: from {' to '.join(ends)}, log scales")
     yield facts([*notes, *listing], style="dim")
     yield from _magnitude_warning(layers)
 
@@ -295,13 +300,7 @@ def layer_details(layer: LayerSensitivity) -> Iterator[RenderableType]:
     )
     yield facts(_correlations(layer), indent=2)
     if layer.saliency.quantiles:
-        yield facts(
-            (
-                f"{_level(quantile.level)} {words.with_error(quantile.value, quantile.stderr)}"
-                for quantile in layer.saliency.quantiles
-            ),
-            indent=2,
-        )
+        yield facts(quantiles(layer.saliency.quantiles), indent=2)
     if layer.perturbations:
         yield Padding(_changes(layer.perturbations), (0, 0, 0, 2), expand=False)
 
@@ -318,10 +317,6 @@ def _correlations(layer: LayerSensitivity) -> Iterator[str]:
     yield f"mean saliency {words.with_error(saliency.mean, saliency.stderr)}"
     yield f"half-windows agree to {words.correlation(layer.half_correlation)}"
     yield f"rank correlation with |w| {words.correlation(layer.magnitude_correlation)}"
-
-
-def _level(level: float) -> str:
-    return "median" if level == 0.5 else f"{100 * level:g}%"
 
 
 def _changes(changes: tuple[Perturbation, ...]) -> FittedRows:
