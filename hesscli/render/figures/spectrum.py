@@ -245,7 +245,7 @@ def _draw_staircase(axes: Axes, steps: list[float], result: SpectrumResult) -> N
 
 
 # In inches: a cell's width, the legend's bar, the gap to it, and the labels beside it.
-_CELL, _BAR, _BAR_GAP, _BAR_LABELS = 0.72, 0.16, 0.3, 0.45
+_CELL, _BAR, _BAR_GAP, _BAR_LABELS = 1.4, 0.16, 0.3, 0.45
 _SHARES = LinearSegmentedColormap.from_list(
     "hesscli-share", ("#f3f5f7", canvas.PALE, canvas.ACCENT, canvas.DEEP)
 )
