@@ -199,6 +199,22 @@ def test_status_in_words(status: str, words: str) -> None:
     assert words in on_one_line(printed(trace_table(trace_result(status=status)), width=200))
 
 
+@pytest.mark.parametrize(
+    ("rtol", "atol", "named"),
+    [
+        (0.05, None, "the tolerance of 5%"),
+        (None, 0.25, "the tolerance of ± 0.25"),
+        (0.01, 3.0, "the tolerance of 1% or ± 3"),
+        (None, None, "the tolerance"),
+    ],
+)
+def test_the_tolerance_is_named(rtol: float | None, atol: float | None, named: str) -> None:
+    method = replace(trace_result().method, rtol=rtol, atol=atol)
+    for status, words in (("converged", f"within {named}"), ("budget", f"{named} was not reached")):
+        text = printed(trace_table(trace_result(method=method, status=status)), width=200)
+        assert re.search(rf"{re.escape(words)}($|;)| {re.escape(words)} ", text, re.MULTILINE), text
+
+
 def test_many_layers_are_cut_to_the_largest() -> None:
     result = trace_result(many_layers(100))
     large = {f"layers.{index}." for index in range(0, 100, 7)}

@@ -253,12 +253,20 @@ def status_line(result: Answer, subject: str, remedy: str, accept: str) -> Text:
     shortfall = "; or ".join(filter(None, (remedy, accept and f"accept {accept}")))
     meaning = {
         "exact": "no probe noise, and every example was used",
-        "converged": f"{subject} is within the tolerance",
-        "budget": f"the tolerance was not reached within the limits; {shortfall}",
+        "converged": f"{subject} is within {tolerance(result.method)}",
+        "budget": f"{tolerance(result.method)} was not reached within the limits; {shortfall}",
         "data-limited": "data noise alone exceeds the tolerance; " + more_examples(result.problem),
         "interrupted": f"stopped early; {subject} is that of the work done so far",
     }[result.status]
     return status_text(result.status, meaning)
+
+
+def tolerance(method: MethodReport) -> str:
+    """Name the error that would end a run, as it was typed."""
+    relative = "" if method.rtol is None else f"{100 * method.rtol:g}%"
+    absolute = "" if method.atol is None else f"± {method.atol:g}"
+    known = " or ".join(filter(None, (relative, absolute)))
+    return f"the tolerance of {known}" if known else "the tolerance"
 
 
 def status_text(status: Status, meaning: str) -> Text:

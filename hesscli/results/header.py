@@ -101,6 +101,9 @@ class MethodReport:
     probe_design: str = "none"
     num_probes: int = 0
     looks: int = 1
+    # The error that would end the run, of the value's size or whatever that is.
+    rtol: float | None = None
+    atol: float | None = None
     mode: str
     attention_kernel: str
     note: str = ""
