@@ -16,9 +16,11 @@ import pytest
 from program import SUNSPOTS, hesscli_warm
 from toy import TOY
 
+import hesscli
+from hesscli.cli import options
 from hesscli.cli.app import main
 from hesscli.cli.usage import Usage
-from hesscli.commands import COMMANDS
+from hesscli.commands import COMMANDS, Command
 from hesscli.render.document import schema
 
 LAYERS = {"hidden1", "hidden2", "head"}
@@ -95,6 +97,25 @@ def test_help_names_the_command_and_its_options(command: str, capsys) -> None:
     assert f"hesscli {command}" in told
     for option in ("--budget", "--layer", "--out"):
         assert option in told
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "toy"])
+def test_every_part_that_the_registry_names_is_there(command: str) -> None:
+    entry = COMMANDS[command]
+    usage: Usage = resolve_name(entry.usage)
+    assert usage.examples.startswith("Examples:\n\n  hesscli ")
+    names = [option.name for option in usage.options]
+    assert len(names) == len(set(names))
+    if not entry.result:
+        assert usage.run is not None
+        assert entry == Command(entry.usage)
+        return
+    assert resolve_name(entry.result).command == command
+    for part in (entry.measure, entry.table, entry.figures or entry.table):
+        assert callable(resolve_name(part))
+    loaded = {option.name for option in options.LOADED}
+    assert loaded <= set(names)
+    assert loaded <= inspect.signature(hesscli.load).parameters.keys()
 
 
 @pytest.mark.parametrize("command", [*MEASURED, "check"])
