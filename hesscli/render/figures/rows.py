@@ -27,7 +27,8 @@ class Rows:
         title: as of a page.
         subtitle: as of a page.
         names: of the rows.
-        heights: of a row in inches, as all lengths here, for at most so many rows.
+        heights: of a row in inches, as all lengths here, for at most so many rows; the last for
+            more.
         above: between the headings and the rows.
         below: for the labels of the x axis and the note.
 
@@ -47,7 +48,7 @@ class Rows:
         above: float = 0.0,
         below: float = 0.95,
     ) -> None:
-        row = next(row for most, row in heights if len(names) <= most)
+        row = next((row for most, row in heights if len(names) <= most), heights[-1][1])
         self.tall, self.below, self._columns = row * max(len(names), 1), below, 0.0
         height = canvas.TOP + above + self.tall + below
         self.figure: Figure = canvas.page(height, title, subtitle)
