@@ -60,6 +60,17 @@ def test_verify_shows_measured_losses(tmp_path: Path) -> None:
     assert "measured" in run.stdout
 
 
+def test_a_warning_says_how_far_the_window_is_from_the_matrix(tmp_path: Path) -> None:
+    """In units of what was solved for, and not where the matrix itself was solved with."""
+    few = ("ihvp", SUNSPOTS, "--vector", "gradient", "--window", "16", "--matrix", "ggn")
+    for refined in ((), ("--refine", "1e-3")):
+        run = hesscli_warm(*few, *refined, "--out", "json", "--dir", "-", cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        residual = json.loads(run.stdout)["residual"]["operator"]
+        said = f"there its residual is {residual:.3g} times as long as the vector"
+        assert (said in " ".join(run.stderr.split())) == (residual > 0.1) == (not refined)
+
+
 def test_a_direction_is_solved_written_and_read_again(tmp_path: Path) -> None:
     first = hesscli_warm("ihvp", SUNSPOTS, "--vector", "gradient", "--dir", "a", cwd=tmp_path)
     assert first.returncode == 0, first.stderr

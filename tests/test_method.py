@@ -436,7 +436,7 @@ def test_many_probes_ahead_change_the_design(matrices: Dense) -> None:
     outcome = run.to_tolerance()
     assert outcome.status == "converged"
     assert outcome.turn is not None
-    assert "a first look foretold" in outcome.turn
+    assert "the first probes foretold" in outcome.turn
     assert outcome.estimator is not choice.estimator
     assert abs(float(outcome.reading.estimate[-1]) - truth) < 0.04 * abs(truth)
 

@@ -220,7 +220,7 @@ def _better(estimator: Estimator, needed: float, draw: Draw) -> tuple[Estimator,
         probes=_hutchinson(operator, fresh, whole=estimator.parameters, design=design),
         entries=estimator.entries,
     )
-    return better, f"a first look foretold {needed:.0f} probes, so {why}"
+    return better, f"the first probes foretold {needed:.0f}, so {why}"
 
 
 def _designed(operator: Operator, method: str, draw: Draw) -> Design | None:

@@ -398,8 +398,8 @@ def _solve_warnings(study: Study) -> Iterator[str]:
     if refinement is None:
         if off is not None and off > LARGE_RESIDUAL:
             yield (
-                f"the window knows too little of the {name}: residual {off:.2g} of the vector; "
-                "--refine 1e-3 solves with the matrix itself"
+                f"y solves the window's system, not the {name}'s: there its residual is {off:.3g} "
+                f"times as long as the vector; --refine 1e-3 solves with the {name} itself"
             )
     elif refinement.negative_curvature is not None:
         yield (

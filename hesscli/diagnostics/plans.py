@@ -85,7 +85,7 @@ class Pilot:
             if quantile * error * math.sqrt(self.probes / (counts * self.scale)) <= wanted:
                 break
             counts, look = 2 * counts, look + 1
-        return counts, look, goal + " expected at look {look}"
+        return counts, look, f"{goal} expected after {counts} probes a batch"
 
     def _of_trace(self, table: Table, tolerance: Tolerance) -> tuple[float, float, str]:
         estimator = self.choice.estimator
