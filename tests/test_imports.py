@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "units", "commands"},
     {"vocabulary"},
     {"results"},
-    {"parameters", "streams", "storage", "memory", "meter"},
+    {"parameters", "streams", "storage", "memory", "meter", "reduction"},
     {"problem"},
     {"operators"},
     {"engines"},

@@ -28,6 +28,7 @@ from hesscli.parameters import Parameter, Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
+from hesscli.reduction import weighted_sum
 from hesscli.results import Status
 
 # -- Changes that people make to trained weights: pruning them, and rounding them to few bits ------
@@ -426,8 +427,10 @@ class Measured:
     def _loss(self) -> float:
         """Over all kept examples, weight decay included."""
         problem = self.problem
-        total = sum(
-            batch.weight * problem.evaluate(batch.data).double() for batch in problem.batches()
+        total = weighted_sum(
+            problem.batches(),
+            torch.zeros(1, dtype=torch.float64, device=problem.device),
+            lambda batch: [problem.evaluate(batch.data).reshape(1)],
         )
         square = sum(t.detach().double().square().sum() for t in problem.parameters.tensors)
         self.gradients += 1 / 3

@@ -18,6 +18,7 @@ from hesscli.operators.products import Apply
 from hesscli.parameters import Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
+from hesscli.reduction import weighted_sum
 from hesscli.results import Preflight
 from hesscli.vocabulary import Mode
 
@@ -178,12 +179,11 @@ class Operator(Curvature):
         differs = self.mode == "finite-difference"
         with doubled(self.problem) if differs else nullcontext():
             rows = block.to(self.problem.device, self.problem.dtype)
-            total = self.decay * rows.double()
-            for term in self.batches():
-                for start in range(0, len(rows), self.block_size):
-                    part = slice(start, start + self.block_size)
-                    total[part] += term.weight * term.apply(rows[part]).double()
-        return total
+            size = self.block_size
+            blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+            return weighted_sum(
+                self.batches(), self.decay * rows.double(), lambda term: map(term.apply, blocks)
+            )
 
     @property
     def block_size(self) -> int:
@@ -258,13 +258,15 @@ class Retained:
         """A v in float64, weight decay included."""
         problem = self.operator.problem
         row = vector[None].to(problem.device, problem.dtype)
-        total = self.operator.decay * row.double()
-        for term in self.operator.batches():
-            product = self._apply(term, row)
-            total.add_(product.double(), alpha=term.weight)
-            part = term.weight * float(product.norm())
+
+        def product(term: LiveTerm) -> Iterator[Tensor]:
+            found = self._apply(term, row)
+            part = term.weight * float(found.norm())
             self._parts[term.index] = max(part, self._parts.get(term.index, 0.0))
-        return total[0]
+            yield found
+
+        total = self.operator.decay * row.double()
+        return weighted_sum(self.operator.batches(), total, product)[0]
 
     def rounding(self, vectors: Tensor) -> float:
         """How far off a product with one of some unit vectors may be; 0 where it is float64.

@@ -20,7 +20,6 @@ from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import (
     BUILDERS,
     STEP,
-    Tensors,
     central_difference,
     flatten,
     gradient,
@@ -30,6 +29,7 @@ from hesscli.problem.batches import tensors_of
 from hesscli.problem.forward import moved
 from hesscli.problem.objective import Objective, Sample, WeightedBatch
 from hesscli.problem.precision import tolerance
+from hesscli.reduction import weighted_sum
 from hesscli.results import Check
 
 # -- Where operators are put to the test: along which vectors, at which weights, by which steps ----
@@ -170,15 +170,13 @@ class Terms:
             vector: ``(d,)``.
             precision: the type that the model computes in.
         """
-        tensors, total = self.operator.parameters.tensors, torch.zeros_like(vector)
-        build = BUILDERS["hessian"]["double-backward"]
+        tensors, build = self.operator.parameters.tensors, BUILDERS["hessian"]["double-backward"]
+
+        def product(batch: WeightedBatch) -> list[Tensor]:
+            return [build(lambda _: self._uncancelled(batch), tensors)(vector[None])]
+
         with self.operator.problem.forward_context():
-            for batch in self.sample.batches():
-
-                def value(theta: Tensors | None, batch: WeightedBatch = batch) -> Tensor:
-                    return self._uncancelled(batch)
-
-                total += batch.weight * build(value, tensors)(vector[None])[0]
+            total = weighted_sum(self.sample.batches(), torch.zeros_like(vector[None]), product)
         size = float(total.norm())
         return _ROUNDED_TERMS * torch.finfo(precision).eps * size if size < float("inf") else 0.0
 
@@ -272,10 +270,10 @@ def product(operator: Curvature, sample: Sample, block: Tensor) -> Tensor:
     Raises:
         MismatchError: it is not finite.
     """
-    total = torch.zeros_like(block)
     with operator.problem.forward_context():
-        for batch in sample.batches():
-            total += batch.weight * operator.live(batch)(block)
+        total = weighted_sum(
+            sample.batches(), torch.zeros_like(block), lambda b: [operator.live(b)(block)]
+        )
     if not torch.isfinite(total).all():
         raise MismatchError("its products are not finite")
     return total
@@ -377,12 +375,12 @@ def check_difference(operator: Curvature, sample: Sample) -> Check:
 
 def _by_differences(operator: Curvature, sample: Sample, direction: Tensor, step: float) -> Tensor:
     build = BUILDERS[operator.kind]["finite-difference"]
-    total = torch.zeros_like(direction)
+
+    def difference(batch: WeightedBatch) -> list[Tensor]:
+        return [build(*operator.parts(batch), step=step)(direction[None])]
+
     with operator.problem.forward_context():
-        for batch in sample.batches():
-            apply = build(*operator.parts(batch), step=step)
-            total += batch.weight * apply(direction[None])[0]
-    return total
+        return weighted_sum(sample.batches(), torch.zeros_like(direction[None]), difference)[0]
 
 
 def _one(operator: Curvature, sample: Sample, vector: Tensor) -> Tensor:

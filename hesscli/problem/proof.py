@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,7 @@ from hesscli.problem.independence import MODEL_RAISED
 from hesscli.problem.losses import require_number, same_mean
 from hesscli.problem.objective import Objective, WeightedBatch
 from hesscli.problem.outputs import HiddenOutputsError
+from hesscli.reduction import weighted_sum
 from hesscli.results import Observe, Snapshot
 
 
@@ -60,12 +62,13 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         KeyboardInterrupt: the observer wanted no more.
     """
     parameters, decay = problem.parameters, problem.weight_decay
-    gradient = torch.zeros(parameters.size, dtype=torch.float64, device=problem.device)
     reached = [False] * len(parameters)
-    loss = correct = possible = 0.0
+    correct = possible = 0.0
     hidden = problem.loss.hidden if problem.loss.is_claim else None
     work = Meter()
-    for batch in problem.batches():
+
+    def gradient_and_loss(batch: WeightedBatch) -> Iterator[Tensor]:
+        nonlocal correct, possible, hidden, reached
         with blamed_on_user(MODEL_RAISED, _must_fit(problem, batch)):
             seen = _read_outputs(problem, batch)
             value = problem.evaluate(batch.data)
@@ -75,18 +78,20 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         hidden = hidden or seen.hidden or _why_another(problem, value, seen.mean)
         parts = _gradient(problem, value, batch)
         reached = [r or p is not None for r, p in zip(reached, parts, strict=True)]
-        dense = [
-            torch.zeros_like(t) if p is None else p.to_dense() if p.is_sparse else p
-            for p, t in zip(parts, parameters.tensors, strict=True)
-        ]
-        gradient += batch.weight * parameters.flatten(dense).double()
-        loss += batch.weight * float(value.detach())
+        for part, tensor in zip(parts, parameters.tensors, strict=True):
+            found = torch.zeros_like(tensor) if part is None else part
+            yield (found.to_dense() if found.is_sparse else found).reshape(-1)
+        yield value.reshape(1)
         work.add(1 + FORWARD * seen.has_run, batch.count / problem.data.count)
         snapshot = Snapshot(
             phase="loss and gradient", done=batch.index + 1, total=problem.num_batches
         )
         if observe is not None and observe(snapshot):
             raise KeyboardInterrupt
+
+    total = torch.zeros(parameters.size + 1, dtype=torch.float64, device=problem.device)
+    weighted_sum(problem.batches(), total, gradient_and_loss)
+    gradient, loss = total[:-1], float(total[-1])
     _require_finite_gradient(problem, gradient)
     theta = parameters.flatten([t.detach() for t in parameters.tensors]).double()
     return Proof(

@@ -16,6 +16,7 @@ from hesscli.engines.hutchinson.table import Array, Sharing
 from hesscli.engines.lanczos import Lanczos
 from hesscli.operators.source import Source, Term
 from hesscli.parameters import LayerSums, Parameters
+from hesscli.reduction import weighted_sum
 from hesscli.streams import Distribution, key
 
 # -- Probe vectors: keyed by (seed, batch, probe) and by each entry's place in the full vector -----
@@ -249,13 +250,14 @@ class Deflated(Design):
     def _product(self, vector: Tensor) -> Tensor:
         """A q without weight decay; each batch's part of the diagonal is kept on the way."""
         row = vector[None].to(self.operator.dtype)
-        total = torch.zeros_like(vector)
-        for term in self.operator.batches():
-            product = term.apply(row).double()
-            part = product * vector
+
+        def product(term: Term) -> Iterator[Tensor]:
+            found = term.apply(row).double()
+            part = found * vector
             offset = self._sums(part)[0].cpu().numpy()
             self._offsets[term.index] = self._offsets.get(term.index, np.zeros(())) + offset
             if self.stream is not None:
                 self.stream.add_exact(term.index, term.weight, part[0])
-            total.add_(product[0], alpha=term.weight)
-        return total
+            yield found
+
+        return weighted_sum(self.operator.batches(), torch.zeros_like(vector[None]), product)[0]
