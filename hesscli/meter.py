@@ -1,8 +1,21 @@
-"""How much work is done, in passes over all kept examples: counted, so that no machine matters."""
+"""How much work is done, in passes over all kept examples: counted, so that no machine matters.
+
+What takes long and is not a generator takes a function ``on_step`` and calls it after each
+product, or what is about as long. It may end the work: by a KeyboardInterrupt, since code that
+tries out what a model's own code does lets no other exception but hesscli's through.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+OnStep = Callable[[], None]
+
+
+def go_on() -> None:
+    """Nothing ends it."""
+
 
 FORWARD, BACKWARD = 1 / 3, 2 / 3
 """Of the work of a gradient: what a pass through the model takes, and what its way back."""

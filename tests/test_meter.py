@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -106,24 +105,6 @@ def test_a_losss_own_curvature_is_counted() -> None:
     require_output_hessian(problem_of(lambda o, t: (o - t).square().mean()), users)
     assert named.gradients == 0
     assert users.gradients == pytest.approx(SHARE * 2 / 3)
-
-
-@pytest.mark.parametrize("after", [1, 3, 6])
-def test_claims_of_exactness_end_when_they_are_told_to(after: int) -> None:
-    ending = _ending(after)
-    with pytest.raises(TimeoutError):
-        exact_parameters(problem_of(), on_step=ending)
-
-
-def _ending(after: int) -> Callable[[], None]:
-    left = [after]
-
-    def look() -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise TimeoutError
-
-    return look
 
 
 def test_the_products_of_one_tensor_alone_say_what_all_of_them_say(samples: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hesscli import streams
 from hesscli.errors import HesscliError, UsageError
-from hesscli.meter import FORWARD, Meter
+from hesscli.meter import FORWARD, Meter, OnStep, go_on
 from hesscli.operators.base import Operator
 from hesscli.operators.hessian import Hessian, Residual
 from hesscli.operators.kernels import twice_differentiable
@@ -38,13 +38,6 @@ from hesscli.vocabulary import Mode
 _SAMPLE = 8
 _PROBE = 0x0E5D
 """Separates these probes from other streams."""
-
-
-OnStep = Callable[[], None]
-
-
-def _go_on() -> None:
-    """Nothing ends it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ def exact_parameters(
     *,
     mode: Mode = "double-backward",
     meter: Meter | None = None,
-    on_step: OnStep = _go_on,
+    on_step: OnStep = go_on,
 ) -> tuple[Exactness, ...]:
     """For each parameter whether R's diagonal is exactly zero on it.
 

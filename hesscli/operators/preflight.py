@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import HesscliError, UnsoundError, UsageError, first_line
+from hesscli.meter import OnStep, go_on
 from hesscli.operators import narrow
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import flatten, gradient
@@ -54,7 +55,9 @@ _PASSED: WeakKeyDictionary[Problem, dict[tuple[type[Curvature], str, torch.dtype
 _PASSED = WeakKeyDictionary()
 
 
-def checked(problem: Problem, make: type[Curvature], mode: str = "auto") -> Preflight:
+def checked(
+    problem: Problem, make: type[Curvature], mode: str = "auto", on_step: OnStep = go_on
+) -> Preflight:
     """The preflight of a problem, made once; arguments and errors are those of :func:`preflight`.
 
     A mode that was chosen has been checked by that.
@@ -62,12 +65,14 @@ def checked(problem: Problem, make: type[Curvature], mode: str = "auto") -> Pref
     passed = _PASSED.setdefault(problem, {})
     key = make, mode, problem.dtype
     if key not in passed:
-        found = preflight(problem, make, mode)
+        found = preflight(problem, make, mode, on_step)
         passed[key] = passed[make, found.mode, problem.dtype] = found
     return passed[key]
 
 
-def preflight(problem: Problem, make: type[Curvature], mode: str = "auto") -> Preflight:
+def preflight(
+    problem: Problem, make: type[Curvature], mode: str = "auto", on_step: OnStep = go_on
+) -> Preflight:
     """Check loss, determinism and products, and choose the mode.
 
     Args:
@@ -76,6 +81,7 @@ def preflight(problem: Problem, make: type[Curvature], mode: str = "auto") -> Pr
         mode: a mode that must hold, or ``auto``: the first of double backward,
             forward-over-reverse and central differences (cheapest first, by counted cost)
             that runs and passes. With central differences the operator has to run in float64.
+        on_step: called after each check, and between the products of one; may end it.
 
     Raises:
         UnsoundError: a random or non-finite loss, a gradient that is not the loss's, or no mode
@@ -90,15 +96,17 @@ def preflight(problem: Problem, make: type[Curvature], mode: str = "auto") -> Pr
     together = max(1, _TOGETHER // numbers)
     many = Sample.of(problem, min(max(_NUMBERS // numbers, _FEWEST), _MANY), together)
     few = Sample.of(problem, min(many.count, _FEW), together)
-    checks = (
-        Check(name="finite loss", state="passed", detail=problem.loss.name, value=proof.loss),
-        _determinism(few),
-        _gradient(many),
-        check_independence(problem, make),
-    )
+    checks = [Check(name="finite loss", state="passed", detail=problem.loss.name, value=proof.loss)]
+    for check in (
+        partial(_determinism, few),
+        partial(_gradient, many),
+        partial(check_independence, problem, make),
+    ):
+        checks.append(check())
+        on_step()
     refusals: list[str] = []
     for candidate in [known for known in MODES if mode in ("auto", known)]:
-        outcome = _try(partial(make, problem, mode=candidate), candidate, few, many)
+        outcome = _try(partial(make, problem, mode=candidate), candidate, few, many, on_step)
         if isinstance(outcome, str):
             refusals.append(f"{candidate}: {outcome}")
             continue
@@ -183,15 +191,15 @@ class _Outcome:
     products: float | None
 
 
-def _try(make: Make, mode: Mode, few: Sample, many: Sample) -> _Outcome | str:
+def _try(make: Make, mode: Mode, few: Sample, many: Sample, on_step: OnStep) -> _Outcome | str:
     """The checks of one mode, or why it cannot be used."""
     problem = few.problem
     try:
         if not problem.precision.is_float64:
-            return _in_own_type(make, mode, few, many)
+            return _in_own_type(make, mode, few, many, on_step)
         if mode == "finite-difference":
-            return _by_differences(make, few, many)
-        return _against_float64(make, few, many)
+            return _by_differences(make, few, many, on_step)
+        return _against_float64(make, few, many, on_step)
     except MismatchError as mismatch:
         return str(mismatch)
     except HesscliError:
@@ -202,15 +210,18 @@ def _try(make: Make, mode: Mode, few: Sample, many: Sample) -> _Outcome | str:
         return f"{_obstacle(problem, mode)} ({first_line(error)})"
 
 
-def _against_float64(make: Make, few: Sample, many: Sample) -> _Outcome:
+def _against_float64(make: Make, few: Sample, many: Sample, on_step: OnStep) -> _Outcome:
     """Products in the problem's own type against float64, and float64 against truth."""
     problem = few.problem
     own = products(make(), few)
+    on_step()
     with doubled(problem):
         operator = make()
         exact = products(operator, few)
+        on_step()
         symmetry = check_symmetry(operator, few, exact, torch.float64)
         difference = check_difference(operator, many)
+        on_step()
         largest = _largest(operator, few, exact)
     forms = float((own.forms - exact.forms).norm() / exact.forms.norm().clamp_min(1e-300))
     # For signs v, ‖Ev‖² is ‖E‖² of Frobenius in the mean: no unit vector's product is off by more.
@@ -229,18 +240,19 @@ def _largest(operator: Curvature, sample: Sample, found: Products) -> float:
     return max(float(top.norm()), float((lengths / found.vectors.norm(dim=1)).max()))
 
 
-def _by_differences(make: Make, few: Sample, many: Sample) -> _Outcome:
+def _by_differences(make: Make, few: Sample, many: Sample, on_step: OnStep) -> _Outcome:
     """Differences in float64 only, whose error is what another step makes of them."""
     problem = few.problem
     with doubled(problem):
         operator = make()
         symmetry = check_symmetry(operator, few, products(operator, few, 2), torch.float64)
+        on_step()
         difference = check_difference(operator, many)
     error = max(difference.value or 0.0, _FLOOR)
     return _Outcome((symmetry, difference), error, error)
 
 
-def _in_own_type(make: Make, mode: Mode, few: Sample, many: Sample) -> _Outcome:
+def _in_own_type(make: Make, mode: Mode, few: Sample, many: Sample, on_step: OnStep) -> _Outcome:
     """What can be seen of a model that does not compute in float64."""
     problem = few.problem
     precision = problem.precision.narrowest
@@ -249,6 +261,7 @@ def _in_own_type(make: Make, mode: Mode, few: Sample, many: Sample) -> _Outcome:
         raise MismatchError(f"central differences need float64: the model computes in {told}")
     operator = make()
     symmetry = check_symmetry(operator, few, products(operator, few), precision)
+    on_step()
     difference = narrow.check_difference(operator, many, precision)
     return _Outcome((symmetry, difference), None, None)
 

@@ -14,6 +14,7 @@ from hesscli import streams
 from hesscli.engines.entries import Stream
 from hesscli.engines.hutchinson.table import Array, Sharing
 from hesscli.engines.lanczos import Lanczos
+from hesscli.meter import OnStep, go_on
 from hesscli.operators.source import Source, Term
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.reduction import weighted_sum
@@ -144,7 +145,7 @@ class Stratified(Design):
         return torch.split(rows, self._sizes, dim=1)
 
 
-def stratified_ratio(operator: Source, seed: int) -> float:
+def stratified_ratio(operator: Source, seed: int, on_step: OnStep = go_on) -> float:
     """Work of stratified probes over that of plain ones for the same error of the trace.
 
     The same products say both: a layer's probe gives its own quadratic form, and all of them
@@ -160,11 +161,12 @@ def stratified_ratio(operator: Source, seed: int) -> float:
         whole += forms.sum(1)
         parts = torch.split(forms, list(operator.parameters.sizes), dim=1)
         own += float(torch.stack([parts[i].sum(1) for i in stratum]).sum(0).var())
+        on_step()
     plain = float(whole.var())
     return design.products * own / plain if plain else float("inf")
 
 
-def common_share(operator: Source, seed: int) -> float:
+def common_share(operator: Source, seed: int, on_step: OnStep = go_on) -> float:
     """Share of a batch's probe noise that its matrix has in common with another batch's.
 
     The correlation of two batches' quadratic forms of the same probes. A basis from the mean of
@@ -175,7 +177,11 @@ def common_share(operator: Source, seed: int) -> float:
         return 1.0
     probes = Probes(operator, key(_REGIME, seed), "shared", "rademacher")
     block = probes.block(0, 0, _REGIME_PROBES)
-    one, other = ((block * term.apply(block)).sum(1, dtype=torch.float64) for term in terms)
+    forms = []
+    for term in terms:
+        forms.append((block * term.apply(block)).sum(1, dtype=torch.float64))
+        on_step()
+    one, other = forms
     one, other = one - one.mean(), other - other.mean()
     size = float(one.norm() * other.norm())
     return float(one @ other) / size if size else 0.0

@@ -16,6 +16,7 @@ from hesscli.engines.mfac.system import DualBlock, PrimalRun, Solved
 from hesscli.engines.mfac.window import GradientWindow
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
+from hesscli.meter import OnStep, go_on
 from hesscli.units import human_bytes
 
 # -- What comes out of a solve, and what may go in -------------------------------------------------
@@ -108,6 +109,7 @@ class StaticFisher:
         blocks: sizes of consecutive blocks of columns; None is one whole block.
         precise: make products with the window in float64, or in float32 where b > n. None is
             float64 where b < 2n, and elsewhere float32 unless too few digits would be left.
+        on_step: called as blocks are inverted, some columns at a time; may end it.
 
     Raises:
         UsageError: an empty window, blocks that do not fit, a λ that is not above 0, or more
@@ -122,6 +124,7 @@ class StaticFisher:
         *,
         blocks: Sequence[int] | None = None,
         precise: bool | None = None,
+        on_step: OnStep = go_on,
     ) -> None:
         self.damping = checked_damping(damping)
         window.require_rows()
@@ -137,10 +140,14 @@ class StaticFisher:
         self._parts: list[DualBlock | PrimalRun] = []
         for size, columns in _runs(sizes, window.count):
             if size <= window.count:
-                self._parts.append(PrimalRun(window, columns, size, self.damping))
+                part: DualBlock | PrimalRun
+                part = PrimalRun(window, columns, size, self.damping, on_step=on_step)
             else:
                 wide = precise is None and size < 2 * window.count
-                self._parts.append(DualBlock(window, columns, self.damping, wide or precise))
+                how = wide or precise
+                part = DualBlock(window, columns, self.damping, how, on_step=on_step)
+            self._parts.append(part)
+            on_step()
         self._starts = [part.columns.start for part in self._parts]
 
     def with_damping(self, damping: float) -> StaticFisher:

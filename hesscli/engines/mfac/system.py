@@ -14,6 +14,7 @@ from torch import Tensor
 from hesscli.engines.mfac.window import PANEL, TILE, GradientWindow, Gram, inner_rounding, panels
 from hesscli.engines.rounding import of_sum, unit
 from hesscli.errors import UnsoundError
+from hesscli.meter import OnStep, go_on
 
 # -- Cholesky factors, and how far rounding can push what is solved with them ----------------------
 
@@ -194,6 +195,7 @@ class DualBlock:
         precise: make products with the window in float64 or in float32; None is in float32
             wherever the bound of the error says that this leaves enough digits.
         grams: GGᵀ by whether its products are in float64, as far as known; shared and added to.
+        on_step: called as GGᵀ is made; may end it.
     """
 
     def __init__(
@@ -203,12 +205,13 @@ class DualBlock:
         damping: float,
         precise: bool | None,
         grams: dict[bool, Gram] | None = None,
+        on_step: OnStep = go_on,
     ) -> None:
         self.window, self.columns, self.damping = window, columns, damping
         self.size = int(columns.stop - columns.start)
         self.precise = True if window.dtype == torch.float64 else precise
         self.dtype = torch.float64 if self.precise else torch.float32
-        self._grams = {} if grams is None else grams
+        self._grams, self._on_step = {} if grams is None else grams, on_step
         self.gram, self.factor = self._factorised()
         self.system = System(self.gram, self.factor, damping, self.dtype)
 
@@ -219,7 +222,9 @@ class DualBlock:
 
     def damped(self, damping: float) -> DualBlock:
         """The same block with another λ."""
-        return DualBlock(self.window, self.columns, damping, self.precise, self._grams)
+        return DualBlock(
+            self.window, self.columns, damping, self.precise, self._grams, self._on_step
+        )
 
     def solve(self, rights: Tensor) -> Solved:
         """Y for rows X ``(k, size)``, and bounds ``(k,)`` of their errors."""
@@ -309,7 +314,9 @@ class DualBlock:
     @cached_property
     def _sharp(self) -> System:
         """The same in float64."""
-        return DualBlock(self.window, self.columns, self.damping, True, self._grams).system
+        return DualBlock(
+            self.window, self.columns, self.damping, True, self._grams, self._on_step
+        ).system
 
     def _factorised(self) -> tuple[Gram, Factor]:
         """GGᵀ and the factor of A; in float64 where rounding in float32 is more than a hundredth
@@ -331,7 +338,8 @@ class DualBlock:
 
     def _attempt(self, exact: bool) -> tuple[Gram, Factor]:
         if exact not in self._grams:
-            self._grams[exact] = Gram(self.window, self.columns, exact=exact)
+            columns, on_step = self.columns, self._on_step
+            self._grams[exact] = Gram(self.window, columns, exact=exact, on_step=on_step)
         gram = self._grams[exact]
         A = gram.matrix.clone()
         A.diagonal().add_(gram.count * self.damping)
@@ -356,6 +364,7 @@ class PrimalRun:
         block: b.
         damping: λ.
         matrices: F̂_b ``(r, b, b)`` where they are known already.
+        on_step: called after each tile of columns; may end it.
     """
 
     def __init__(
@@ -365,11 +374,12 @@ class PrimalRun:
         block: int,
         damping: float,
         matrices: Tensor | None = None,
+        on_step: OnStep = go_on,
     ) -> None:
         self.window, self.columns, self.block, self.damping = window, columns, block, damping
         self.size: int = columns.stop - columns.start
         self.blocks = self.size // block
-        self.matrices = self._squares() if matrices is None else matrices
+        self.matrices = self._squares(on_step) if matrices is None else matrices
         A = self.matrices.clone()
         A.diagonal(dim1=1, dim2=2).add_(damping)
         try:
@@ -465,10 +475,11 @@ class PrimalRun:
         """The way back."""
         return columns.permute(2, 0, 1).reshape(columns.shape[2], self.size)
 
-    def _squares(self) -> Tensor:
+    def _squares(self, on_step: OnStep) -> Tensor:
         """F̂_b ``(r, b, b)``, all in float64."""
         found, count = [], self.window.count
         for _, tile in self.window.tiles(self.columns, self.block * max(1, TILE // self.block)):
             rows = tile.double().view(count, -1, self.block).transpose(0, 1)
             found.append(rows.mT @ rows / count)
+            on_step()
         return torch.cat(found)

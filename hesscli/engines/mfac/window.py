@@ -14,6 +14,7 @@ from hesscli import storage
 from hesscli.engines.rounding import of_sum
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import require_room
+from hesscli.meter import OnStep, go_on
 from hesscli.vocabulary import WINDOW_DTYPES
 
 # -- The last gradients, as rows of a matrix in memory or in a file --------------------------------
@@ -314,16 +315,22 @@ class Gram:
         window: whose rows.
         columns: a range of them, start and stop given; default all.
         exact: make products in float64 as well.
+        on_step: called after each tile of columns; may end it.
     """
 
     def __init__(
-        self, window: GradientWindow, columns: slice | None = None, *, exact: bool = False
+        self,
+        window: GradientWindow,
+        columns: slice | None = None,
+        *,
+        exact: bool = False,
+        on_step: OnStep = go_on,
     ) -> None:
         self.window, self.columns = window, columns or slice(0, window.size)
         self.exact = exact or window.dtype == torch.float64
         capacity = window.capacity
         self._entries = torch.zeros(capacity, capacity, dtype=torch.float64, device=window.device)
-        self.refresh()
+        self.refresh(on_step)
 
     @property
     def count(self) -> int:
@@ -345,13 +352,14 @@ class Gram:
         """Bound of an entry's error, beside ‖g_i‖‖g_j‖."""
         return inner_rounding(self.columns.stop - self.columns.start, self.dtype)
 
-    def refresh(self) -> None:
+    def refresh(self, on_step: OnStep = go_on) -> None:
         """Make all of it from the rows."""
         matrix = self.matrix.zero_()
         for _, tile in self.window.tiles(self.columns):
             rows = tile.to(self.dtype)
             for panel in panels(self.count):
                 matrix[panel, : panel.stop] += rows[panel] @ rows[: panel.stop].T
+            on_step()
         matrix.copy_(matrix.tril() + matrix.tril(-1).T)
 
     def row(self, slot: int) -> Tensor:
