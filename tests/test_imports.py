@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "units", "commands"},
     {"vocabulary"},
     {"results"},
-    {"parameters", "streams", "storage", "memory", "meter", "reduction"},
+    {"parameters", "streams", "storage", "memory", "meter", "reduction", "torch_private"},
     {"problem"},
     {"operators"},
     {"engines"},

@@ -175,12 +175,11 @@ class Stream:
         return values, noise, freedom
 
     def _empty(self) -> _Round:
-        found = self.of_batch(0, 1.0)
-        assert found.within is not None  # an empty sum has room for all
+        size, device = self.parameters.size, self.device
         return _Round(
-            total=found.total,
-            within=None if self.exact else found.within,
-            between=torch.zeros_like(found.within),
+            total=torch.zeros(size, dtype=torch.float64, device=device),
+            within=None if self.exact else torch.zeros(self.replicates, size, device=device),
+            between=torch.zeros(self.replicates, size, device=device),
             weights={},
         )
 

@@ -20,6 +20,7 @@ from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.reduction import weighted_sum
 from hesscli.results import Preflight
+from hesscli.torch_private import stored_parts
 from hesscli.vocabulary import Mode
 
 # -- Operators: curvature matrices as weighted means of batch terms, seen only through products ----
@@ -306,7 +307,7 @@ class Retained:
         sizes: dict[int, int] = {}
 
         def weigh(tensor: Tensor) -> Tensor:
-            for part in _dense_parts(tensor):
+            for part in stored_parts(tensor):
                 storage = part.untyped_storage()
                 if storage.data_ptr() not in self._storages:
                     sizes[storage.data_ptr()] = storage.nbytes()
@@ -319,12 +320,3 @@ class Retained:
             self._kept[term.index] = term
             self._storages.update(sizes)
         return product
-
-
-def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """What takes the memory of a tensor; a sparse one, as of an embedding's gradient, has two."""
-    if tensor.layout == torch.strided:
-        return (tensor,)
-    if tensor.layout == torch.sparse_coo:
-        return tensor._indices(), tensor._values()
-    return ()

@@ -19,16 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import DisableTorchFunction
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from hesscli.operators.products import Tensors
 from hesscli.problem.batches import tensors_of
 from hesscli.problem.blame import label
-
-COPY_SLICES = "torch::autograd::CopySlices"
-"""Autograd's node for any operation that writes into a view."""
+from hesscli.torch_private import COPY_SLICES, DisableTorchFunction, saved, viewed
 
 
 @dataclass
@@ -113,8 +110,7 @@ def _last_write(args: tuple[Any, ...]) -> Node | None:
     if not args or not isinstance(args[0], Tensor):
         return None
     with DisableTorchFunction():
-        base = args[0] if args[0]._base is None else args[0]._base
-        return base.grad_fn
+        return viewed(args[0]).grad_fn
 
 
 # -- What autograd's graph does not say of its operations: their modules, and writes into views ----
@@ -224,7 +220,7 @@ def normalisation(outputs: Tensor, dim: int) -> tuple[Node, ...]:
     end = nodes[-1]
     if end is None or not end.name().startswith(softmax):
         return ()
-    along = int(getattr(end, "_saved_dim", 1 << 63))
+    along = int(saved(end, "dim", 1 << 63))
     along = along - (1 << 64) if along >> 63 else along  # saved without its sign
     return tuple(n for n in nodes if n is not None) if along in (dim, dim - outputs.dim()) else ()
 
@@ -240,10 +236,10 @@ def _kind(node: Node, recording: Recording) -> str:
 def _rule(kind: str, node: Node) -> Rule:
     """How an operation depends on its inputs."""
     if kind in _BATCH_NORMS:
-        return _NORM if getattr(node, "_saved_training", True) else Rule(factors=(0, 1))
+        return _NORM if saved(node, "training", True) else Rule(factors=(0, 1))
     if kind == "Abs":
-        saved = getattr(node, "_saved_self", None)
-        return _CURVED if saved is None or saved.is_complex() else _LINEAR
+        value = saved(node, "self", None)
+        return _CURVED if value is None or value.is_complex() else _LINEAR
     return _RULES.get(kind, _CURVED)
 
 

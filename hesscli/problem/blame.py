@@ -98,7 +98,7 @@ def differentiate_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
 
     if named or given:
         point = (named, given)
-        tangents = torch.utils._pytree.tree_map(torch.ones_like, point)
+        tangents = map_tensors(torch.ones_like, point)
         slope = torch.func.grad(total, argnums=(0, 1))
         torch.func.vmap(lambda _: torch.func.jvp(slope, point, tangents)[1], randomness="same")(
             torch.zeros(1)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesscli import streams
 from hesscli.errors import InputError, UnsoundError, first_line
+from hesscli.torch_private import apply_to_tensors, held_buffers, held_parameters
 
 # -- A model on a device and in a floating type, while the user's own stays where and as it is -----
 
@@ -45,7 +46,7 @@ def cast(
     """The same model, moved and converted; complex buffers stay complex."""
     model.to(device)
     if dtype is not None:
-        model._apply(lambda tensor: converted(tensor, dtype))  # type: ignore[no-untyped-call]
+        apply_to_tensors(model, lambda tensor: converted(tensor, dtype))
     return model
 
 
@@ -130,9 +131,9 @@ def standing_in(model: nn.Module, theta: Mapping[str, Tensor]) -> Iterator[None]
     """
     stand_ins = {id(p): theta[name] for name, p in model.named_parameters() if name in theta}
     held = [
-        (module._parameters, name, parameter)
+        (held_parameters(module), name, parameter)
         for module in model.modules()
-        for name, parameter in module._parameters.items()
+        for name, parameter in held_parameters(module).items()
         if id(parameter) in stand_ins
     ]
     try:
@@ -184,15 +185,15 @@ def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
     swapped: list[tuple[nn.Module, str, Tensor]] = []
     for module in model.modules():
         if module.training:
-            for name, buffer in module._buffers.items():
+            for name, buffer in held_buffers(module).items():
                 if buffer is not None:
                     swapped.append((module, name, buffer))
-                    module._buffers[name] = buffer.clone()
+                    held_buffers(module)[name] = buffer.clone()
     try:
         yield
     finally:
         for module, name, buffer in swapped:
-            module._buffers[name] = buffer
+            held_buffers(module)[name] = buffer
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from hesscli.problem.batches import tensors_of
+from hesscli.torch_private import TorchDispatchMode
 
 _WIDER = {
     torch.float16: torch.float64,
@@ -174,8 +175,7 @@ class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _floating(tree: Any) -> list[Tensor]:
     """A tree's real and complex tensors."""
-    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-    return [leaf for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+    return [leaf for leaf in tensors_of(tree) if leaf.is_floating_point() or leaf.is_complex()]
 
 
 def _real(tensor: Tensor) -> torch.dtype:

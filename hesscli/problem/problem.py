@@ -24,6 +24,7 @@ from hesscli.problem.losses import Loss, StepLoss, Summed, UserLoss
 from hesscli.problem.objective import Objective
 from hesscli.problem.proof import Proof, prove
 from hesscli.results import CheckpointReport, Observe, ProblemReport, Reduction
+from hesscli.torch_private import uncompiled
 from hesscli.vocabulary import Selection
 
 _LOOKED_AT = 32
@@ -81,7 +82,7 @@ class Problem(Objective):
         warnings: tuple[str, ...] = (),
         observe: Observe | None = None,
     ) -> None:
-        model = getattr(model, "_orig_mod", model)  # a compiled module has no double backward
+        model = uncompiled(model)
         require_real(model)
         twin = placed(model, device, dtype)
         given: Loss = reading(as_loss(loss, reduction=reduction), output)

@@ -449,9 +449,8 @@ def _known_modules(model: nn.Module, parameters: Parameters) -> dict[nn.Module, 
     """Modules of a known kind, and the places of those parameters that no other module owns."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                owners.setdefault(id(tensor), []).append((module, name))
+        for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(tensor), []).append((module, name))
     known: dict[nn.Module, dict[str, int]] = {}
     for position, parameter in enumerate(parameters):
         if len(homes := owners[id(parameter.tensor)]) == 1:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _NormBase
 
 # -- Sums of squared products: Σ_{n,c} (Σ_p g_ncop a_npj)² without keeping all that is squared -----
 
@@ -195,9 +194,8 @@ class ConvolutionSite(Product):
 
     def prepare(self, values: Tensor) -> Tensor:
         """The padded input."""
-        mode = self.module.padding_mode
-        padding = self.module._reversed_padding_repeated_twice
-        return functional.pad(values, padding, "constant" if mode == "zeros" else mode)
+        mode = "constant" if self.module.padding_mode == "zeros" else self.module.padding_mode
+        return functional.pad(values, _padding(self.module), mode)
 
     def read(self, inputs: Sequence[Tensor]) -> Tensor:
         """(n, G, P, J)."""
@@ -303,13 +301,20 @@ class LookupSite(Site):
         return torch.ones_like(inputs, dtype=torch.bool) if padding is None else inputs != padding
 
 
+_NORMS = (
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.SyncBatchNorm),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
+
 def site_class(module: nn.Module) -> type[Site] | None:
     """The kind of site that fits a module, if any does."""
     if isinstance(module, nn.Linear):
         return LinearSite
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return ConvolutionSite
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)):
+    if isinstance(module, _NORMS):
         return ScaleSite
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         return LookupSite
@@ -319,6 +324,19 @@ def site_class(module: nn.Module) -> type[Site] | None:
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     """All calls' positions in a row, without a copy of a single one."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _padding(conv: Any) -> list[int]:
+    """What a convolution pads, as ``functional.pad`` takes it: the last dimension first."""
+    if conv.padding == "valid":
+        return [0] * 2 * len(conv.kernel_size)
+    if conv.padding == "same":  # more of it behind where it is odd
+        sizes = zip(conv.dilation, conv.kernel_size, strict=True)
+        wanted = [step * (size - 1) for step, size in sizes]
+        pairs = [(total // 2, total - total // 2) for total in wanted]
+    else:
+        pairs = [(size, size) for size in conv.padding]
+    return [size for pair in reversed(pairs) for size in pair]
 
 
 def _constant(name: str, like: Tensor) -> Tensor:
