@@ -10,12 +10,12 @@ from pkgutil import resolve_name
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Command:
     """A command, and its parts as ``module:name``.
 
     Attributes:
-        usage: how it is typed, a :class:`hesscli.cli.options.Usage`.
+        usage: how it is typed, a :class:`hesscli.cli.usage.Usage`.
         result: the class of its answer, whose documents the schema describes; empty, as are the
             others, where ``usage`` says all that it does.
         measure: the function that answers in Python.
@@ -33,41 +33,41 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "check": Command(
-        "hesscli.cli.check:USAGE",
-        "hesscli.results.check:CheckResult",
-        "hesscli.diagnostics.check:check",
-        "hesscli.render.tables.check:check_table",
+        usage="hesscli.cli.check:USAGE",
+        result="hesscli.results.check:CheckResult",
+        measure="hesscli.diagnostics.check:check",
+        table="hesscli.render.tables.check:check_table",
     ),
-    "init": Command("hesscli.cli.init:USAGE"),
+    "init": Command(usage="hesscli.cli.init:USAGE"),
     "trace": Command(
-        "hesscli.cli.trace:USAGE",
-        "hesscli.results.trace:TraceResult",
-        "hesscli.diagnostics.trace:trace",
-        "hesscli.render.tables.trace:trace_table",
-        "hesscli.render.figures.trace:figures",
+        usage="hesscli.cli.trace:USAGE",
+        result="hesscli.results.trace:TraceResult",
+        measure="hesscli.diagnostics.trace:trace",
+        table="hesscli.render.tables.trace:trace_table",
+        figures="hesscli.render.figures.trace:figures",
     ),
     "diag": Command(
-        "hesscli.cli.diag:USAGE",
-        "hesscli.results.diag:DiagResult",
-        "hesscli.diagnostics.diag:diagonal",
-        "hesscli.render.tables.diag:diag_table",
-        "hesscli.render.figures.diag:figures",
+        usage="hesscli.cli.diag:USAGE",
+        result="hesscli.results.diag:DiagResult",
+        measure="hesscli.diagnostics.diag:diagonal",
+        table="hesscli.render.tables.diag:diag_table",
+        figures="hesscli.render.figures.diag:figures",
     ),
     "ihvp": Command(
-        "hesscli.cli.ihvp:USAGE",
-        "hesscli.results.ihvp:IhvpResult",
-        "hesscli.diagnostics.ihvp:sensitivity",
-        "hesscli.render.tables.ihvp:ihvp_table",
-        "hesscli.render.figures.ihvp:figures",
+        usage="hesscli.cli.ihvp:USAGE",
+        result="hesscli.results.ihvp:IhvpResult",
+        measure="hesscli.diagnostics.ihvp:sensitivity",
+        table="hesscli.render.tables.ihvp:ihvp_table",
+        figures="hesscli.render.figures.ihvp:figures",
     ),
     "spectrum": Command(
-        "hesscli.cli.spectrum:USAGE",
-        "hesscli.results.spectrum:SpectrumResult",
-        "hesscli.diagnostics.spectrum:spectrum",
-        "hesscli.render.tables.spectrum:spectrum_table",
-        "hesscli.render.figures.spectrum:figures",
+        usage="hesscli.cli.spectrum:USAGE",
+        result="hesscli.results.spectrum:SpectrumResult",
+        measure="hesscli.diagnostics.spectrum:spectrum",
+        table="hesscli.render.tables.spectrum:spectrum_table",
+        figures="hesscli.render.figures.spectrum:figures",
     ),
-    "schema": Command("hesscli.cli.schema:USAGE"),
+    "schema": Command(usage="hesscli.cli.schema:USAGE"),
 }
 
 

@@ -108,7 +108,7 @@ def test_every_part_that_the_registry_names_is_there(command: str) -> None:
     assert len(names) == len(set(names))
     if not entry.result:
         assert usage.run is not None
-        assert entry == Command(entry.usage)
+        assert entry == Command(usage=entry.usage)
         return
     assert resolve_name(entry.result).command == command
     for part in (entry.measure, entry.table, entry.figures or entry.table):

@@ -19,7 +19,13 @@ from hesscli.diagnostics.run import environment
 from hesscli.problem.problem import Problem
 from hesscli.results import Answer, Cost, Layer, MethodReport, Observe, Snapshot
 
-TOY = Command("toy:USAGE", "toy:ToyResult", "toy:measure", "toy:table", "toy:figures")
+TOY = Command(
+    usage="toy:USAGE",
+    result="toy:ToyResult",
+    measure="toy:measure",
+    table="toy:table",
+    figures="toy:figures",
+)
 USAGE = Usage(
     help="Find the mean size of each layer's gradient.",
     examples="Examples:\n\n  hesscli toy model.pt",

@@ -222,7 +222,7 @@ def figures(result: DiagResult, asked: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "diag", diag_figure(result)
     if any(layer.block.rule != "none" for layer in result.layers):
         yield "diag_blocks", block_figure(result)
-    mapped = asked["heatmap"] or _most_curved(result)
+    mapped = asked.get("heatmap") or _most_curved(result)
     if mapped is not None:
         yield "diag_heatmap", heat_map(mapped, result.entries[mapped], canvas.provenance(result))
 

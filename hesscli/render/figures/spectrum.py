@@ -407,5 +407,5 @@ def figures(result: SpectrumResult, asked: Mapping[str, Any]) -> Iterator[tuple[
     yield "spectrum", density_figure(result)
     yield "spectrum_staircase", staircase_figure(result)
     yield "spectrum_participation", participation_figure(result)
-    if asked["verbose"]:
+    if asked.get("verbose"):
         yield "spectrum_convergence", convergence_figure(result)
