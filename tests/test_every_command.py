@@ -21,6 +21,7 @@ from hesscli.cli import options
 from hesscli.cli.app import main
 from hesscli.cli.usage import Usage
 from hesscli.commands import COMMANDS, Command
+from hesscli.errors import ExitCode
 from hesscli.render.document import schema
 
 LAYERS = {"hidden1", "hidden2", "head"}
@@ -32,6 +33,17 @@ FEW = {
     "spectrum": ("--steps", 8, "--probes", 2),
 }
 """Little work, of the kind that each does."""
+
+
+_ENDLESS = ("--budget", "none", "--rtol", "0.0001%")
+STOPPED = {
+    "trace": ("±", "--method", "hutchinson", *_ENDLESS),
+    "diag": ("±", "--method", "hutchinson", *_ENDLESS),
+    "ihvp": ("perturbing", "--window", 32, *_ENDLESS),
+    "spectrum": ("iterating", "--steps", 64, "--budget", "none"),
+    "toy": ("taking gradients",),
+}
+"""What is said when Ctrl-C is pressed and there is something to show, and work that goes on."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,17 @@ def test_a_document_keeps_the_schema_and_says_where_files_are(ran: Ran) -> None:
     assert ran.document["command"] == ran.command
     written = {Path(path).name for path in ran.document["files"].values()}
     assert written == {path.name for path in ran.folder.iterdir()}
+
+
+@pytest.mark.parametrize("command", MEASURED)
+def test_an_interrupted_run_prints_its_result(command: str, tmp_path: Path) -> None:
+    word, *more = STOPPED[command]
+    line = (command, SUNSPOTS, *more, "-v", "--out", "json", "--dir", "-")
+    run = hesscli_warm(*line, cwd=tmp_path, ctrl_c_at=word)
+    assert run.returncode == ExitCode.INTERRUPTED, run.stderr
+    document = json.loads(run.stdout)
+    assert document["status"] == "interrupted"
+    jsonschema.validate(document, schema())
 
 
 @pytest.mark.parametrize("command", MEASURED)
