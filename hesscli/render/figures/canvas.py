@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
@@ -240,6 +241,17 @@ def label_round(axes: Axes, most: int) -> None:
         if len(inside) <= most:
             break
     label_heights(axes, inside[:: 1 + len(inside) // (most + 1)])
+
+
+def colour_scale(
+    figure: Figure, image: AxesImage, bar: Axes, ticks: Sequence[float], labels: Sequence[str]
+) -> None:
+    """Show in axes of its own what an image's colours stand for."""
+    colours = figure.colorbar(image, cax=bar)
+    colours.set_ticks(ticks, labels=labels)
+    colours.outline.set_visible(False)
+    bar.yaxis.set_minor_locator(NullLocator())
+    bar.tick_params(length=0, labelsize=9, labelcolor=QUIET)
 
 
 def apart(axes: Axes, ticks: Iterable[float], distance: float) -> list[float]:

@@ -10,11 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import NullLocator
 
 from hesscli.render import words
 from hesscli.render.figures import canvas
@@ -150,7 +148,8 @@ def heat_map(name: str, values: npt.ArrayLike, facts: Iterable[str] = ()) -> Fig
     axes, bar = figure.add_axes((0.1, 0.1, 0.5, 0.5)), figure.add_axes((0.8, 0.1, 0.1, 0.5))
     image, norm = _draw_cells(axes, sheet)
     _draw_gaps(axes, sheet, wide)
-    _draw_scale(figure.colorbar(image, cax=bar), norm, tall)
+    ticks = _sizes(norm, tall)
+    canvas.colour_scale(figure, image, bar, ticks, [f"{tick:.2g}" for tick in ticks])
     if sheet.ordered:
         _number(axes, sheet, wide, high)
     left = canvas.SIDE + canvas.names_width(figure, axes) + 0.05
@@ -207,8 +206,8 @@ def _draw_gaps(axes: Axes, sheet: Sheet, wide: float) -> None:
     )
 
 
-def _draw_scale(colours: Colorbar, norm: SymLogNorm, tall: float) -> None:
-    """Label zero, the largest size and the powers of ten below it, as they have room."""
+def _sizes(norm: SymLogNorm, tall: float) -> list[float]:
+    """Zero, the largest size and the powers of ten below it, as they have room."""
     least, largest = float(norm.vmin or 0.0), float(norm.vmax or 1.0)
     top, low = math.floor(math.log10(largest)), math.ceil(math.log10(norm.linthresh))
     sizes = (largest, *(10.0**power for power in range(top, low - 1, -1)))
@@ -217,10 +216,7 @@ def _draw_scale(colours: Colorbar, norm: SymLogNorm, tall: float) -> None:
         height = float(norm(tick)) * tall
         if least <= tick and all(abs(height - other) > _LABEL_HIGH for other in kept.values()):
             kept[tick] = height
-    colours.set_ticks(list(kept), labels=[f"{tick:.2g}" for tick in kept])
-    colours.ax.yaxis.set_minor_locator(NullLocator())
-    colours.ax.tick_params(length=0, labelsize=9, labelcolor=canvas.QUIET)
-    colours.outline.set_visible(False)
+    return list(kept)
 
 
 def _number(axes: Axes, sheet: Sheet, wide: float, high: float) -> None:
