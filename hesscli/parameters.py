@@ -77,11 +77,13 @@ class Parameters(Sequence[Parameter]):
         """The parameters that ``layer`` owns."""
         return tuple(p for p in self._items if p.layer == layer)
 
+    def places(self) -> tuple[slice, ...]:
+        """Where each parameter lies in the flat vector of these."""
+        return _consecutive(self.sizes)
+
     def layer_places(self) -> tuple[slice, ...]:
         """Where each of :attr:`layers` lies in the flat vector: its tensors are neighbours."""
-        sizes = (sum(p.numel for p in self.in_layer(layer)) for layer in self.layers)
-        ends = [0, *itertools.accumulate(sizes)]
-        return tuple(slice(start, stop) for start, stop in itertools.pairwise(ends))
+        return _consecutive(sum(p.numel for p in self.in_layer(layer)) for layer in self.layers)
 
     def select(self, pattern: str) -> Parameters:
         """The parameters whose layer or own name matches ``pattern``.
@@ -110,6 +112,11 @@ class Parameters(Sequence[Parameter]):
         position = {layer: i for i, layer in enumerate(self.layers)}
         # A tensor without entries adds nothing, wherever it is counted.
         return torch.tensor([position.get(p.layer, 0) for p in self._items], dtype=torch.long)
+
+
+def _consecutive(sizes: Iterable[int]) -> tuple[slice, ...]:
+    ends = itertools.accumulate(sizes, initial=0)
+    return tuple(slice(start, stop) for start, stop in itertools.pairwise(ends))
 
 
 def matches(pattern: str, name: str) -> bool:

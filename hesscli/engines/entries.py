@@ -248,15 +248,6 @@ class Entries:
 def _embed(into: Tensor, rows: Tensor, whole: Parameters, part: Parameters) -> None:
     """Add rows over some parameters to rows over all of them."""
     rows = rows.to(into.device)
-    places = {p.name: start for p, start in zip(whole, _starts(whole), strict=True)}
-    for parameter, start in zip(part, _starts(part), strict=True):
-        place = places[parameter.name]
-        into[:, place : place + parameter.numel] += rows[:, start : start + parameter.numel]
-
-
-def _starts(parameters: Parameters) -> list[int]:
-    starts, offset = [], 0
-    for parameter in parameters:
-        starts.append(offset)
-        offset += parameter.numel
-    return starts
+    places = dict(zip(whole.names, whole.places(), strict=True))
+    for name, place in zip(part.names, part.places(), strict=True):
+        into[:, places[name]] += rows[:, place]
