@@ -104,6 +104,12 @@ class UnsoundError(HesscliError):
     exit_code = ExitCode.UNSOUND
 
 
+class BudgetError(HesscliError):
+    """The time was not enough for any result."""
+
+    exit_code = ExitCode.TOLERANCE
+
+
 # -- Near names, for errors that say what was probably meant ---------------------------------------
 
 

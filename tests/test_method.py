@@ -19,7 +19,7 @@ import hesscli
 from hesscli.diagnostics.diag import _standing as diagonal_standing
 from hesscli.diagnostics.diag import diagonal
 from hesscli.diagnostics.estimators import Draw, choose
-from hesscli.diagnostics.measurement import Estimation, Standing, Tolerance
+from hesscli.diagnostics.measurement import Estimation, Standing, Tolerance, drive
 from hesscli.diagnostics.run import Clock, matrix_named
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.estimator import Estimator, Reading, Rounding
@@ -38,6 +38,8 @@ LEVEL = 1e-3
 SEEDS = 200
 SUNSPOTS = Path(__file__).parents[1] / "samples" / "sunspots" / "model.pt"
 ROUNDING = 1e-10  # float64, sums of some thousand terms
+
+UNLIMITED = Clock(None, None)
 
 
 class Pieces(nn.Module):
@@ -291,8 +293,8 @@ def estimates(operator: Operator, method: str, seeds: int, probes: int) -> list[
         entries = Entries(operator.parameters, torch.device("cpu"))
         choice = choose(operator, method, Draw(seed, entries=entries))
         goal = lambda estimator, reading: Standing(1.0, 1.0, 0.0, 1.0)  # noqa: E731
-        run = Estimation(choice.estimator, goal, 0.05, Rounding(0.0), Clock(None, None))
-        reading = run.fixed(probes).reading
+        run = Estimation(choice.estimator, goal, 0.05, Rounding(0.0), probes=probes)
+        reading = run.outcome(drive(UNLIMITED, run)).reading
         found.append((reading, choice.estimator.diagonal(1.0)))
     return found
 
@@ -329,9 +331,8 @@ def test_a_diagonal_s_bars_hold_at_the_stop(matrices: Dense) -> None:
         draw = Draw(seed, entries=Entries(matrices.parameters, torch.device("cpu")))
         choice = choose(matrices, "hutchinson", draw)
         goal = partial(diagonal_standing, tolerance=tolerance)
-        outcome = Estimation(
-            choice.estimator, goal, 0.05, Rounding(0.0), Clock(None, None)
-        ).to_tolerance()
+        run = Estimation(choice.estimator, goal, 0.05, Rounding(0.0))
+        outcome = run.outcome(drive(UNLIMITED, run))
         assert outcome.status == "converged"
         found = choice.estimator.diagonal(1.0)
         error = (found.values - truth).abs()
@@ -430,10 +431,8 @@ def test_many_probes_ahead_change_the_design(matrices: Dense) -> None:
         return Standing(float(reading.half_width[-1]), 0.02 * truth, 0.0, share)
 
     truth = float(matrices.to_dense().trace())
-    run = Estimation(
-        choice.estimator, standing, 0.05, Rounding(0.0), Clock(60.0, None), choice.rethink
-    )
-    outcome = run.to_tolerance()
+    run = Estimation(choice.estimator, standing, 0.05, Rounding(0.0), choice.rethink)
+    outcome = run.outcome(drive(UNLIMITED, run))
     assert outcome.status == "converged"
     assert outcome.turn is not None
     assert "the first probes foretold" in outcome.turn

@@ -9,11 +9,12 @@ from scipy.linalg import hadamard
 from scipy.stats import binom, t, wasserstein_distance
 from torch import Tensor
 
+from hesscli.diagnostics.measurement import drive
 from hesscli.diagnostics.run import Clock
-from hesscli.diagnostics.spectral_runs import Exploration, Plan, explore
+from hesscli.diagnostics.spectral_runs import Exploration, Plan
 from hesscli.diagnostics.spectrum import functions
 from hesscli.engines.lanczos import Lanczos
-from hesscli.engines.quadrature import Complement, Measure, Run, counted, measure, smoothed
+from hesscli.engines.quadrature import Complement, KrylovRun, Measure, counted, measure, smoothed
 from hesscli.operators.dense import Dense
 
 SIZE = 64
@@ -42,7 +43,9 @@ def with_spectrum(values: np.ndarray) -> Tensor:
 def exploration(matrix: Tensor, steps: int, probes: int, seed: int = 0) -> Exploration:
     operator = Dense.of(matrix)
     plan = Plan(steps=steps, probes=probes, count=3, goal=0.01, early=False, seed=seed)
-    return explore(operator, plan, Clock(None, None), 0.0, 1.0)
+    found = Exploration(operator, plan)
+    found.finish(drive(Clock(None, None), found))
+    return found
 
 
 def distance(spectrum: np.ndarray, found: Measure) -> float:
@@ -182,7 +185,7 @@ def test_densities_have_the_spectrums_integral_and_place(spectrum: np.ndarray) -
         assert (np.diff(smooth.grid) > 0).all()
         assert abs(np.trapezoid(smooth.values, smooth.grid) - 1) < 1e-6
         assert bandwidth in (None, smooth.bandwidth)
-    counted_alone = measure([Run(found := known_ritz(spectrum), SIZE)], counted(found), SIZE)
+    counted_alone = measure([KrylovRun(found := known_ritz(spectrum), SIZE)], counted(found), SIZE)
     spikes = smoothed(counted_alone, 1)
     assert abs(np.trapezoid(spikes.values, spikes.grid) - 1) < 1e-9
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pytest
@@ -26,6 +27,10 @@ from hesscli.operators.per_example.rows import Rows
 from hesscli.results import IhvpResult, Snapshot
 from hesscli.vocabulary import RowKind
 
+if TYPE_CHECKING:
+    from conftest import TimeIsUp
+
+
 SAMPLES = Path(__file__).parents[1] / "samples"
 ALL = 1e-12
 """A tolerance for which every batch is seen."""
@@ -39,6 +44,18 @@ def problem() -> hesscli.Problem:
 @pytest.fixture(scope="module")
 def result(problem: hesscli.Problem) -> IhvpResult:
     return hesscli.sensitivity(problem, rtol=ALL, verify=True, budget=None)
+
+
+Found = TypeVar("Found")
+
+
+def end_of(steps: Generator[Any, None, Found]) -> Found:
+    """What steps come to."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def flat(problem: hesscli.Problem) -> Tensor:
@@ -222,7 +239,7 @@ def test_standard_errors_of_saliencies_hold(relative: float) -> None:
             window.extend(scale * torch.randn(rows, size, dtype=torch.float64) @ root.T)
             fisher = StaticFisher(window, damping, blocks=sizes)
             collected: Any = SimpleNamespace(window=window, fisher=fisher, sizes=sizes)
-            found = repeats(collected, weights, layers)
+            found = end_of(repeats(collected, weights, layers))
             saliency = saliencies(weights, fisher.diagonal())
             means = np.array([float(saliency[layer].mean()) for layer in layers])
         logs.append(np.log(means))
@@ -344,10 +361,35 @@ def test_a_stop_leaves_what_was_known(problem: hesscli.Problem) -> None:
         hesscli.sensitivity(problem, observe=lambda s: s.phase == "collecting gradients")
 
 
-def test_the_budget_ends_a_run_with_a_result(problem: hesscli.Problem) -> None:
-    found = hesscli.sensitivity(problem, rtol=ALL, verify=True, budget=1e-3)
+@pytest.mark.parametrize("phase", ["ranking", "probing", "perturbing"])
+def test_the_budget_ends_a_run_with_a_result(
+    problem: hesscli.Problem, time_is_up_when: TimeIsUp, phase: str
+) -> None:
+    """With what there is by then, and a line on what there is not."""
+    late = time_is_up_when(lambda snapshot: snapshot.phase == phase)
+    found = hesscli.sensitivity(problem, rtol=ALL, verify=True, observe=late)
     assert found.status == "budget"
+    assert found.solve.norm > 0
     assert all(c.measured is None for layer in found.layers for c in layer.perturbations)
+    missing = "ranking" if phase == "ranking" else "predictions"
+    assert any(f"no time for {'a ' * (missing == 'ranking')}{missing}" in w for w in found.warnings)
+    assert (found.ranking is None) == (phase == "ranking")
+
+
+def test_few_rows_do_where_time_is_short(
+    problem: hesscli.Problem, time_is_up_when: TimeIsUp
+) -> None:
+    """The clock jumps by 1e9 seconds while rows are collected: a tenth of a budget, or half."""
+
+    def rows(budget: float) -> int:
+        late = time_is_up_when(lambda s: s.phase == "collecting gradients" and (s.done or 0) >= 40)
+        found = hesscli.sensitivity(problem, budget=budget, observe=late)
+        told = any("no time for more than" in warning for warning in found.warnings)
+        assert told == (found.window.rows < 512)
+        return found.window.rows
+
+    assert rows(1e10) == 512
+    assert 40 <= rows(2e9) < 512
 
 
 def test_zero_gradients_are_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -18,6 +19,10 @@ from hesscli.errors import UsageError
 from hesscli.operators.base import Retained
 from hesscli.problem.data import FrozenData
 from hesscli.results import Snapshot, SpectrumResult
+
+if TYPE_CHECKING:
+    from conftest import TimeIsUp
+
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 PRODUCTS = 128
@@ -290,8 +295,9 @@ def test_nothing_yet_is_no_result(relu: hesscli.Problem) -> None:
         hesscli.spectrum(relu, observe=lambda s: s.phase == "preflight")
 
 
-def test_budget_ends_a_run(relu: hesscli.Problem) -> None:
-    result = hesscli.spectrum(relu, steps=400, budget=1e-9, layers=["0"], exact=True)
+def test_budget_ends_a_run(relu: hesscli.Problem, time_is_up_when: TimeIsUp) -> None:
+    late = time_is_up_when(lambda snapshot: snapshot.phase == "iterating")
+    result = hesscli.spectrum(relu, steps=400, layers=["0"], exact=True, observe=late)
     assert result.status == "budget"
     assert result.steps == 1
     assert result.exact is None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,10 +17,14 @@ from torch import nn
 
 import hesscli
 from hesscli.diagnostics import measurement
-from hesscli.errors import UsageError
+from hesscli.errors import BudgetError, UsageError
 from hesscli.problem.data import FrozenData
 from hesscli.problem.sources import TensorRows
 from hesscli.results import Snapshot, TraceResult
+
+if TYPE_CHECKING:
+    from conftest import TimeIsUp
+
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 SEEDS = 200
@@ -183,11 +188,38 @@ def test_seeds_differ_and_repeat(relu: hesscli.Problem) -> None:
     assert runs[0].estimate != runs[2].estimate
 
 
-def test_budget_ends_a_run(relu: hesscli.Problem) -> None:
-    """However short it is, and however far the tolerance: there is none of 1e-6 to be had."""
-    result = probed(relu, rtol=1e-6, budget=1e-3)
+def test_budget_ends_a_run(relu: hesscli.Problem, time_is_up_when: TimeIsUp) -> None:
+    """In the middle of a round, what there is of it counts; there is no 1e-6 to be had."""
+    seen: list[Snapshot] = []
+
+    def sixth(snapshot: Snapshot) -> bool:
+        seen.append(snapshot)
+        return sum(s.phase == "probing" for s in seen) >= 6
+
+    result = probed(relu, rtol=1e-6, observe=time_is_up_when(sixth))
     assert result.status == "budget"
     assert all(layer.status == "budget" for layer in result.layers)
+    assert sum(s.phase == "probing" for s in seen) == 6
+
+
+@pytest.mark.parametrize("phase", ["preflight", "probing"])
+def test_a_budget_too_small_says_what_would_do(
+    relu: hesscli.Problem, time_is_up_when: TimeIsUp, phase: str
+) -> None:
+    with pytest.raises(BudgetError) as raised:
+        probed(relu, observe=time_is_up_when(lambda snapshot: snapshot.phase == phase))
+    assert raised.value.exit_code == 5
+    assert phase in raised.value.got
+    assert "--budget" in raised.value.hint
+
+
+def test_a_number_of_probes_cut_short_keeps_half(
+    relu: hesscli.Problem, time_is_up_when: TimeIsUp
+) -> None:
+    late = time_is_up_when(lambda s: s.phase == "probing" and (s.done or 0) >= 60)
+    result = probed(relu, rtol=1e-9, probes=100_000, observe=late)
+    assert result.status == "budget"
+    assert 16 <= result.method.num_probes < 100
 
 
 def test_data_limited(relu: hesscli.Problem) -> None:

@@ -38,12 +38,15 @@ def answer(
     from hesscli.problem.loading import load
 
     with console.working() as observe:
+        budget = given["budget"]
         how = {option.name: given[option.name] for option in options.LOADED}
+        how["budget"] = console.left(budget)
         problem = load(checkpoint, observe=observe, **how)
         console.warn(*problem.warnings)
         shown = select_layers(given.get("layers") or (), problem)
-        measure = prepared(command, usage, problem, given, shown)
         folder = prepare_output(given["directory"], problem.checkpoint)
+        left = {**given, "budget": console.left(budget)}
+        measure = prepared(command, usage, problem, left, shown)
         result = measure(observe=observe)
     console.warn(*(text for text in result.warnings if text not in problem.warnings))
     if not isinstance(result, Answer):

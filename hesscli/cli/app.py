@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,7 +25,7 @@ from typer.exceptions import TyperException
 from hesscli import __version__
 from hesscli.cli.answer import answer
 from hesscli.cli.console import Console, interrupts
-from hesscli.cli.process import keep_freed_memory, results_alone, yield_waiting_cores
+from hesscli.cli.process import age, keep_freed_memory, results_alone, yield_waiting_cores
 from hesscli.cli.usage import Typed, Usage
 from hesscli.commands import COMMANDS, Command
 from hesscli.errors import (
@@ -114,13 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    began = time.monotonic() - (age() if argv is None else 0.0)
     commands = program()
     if "_HESSCLI_COMPLETE" in os.environ:
         commands.main(prog_name="hesscli")  # answers the shell that completes, and exits
     keep_freed_memory()
     yield_waiting_cores()
     with results_alone(for_good=argv is None):
-        console = Console.open()
+        console = Console.open(began)
         code = int(ExitCode.OK)
         try:
             code = _run(commands, args, console)
@@ -134,21 +136,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(commands: Any, args: list[str], console: Console) -> int:
-    context = None
+    context, came = None, list[int]()
     try:
-        with interrupts():
+        with interrupts() as came:
             context = commands.make_context("hesscli", list(args), obj=console)
             with context:
                 code = commands.invoke(context)
             console.flush()
-        return int(code or ExitCode.OK)
     except typer.Exit as finished:
         return finished.exit_code
     except BrokenPipeError:
         raise
     except BaseException as error:  # SystemExit too, for it can only be the user's code's
         # A command may have replaced the console by one that is quieter or more verbose.
-        return report(error, context.obj if context else console, args)
+        code = report(error, context.obj if context else console, args)
+    if code == ExitCode.INTERRUPTED and came:
+        return 128 + came[0]
+    return int(code or ExitCode.OK)
 
 
 def report(error: BaseException, console: Console, args: Sequence[str]) -> ExitCode:

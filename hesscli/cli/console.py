@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.segment import Segment
 from rich.text import Text
 
-from hesscli.errors import ExitCode, HesscliError, first_line, printable
+from hesscli.errors import HesscliError, first_line, printable
 from hesscli.results import Observe, Snapshot
 from hesscli.units import duration
 
@@ -102,6 +102,9 @@ def describe_estimate(snapshot: Snapshot) -> str:
 # -- What a run says, and where: results on stdout, everything else on stderr ----------------------
 
 
+_ENDING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 PIPE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe, unless COLUMNS says otherwise."""
 
@@ -133,16 +136,25 @@ class Console:
     out: RichConsole
     err: RichConsole
     live: bool
+    began: float
     quiet: bool = False
     verbose: bool = False
 
     @classmethod
-    def open(cls) -> Console:
-        """Look at the process's streams and environment, once."""
+    def open(cls, began: float) -> Console:
+        """Look at the process's streams and environment, once.
+
+        Args:
+            began: when the process did, by :func:`time.monotonic`.
+        """
         stdout = sys.stdout = _writable(sys.stdout)
         stderr = sys.stderr = _writable(sys.stderr)
         live = stderr.isatty() and os.environ.get("TERM") != "dumb"
-        return cls(out=_rich(stdout), err=_rich(stderr), live=live)
+        return cls(out=_rich(stdout), err=_rich(stderr), live=live, began=began)
+
+    def left(self, budget: float | None) -> float | None:
+        """What is left of a budget that counts from the start of the process."""
+        return None if budget is None else max(budget - (time.monotonic() - self.began), 1e-3)
 
     def show(self, result: RenderableType) -> None:
         """A result for people, to stdout."""
@@ -212,30 +224,36 @@ class Console:
 
 
 @contextmanager
-def interrupts() -> Iterator[None]:
-    """Make the first Ctrl-C raise KeyboardInterrupt, and the second end the process at once.
+def interrupts() -> Iterator[list[int]]:
+    """Make a first signal to end raise KeyboardInterrupt, and a second end the process at once.
 
-    Where the caller has SIGINT ignored (nohup, a background job) or handled, it stays so.
+    These are Ctrl-C, and what schedulers and closed terminals send: SIGTERM and SIGHUP. What the
+    caller has ignored (nohup, a background job) or handled stays so.
+
+    Yields:
+        The signals that came.
     """
+    came: list[int] = []
 
-    def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
-        signal.signal(signal.SIGINT, quit_at_once)
-        raise KeyboardInterrupt
-
-    def quit_at_once(_signal: int, _frame: FrameType | None) -> NoReturn:
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        came.append(number)
+        if len(came) == 1:
+            raise KeyboardInterrupt
         if os.isatty(2):
             os.write(2, b"\x1b[?25h")  # the live line hides the cursor
-        os._exit(ExitCode.INTERRUPTED)
+        os._exit(128 + number)
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, stop)
+    usual = {number: signal.getsignal(number) for number in _ENDING}
+    ours = {
+        n: old for n, old in usual.items() if old in (signal.default_int_handler, signal.SIG_DFL)
+    }
+    for number in ours:
+        signal.signal(number, stop)
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in ours.items():
+            signal.signal(number, old)
 
 
 def _writable(stream: TextIO | None) -> TextIO:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
@@ -12,6 +13,7 @@ from typing import TextIO
 # -- How the process treats the machine: its memory, and the cores that it shares ------------------
 
 
+_IMPORTED = time.monotonic()
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _NEVER, _LARGEST_ALLOWED = 2**31 - 1, 1 << 25
 
@@ -41,6 +43,16 @@ def yield_waiting_cores() -> None:
     the environment stands.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def age() -> float:
+    """Seconds since this process began; since hesscli was imported where the system tells not."""
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            began = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - began, 0.0)
+    except (OSError, ValueError, AttributeError, IndexError):
+        return time.monotonic() - _IMPORTED
 
 
 # -- Standard output for results alone: whatever else writes to it lands on standard error ---------

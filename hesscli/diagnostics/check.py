@@ -9,8 +9,7 @@ import torch
 
 from hesscli.diagnostics.measurement import Tolerance
 from hesscli.diagnostics.plans import plan_ihvp, run_pilot
-from hesscli.diagnostics.reporting import warnings_of_products
-from hesscli.diagnostics.run import Clock, environment, opened
+from hesscli.diagnostics.run import Clock, started
 from hesscli.diagnostics.spectral_runs import plan_spectrum
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.engines.hutchinson.designs import Probes
@@ -56,22 +55,19 @@ def check(
         KeyboardInterrupt: the observer wanted no more.
     """
     clock = Clock(None, observe)
-    with opened(problem, matrix, mode, clock) as opening:
-        flight = opening.flight
-        measured = _measure(opening.operator)
-        clock.tell("pilot")
-        pilot = run_pilot(opening.operator, method, seed, lambda: clock.tell("pilot"))
+    with started(problem, matrix, mode, clock) as run:
+        measured = _measure(run.operator)
+        pilot = run_pilot(run, method, seed)
     miss = 1 - confidence
     commands = (
         pilot.plan("trace", Tolerance(_usual(rtol, atol, 0.05), atol), miss, budget),
         pilot.plan("diag", Tolerance(_usual(rtol, atol, 0.1), atol), miss, budget),
-        plan_spectrum(opening.operator, measured[1], budget),
-        plan_ihvp(opening.operator, window or WindowOptions(), *measured[:2], budget),
+        plan_spectrum(run.operator, measured[1], budget),
+        plan_ihvp(run.operator, window or WindowOptions(), *measured[:2], budget),
     )
     gradient_seconds, product_seconds, product_bytes = measured
     return CheckResult(
-        problem=problem.report(matrix),
-        preflight=flight,
+        preflight=run.flight,
         plan=Plan(
             gradient_seconds=gradient_seconds,
             product_seconds=product_seconds,
@@ -80,8 +76,7 @@ def check(
             kept_bytes=problem.data.nbytes,
             commands=commands,
         ),
-        environment=environment(problem.device),
-        warnings=(*problem.warnings, *warnings_of_products(problem, flight)),
+        **run.header(),
     )
 
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from hesscli.diagnostics.block_variance import block_report
-from hesscli.diagnostics.estimators import Draw, choose
-from hesscli.diagnostics.measurement import Estimation, Outcome, Standing, Tolerance
+from hesscli.diagnostics.estimators import Draw, probe_range
+from hesscli.diagnostics.measurement import Outcome, Standing, Tolerance, drive
 from hesscli.diagnostics.reporting import (
-    cost,
+    chosen,
+    estimated,
     layers,
     method_report,
-    rounding_of,
     total,
     warnings,
 )
-from hesscli.diagnostics.run import Clock, environment, opened
+from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.diagnostics.summary import Summary, histogram_edges, summarise, total_histogram
 from hesscli.engines.diagonal import Diagonal, shrunk
 from hesscli.engines.entries import Entries, Part
@@ -34,13 +34,13 @@ from hesscli.operators.base import Operator
 from hesscli.problem.problem import Problem
 from hesscli.results import (
     BlockReport,
-    Cost,
     DiagonalReport,
     DiagResult,
     LayerDiagonal,
     MethodReport,
     Observe,
     ParameterReport,
+    Snapshot,
 )
 from hesscli.vocabulary import BlockRule
 
@@ -216,43 +216,30 @@ def diagonal(
         UnsoundError: the problem's curvature would mean nothing.
         KeyboardInterrupt: stopped before there was any estimate.
     """
-    first, last = probes if isinstance(probes, tuple) else (0, probes)
-    fixed = None if last is None else last - first
-    if fixed is not None and fixed < 2:
-        raise UsageError("an error bar needs two probes", f"{fixed} probes", "--probes 2 or more")
+    first, fixed = probe_range(probes)
     rule = BlockRule.parse(block)
     _require_heads(rule, problem)
     clock, tolerance = Clock(budget, observe), Tolerance(rtol, atol)
-    with opened(problem, matrix, mode, clock) as opening:
-        entries = Entries(problem.parameters, problem.device)
-        draw = Draw(seed, first=first, entries=entries)
-        choice = choose(opening.operator, method, draw)
-        run = Estimation(
-            choice.estimator,
-            partial(_standing, tolerance=tolerance),
-            1 - confidence,
-            rounding_of(problem, opening.flight, choice),
-            clock,
-            choice.rethink,
-        )
-        outcome = run.to_tolerance() if fixed is None else run.fixed(fixed)
+    with started(problem, matrix, mode, clock) as run:
+        draw = Draw(seed, first=first, entries=Entries(problem.parameters, problem.device))
+        choice = chosen(run, method, draw)
+        goal = partial(_standing, tolerance=tolerance)
+        outcome = estimated(run, choice, goal, 1 - confidence, fixed)
         faced = None
         if fixed is not None and outcome.status == "exact":
-            faced = _probe_noise(opening.operator, replace(draw, entries=None), fixed, clock)
-    found = Found(problem, outcome, faced, rule, confidence)
-    return DiagResult(
-        status=outcome.status,
-        problem=problem.report(opening.operator.name),
-        method=_method(method_report(choice, outcome, draw, opening.flight), faced),
-        cost=_cost(cost(problem, choice, outcome, clock), faced),
-        trace=total(problem, choice, outcome, confidence),
-        diagonal=found.report(),
-        layers=tuple(found.layers(tolerance)),
-        environment=environment(problem.device),
-        warnings=(*problem.warnings, *warnings(problem, opening.flight, outcome, tolerance)),
-        entries=found.by_name(found.best.values),
-        stderr=found.by_name(found.best.bars()),
-    )
+            faced = _probe_noise(run, replace(draw, entries=None), fixed)
+        found = Found(problem, outcome, faced, rule, confidence)
+        return DiagResult(
+            status=outcome.status,
+            method=_method(method_report(choice, outcome, draw, run.flight), faced),
+            cost=run.cost(),
+            trace=total(problem, choice, outcome, confidence),
+            diagonal=found.report(),
+            layers=tuple(found.layers(tolerance)),
+            entries=found.by_name(found.best.values),
+            stderr=found.by_name(found.best.bars()),
+            **run.header(warnings(problem, outcome, tolerance)),
+        )
 
 
 def _require_heads(rule: BlockRule, problem: Problem) -> None:
@@ -282,22 +269,35 @@ def _standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -
     )
 
 
-def _probe_noise(operator: Operator, draw: Draw, probes: int, clock: Clock) -> Faced | None:
-    """Plain probes of the whole matrix; None where the run was stopped before they were done."""
-    problem = operator.problem
-    entries = Entries(problem.parameters, problem.device)
-    stream = entries.stream(problem.parameters, exact=False)
-    engine = Hutchinson(operator, seed=draw.seed, first_probe=draw.first, stream=stream)
-    try:
-        for _ in engine.extend(probes):
-            clock.tell("probing", done=operator.meter.products, total=float(probes))
-            if clock.out_of_time:
-                return None
-    except KeyboardInterrupt:
+class _ProbeNoise:
+    """Plain probes of the whole matrix, for the noise that AdaHessian would face."""
+
+    ready = True  # an exact diagonal is a result without them
+
+    def __init__(self, operator: Operator, draw: Draw, probes: int) -> None:
+        parameters = operator.problem.parameters
+        self.entries = Entries(parameters, operator.problem.device)
+        self.stream = self.entries.stream(parameters, exact=False)
+        self.engine = Hutchinson(
+            operator, seed=draw.seed, first_probe=draw.first, stream=self.stream
+        )
+        self.probes = probes
+
+    def steps(self) -> Iterator[Snapshot]:
+        """Blocks of products."""
+        meter = self.engine.operator.meter
+        for _ in self.engine.extend(self.probes):
+            yield Snapshot(phase="probing", done=meter.products, total=float(self.probes))
+
+
+def _probe_noise(run: Run, draw: Draw, probes: int) -> Faced | None:
+    """None where the run was stopped before the probes were done."""
+    noise = _ProbeNoise(run.operator, draw, probes)
+    if drive(run.clock, noise) is not None:
         return None
-    noise = entries.diagonal([Part(stream, 1.0, probes)], 0.0).noise
-    assert noise is not None  # probes have some
-    return Faced(engine, noise)
+    found = noise.entries.diagonal([Part(noise.stream, 1.0, probes)], 0.0).noise
+    assert found is not None  # probes have some
+    return Faced(noise.engine, found)
 
 
 def _method(report: MethodReport, faced: Faced | None) -> MethodReport:
@@ -305,14 +305,3 @@ def _method(report: MethodReport, faced: Faced | None) -> MethodReport:
         return report
     note = f"{report.note}; probes only for the noise that AdaHessian faces"
     return replace(report, num_probes=faced.engine.count, note=note)
-
-
-def _cost(spent: Cost, faced: Faced | None) -> Cost:
-    if faced is None:
-        return spent
-    meter = faced.engine.operator.meter
-    return replace(
-        spent,
-        products=spent.products + meter.products,
-        gradients=spent.gradients + meter.gradients,
-    )

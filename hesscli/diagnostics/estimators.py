@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,8 +34,6 @@ from hesscli.parameters import Parameters
 from hesscli.streams import Distribution, key
 from hesscli.vocabulary import METHODS
 
-EXACTNESS_GRADIENTS = 1 / 3
-"""A forward pass over the data, which looks for curved operations."""
 AFFORDABLE_COLUMNS = 32
 """Backward passes that the exact diagonal may take where it was not asked for."""
 _MANY_PROBES = 64
@@ -73,8 +72,7 @@ class Choice:
     """An estimator, what it is called and why it was chosen.
 
     ``exactness`` says of each parameter whether its part of R is zero, where that was asked;
-    ``splits`` that the estimator knows the Hessian's Gauss-Newton part by itself, and
-    ``gradients`` is what the choice has cost.
+    ``splits`` that the estimator knows the Hessian's Gauss-Newton part by itself.
     """
 
     estimator: Estimator
@@ -82,11 +80,25 @@ class Choice:
     note: str
     exactness: tuple[Exactness, ...] = ()
     rethink: Rethink | None = None
-    gradients: float = 0.0
     splits: bool = False
 
 
-def choose(operator: Operator, method: str, draw: Draw) -> Choice:
+def probe_range(probes: int | tuple[int, int] | None) -> tuple[int, int | None]:
+    """The first probe of the stream, and how many; None to let a tolerance decide.
+
+    Raises:
+        UsageError: fewer than two.
+    """
+    first, last = probes if isinstance(probes, tuple) else (0, probes)
+    fixed = None if last is None else last - first
+    if fixed is not None and fixed < 2:
+        raise UsageError("an error bar needs two probes", f"{fixed} probes", "--probes 2 or more")
+    return first, fixed
+
+
+def choose(
+    operator: Operator, method: str, draw: Draw, on_step: Callable[[], object] = lambda: None
+) -> Choice:
     """The estimator of a matrix.
 
     Args:
@@ -94,6 +106,7 @@ def choose(operator: Operator, method: str, draw: Draw) -> Choice:
         method: by name, or ``auto``: the Gauss-Newton part without probes wherever the loss's
             output Hessian is known, and probes for the rest.
         draw: of the probes.
+        on_step: called after each product of a proof; may raise to end it.
 
     Raises:
         UsageError: no such method, or one that this problem does not allow.
@@ -103,7 +116,7 @@ def choose(operator: Operator, method: str, draw: Draw) -> Choice:
     if method in ("deflated", "stratified", "hutchinson"):
         return _probed(operator, method, draw)
     try:
-        return _split(operator, method, draw)
+        return _split(operator, method, draw, on_step)
     except HesscliError as error:
         if method != "auto":
             raise
@@ -111,7 +124,7 @@ def choose(operator: Operator, method: str, draw: Draw) -> Choice:
         return _probed(operator, "auto", draw, reason)
 
 
-def _split(operator: Operator, method: str, draw: Draw) -> Choice:
+def _split(operator: Operator, method: str, draw: Draw, on_step: Callable[[], object]) -> Choice:
     """The Gauss-Newton part from gradients, the rest of the Hessian from probes.
 
     Raises:
@@ -120,9 +133,9 @@ def _split(operator: Operator, method: str, draw: Draw) -> Choice:
     problem = operator.problem
     require_examples(problem, operator.name)
     if not isinstance(operator, EmpiricalFisher):
-        require_output_hessian(problem)
+        require_output_hessian(problem, operator.meter)
     make_part = type(operator) if isinstance(operator, Sandwich) else GaussNewton
-    part = make_part(problem, mode=operator.mode)
+    part = make_part(problem, mode=operator.mode, meter=operator.meter)
     columns = part.passes().columns.num_columns
     sampled = method != "exact" and columns > AFFORDABLE_COLUMNS
     gauss_newton = ExactDiagonal(
@@ -145,14 +158,14 @@ def _split(operator: Operator, method: str, draw: Draw) -> Choice:
     if not isinstance(operator, Hessian):
         note = "random columns of the output Hessian" if sampled else f"{passes}, no probes"
         return Choice(make(), "split" if sampled else "exact", note)
-    exactness = exact_parameters(problem, mode=operator.mode)
+    exactness = exact_parameters(problem, mode=operator.mode, meter=operator.meter, on_step=on_step)
     curved = [e for e in exactness if not e.exact]
     left = Parameters(p for p, e in zip(problem.parameters, exactness, strict=True) if not e.exact)
     if curved and method == "exact":
         raise _not_exact(curved)
     name, probes, rethink = "split", None, None
     if curved:
-        residual = Residual(problem, parameters=left, mode=operator.mode)
+        residual = Residual(problem, parameters=left, mode=operator.mode, meter=operator.meter)
         probes = _hutchinson(residual, draw, whole=problem.parameters)
         note = (
             f"Gauss-Newton part from {'random columns' if sampled else passes}; probes for the "
@@ -164,7 +177,7 @@ def _split(operator: Operator, method: str, draw: Draw) -> Choice:
     else:
         name, note = "exact", f"{passes}; the model is piecewise linear in each tensor alone"
     estimator = make(probes=probes)
-    return Choice(estimator, name, note, exactness, rethink, EXACTNESS_GRADIENTS, splits=True)
+    return Choice(estimator, name, note, exactness, rethink, splits=True)
 
 
 def _probed(operator: Operator, method: str, draw: Draw, reason: str = "as asked for") -> Choice:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hesscli.diagnostics.estimators import Draw
-from hesscli.diagnostics.measurement import Tolerance
+from hesscli.diagnostics.measurement import Tolerance, drive
 from hesscli.diagnostics.predictions import SCALES, Measured, Predictions, order_of
-from hesscli.diagnostics.reporting import described, warnings_of_products, warnings_of_samples
-from hesscli.diagnostics.run import PROOF_GRADIENTS, Clock, Opening, environment, opened, peak_bytes
+from hesscli.diagnostics.reporting import chosen, described, estimation, warnings_of_samples
+from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.diagnostics.saliency import (
     QUANTILES,
     Repeats,
@@ -27,17 +26,17 @@ from hesscli.diagnostics.saliency import (
     repeats,
     saliencies,
 )
-from hesscli.diagnostics.solve import Solved, solve, sweep
-from hesscli.diagnostics.trace import estimation
-from hesscli.diagnostics.window import Collected, WindowOptions, collect
+from hesscli.diagnostics.solve import Solved, Solving, sweep
+from hesscli.diagnostics.trace import standing
+from hesscli.diagnostics.window import FEWEST_ROWS, WindowOptions, collect
 from hesscli.engines.estimator import Reading
+from hesscli.engines.mfac import GradientWindow
 from hesscli.errors import UsageError
 from hesscli.problem.problem import Problem
 from hesscli.results import (
     HOLDS_WITHIN,
     LARGE_RESIDUAL,
     LOW_LEVERAGE,
-    Cost,
     DampingPoint,
     Histogram,
     IhvpResult,
@@ -49,6 +48,7 @@ from hesscli.results import (
     RankingReport,
     SaliencyReport,
     ScaledChange,
+    Snapshot,
     SolveReport,
     Status,
 )
@@ -61,7 +61,17 @@ Array = NDArray[np.float64]
 _TRACE_PRODUCTS = 128
 """Of single batches, for the layers' traces where they are not exact: they serve for comparison."""
 _MOST_PROBES = 8
-_ANY = Tolerance(math.inf, None)
+_ANY, _MISS = Tolerance(math.inf, None), 0.05
+_COLLECTING = 0.3
+"""Share of the budget after which as many rows as a ranking needs must do."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What is predicted of layers: how surely, and whether losses are measured beside it."""
+
+    rtol: float
+    verify: bool
 
 
 @dataclass(frozen=True)
@@ -72,50 +82,54 @@ class Ranked:
     repeats: Repeats
 
 
-@dataclass
 class Study:
-    """What is known so far.
+    """What is known so far, step by step; each may be the last.
 
     Args:
-        opening: the matrix that the user cares about.
-        collected: the window.
-        right: x of the solve.
-        solved: its y.
-        clock: the time limit, and whom to tell.
+        run: the matrix that the user cares about.
+        options: of the window.
+        empty: the window, without rows yet.
+        right: x of the solve ``(d,)``; None for the gradient.
+        refine: relative residual to which conjugate gradients solve.
+        seed: of sampled rows.
+        rank: what is predicted of layers, and how surely; None to solve only.
 
     ``reading`` has the layers' traces, for HAWQ's form; ``measured`` each layer's loss
     differences ``(changes, scales)``, each off by ``rounding`` at most.
     """
 
-    opening: Opening
-    collected: Collected
-    right: Tensor
-    solved: Solved
-    clock: Clock
-    status: Status = "converged"
-    sweep: tuple[DampingPoint, ...] = ()
-    ranked: Ranked | None = None
-    reading: Reading | None = None
-    predictions: Predictions | None = None
-    measured: list[Array] | None = None
-    rounding: float = 0.0
-    _products: float = 0.0
-    _gradients: float = field(default=PROOF_GRADIENTS)
+    def __init__(
+        self,
+        run: Run,
+        options: WindowOptions,
+        empty: GradientWindow,
+        right: Tensor | None,
+        refine: float | None,
+        seed: int,
+        rank: Ranking | None = None,
+    ) -> None:
+        self.run, self.options, self.empty = run, options, empty
+        self.right = self.problem.prove().gradient if right is None else right
+        self.refine, self.seed, self.rank = refine, seed, rank
+        self.solving: Solving | None = None
+        self.sweep: tuple[DampingPoint, ...] = ()
+        self.ranked: Ranked | None = None
+        self.reading: Reading | None = None
+        self.predictions: Predictions | None = None
+        self.measured: list[Array] | None = None
+        self.rounding = 0.0
+        self.status: Status = "converged"
 
     @property
     def problem(self) -> Problem:
         """What is studied."""
-        return self.opening.operator.problem
+        return self.run.problem
 
     @property
-    def products(self) -> float:
-        """Products with the whole matrix so far; those with a layer's count by their share."""
-        return self.opening.operator.meter.products + self._products
-
-    @property
-    def gradients(self) -> float:
-        """Work so far in full-data gradients."""
-        return self.opening.operator.meter.gradients + self._gradients + self.collected.gradients
+    def solved(self) -> Solved:
+        """The solution so far."""
+        assert self.solving is not None  # it is ready
+        return self.solving.solved
 
     @cached_property
     def weights(self) -> Tensor:
@@ -137,59 +151,68 @@ class Study:
             start = place.stop
         return found
 
-    def solve_only(self) -> None:
-        """The dampings of one solve."""
-        with self._until_stopped():
-            self._sweep()
+    @property
+    def ready(self) -> bool:
+        """Whether there is a solution."""
+        return self.solving is not None
 
-    def run(self, rtol: float, verify: bool, seed: int) -> None:
-        """Everything, or as much as time and the observer allow."""
+    def steps(self) -> Iterator[Snapshot]:
+        """The window, the solve, ranking and predictions, other dampings, and true losses."""
+        self.collected = yield from collect(
+            self.run.operator, self.empty, self.options, self.seed, self._is_enough
+        )
+        self.solving = Solving(self.run.operator, self.collected.fisher, self.right, self.refine)
+        yield from self.solving.steps()
+        if self.rank is not None:
+            yield from self._ranked()
+            yield from self._traced()
+            yield from self._predicted(self.rank)
+        self.sweep = yield from sweep(self.run.operator, self.collected, self.mattering, self.right)
+        if self.rank is not None and self.rank.verify:
+            yield from self._verified()
+
+    def finish(self, cut: Status | None) -> None:
+        """Let there be no more.
+
+        Args:
+            cut: what ended it before its own end.
+        """
+        refinement = self.solved.refinement
+        if cut is not None:
+            self.status = cut
+        elif self.status == "converged" and refinement is not None and not refinement.converged:
+            self.status = "budget"
+
+    def _is_enough(self, rows: int) -> bool:
+        return rows >= FEWEST_ROWS and self.run.clock.spent > _COLLECTING
+
+    def _ranked(self) -> Iterator[Snapshot]:
         places = self.problem.parameters.layer_places()
         saliency = saliencies(self.mattering, self.collected.fisher.diagonal())
-        self.ranked = Ranked(saliency, repeats(self.collected, self.mattering, places))
-        with self._until_stopped():
-            self._sweep()
-            self._trace(seed)
-            self.predictions = Predictions(self.opening.operator, saliency)
-            self.status = self.predictions.to_tolerance(rtol, self.clock)
-            if verify:
-                self._verify(self.predictions)
+        again = yield from repeats(self.collected, self.mattering, places)
+        self.ranked = Ranked(saliency, again)
 
-    @contextmanager
-    def _until_stopped(self) -> Iterator[None]:
-        """Keep what there is when the observer wants no more."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            self.status = "interrupted"
-        refinement = self.solved.refinement
-        if self.status == "converged" and refinement is not None and not refinement.converged:
-            self.status = "budget"
-
-    def _sweep(self) -> None:
-        self.sweep = sweep(
-            self.opening.operator, self.collected, self.mattering, self.right, self.clock
-        )
-
-    def _trace(self, seed: int) -> None:
+    def _traced(self) -> Iterator[Snapshot]:
         """Traces of all layers, without probes where that is possible."""
-        choice, run = estimation(self.opening, "auto", Draw(seed), _ANY, 0.05, self.clock)
-        probes = max(2, _TRACE_PRODUCTS // self.problem.num_batches)
-        outcome = run.fixed(min(probes, _MOST_PROBES))
-        self.reading = outcome.reading
-        self._products += outcome.estimator.products
-        self._gradients += choice.gradients + outcome.estimator.gradients
-        if outcome.status == "interrupted":
-            raise KeyboardInterrupt
+        choice = chosen(self.run, "auto", Draw(self.seed))
+        probes = min(max(2, _TRACE_PRODUCTS // self.problem.num_batches), _MOST_PROBES)
+        goal = partial(standing, tolerance=_ANY)
+        traces = estimation(self.run, choice, goal, _MISS, probes)
+        yield from traces.steps()
+        self.reading = traces.outcome(None).reading
 
-    def _verify(self, predictions: Predictions) -> None:
+    def _predicted(self, rank: Ranking) -> Iterator[Snapshot]:
+        assert self.ranked is not None  # it comes before
+        self.predictions = Predictions(self.run.operator, self.ranked.saliency)
+        self.status = yield from self.predictions.to_tolerance(rank.rtol)
+
+    def _verified(self) -> Iterator[Snapshot]:
         """In float64 where the preflight has seen the model run in it."""
-        measured = Measured(self.problem, self.clock)
-        self.measured = measured.changes(predictions.layers, self.problem.precision.is_float64)
+        assert self.predictions is not None  # they come before
+        measured = Measured(self.run.operator)
+        exact = self.problem.precision.is_float64
+        self.measured = yield from measured.changes(self.predictions.layers, exact)
         self.rounding = measured.rounding
-        self._gradients += measured.gradients
-        if self.measured is None:
-            self.status = "budget"
 
 
 # -- What a study found, as its result -------------------------------------------------------------
@@ -199,33 +222,26 @@ _BINS_A_DECADE = 2
 _MOST_DECADES = 16
 
 
-def report(study: Study, source: str, seed: int) -> IhvpResult:
+def report(study: Study, source: str) -> IhvpResult:
     """All that is known, in numbers.
 
     Args:
         study: as far as it came.
         source: what x is called.
-        seed: of the rows.
     """
-    problem, solved = study.problem, study.solved
+    run, solved = study.run, study.solved
     found = None if study.ranked is None else _Layers(study, study.ranked)
     layers = () if found is None else tuple(found.reports())
     return IhvpResult(
         status=study.status,
-        problem=problem.report(study.opening.operator.name),
         method=MethodReport(
             name="mfac",
-            seed=seed,
-            mode=study.opening.flight.mode,
-            attention_kernel=study.opening.flight.attention_kernel,
+            seed=study.seed,
+            mode=run.flight.mode,
+            attention_kernel=run.flight.attention_kernel,
             note=study.collected.reason,
         ),
-        cost=Cost(
-            products=study.products,
-            gradients=study.gradients,
-            seconds=study.clock.seconds,
-            peak_bytes=peak_bytes(problem.device),
-        ),
+        cost=run.cost(),
         window=study.collected.report(),
         solve=SolveReport(
             vector=source,
@@ -237,10 +253,9 @@ def report(study: Study, source: str, seed: int) -> IhvpResult:
         ranking=None if found is None else found.ranking(),
         sweep=study.sweep,
         layers=layers,
-        environment=environment(problem.device),
-        warnings=(*problem.warnings, *_warnings(study, layers)),
         saliency={} if study.ranked is None else _by_name(study, study.ranked.saliency),
         direction=_by_name(study, solved.direction),
+        **run.header(_warnings(study, layers)),
     )
 
 
@@ -363,17 +378,22 @@ def _by_name(study: Study, vector: Tensor) -> dict[str, Any]:
 
 def _warnings(study: Study, layers: Sequence[LayerSensitivity]) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
-    collected, flight = study.collected, study.opening.flight
-    yield from warnings_of_products(study.problem, flight)
+    collected = study.collected
     if study.reading is not None:
         yield from warnings_of_samples(study.problem, study.reading)
     if collected.reason:
         yield f"{collected.kind} rows, since {collected.reason}"
-    if collected.window.count < collected.window.capacity:
+    if collected.cut_short:
+        yield f"no time for more than {collected.window.count} rows: more --budget"
+    elif collected.window.count < collected.window.capacity:
         yield (
             f"only {collected.window.count} rows of kind {collected.kind} are to be had from "
             f"{study.problem.data.count} examples"
         )
+    if study.rank is not None and study.ranked is None:
+        yield "no time for a ranking of layers: more --budget, or a smaller --window"
+    elif study.rank is not None and (study.predictions is None or study.predictions.seen < 2):
+        yield "no time for predictions of what pruning and rounding do: more --budget"
     yield from _solve_warnings(study)
     ranked = [layer for layer in layers if layer.saliency.mean > 0]
     low = [layer.name for layer in ranked if layer.leverage < LOW_LEVERAGE]
@@ -450,14 +470,14 @@ def sensitivity(
         UnsoundError: the problem's curvature would mean nothing, or all gradients are zero.
         KeyboardInterrupt: stopped before there was a result.
     """
-    clock, options = Clock(budget, observe), window or WindowOptions()
-    with options.empty(problem) as empty, opened(problem, matrix, mode, clock) as opening:
-        right = problem.prove().gradient
-        collected = collect(problem, empty, options, seed, clock)
-        solved = solve(opening.operator, collected.fisher, right, refine, clock)
-        study = Study(opening, collected, right, solved, clock)
-        study.run(rtol, verify, seed)
-        return report(study, "gradient", seed)
+    options, rank = window or WindowOptions(), Ranking(rtol, verify)
+    with (
+        options.empty(problem) as empty,
+        started(problem, matrix, mode, Clock(budget, observe)) as run,
+    ):
+        study = Study(run, options, empty, None, refine, seed, rank)
+        study.finish(drive(run.clock, study))
+        return report(study, "gradient")
 
 
 def ihvp(
@@ -495,15 +515,15 @@ def ihvp(
         UnsoundError: as for :func:`sensitivity`.
         KeyboardInterrupt: the observer wanted no more.
     """
-    clock, options = Clock(budget, observe), window or WindowOptions()
+    options = window or WindowOptions()
     given = None if vector is None else _checked(problem, vector)
-    with options.empty(problem) as empty, opened(problem, matrix, mode, clock) as opening:
-        right = problem.prove().gradient if given is None else given
-        collected = collect(problem, empty, options, seed, clock)
-        solved = solve(opening.operator, collected.fisher, right, refine, clock)
-        study = Study(opening, collected, right, solved, clock)
-        study.solve_only()
-        return report(study, "gradient" if given is None else source, seed)
+    with (
+        options.empty(problem) as empty,
+        started(problem, matrix, mode, Clock(budget, observe)) as run,
+    ):
+        study = Study(run, options, empty, given, refine, seed)
+        study.finish(drive(run.clock, study))
+        return report(study, "gradient" if given is None else source)
 
 
 def _checked(problem: Problem, vector: Tensor | Array) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loop that asks an estimator for more until its error is small enough, looks included.
+"""Measurements, the one loop that drives them, and an estimator's way to a tolerance.
 
 An interval that is looked at again and again until it is narrow misses more often than it says.
 Here the looks are few (each doubles the number of probes) and share one error budget: look j
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from hesscli.diagnostics.run import Clock
 from hesscli.engines.estimator import Estimator, Reading, Rounding, read
 from hesscli.engines.hutchinson.table import Sharing
-from hesscli.results import Status
+from hesscli.errors import BudgetError
+from hesscli.results import Snapshot, Status
 
 # -- Stopping at a tolerance with intervals that hold however often one looks ----------------------
 
@@ -54,11 +56,47 @@ def first_look(sharing: Sharing, num_batches: int) -> int:
     return FIRST_CELLS if sharing == "shared" else max(2, -(-FIRST_CELLS // num_batches))
 
 
-# -- The loop that asks an estimator for more until its error is small enough ----------------------
+# -- Measurements, and the one loop that drives them -----------------------------------------------
+
+
+class Measurement(Protocol):
+    """Work that is done step by step, and whose result so far can be read off between two steps."""
+
+    def steps(self) -> Iterator[Snapshot]:
+        """The work, to its own end; yields only where what there is so far is whole."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a result, however rough."""
+
+
+def drive(clock: Clock, measurement: Measurement) -> Status | None:
+    """Let a measurement take its steps until it ends, time is up, or nobody wants more.
+
+    Returns:
+        None where it came to its own end; else ``budget`` or ``interrupted``.
+
+    Raises:
+        BudgetError: time was up before there was any result.
+        KeyboardInterrupt: nor was there one when nobody wanted more.
+    """
+    try:
+        for snapshot in measurement.steps():
+            clock.within_budget(snapshot)
+    except (BudgetError, KeyboardInterrupt) as end:
+        if not measurement.ready:
+            raise
+        return "budget" if isinstance(end, BudgetError) else "interrupted"
+    return None
+
+
+# -- An estimator's way to a tolerance -------------------------------------------------------------
 
 
 _SHOW_EVERY = 0.3
 """Seconds between two readings of a growing table for the progress bar."""
+_FIRST_ROUND = 16
+"""Probes of a number that was set beforehand, before the first that can be reported."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +151,17 @@ class Outcome:
 
 
 class Estimation:
-    """An estimator's way to a goal, or through a fixed number of probes.
+    """An estimator's way to a goal, or through a number of probes that was set beforehand.
 
     Args:
         estimator: to be extended.
         goal: how far a reading is from what is wanted.
         miss: probability with which the interval may miss, all looks together.
         rounding: error of a quadratic form relative to its size.
-        clock: the time limit, and whom to tell.
         rethink: is given the estimator after a first look and the probes that it would take;
             may have a better one.
+        probes: of each batch; None to look at doubling numbers of them until the goal is reached,
+            each look with its share of the error budget.
     """
 
     def __init__(
@@ -131,11 +170,13 @@ class Estimation:
         goal: Goal,
         miss: float,
         rounding: Rounding,
-        clock: Clock,
         rethink: Rethink | None = None,
+        probes: int | None = None,
     ) -> None:
-        self.estimator, self.goal, self.miss, self.clock = estimator, goal, miss, clock
+        self.estimator, self.goal, self.miss = estimator, goal, miss
         self.rounding, self.rethink = rounding, rethink
+        self.probes = 1 if probes is None and estimator.exact else probes
+        self._status: Status | None = None
         self._looks = 0
         self._turn: str | None = None
         self._left: tuple[Estimator, float] | None = None
@@ -143,46 +184,63 @@ class Estimation:
         self._shown_at = -math.inf
         self._start = estimator.products
 
-    def fixed(self, probes: int) -> Outcome:
-        """One look, after a number of probes that was set beforehand.
+    @property
+    def ready(self) -> bool:
+        """Whether there are the two probes of two batches that an error bar needs."""
+        return self._left is not None or self.estimator.table() is not None
 
-        Raises:
-            KeyboardInterrupt: stopped before there was any estimate.
-        """
-        stopped = self._extend(probes, self.miss)
-        reading = self._read(self.miss)
-        return self._outcome(stopped or self._settled(reading) or "budget", reading, 1)
-
-    def to_tolerance(self) -> Outcome:
-        """Looks at doubling numbers of probes, each with its share of the error budget.
-
-        What has no noise of its own is looked at once.
-
-        Raises:
-            KeyboardInterrupt: stopped before there was any estimate.
-        """
-        if self.estimator.exact:
-            return self.fixed(1)
-        probes = first_look(self.estimator.sharing, len(self.estimator.indices))
-        while True:
-            miss = miss_probability(self.miss, self._looks + 1)
-            stopped = self._extend(probes, miss)
-            if stopped is not None and self._left is not None and self.estimator.coverage() < 1:
-                self.estimator, miss = self._left  # what was known before says more
-                return self._outcome(stopped, self._read(miss), self._looks)
+    def steps(self) -> Iterator[Snapshot]:
+        """Blocks of products, and looks where they are due."""
+        if self.probes is not None:
+            yield from self._through(self.probes)
+            return
+        probes = self._first_look()
+        while self._status is None:
+            yield from self._extend(probes)
             self._looks += 1
-            reading = self._read(miss)
-            status = stopped or self._settled(reading)
-            if status is not None:
-                return self._outcome(status, reading, self._looks)
-            self.estimator.balance()
-            if self._turns(reading):
-                probes = first_look(self.estimator.sharing, len(self.estimator.indices))
-            else:
-                probes *= 2
+            reading = self._read(self._look_miss(self._looks))
+            self._status = self._settled(reading)
+            if self._status is None:
+                self.estimator.balance()
+                probes = self._first_look() if self._turns(reading) else 2 * probes
 
-    def _outcome(self, status: Status, reading: Reading, looks: int) -> Outcome:
-        return Outcome(status, self.estimator, reading, looks, self.rounding, self._turn)
+    def outcome(self, cut: Status | None) -> Outcome:
+        """What there is.
+
+        Args:
+            cut: what ended it before its own end.
+        """
+        miss = self.miss if self.probes is not None else self._look_miss(self._looks or 1)
+        if cut is None:
+            return self._outcome(self._status or "budget", self._read(miss))
+        if self._left is not None and self.estimator.coverage() < 1:
+            self.estimator, miss = self._left  # what was known before says more
+            return self._outcome(cut, self._read(miss))
+        self._looks += 1
+        reading = self._read(self.miss if self.probes is not None else self._look_miss(self._looks))
+        reached = cut == "budget" and self._standing(reading).reached
+        return self._outcome("converged" if reached else cut, reading)
+
+    def _through(self, probes: int) -> Iterator[Snapshot]:
+        """A number of probes in doubling rounds, so that a run cut short has half of them."""
+        rounds = [probes]
+        while rounds[0] > _FIRST_ROUND:
+            rounds.insert(0, rounds[0] // 2)
+        for count in rounds:
+            yield from self._extend(count)
+        self._looks = 1
+        self._status = self._settled(self._read(self.miss))
+
+    def _first_look(self) -> int:
+        return first_look(self.estimator.sharing, len(self.estimator.indices))
+
+    def _look_miss(self, look: int) -> float:
+        return miss_probability(self.miss, look)
+
+    def _outcome(self, status: Status, reading: Reading) -> Outcome:
+        return Outcome(
+            status, self.estimator, reading, max(self._looks, 1), self.rounding, self._turn
+        )
 
     def _turns(self, reading: Reading) -> bool:
         """Whether there is a better estimator for the way that is left; asked once."""
@@ -209,42 +267,26 @@ class Estimation:
     def _standing(self, reading: Reading) -> Standing:
         return self.goal(self.estimator, reading)
 
-    def _extend(self, probes: int, miss: float) -> Status | None:
-        """Bring the estimator to so many probes; a status where it had to stop on the way."""
-        try:
-            for _ in self.estimator.extend(probes):
-                self._show(probes, miss)
-                if self.clock.out_of_time and self._has_something():
-                    return self._in_time(miss)
-        except KeyboardInterrupt:
-            if not self._has_something():
-                raise
-            return "interrupted"
-        return None
-
-    def _has_something(self) -> bool:
-        return self._left is not None or self.estimator.table() is not None
-
-    def _in_time(self, miss: float) -> Status:
-        """What the end of the budget means for what there is."""
-        reading = read(self.estimator, miss, self.rounding.relative)
-        reached = reading is not None and self._standing(reading).reached
-        return "converged" if reached else "budget"
+    def _extend(self, probes: int) -> Iterator[Snapshot]:
+        """Bring the estimator to so many probes."""
+        miss = self.miss if self.probes is not None else self._look_miss(self._looks + 1)
+        for _ in self.estimator.extend(probes):
+            yield self._snapshot(probes, miss)
 
     def _read(self, miss: float) -> Reading:
         reading = read(self.estimator, miss, self.rounding.relative)
-        assert reading is not None  # a round is over, or _extend has seen a table
+        assert reading is not None  # a round is over, or it is ready
         return reading
 
-    def _show(self, probes: int, miss: float) -> None:
-        """Tell the observer what is done, what is expected, and the estimate so far."""
+    def _snapshot(self, probes: int, miss: float) -> Snapshot:
+        """What is done, what is expected, and the estimate so far."""
         if (now := time.monotonic()) - self._shown_at > _SHOW_EVERY:
             self._shown_at = now
             self._shown = read(self.estimator, miss, self.rounding.relative)
         reading = self._shown
         probing = self.estimator.probes is not None
-        self.clock.tell(
-            "probing" if probing else "squaring gradients",
+        return Snapshot(
+            phase="probing" if probing else "squaring gradients",
             done=self.estimator.products - self._start if probing else self.estimator.coverage(),
             total=self._expected(reading, probes) if probing else 1.0,
             estimate=None if reading is None else float(reading.estimate[-1]),

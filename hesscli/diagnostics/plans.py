@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from scipy.special import ndtri
@@ -13,7 +14,7 @@ from scipy.special import ndtri
 from hesscli.diagnostics.estimators import Choice, Draw, choose
 from hesscli.diagnostics.measurement import Tolerance, first_look, miss_probability
 from hesscli.diagnostics.predictions import changes_of
-from hesscli.diagnostics.run import PROOF_GRADIENTS, beyond, peak_bytes
+from hesscli.diagnostics.run import Run, beyond, peak_bytes
 from hesscli.diagnostics.saliency import GROUPS
 from hesscli.diagnostics.solve import RELATIVE
 from hesscli.diagnostics.window import WindowOptions, block_sizes
@@ -23,7 +24,7 @@ from hesscli.engines.hutchinson.table import Table
 from hesscli.memory import available_bytes
 from hesscli.operators.base import Operator
 from hesscli.parameters import Parameter
-from hesscli.results import PlannedCommand
+from hesscli.results import PlannedCommand, Snapshot
 from hesscli.streams import key
 from hesscli.units import human_bytes
 
@@ -42,10 +43,13 @@ class Pilot:
     """An estimator that has seen a few batches, and what that took.
 
     ``probes`` were drawn for each of them, 0 where the estimator is exact; ``scale`` is how many
-    times as large all the data is.
+    times as large all the data is. ``chosen`` is what proof and choice took in gradients, and
+    ``gradients`` what the batches did.
     """
 
     choice: Choice
+    chosen: float
+    gradients: float
     seconds: float
     scale: float
     probes: int
@@ -64,7 +68,7 @@ class Pilot:
         return PlannedCommand(
             command=command,
             products=float(counts) if estimator.probes is not None else 0.0,
-            gradients=PROOF_GRADIENTS + self.choice.gradients + estimator.gradients * times,
+            gradients=self.chosen + self.gradients * times,
             seconds=seconds,
             peak_bytes=peak_bytes(estimator.operator.device) + replicates,
             note="; ".join(notes),
@@ -95,28 +99,29 @@ class Pilot:
 
     def _of_diagonal(self, tolerance: Tolerance) -> tuple[float, float, str]:
         found: Diagonal = self.choice.estimator.diagonal(1.0)
-        wanted = tolerance.relative or 0.0
+        norm = found.squared_norm().estimate ** 0.5
+        wanted = max(tolerance.relative or 0.0, (tolerance.absolute or 0.0) / norm if norm else 0.0)
         return found.relative_error(), wanted, f"an error of {wanted:.0%} of the norm"
 
 
-def run_pilot(operator: Operator, method: str, seed: int, on_step: Callable[[], None]) -> Pilot:
+def run_pilot(run: Run, method: str, seed: int) -> Pilot:
     """One batch of what is exact, else two fresh probes on each of up to sixteen batches."""
-    problem = operator.problem
+    operator, problem = run.operator, run.problem
     draw = Draw(key(_PILOT_SEED, seed), entries=Entries(problem.parameters, problem.device))
-    choice = choose(operator, method, replace(draw, batches=1))
-    probes = 0
+    meter, pilot = operator.meter, Snapshot(phase="pilot")
+    on_step = partial(run.clock.within_budget, pilot)
+    choice = choose(operator, method, replace(draw, batches=1), on_step)
+    chosen, probes = meter.gradients, 0
     if not choice.estimator.exact:
-        choice, probes = (
-            choose(operator, method, replace(draw, batches=PILOT_BATCHES)),
-            PILOT_PROBES,
-        )
-    began = time.perf_counter()
+        choice = choose(operator, method, replace(draw, batches=PILOT_BATCHES), on_step)
+        probes = PILOT_PROBES
+    began, before = time.perf_counter(), meter.gradients
     for _ in choice.estimator.extend(max(1, probes)):
         on_step()
-    seconds = time.perf_counter() - began
+    seconds, gradients = time.perf_counter() - began, meter.gradients - before
     counts = problem.data.counts
     seen = sum(counts[i] for i in choice.estimator.indices)
-    return Pilot(choice, seconds, sum(counts) / seen, probes)
+    return Pilot(choice, chosen, gradients, seconds, sum(counts) / seen, probes)
 
 
 def _replicate_bytes(entries: Entries | None) -> int:
@@ -157,7 +162,7 @@ def plan_ihvp(
     problem = operator.problem
     size, rows = problem.parameters.size, options.count(problem)
     largest = max(block_sizes(problem.parameters, options.blocks, rows) or (size,))
-    gradients = PROOF_GRADIENTS + _ROW_GRADIENTS * rows / problem.data.count
+    gradients = problem.prove().gradients + _ROW_GRADIENTS * rows / problem.data.count
     products = 1 + len(RELATIVE)
     changes = sum(map(_changes, map(problem.parameters.in_layer, problem.layer_names)))
     graph, each = operator.cost

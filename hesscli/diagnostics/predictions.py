@@ -8,7 +8,7 @@ Where the kept examples are a sample themselves, so is g, and batches differ in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,18 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesscli.diagnostics.run import Clock
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.hutchinson.table import variance_between
 from hesscli.engines.lanczos import ROUNDING
+from hesscli.meter import FORWARD
 from hesscli.operators.base import LiveTerm, Operator
 from hesscli.operators.products import gradient
 from hesscli.parameters import Parameter, Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
-from hesscli.problem.problem import Problem
 from hesscli.reduction import weighted_sum
-from hesscli.results import Status
+from hesscli.results import Snapshot, Status
 
 # -- Changes that people make to trained weights: pruning them, and rounding them to few bits ------
 
@@ -260,29 +259,23 @@ class Predictions:
         """Batches that are done."""
         return min(len(layer.forms) for layer in self.layers)
 
-    def to_tolerance(self, rtol: float, clock: Clock) -> Status:
+    def to_tolerance(self, rtol: float) -> Generator[Snapshot, None, Status]:
         """See batches until every standard error is small beside what is predicted.
 
         Args:
             rtol: wanted two standard errors over |linear| + |quadratic|.
-            clock: the time limit, and whom to tell.
 
         Returns:
             Whether that was reached, or what was in the way.
-
-        Raises:
-            KeyboardInterrupt: the observer wanted no more; what was seen is kept.
         """
         batches = self.problem.indices
         look = min(FEWEST_BATCHES, len(batches))
         for number, index in enumerate(batches, 1):
-            self._see(self.problem.batch(index), number, len(batches), clock)
+            yield from self._see(self.problem.batch(index), number, len(batches))
             if number == look:
                 if self._known_within(rtol):
                     return "converged"
                 look = min(2 * look, len(batches))
-            if clock.out_of_time and number < len(batches):
-                return "budget"
         return "data-limited"
 
     def of(self, layer: Layer) -> Prediction:
@@ -308,23 +301,25 @@ class Predictions:
             freedom=seen - 1,
         )
 
-    def _see(self, batch: WeightedBatch, number: int, total: int, clock: Clock) -> None:
+    def _see(self, batch: WeightedBatch, number: int, total: int) -> Iterator[Snapshot]:
         """One batch's quadratic forms of all layers; nothing is kept of a batch cut short."""
         forms, slopes = [], list[Array]()
         slope = self._slope(batch) if self._fraction < 1 else None
         for position, layer in enumerate(self.layers):
+            if position:
+                done = number - 1 + position / len(self.layers)
+                yield Snapshot(phase="perturbing", done=done, total=float(total))
             changes = torch.stack([change.delta for change in layer.changes()])
             forms.append(_quadratic_forms(LiveTerm(batch, layer.operator), changes))
             if slope is not None:
                 own = slope[layer.start : layer.start + layer.size]
                 slopes.append((changes.to(own) @ own).cpu().numpy())
-            share = (position + 1) / len(self.layers)
-            clock.tell("perturbing", done=number - 1 + share, total=float(total))
         for layer, form in zip(self.layers, forms, strict=True):
             layer.weights.append(batch.weight)
             layer.forms.append(form)
         for layer, row in zip(self.layers, slopes, strict=slope is not None):
             layer.slopes.append(row)
+        yield Snapshot(phase="perturbing", done=float(number), total=float(total))
 
     def _slope(self, batch: WeightedBatch) -> Tensor:
         """The gradient of one batch's loss, float64 ``(d,)``."""
@@ -393,16 +388,11 @@ class Measured:
     is how far off a difference may be.
     """
 
-    def __init__(self, problem: Problem, clock: Clock) -> None:
-        self.problem, self.clock, self.gradients = problem, clock, 0.0
-        self.rounding = 0.0
+    def __init__(self, operator: Operator) -> None:
+        self.problem, self.meter, self.rounding = operator.problem, operator.meter, 0.0
 
-    def changes(self, layers: list[Layer], exact: bool) -> list[Array] | None:
-        """Loss differences ``(k, scales)`` of each layer; None where the time was not enough.
-
-        Raises:
-            KeyboardInterrupt: the observer wanted no more.
-        """
+    def changes(self, layers: list[Layer], exact: bool) -> Generator[Snapshot, None, list[Array]]:
+        """Loss differences ``(k, scales)`` of each layer."""
         found = []
         total = float(sum(len(layer.changes()) for layer in layers))
         with doubled(self.problem) if exact else nullcontext():
@@ -413,9 +403,7 @@ class Measured:
                 for change in layer.changes():
                     rows.append([self._after(layer, change, scale) - before for scale in SCALES])
                     done += 1
-                    self.clock.tell("verifying", done=done, total=total)
-                    if self.clock.out_of_time and done < total:
-                        return None
+                    yield Snapshot(phase="verifying", done=done, total=total)
                 found.append(np.array(rows))
         return found
 
@@ -433,7 +421,7 @@ class Measured:
             lambda batch: [problem.evaluate(batch.data).reshape(1)],
         )
         square = sum(t.detach().double().square().sum() for t in problem.parameters.tensors)
-        self.gradients += 1 / 3
+        self.meter.add(FORWARD)
         return float(total + 0.5 * problem.weight_decay * square)
 
 

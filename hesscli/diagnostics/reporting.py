@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 
-from hesscli.diagnostics.estimators import Choice, Draw
-from hesscli.diagnostics.measurement import Outcome, Tolerance
-from hesscli.diagnostics.run import PROOF_GRADIENTS, Clock, peak_bytes
+from hesscli.diagnostics.estimators import Choice, Draw, choose
+from hesscli.diagnostics.measurement import Estimation, Goal, Outcome, Tolerance, drive
+from hesscli.diagnostics.run import Run
 from hesscli.engines.estimator import Reading, Rounding
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound
 from hesscli.problem.problem import Problem
 from hesscli.results import (
-    Cost,
     Estimate,
     LayerTrace,
     MethodReport,
     ParameterReport,
     Preflight,
+    Snapshot,
     Status,
 )
 
@@ -29,18 +30,45 @@ _FEW_BATCHES = 16
 """Batches below which heavy tails would not be seen."""
 
 
-def rounding_of(problem: Problem, flight: Preflight, choice: Choice) -> Rounding:
+def rounding_of(run: Run, choice: Choice) -> Rounding:
     """Of a table's cells: measured on a few examples against float64, or else allowed for."""
     estimator, errors = choice.estimator, []
     if estimator.probes is not None:
-        errors.append(flight.relative_rounding)
+        errors.append(run.flight.relative_rounding)
     if estimator.gauss_newton is not None:
         errors.append(estimator.gauss_newton.passes.relative_rounding())
     known = [error for error in errors if error is not None]
     if len(known) < len(errors):
-        allowed = rounding_bound(problem.precision.narrowest)
+        allowed = rounding_bound(run.problem.precision.narrowest)
         return Rounding(max((*known, allowed)), known=False)
     return Rounding(max(known))
+
+
+def chosen(run: Run, method: str, draw: Draw) -> Choice:
+    """The estimator of a run's matrix, chosen within its time."""
+    choosing = Snapshot(phase="choosing a method")
+    return choose(run.operator, method, draw, partial(run.clock.within_budget, choosing))
+
+
+def estimation(
+    run: Run, choice: Choice, goal: Goal, miss: float, probes: int | None = None
+) -> Estimation:
+    """The chosen estimator's way to a goal, or through a number of probes."""
+    rounding = rounding_of(run, choice)
+    return Estimation(choice.estimator, goal, miss, rounding, choice.rethink, probes)
+
+
+def estimated(
+    run: Run, choice: Choice, goal: Goal, miss: float, probes: int | None = None
+) -> Outcome:
+    """What it comes to.
+
+    Raises:
+        BudgetError: the time was not enough for any estimate.
+        KeyboardInterrupt: stopped before there was any.
+    """
+    measurement = estimation(run, choice, goal, miss, probes)
+    return measurement.outcome(drive(run.clock, measurement))
 
 
 def method_report(choice: Choice, outcome: Outcome, draw: Draw, flight: Preflight) -> MethodReport:
@@ -55,16 +83,6 @@ def method_report(choice: Choice, outcome: Outcome, draw: Draw, flight: Prefligh
         mode=flight.mode,
         attention_kernel=flight.attention_kernel,
         note="; ".join(filter(None, (choice.note, outcome.turn))),
-    )
-
-
-def cost(problem: Problem, choice: Choice, outcome: Outcome, clock: Clock) -> Cost:
-    """What it took, the proof included."""
-    return Cost(
-        products=outcome.estimator.products,
-        gradients=PROOF_GRADIENTS + choice.gradients + outcome.estimator.gradients,
-        seconds=clock.seconds,
-        peak_bytes=peak_bytes(problem.device),
     )
 
 
@@ -130,11 +148,8 @@ def _freedom(reading: Reading) -> float | None:
     return float(np.broadcast_to(reading.variance.freedom, reading.estimate.shape)[-1])
 
 
-def warnings(
-    problem: Problem, flight: Preflight, outcome: Outcome, tolerance: Tolerance
-) -> Iterator[str]:
+def warnings(problem: Problem, outcome: Outcome, tolerance: Tolerance) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
-    yield from warnings_of_products(problem, flight)
     yield from warnings_of_samples(problem, outcome.reading)
     if outcome.status == "data-limited" and math.isfinite(outcome.reading.half_width[-1]):
         yield from _examples_advice(problem, outcome.reading, tolerance)
@@ -167,26 +182,6 @@ def warnings_of_samples(problem: Problem, reading: Reading) -> Iterator[str]:
         )
     elif count < _FEW_EXAMPLES:
         yield f"only {count} examples: their error bars are rough"
-
-
-def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:
-    """What proof and preflight have seen of the loss and its products."""
-    yield from problem.prove().warnings
-    if problem.precision.widened:
-        narrow = str(problem.precision.plain).removeprefix("torch.")
-        yield f"the model casts to {narrow}: it was checked with those casts made to float64"
-    if skipped := [check for check in flight.checks if check.state == "skipped"]:
-        names = " and ".join(check.name for check in skipped)
-        yield f"not checked: {names}, {skipped[0].detail}"
-    if flight.relative_rounding is None:
-        narrow = str(problem.precision.narrowest).removeprefix("torch.")
-        yield f"rounding is unknown: the model computes in {narrow}, whatever it is asked for"
-    if flight.fallback is not None:
-        yield f"slower {flight.mode} products, for {flight.fallback}"
-    if flight.mode == "finite-difference":
-        yield "products are central differences: no error bar covers what a kink adds to them"
-    if unreached := problem.prove().unreached:
-        yield f"the loss does not reach {', '.join(unreached[:5])} ({len(unreached)} tensors)"
 
 
 def _examples_advice(problem: Problem, reading: Reading, tolerance: Tolerance) -> Iterator[str]:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from hesscli.errors import UsageError
+from hesscli.errors import BudgetError, UsageError
+from hesscli.meter import Meter
 from hesscli.operators.base import Operator
 from hesscli.operators.gauss_newton import EmpiricalFisher, Fisher, GaussNewton
 from hesscli.operators.hessian import Hessian
 from hesscli.operators.preflight import checked
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
-from hesscli.results import Environment, Observe, Preflight, Snapshot
+from hesscli.results import Cost, Environment, Observe, Preflight, Snapshot
 from hesscli.units import duration
 
 # -- A run's time: its limit, and the observer's line ----------------------------------------------
@@ -28,6 +30,10 @@ from hesscli.units import duration
 
 class Stopped(KeyboardInterrupt):
     """The observer wants no more: to everyone else, as if Ctrl-C had been pressed."""
+
+
+_MORE_WORK = 4.0
+"""Times as long as what was done: checks and proofs come before the first two probes."""
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Clock:
 
     budget: float | None
     observer: Observe | None
-    _began: float = field(default_factory=time.monotonic)
+    _began: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def seconds(self) -> float:
@@ -49,20 +55,38 @@ class Clock:
         return time.monotonic() - self._began
 
     @property
-    def out_of_time(self) -> bool:
-        """Whether the budget is spent."""
-        return self.budget is not None and self.seconds > self.budget
+    def spent(self) -> float:
+        """Share of the budget that is spent."""
+        return self.seconds / self.budget if self.budget else 0.0
 
-    def tell(self, phase: Any, **details: Any) -> None:
-        """Tell the observer.
+    def within_budget(self, snapshot: Snapshot) -> bool:
+        """Tell the observer, and look at the time; itself an observer that never wants to stop.
 
         Raises:
+            BudgetError: the time is up.
             Stopped: the observer wants no more.
         """
-        if self.observer is None:
-            return
-        if self.observer(Snapshot(phase=phase, seconds=self.seconds, **details)):
+        if self.observer is not None and self.observer(replace(snapshot, seconds=self.seconds)):
             raise Stopped
+        if self.spent > 1:
+            raise self._no_time_for(snapshot)
+        return False
+
+    def _no_time_for(self, snapshot: Snapshot) -> BudgetError:
+        """What is said where there is no result by then."""
+        done = snapshot.done / snapshot.total if snapshot.done and snapshot.total else 1.0
+        wanted = _round_up(_MORE_WORK * self.seconds / min(max(done, 0.01), 1.0))
+        return BudgetError(
+            "the budget ended before there was a result",
+            f"{self.seconds:.1f} s, then still at {snapshot.phase}",
+            f"--budget {wanted}s, or fewer --examples",
+        )
+
+
+def _round_up(seconds: float) -> int:
+    """To one digit that people would choose: 1, 2 or 5, and zeros."""
+    scale = 10.0 ** math.floor(math.log10(max(seconds, 1.0)))
+    return next(math.ceil(step * scale) for step in (1, 2, 5, 10) if step * scale >= seconds)
 
 
 def beyond(seconds: float, budget: float | None) -> tuple[str, ...]:
@@ -122,30 +146,80 @@ def matrix_named(name: str) -> type[Operator]:
 # -- How every diagnostic begins: the proof, the preflight, and the matrix in its working type -----
 
 
-PROOF_GRADIENTS = 4 / 3
-"""What the proof of the problem costs: a gradient, and a forward pass that checks the labels."""
-
-
 @dataclass(frozen=True)
-class Opening:
-    """A matrix that has passed its checks."""
+class Run:
+    """A matrix that has passed its checks, and the time that may be taken with it."""
 
     operator: Operator
     flight: Preflight
+    clock: Clock
+
+    @property
+    def problem(self) -> Problem:
+        """What is measured."""
+        return self.operator.problem
+
+    def header(self, warnings: Iterable[str] = ()) -> dict[str, Any]:
+        """The fields that all results share.
+
+        Args:
+            warnings: the result's own, which follow those of problem and products.
+        """
+        problem = self.problem
+        return {
+            "problem": problem.report(self.operator.name),
+            "environment": environment(problem.device),
+            "warnings": (
+                *problem.warnings,
+                *warnings_of_products(problem, self.flight),
+                *warnings,
+            ),
+        }
+
+    def cost(self) -> Cost:
+        """What it took so far, the proof included."""
+        meter = self.operator.meter
+        return Cost(
+            products=meter.products,
+            gradients=meter.gradients,
+            seconds=self.clock.seconds,
+            peak_bytes=peak_bytes(self.problem.device),
+        )
 
 
 @contextmanager
-def opened(problem: Problem, matrix: str, mode: str, clock: Clock) -> Iterator[Opening]:
+def started(problem: Problem, matrix: str, mode: str, clock: Clock) -> Iterator[Run]:
     """Prove the problem, check its products, and make the matrix.
 
     Raises:
         UsageError: a matrix that this problem does not have.
         UnsoundError: the problem's curvature would mean nothing.
+        BudgetError: there is no time for that.
         KeyboardInterrupt: the observer wanted no more.
     """
-    build = matrix_named(matrix)
-    problem.prove(clock.observer)
-    clock.tell("preflight")
+    build, meter = matrix_named(matrix), Meter()
+    problem.prove(clock.within_budget, meter)
+    clock.within_budget(Snapshot(phase="preflight"))
     flight = checked(problem, build, mode)
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
-        yield Opening(build(problem, mode=flight.mode), flight)
+        yield Run(build(problem, mode=flight.mode, meter=meter), flight, clock)
+
+
+def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:
+    """What proof and preflight have seen of the loss and its products."""
+    yield from problem.prove().warnings
+    if problem.precision.widened:
+        narrow = str(problem.precision.plain).removeprefix("torch.")
+        yield f"the model casts to {narrow}: it was checked with those casts made to float64"
+    if skipped := [check for check in flight.checks if check.state == "skipped"]:
+        names = " and ".join(check.name for check in skipped)
+        yield f"not checked: {names}, {skipped[0].detail}"
+    if flight.relative_rounding is None:
+        narrow = str(problem.precision.narrowest).removeprefix("torch.")
+        yield f"rounding is unknown: the model computes in {narrow}, whatever it is asked for"
+    if flight.fallback is not None:
+        yield f"slower {flight.mode} products, for {flight.fallback}"
+    if flight.mode == "finite-difference":
+        yield "products are central differences: no error bar covers what a kink adds to them"
+    if unreached := problem.prove().unreached:
+        yield f"the loss does not reach {', '.join(unreached[:5])} ({len(unreached)} tensors)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from hesscli.diagnostics.window import Collected
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.errors import UsageError
+from hesscli.results import Snapshot
 
 # -- Spearman's rank correlation of large vectors, and the median ----------------------------------
 
@@ -85,8 +86,10 @@ class Repeats:
         return np.asarray(stdtr(GROUPS - 1, score))
 
 
-def repeats(collected: Collected, weights: Tensor, layers: Sequence[slice]) -> Repeats:
-    """Saliencies from fewer rows.
+def repeats(
+    collected: Collected, weights: Tensor, layers: Sequence[slice]
+) -> Generator[Snapshot, None, Repeats]:
+    """Saliencies from fewer rows, an inversion a step.
 
     Args:
         collected: the window and its blocks.
@@ -113,6 +116,7 @@ def repeats(collected: Collected, weights: Tensor, layers: Sequence[slice]) -> R
         saliency = from_rows(group != left_out)
         means.append([float(saliency[layer].mean()) for layer in layers])
         levels.append([quantiles(saliency[layer]).tolist() for layer in layers])
+        yield Snapshot(phase="ranking", done=float(left_out + 1), total=float(GROUPS + 2))
     one, other = (from_rows(group % 2 == half) for half in range(2))
     return Repeats(np.array(means), np.array(levels), one, other)
 
@@ -152,10 +156,11 @@ def _inverse_diagonal(collected: Collected, chosen: Tensor) -> Tensor:
 
 def _chunks(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Runs of blocks of a bounded number of columns, each with its first column."""
-    start, run = 0, list[int]()
+    start, width, run = 0, 0, list[int]()
     for size in sizes:
-        if run and (sum(run) + size) * rows > _TILE_NUMBERS:
+        if run and (width + size) * rows > _TILE_NUMBERS:
             yield start, tuple(run)
-            start, run = start + sum(run), []
+            start, width, run = start + width, 0, []
         run.append(size)
+        width += size
     yield start, tuple(run)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from hesscli.diagnostics.run import Clock
 from hesscli.diagnostics.saliency import rank_correlation, saliencies
 from hesscli.diagnostics.window import Collected
 from hesscli.engines.conjugate_gradients import ConjugateGradients
 from hesscli.engines.mfac import Gram, StaticFisher
 from hesscli.operators.base import Operator
-from hesscli.results import DampingPoint, Refinement, ResidualReport
+from hesscli.results import DampingPoint, Refinement, ResidualReport, Snapshot
 
 # -- (F̂ + λI) y = x, how well y solves it, and conjugate gradients where that is not enough -------
 
@@ -29,14 +29,8 @@ class Solved:
     refinement: Refinement | None
 
 
-def solve(
-    operator: Operator,
-    fisher: StaticFisher,
-    right: Tensor,
-    refine: float | None,
-    clock: Clock,
-) -> Solved:
-    """Solve with the window, and by conjugate gradients with the operator where that is asked.
+class Solving:
+    """The solve with a window, and conjugate gradients with the operator where that is asked.
 
     Args:
         operator: the matrix that the user cares about.
@@ -44,46 +38,68 @@ def solve(
         right: x ``(d,)``.
         refine: relative residual against operator + λI to come down to; None to leave y as the
             window has it.
-        clock: the time limit, and whom to tell.
-
-    Raises:
-        UnsoundError: a product is not finite.
     """
-    right = right.double()
-    direction, solver = fisher.ihvp(right).vector.double(), None
 
-    def damped(vector: Tensor) -> Tensor:
-        return operator.apply(vector[None])[0] + fisher.damping * vector
+    def __init__(
+        self, operator: Operator, fisher: StaticFisher, right: Tensor, refine: float | None
+    ) -> None:
+        self.operator, self.fisher, self.refine = operator, fisher, refine
+        self.right = right.double()
+        self._from_window = self._precondition(self.right)
+        self._solver: ConjugateGradients | None = None
+        if refine is not None:
+            self._solver = ConjugateGradients(
+                self._damped,
+                self.right,
+                precondition=self._precondition,
+                dtype=operator.problem.dtype,
+            )
 
-    if refine is not None:
-        solver = ConjugateGradients(
-            damped,
-            right,
-            precondition=lambda r: fisher.ihvp(r).vector.double(),
-            dtype=operator.problem.dtype,
-        )
-        while not (solver.done or solver.residual <= refine or clock.out_of_time):
+    def steps(self) -> Iterator[Snapshot]:
+        """Iterations of conjugate gradients; none where they are not asked for.
+
+        Raises:
+            UnsoundError: a product is not finite.
+        """
+        solver, refine = self._solver, self.refine
+        if solver is None or refine is None:
+            return
+        while not (solver.done or solver.residual <= refine):
             solver.step()
-            clock.tell("refining", done=float(solver.iterations), estimate=solver.residual)
-        # Where the matrix curves down, no step may have come nearer than y = 0, which is no answer.
-        direction = solver.solution if solver.residual < 1 else direction
-    left = relative_residual(damped(direction), right)
-    residual = ResidualReport(
-        window=relative_residual(fisher.multiply(direction), right),
-        operator=left,
-        operator_name=operator.name,
-    )
-    if solver is None or refine is None:
-        return Solved(direction, residual, None)
-    found = left or 0.0
-    refinement = Refinement(
-        tolerance=refine,
-        iterations=solver.iterations,
-        residual=found,
-        converged=found <= refine,
-        negative_curvature=solver.negative_curvature,
-    )
-    return Solved(direction, residual, refinement)
+            yield Snapshot(
+                phase="refining", done=float(solver.iterations), estimate=solver.residual
+            )
+
+    @cached_property
+    def solved(self) -> Solved:
+        """The solution so far, and what a product says of it."""
+        solver, refine, direction = self._solver, self.refine, self._from_window
+        if solver is not None and solver.residual < 1:
+            # Where the matrix curves down, no step may have come nearer than y = 0: no answer.
+            direction = solver.solution
+        left = relative_residual(self._damped(direction), self.right)
+        residual = ResidualReport(
+            window=relative_residual(self.fisher.multiply(direction), self.right),
+            operator=left,
+            operator_name=self.operator.name,
+        )
+        if solver is None or refine is None:
+            return Solved(direction, residual, None)
+        found = left or 0.0
+        refinement = Refinement(
+            tolerance=refine,
+            iterations=solver.iterations,
+            residual=found,
+            converged=found <= refine,
+            negative_curvature=solver.negative_curvature,
+        )
+        return Solved(direction, residual, refinement)
+
+    def _damped(self, vector: Tensor) -> Tensor:
+        return self.operator.apply(vector[None])[0] + self.fisher.damping * vector
+
+    def _precondition(self, vector: Tensor) -> Tensor:
+        return self.fisher.ihvp(vector).vector.double()
 
 
 def relative_residual(image: Tensor, right: Tensor) -> float | None:
@@ -107,8 +123,8 @@ class _Solution:
 
 
 def sweep(
-    operator: Operator, collected: Collected, weights: Tensor, right: Tensor, clock: Clock
-) -> tuple[DampingPoint, ...]:
+    operator: Operator, collected: Collected, weights: Tensor, right: Tensor
+) -> Generator[Snapshot, None, tuple[DampingPoint, ...]]:
     """One point for each damping, the largest first; none where the gradients are all zero.
 
     Args:
@@ -116,15 +132,14 @@ def sweep(
         collected: the window.
         weights: ``(d,)``, for their saliencies.
         right: x ``(d,)``.
-        clock: whom to tell.
     """
     if not collected.damping_unit or len(RELATIVE) * len(weights) > _MOST_DIRECTIONS:
         return ()
     own = saliencies(weights, collected.fisher.diagonal())
     found: list[_Solution] = []
     for relative in RELATIVE:
-        clock.tell("inverting", done=float(len(found)), total=float(len(RELATIVE)))
         found.append(_at(relative, collected, weights, right.double(), own))
+        yield Snapshot(phase="inverting", done=float(len(found)), total=float(len(RELATIVE)))
     directions = torch.stack([one.direction for one in found])
     images = operator.apply(directions)
     cosines = [*(_cosine(a, b) for a, b in pairwise(directions)), None]

@@ -7,21 +7,22 @@ eigenvalue has copies, which one start vector cannot see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.diagnostics.run import PROOF_GRADIENTS, Clock, Opening, beyond, peak_bytes
+from hesscli.diagnostics.run import Run, beyond, peak_bytes
 from hesscli.engines.lanczos import Lanczos, Ritz
 from hesscli.engines.quadrature import (
     Complement,
     Counted,
     Group,
+    KrylovRun,
     Measure,
-    Run,
     copies,
     counted,
     measure,
@@ -34,7 +35,7 @@ from hesscli.operators.base import Operator, Retained
 from hesscli.parameters import Parameters
 from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem
-from hesscli.results import ConvergencePoint, PlannedCommand, Status
+from hesscli.results import ConvergencePoint, PlannedCommand, Snapshot, Status
 from hesscli.streams import key
 from hesscli.units import human_bytes
 
@@ -92,19 +93,60 @@ def needed_bytes(size: int, steps: int, probes: int) -> int:
     return basis_bytes(size, steps) * (1 if probes == 1 else _RESTARTS)
 
 
-@dataclass
 class Exploration:
-    """What was found of a matrix's spectrum so far, and what found it."""
+    """What is found of a matrix's spectrum: by a long run, and short ones for the rest.
 
-    size: int
-    plan: Plan
-    lanczos: Lanczos
-    status: Status = "budget"
-    runs: list[Run] = field(default_factory=list)
-    halves: list[Run] = field(default_factory=list)
-    known: tuple[Counted, ...] = ()
-    convergence: list[ConvergencePoint] = field(default_factory=list)
-    rounding_measured: bool = False
+    Args:
+        operator: the matrix.
+        plan: how long.
+    """
+
+    def __init__(self, operator: Operator, plan: Plan) -> None:
+        self.operator, self.plan, self.size = operator, plan, operator.parameters.size
+        needed = needed_bytes(self.size, plan.steps, plan.probes)
+        room = (available_bytes(operator.problem.device) - needed) // _GRAPHS_SHARE
+        self.product = Retained(operator, room)
+        reserve = min(plan.steps, STEPS) if plan.early else plan.steps
+        self.lanczos = _lanczos(operator, self.product, self.size, plan, plan.seed, reserve)
+        self.status: Status = "budget"
+        self.runs: list[KrylovRun] = []
+        self.halves: list[KrylovRun] = []
+        self.known: tuple[Counted, ...] = ()
+        self.convergence: list[ConvergencePoint] = []
+        self.rounding_measured, self.finished = False, False
+
+    def steps(self) -> Iterator[Snapshot]:
+        """Steps of all runs.
+
+        Raises:
+            UnsoundError: a product is not finite.
+        """
+        yield from self._first()
+        self._allow_for_rounding()
+        yield from self._others()
+        if reached(self):
+            self.status = "converged"
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an eigenvalue."""
+        return self.lanczos.count > 0
+
+    def finish(self, cut: Status | None) -> None:
+        """Read off what there is.
+
+        Args:
+            cut: what ended it before its own end.
+        """
+        if cut == "interrupted":
+            self.status = cut
+        self._read()
+        if not self.rounding_measured:
+            self._allow_for_rounding()
+        self.product.forget()
+        if self.runs[0].complete:
+            self.status = "exact"
+        self.finished = True
 
     @property
     def ritz(self) -> Ritz:
@@ -127,109 +169,84 @@ class Exploration:
         halves = self.halves[: len(self.runs) - 1]  # Ctrl-C may have come between the two
         return [measure([run], self.known, self.size) for run in halves]
 
+    def _snapshot(self) -> Snapshot:
+        top, bar = float(self.ritz.values[-1]), float(self.ritz.residuals[-1])
+        return Snapshot(phase="iterating", estimate=top, interval=(top - bar, top + bar))
 
-class _OutOfTimeError(Exception):
-    """The budget is spent."""
+    def _first(self) -> Iterator[Snapshot]:
+        """The long run."""
+        lanczos, plan = self.lanczos, self.plan
+        while lanczos.count < plan.steps and not lanczos.done:
+            lanczos.step()
+            if lanczos.count <= STEPS or lanczos.count % _READ_EVERY == 0:
+                self._read()
+            yield self._snapshot()
+            if plan.early and reached(self):
+                break
+        self._read()
 
+    def _allow_for_rounding(self) -> None:
+        """Measure the rounding of products with the largest Ritz vectors; all bars count it."""
+        total = len(self.ritz.values)
+        largest = np.argsort(-np.abs(self.ritz.values))[: min(_MEASURED, total)]
+        vectors = self.lanczos.vectors(self.ritz, largest.tolist())
+        self.lanczos.allow(self.product.rounding(vectors))
+        self.rounding_measured = True
+        self.convergence.pop()
+        self.runs.clear()
+        self._read()
 
-def explore(operator: Operator, plan: Plan, clock: Clock, done: float, total: float) -> Exploration:
-    """Iterate as planned, until time is up, or until the observer wants no more.
-
-    Args:
-        operator: the matrix.
-        plan: how long.
-        clock: budget and observer.
-        done: products before this, for the progress.
-        total: products in all.
-
-    Raises:
-        KeyboardInterrupt: stopped before there was anything.
-        UnsoundError: a product is not finite.
-    """
-    size = operator.parameters.size
-    free = available_bytes(operator.problem.device) - needed_bytes(size, plan.steps, plan.probes)
-    product, began = Retained(operator, free // _GRAPHS_SHARE), operator.meter.products
-    reserve = min(plan.steps, STEPS) if plan.early else plan.steps
-    found = Exploration(size, plan, _lanczos(operator, product, size, plan, plan.seed, reserve))
-
-    def after_a_step() -> None:
-        top, bar = float(found.ritz.values[-1]), float(found.ritz.residuals[-1])
-        clock.tell(
-            "iterating",
-            done=min(done + operator.meter.products - began, total),
-            total=total,
-            estimate=top,
-            interval=(top - bar, top + bar),
+    def _read(self) -> None:
+        """Let the first run be what it is now."""
+        if self.runs and len(self.ritz.values) == self.lanczos.count:
+            return
+        ritz = self.lanczos.ritz()
+        self.runs[:1] = [KrylovRun(ritz, self.size)]
+        self.known = counted(ritz)
+        top = slice(None, -self.plan.count - 1, -1)
+        self.convergence.append(
+            ConvergencePoint(
+                steps=len(ritz.values),
+                values=tuple(ritz.values[top].tolist()),
+                residuals=tuple(ritz.residuals[top].tolist()),
+            )
         )
-        if clock.out_of_time:
-            raise _OutOfTimeError
 
-    try:
-        _first(found, after_a_step)
-        _allow_for_rounding(found, product)
-        _others(found, operator, product, after_a_step)
-        if reached(found):
-            found.status = "converged"
-    except _OutOfTimeError:
-        pass
-    except KeyboardInterrupt:
-        if not found.lanczos.count:
-            raise
-        found.status = "interrupted"
-    _read(found)
-    if not found.rounding_measured:
-        _allow_for_rounding(found, product)
-    product.forget()
-    if found.runs[0].complete:
-        found.status = "exact"
-    return found
+    def _others(self) -> Iterator[Snapshot]:
+        """The short runs, each in the complement of all eigenvectors that were counted before."""
+        if self.plan.probes < 2:
+            return
+        steps = shorter(self.lanczos.count)
+        rows = self.lanczos.vectors(self.ritz, _taken(standing_alone(self.ritz)))
+        complement = Complement(rows)
+        for number in range(1, self.plan.probes):
+            if not complement.size:
+                return
+            seed = key(_NEXT_START, self.plan.seed, number)
+            within, size = _within(complement, self.product), complement.size
+            lanczos = _lanczos(self.operator, within, size, self.plan, seed, steps)
+            half = yield from self._to(lanczos, max(min(steps, size) // 2, 1))
+            whole = yield from self._to(lanczos, min(steps, size))
+            before = self.known
+            self.halves.append(KrylovRun(_light(half), size, before))
+            self.runs.append(KrylovRun(_light(whole), size, before))
+            if again := copies(before, whole):
+                self.known = with_copies(before, whole)
+                vectors = lanczos.vectors(whole, _taken(again))
+                rows = torch.cat([rows, torch.stack([complement.embed(v) for v in vectors])])
+                complement = Complement(rows)
+
+    def _to(self, lanczos: Lanczos, count: int) -> Generator[Snapshot, None, Ritz]:
+        """A reading once there are so many steps."""
+        while lanczos.count < count:
+            lanczos.step()
+            yield self._snapshot()
+        return lanczos.ritz()
 
 
 def shorter(steps: int) -> int:
     """Steps of a run for the rest, after a first one of so many."""
     return max(steps // SHORTER, min(_SHORTEST, steps))
-
-
-def _first(found: Exploration, after_a_step: Callable[[], None]) -> None:
-    """The long run."""
-    lanczos, plan = found.lanczos, found.plan
-    while lanczos.count < plan.steps and not lanczos.done:
-        lanczos.step()
-        if lanczos.count <= STEPS or lanczos.count % _READ_EVERY == 0:
-            _read(found)
-        after_a_step()
-        if plan.early and reached(found):
-            break
-    _read(found)
-
-
-def _allow_for_rounding(found: Exploration, product: Retained) -> None:
-    """Measure the rounding of products with the largest Ritz vectors, and count it in all bars."""
-    total = len(found.ritz.values)
-    largest = np.argsort(-np.abs(found.ritz.values))[: min(_MEASURED, total)]
-    vectors = found.lanczos.vectors(found.ritz, largest.tolist())
-    found.lanczos.allow(product.rounding(vectors))
-    found.rounding_measured = True
-    found.convergence.pop()
-    found.runs.clear()
-    _read(found)
-
-
-def _read(found: Exploration) -> None:
-    """Let the first run be what it is now."""
-    if found.runs and len(found.ritz.values) == found.lanczos.count:
-        return
-    ritz = found.lanczos.ritz()
-    found.runs[:1] = [Run(ritz, found.size)]
-    found.known = counted(ritz)
-    top = slice(None, -found.plan.count - 1, -1)
-    found.convergence.append(
-        ConvergencePoint(
-            steps=len(ritz.values),
-            values=tuple(ritz.values[top].tolist()),
-            residuals=tuple(ritz.residuals[top].tolist()),
-        )
-    )
 
 
 def reached(found: Exploration) -> bool:
@@ -251,44 +268,8 @@ def reached(found: Exploration) -> bool:
     return bool(same.all()) and settled.issuperset(range(total - count, total))
 
 
-def _others(
-    found: Exploration, operator: Operator, product: Product, after_a_step: Callable[[], None]
-) -> None:
-    """The short runs, each in the complement of all eigenvectors that were counted before."""
-    if found.plan.probes < 2:
-        return
-    steps = shorter(found.lanczos.count)
-    rows = found.lanczos.vectors(found.ritz, _taken(standing_alone(found.ritz)))
-    complement = Complement(rows)
-    for number in range(1, found.plan.probes):
-        if not complement.size:
-            return
-        seed = key(_NEXT_START, found.plan.seed, number)
-        within, size = _within(complement, product), complement.size
-        lanczos = _lanczos(operator, within, size, found.plan, seed, steps)
-        half, whole = _readings(lanczos, steps, after_a_step)
-        before = found.known
-        found.halves.append(Run(_light(half), size, before))
-        found.runs.append(Run(_light(whole), size, before))
-        if again := copies(before, whole):
-            found.known = with_copies(before, whole)
-            vectors = lanczos.vectors(whole, _taken(again))
-            rows = torch.cat([rows, torch.stack([complement.embed(v) for v in vectors])])
-            complement = Complement(rows)
-
-
 def _taken(groups: Sequence[Group]) -> list[int]:
     return [index for group in groups for index in group.indices]
-
-
-def _readings(lanczos: Lanczos, steps: int, after_a_step: Callable[[], None]) -> Iterator[Ritz]:
-    """The readings at half of the steps, and at the end."""
-    steps = min(steps, lanczos.size)
-    for target in (max(steps // 2, 1), steps):
-        while lanczos.count < target:
-            lanczos.step()
-            after_a_step()
-        yield lanczos.ritz()
 
 
 def _within(complement: Complement, product: Product) -> Product:
@@ -325,11 +306,9 @@ _WORSE: tuple[Status, ...] = ("exact", "converged", "budget", "interrupted")
 class Study:
     """What is explored, one matrix after another; each may be the last."""
 
-    def __init__(
-        self, opening: Opening, plan: Plan, clock: Clock, layers: tuple[str, ...], exact: bool
-    ) -> None:
-        self.opening, self.clock, self.operator = opening, clock, opening.operator
-        measured = opening.flight.product_rounding
+    def __init__(self, run: Run, plan: Plan, layers: tuple[str, ...], exact: bool) -> None:
+        self.run, self.operator = run, run.operator
+        measured = run.flight.product_rounding
         usual = tolerance(self.operator.problem.precision.narrowest)
         self.plan = replace(plan, rounding=usual if measured is None else measured)
         parameters = self.operator.parameters
@@ -338,8 +317,9 @@ class Study:
         }
         self.exact = exact
         self.dense: Tensor | None = None
+        self.whole = Exploration(self.operator, self.plan)
         self.found: dict[str, Exploration] = {}
-        self.cut_short: Status | None = None
+        self.cut: Status | None = None
 
     @property
     def products(self) -> float:
@@ -347,55 +327,61 @@ class Study:
         return self.operator.meter.products
 
     @property
-    def gradients(self) -> float:
-        """So far."""
-        return self.operator.meter.gradients
+    def ready(self) -> bool:
+        """Whether there is an eigenvalue."""
+        return self.whole.ready
 
-    def run(self) -> None:
+    def steps(self) -> Iterator[Snapshot]:
         """The whole matrix, its dense form, and then the blocks of layers."""
-        self.whole = explore(self.operator, self.plan, self.clock, 0.0, self._total())
-        try:
-            if self.exact and self._goes_on():
-                self._form()
-            for layer, block in self.blocks.items():
-                if not self._goes_on():
-                    break
-                self.found[layer] = explore(
-                    block, self.plan, self.clock, self.products, self._total()
-                )
-        except KeyboardInterrupt:
-            self.cut_short = "interrupted"
+        yield from self._explored(self.whole)
+        if self.exact:
+            yield from self._formed()
+        for layer, block in self.blocks.items():
+            self.found[layer] = Exploration(block, self.plan)
+            yield from self._explored(self.found[layer])
+
+    def finish(self, cut: Status | None) -> None:
+        """Read off what there is.
+
+        Args:
+            cut: what ended it before its own end.
+        """
+        self.cut = cut
+        self.found = {layer: found for layer, found in self.found.items() if found.ready}
+        for found in (self.whole, *self.found.values()):
+            if not found.finished:
+                found.finish(cut)
 
     @property
     def status(self) -> Status:
         """Of all of it."""
-        if self.cut_short is not None:
-            return self.cut_short
+        missing = len(self.found) < len(self.blocks) or (self.exact and self.dense is None)
+        if self.cut is not None and missing:
+            return self.cut
         every = (self.whole, *self.found.values())
         return max((self.status_of(found) for found in every), key=_WORSE.index)
 
     def status_of(self, found: Exploration) -> Status:
         """Of one matrix: exact only on every example, with rounding that was measured."""
         whole = self.operator.problem.sampling_fraction == 1
-        if found.status == "exact" and not (whole and self.opening.flight.product_rounding):
+        if found.status == "exact" and not (whole and self.run.flight.product_rounding):
             return "converged"
         return found.status
 
-    def _goes_on(self) -> bool:
-        """Whether there is time for more."""
-        if any(found.status == "interrupted" for found in (self.whole, *self.found.values())):
-            return False
-        if self.clock.out_of_time:
-            self.cut_short = "budget"
-        return self.cut_short is None
+    def _explored(self, found: Exploration) -> Iterator[Snapshot]:
+        """One matrix, with the progress of all."""
+        for snapshot in found.steps():
+            yield replace(snapshot, done=min(self.products, self._total), total=self._total)
+        found.finish(None)
 
+    @cached_property
     def _total(self) -> float:
         """Products in all, as planned."""
         size = self.operator.parameters.size
         sizes = (size, *(block.parameters.size for block in self.blocks.values()))
         return float(sum(map(self.plan.products, sizes)) + (size if self.exact else 0))
 
-    def _form(self) -> None:
+    def _formed(self) -> Iterator[Snapshot]:
         """The dense matrix, a few columns at a time."""
         size = self.operator.parameters.size
         dense = torch.empty(size, size, dtype=torch.float64)
@@ -404,10 +390,7 @@ class Study:
             unit = torch.zeros(stop - start, size, dtype=torch.float64)
             unit[:, start:stop].fill_diagonal_(1.0)
             dense[start:stop] = self.operator.apply(unit).cpu()
-            self.clock.tell("forming the matrix", done=float(stop), total=float(size))
-            if self.clock.out_of_time and stop < size:
-                self.cut_short = "budget"
-                return
+            yield Snapshot(phase="forming the matrix", done=float(stop), total=float(size))
         self.dense = dense.add_(dense.T.clone()).div_(2)
 
 
@@ -503,7 +486,7 @@ def plan_spectrum(
     return PlannedCommand(
         command="spectrum",
         products=float(products),
-        gradients=PROOF_GRADIENTS + products * (graph + each),
+        gradients=operator.problem.prove().gradients + products * (graph + each),
         seconds=seconds,
         peak_bytes=peak_bytes(device) + needed,
         note="; ".join(notes),

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from hesscli.diagnostics.reporting import described, warnings_of_products
-from hesscli.diagnostics.run import PROOF_GRADIENTS, Clock, environment, opened, peak_bytes
+from hesscli.diagnostics.measurement import drive
+from hesscli.diagnostics.reporting import described
+from hesscli.diagnostics.run import Clock, started
 from hesscli.diagnostics.spectral_runs import (
     PROBES,
     STEPS,
@@ -36,7 +37,6 @@ from hesscli.problem.classification import CrossEntropy
 from hesscli.problem.problem import Problem
 from hesscli.results import (
     Condition,
-    Cost,
     DenseSpectrum,
     Eigenvalue,
     LayerSpectrum,
@@ -262,11 +262,10 @@ def spectrum(
     require_room(problem, plan)
     if exact:
         require_dense(problem, exact_limit)
-    clock = Clock(budget, observe)
-    with opened(problem, matrix, mode, clock) as opening:
-        study = Study(opening, plan, clock, tuple(layers), exact)
-        study.run()
-        return _result(study, problem, clock, bandwidth, damping, vectors)
+    with started(problem, matrix, mode, Clock(budget, observe)) as run:
+        study = Study(run, plan, tuple(layers), exact)
+        study.finish(drive(run.clock, study))
+        return _result(study, bandwidth, damping, vectors)
 
 
 def _plan(size: int, k: int, steps: int, probes: int, rtol: float | None, seed: int) -> Plan:
@@ -288,47 +287,38 @@ def _plan(size: int, k: int, steps: int, probes: int, rtol: float | None, seed: 
 
 def _result(
     study: Study,
-    problem: Problem,
-    clock: Clock,
     bandwidth: float | None,
     damping: float,
     vectors: bool,
 ) -> SpectrumResult:
-    found, flight = study.whole, study.opening.flight
+    found, run = study.whole, study.run
     indices = listed(found.ritz, study.plan.count)
     of_all = functions(found)
     return SpectrumResult(
         status=study.status,
-        problem=problem.report(study.operator.name),
         method=MethodReport(
             name="lanczos",
             seed=study.plan.seed,
             probe_distribution="gaussian",
             probe_design="shared",
             num_probes=len(found.runs),
-            mode=flight.mode,
-            attention_kernel=flight.attention_kernel,
+            mode=run.flight.mode,
+            attention_kernel=run.flight.attention_kernel,
             note=_note(found),
         ),
-        cost=Cost(
-            products=study.products,
-            gradients=PROOF_GRADIENTS + study.gradients,
-            seconds=clock.seconds,
-            peak_bytes=peak_bytes(problem.device),
-        ),
+        cost=run.cost(),
         steps=found.lanczos.count,
         eigenvalues=tuple(eigenvalues(found, indices)),
         density=density(found, bandwidth),
         negative_mass=of_all.negative_mass.value,
         functions=of_all,
-        outliers=outliers(found, _classes(problem)),
+        outliers=outliers(found, _classes(run.problem)),
         condition=condition(found, damping, study.operator.decay) if _is_psd(study) else None,
         convergence=tuple(found.convergence),
         exact=_dense_of(study, found, slice(None)),
         layers=tuple(_layers(study, indices, bandwidth)),
-        environment=environment(problem.device),
-        warnings=(*problem.warnings, *_warnings(problem, study)),
         vectors=_vectors(study, indices) if vectors else {},
+        **run.header(_warnings(run.problem, study)),
     )
 
 
@@ -416,7 +406,6 @@ def _dense_of(study: Study, found: Exploration, rows: Array | slice) -> DenseSpe
 
 def _warnings(problem: Problem, study: Study) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
-    yield from warnings_of_products(problem, study.opening.flight)
     if problem.sampling_fraction != 1:
         yield (
             f"eigenvalues are those of the {problem.data.count} examples that were kept: no bar "

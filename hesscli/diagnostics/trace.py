@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 
-from hesscli.diagnostics.estimators import Choice, Draw, choose
-from hesscli.diagnostics.measurement import Estimation, Standing, Tolerance
+from hesscli.diagnostics.estimators import Draw, probe_range
+from hesscli.diagnostics.measurement import Standing, Tolerance
 from hesscli.diagnostics.reporting import (
-    cost,
+    chosen,
+    estimated,
     layers,
     method_report,
-    rounding_of,
     total,
     warnings,
 )
-from hesscli.diagnostics.run import Clock, Opening, environment, opened
+from hesscli.diagnostics.run import Clock, started
 from hesscli.engines.estimator import Estimator, Reading
 from hesscli.engines.hutchinson.table import Sharing
-from hesscli.errors import UsageError
 from hesscli.problem.problem import Problem
 from hesscli.results import Observe, TraceResult
 from hesscli.streams import Distribution
@@ -62,40 +61,27 @@ def trace(
     Raises:
         UsageError: fewer than two probes, or a matrix or method that this problem does not have.
         UnsoundError: the problem's curvature would mean nothing.
+        BudgetError: the time was not enough for any estimate.
         KeyboardInterrupt: stopped before there was any estimate.
     """
-    first, last = probes if isinstance(probes, tuple) else (0, probes)
-    fixed = None if last is None else last - first
-    if fixed is not None and fixed < 2:
-        raise UsageError("an error bar needs two probes", f"{fixed} probes", "--probes 2 or more")
+    first, fixed = probe_range(probes)
     clock, tolerance = Clock(budget, observe), Tolerance(rtol, atol)
-    with opened(problem, matrix, mode, clock) as opening:
+    with started(problem, matrix, mode, clock) as run:
         draw = Draw(seed, probe_design, probe_distribution, first)
-        choice, run = estimation(opening, method, draw, tolerance, 1 - confidence, clock)
-        outcome = run.to_tolerance() if fixed is None else run.fixed(fixed)
-    return TraceResult(
-        status=outcome.status,
-        problem=problem.report(opening.operator.name),
-        method=method_report(choice, outcome, draw, opening.flight),
-        cost=cost(problem, choice, outcome, clock),
-        trace=total(problem, choice, outcome, confidence),
-        layers=tuple(layers(problem, outcome, tolerance)),
-        environment=environment(problem.device),
-        warnings=(*problem.warnings, *warnings(problem, opening.flight, outcome, tolerance)),
-    )
+        choice = chosen(run, method, draw)
+        goal = partial(standing, tolerance=tolerance)
+        outcome = estimated(run, choice, goal, 1 - confidence, fixed)
+        return TraceResult(
+            status=outcome.status,
+            method=method_report(choice, outcome, draw, run.flight),
+            cost=run.cost(),
+            trace=total(problem, choice, outcome, confidence),
+            layers=tuple(layers(problem, outcome, tolerance)),
+            **run.header(warnings(problem, outcome, tolerance)),
+        )
 
 
-def estimation(
-    opening: Opening, method: str, draw: Draw, tolerance: Tolerance, miss: float, clock: Clock
-) -> tuple[Choice, Estimation]:
-    """What estimates the trace of a matrix to a tolerance, ready to run."""
-    choice = choose(opening.operator, method, draw)
-    rounding = rounding_of(opening.operator.problem, opening.flight, choice)
-    goal = partial(_standing, tolerance=tolerance)
-    return choice, Estimation(choice.estimator, goal, miss, rounding, clock, choice.rethink)
-
-
-def _standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:
+def standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:
     """How far the total's interval is from the tolerance."""
     return Standing(
         error=float(reading.half_width[-1]),

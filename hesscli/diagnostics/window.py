@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hesscli.diagnostics.run import Clock
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
+from hesscli.operators.base import Operator
 from hesscli.operators.per_example.rows import Rows, fitting_kind
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
-from hesscli.results import WindowReport
+from hesscli.results import Snapshot, WindowReport
 from hesscli.vocabulary import WINDOW_DTYPES, RowKind, WindowBlocks
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WINDOW_DTYPES}
@@ -95,8 +95,8 @@ class Collected:
     sizes: tuple[int, ...] | None
     kind: RowKind
     reason: str
-    gradients: float
     options: WindowOptions
+    cut_short: bool = False
 
     @property
     def damping_unit(self) -> float:
@@ -124,25 +124,38 @@ class Collected:
 
 
 def collect(
-    problem: Problem, window: GradientWindow, options: WindowOptions, seed: int, clock: Clock
-) -> Collected:
-    """Fill an empty window with a problem's gradients.
+    operator: Operator,
+    window: GradientWindow,
+    options: WindowOptions,
+    seed: int,
+    enough: Callable[[int], bool],
+) -> Generator[Snapshot, None, Collected]:
+    """Fill an empty window with a problem's gradients, and make it the matrix that it stands for.
+
+    Args:
+        operator: of the problem whose gradients they are; its meter counts them.
+        window: with room for them.
+        options: which and how many.
+        seed: of sampled rows.
+        enough: whether so many rows must do, for want of time.
 
     Raises:
         UsageError: rows or blocks that cannot be.
         UnsoundError: all gradients are zero, or examples depend on each other.
-        KeyboardInterrupt: the observer wanted no more.
     """
-    kind, reason = _kind(problem, options.rows)
-    source, wanted = Rows(problem, kind, seed), window.capacity
+    problem = operator.problem
+    (kind, reason), cut_short = _kind(problem, options.rows), False
+    source, wanted = Rows(problem, kind, seed, operator.meter), window.capacity
     for block in source.take(wanted):
         window.extend(block)
-        clock.tell("collecting gradients", done=float(window.count), total=float(wanted))
+        yield Snapshot(phase="collecting gradients", done=float(window.count), total=float(wanted))
+        if cut_short := window.count < wanted and enough(window.count):
+            break
     damping = _damping(window, options)
     sizes = block_sizes(problem.parameters, options.blocks, window.count)
-    clock.tell("inverting")
+    yield Snapshot(phase="inverting")
     fisher = StaticFisher(window, damping, blocks=sizes)
-    return Collected(window, fisher, sizes, kind, reason, source.meter.gradients, options)
+    return Collected(window, fisher, sizes, kind, reason, options, cut_short)
 
 
 def block_sizes(parameters: Parameters, rule: str, rows: int) -> tuple[int, ...] | None:

@@ -78,7 +78,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Run:
+class KrylovRun:
     """What one start vector tells, in the complement of the eigenvectors found before.
 
     ``dimension`` is that of the complement, and ``deflated`` are the eigenvalues left out of it.
@@ -136,7 +136,7 @@ def with_copies(known: Sequence[Counted], ritz: Ritz) -> tuple[Counted, ...]:
     return tuple(total)
 
 
-def measure(runs: Sequence[Run], known: Sequence[Counted], dimension: int) -> Measure:
+def measure(runs: Sequence[KrylovRun], known: Sequence[Counted], dimension: int) -> Measure:
     """The mean over some runs, with the known eigenvalues counted.
 
     Args:
@@ -215,7 +215,7 @@ def _counted(ritz: Ritz, group: Group) -> Counted:
     )
 
 
-def _bulk(run: Run, known: Sequence[Counted]) -> Array:
+def _bulk(run: KrylovRun, known: Sequence[Counted]) -> Array:
     """The shares of a run's Ritz values in what is not counted; they sum to 1.
 
     An eigenvalue that is counted has none, unless the start vector's share of it is implausible

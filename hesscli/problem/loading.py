@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hesscli.errors import InputError, UsageError
+from hesscli.errors import BudgetError, HesscliError, InputError, UsageError
 from hesscli.problem.checkpoint import Checkpoint, floating_dtype, read_checkpoint
 from hesscli.problem.criteria import NAMED, as_loss, with_tensors
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
@@ -53,7 +53,7 @@ def load(
         weight_decay: instead of the spec's.
         trust: let code in the checkpoint run, and that of a spec found outside that tree.
         seed: of the draw of examples.
-        budget: seconds after which data that do not end are given up.
+        budget: seconds after which reading is given up.
         observe: told of examples read.
 
     Raises:
@@ -91,21 +91,32 @@ def load(
 
 
 def _until(budget: float | None, observe: Observe | None) -> Observe | None:
-    """Gives up reading a stream of unknown length when the budget is spent."""
+    """Gives up reading when the budget is spent."""
     if budget is None:
         return observe
     began = time.monotonic()
 
     def watch(snapshot: Snapshot) -> bool:
-        if snapshot.total is None and time.monotonic() - began > budget:
-            raise InputError(
-                "the data did not end within the budget",
-                f"{snapshot.done:.0f} examples read in {budget:g} s",
-                f"--examples first:{Selection.usual}, which reads no more than those",
-            )
+        if time.monotonic() - began > budget:
+            raise _not_read(snapshot, budget)
         return observe is not None and observe(snapshot)
 
     return watch
+
+
+def _not_read(snapshot: Snapshot, budget: float) -> HesscliError:
+    read = f"{snapshot.done or 0:.0f} examples read in {budget:.3g} s"
+    if snapshot.total is None:
+        return InputError(
+            "the data did not end within the budget",
+            read,
+            f"--examples first:{Selection.usual}, which reads no more than those",
+        )
+    return BudgetError(
+        "the budget ended before the data were read",
+        f"{read}, of {snapshot.total:.0f}",
+        "a larger --budget, or fewer --examples",
+    )
 
 
 def resolve_device(name: str) -> torch.device:
