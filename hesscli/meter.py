@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-OnStep = Callable[[], None]
+OnStep = Callable[[], object]
 
 
 def go_on() -> None:

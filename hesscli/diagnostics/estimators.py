@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from hesscli.engines.hutchinson.designs import (
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Sharing
 from hesscli.engines.per_example import ExactDiagonal
+from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.exactness import Exactness, exact_parameters, require_output_hessian
@@ -209,7 +211,9 @@ def _hutchinson(
 
 
 def _better(estimator: Estimator, needed: float, draw: Draw) -> tuple[Estimator, str] | None:
-    """A design that needs fewer products than the many that plain probes still would."""
+    """What needs fewer products than the many that plain probes still would."""
+    if needed > estimator.parameters.size:
+        return _units(estimator, draw), _foretold(needed, "the unit vectors are fewer")
     probes = estimator.probes
     if probes is None or needed <= _MANY_PROBES:
         return None
@@ -233,7 +237,19 @@ def _better(estimator: Estimator, needed: float, draw: Draw) -> tuple[Estimator,
         probes=_hutchinson(operator, fresh, whole=estimator.parameters, design=design),
         entries=estimator.entries,
     )
-    return better, f"the first probes foretold {needed:.0f}, so {why}"
+    return better, _foretold(needed, why)
+
+
+def _units(estimator: Estimator, draw: Draw) -> Estimator:
+    """All of the matrix by unit vectors."""
+    whole = estimator.operator
+    units = UnitVectors(whole, draw.stream(whole.parameters, exact=True))
+    return Estimator(whole, gauss_newton=units, entries=estimator.entries)
+
+
+def _foretold(needed: float, why: str) -> str:
+    many = f"{needed:.0f}" if math.isfinite(needed) else "that no number would do"
+    return f"the first probes foretold {many}, so {why}"
 
 
 def _designed(operator: Operator, method: str, draw: Draw) -> Design | None:

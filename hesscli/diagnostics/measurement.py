@@ -286,7 +286,7 @@ class Estimation:
         reading = self._shown
         probing = self.estimator.probes is not None
         return Snapshot(
-            phase="probing" if probing else "squaring gradients",
+            phase=self.estimator.phase,
             done=self.estimator.products - self._start if probing else self.estimator.coverage(),
             total=self._expected(reading, probes) if probing else 1.0,
             estimate=None if reading is None else float(reading.estimate[-1]),

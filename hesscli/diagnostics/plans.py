@@ -84,11 +84,14 @@ class Pilot:
             self._of_trace(table, tolerance) if command == "trace" else self._of_diagonal(tolerance)
         )
         counts, look = first_look("fresh", len(self.choice.estimator.operator.masses)), 1
+        size = self.choice.estimator.parameters.size
         while wanted and look < _MOST_LOOKS:
             quantile = 1.0 if command == "diag" else _normal(miss, look)
             if quantile * error * math.sqrt(self.probes / (counts * self.scale)) <= wanted:
                 break
             counts, look = 2 * counts, look + 1
+            if self.choice.rethink is not None and counts >= size:
+                return size, look, f"{size} unit vectors, which are fewer than its probes"
         return counts, look, f"{goal} expected after {counts} probes a batch"
 
     def _of_trace(self, table: Table, tolerance: Tolerance) -> tuple[float, float, str]:

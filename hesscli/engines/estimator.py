@@ -15,6 +15,7 @@ from hesscli.engines.entries import Entries, Part
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Array, MeanSquare, Sharing, Table, reduce_table
 from hesscli.engines.per_example import ExactDiagonal
+from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.meter import Meter
 from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
@@ -22,7 +23,7 @@ from hesscli.parameters import Parameters
 # -- One matrix from up to two sources: its Gauss-Newton part without probes, and what is probed ---
 
 
-Engine = ExactDiagonal | Hutchinson
+Engine = ExactDiagonal | UnitVectors | Hutchinson
 
 
 class Estimator:
@@ -33,7 +34,8 @@ class Estimator:
 
     Args:
         operator: the matrix; its decay is what neither source has.
-        gauss_newton: the source without probes, if any.
+        gauss_newton: the source without probes, if any; unit vectors in its place tell all of
+            the matrix.
         probes: the source with, if any; at least one of the two.
         entries: where the sources' streams keep single entries, if they do.
     """
@@ -42,7 +44,7 @@ class Estimator:
         self,
         operator: Source,
         *,
-        gauss_newton: ExactDiagonal | None = None,
+        gauss_newton: ExactDiagonal | UnitVectors | None = None,
         probes: Hutchinson | None = None,
         entries: Entries | None = None,
     ) -> None:
@@ -65,6 +67,11 @@ class Estimator:
     def sampled(self) -> bool:
         """Whether columns of the output Hessian are drawn at random."""
         return self.gauss_newton is not None and self.gauss_newton.sampled
+
+    @property
+    def phase(self) -> str:
+        """What it does, in words."""
+        return self._sources[-1].phase
 
     @property
     def sharing(self) -> Sharing:
@@ -146,7 +153,9 @@ class Estimator:
 
     def gauss_newton_traces(self) -> Array | None:
         """By layer and in all, weight decay included, over the batches of :meth:`table`."""
-        if self.gauss_newton is None or not (seen := self.gauss_newton.seen):
+        if not isinstance(self.gauss_newton, ExactDiagonal):
+            return None
+        if not (seen := self.gauss_newton.seen):
             return None
         masses = np.array([self.operator.masses[i] for i in seen])
         means = np.stack([rows.mean(0) for rows in self.gauss_newton.aligned(seen)])

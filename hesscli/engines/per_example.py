@@ -45,6 +45,8 @@ class ExactDiagonal:
             exist, or the exact diagonal would take too many backward passes.
     """
 
+    phase = "squaring gradients"
+
     def __init__(
         self,
         operator: ByExample,

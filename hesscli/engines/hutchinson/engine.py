@@ -42,6 +42,8 @@ class Hutchinson:
     ``cells[b]`` is ``(P_b, L + 1)``: vᵀAv by layer, and in the last column their sum.
     """
 
+    phase = "probing"
+
     def __init__(
         self,
         operator: Source,

@@ -1,0 +1,93 @@
+"""Unit vectors: exact diagonals of small problems, for no more products than there are entries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import hesscli
+from hesscli.engines.entries import Entries
+from hesscli.engines.estimator import Estimator
+from hesscli.engines.unit_vectors import UnitVectors
+from hesscli.operators.hessian import Hessian
+
+if TYPE_CHECKING:
+    from conftest import TimeIsUp
+
+
+def problem_of(decay: float = 0.0) -> hesscli.Problem:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    data = TensorDataset(torch.randn(40, 4, dtype=torch.float64), torch.randint(0, 3, (40,)))
+    return hesscli.Problem(model, "cross_entropy", data, weight_decay=decay)
+
+
+def dense(problem: hesscli.Problem) -> Tensor:
+    """By double backward over the whole loss, row by row."""
+    tensors = problem.parameters.tensors
+    total = sum(b.weight * problem.evaluate(b.data) for b in problem.batches())
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(total, tensors, create_graph=True)])
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(entry, tensors, retain_graph=True)])
+        for entry in slope
+    ]
+    return torch.stack(rows) + problem.weight_decay * torch.eye(len(rows), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_entries_and_traces_are_the_matrix_s_own(decay: float) -> None:
+    problem = problem_of(decay)
+    operator = Hessian(problem, mode="double-backward")
+    entries = Entries(problem.parameters, problem.device)
+    units = UnitVectors(operator, entries.stream(problem.parameters, exact=True))
+    estimator = Estimator(operator, gauss_newton=units, entries=entries)
+    for _ in estimator.extend(2):
+        pass
+    truth = dense(problem).diagonal()
+    table = estimator.table()
+    assert table is not None
+    found = table.estimate + estimator.decay_traces()
+    # Sums of some hundred float64 terms of the diagonal's size.
+    allowed = 1e3 * torch.finfo(torch.float64).eps * float(truth.abs().sum())
+    assert found[-1] == pytest.approx(float(truth.sum()), abs=allowed)
+    assert found[0] == pytest.approx(float(truth[:15].sum()), abs=allowed)
+    diagonal = estimator.diagonal(1.0)
+    torch.testing.assert_close(diagonal.values, truth, rtol=0, atol=allowed)
+    assert diagonal.noise is None
+    assert operator.meter.products == pytest.approx(len(truth))
+
+
+@pytest.mark.parametrize("command", ["trace", "diagonal"])
+def test_no_more_products_than_parameters_after_a_first_look(command: str) -> None:
+    problem = problem_of()
+    size, truth = problem.parameters.size, dense(problem).diagonal()
+    result = getattr(hesscli, command)(problem, rtol=1e-6, budget=None)
+    assert result.status == "exact"
+    low, high = result.trace.interval
+    assert low <= float(truth.sum()) <= high
+    assert high - low < 1e-6 * abs(float(truth.sum()))
+    assert result.cost.products <= size + 4
+    assert "unit vectors" in result.method.note
+    assert result.trace.gauss_newton is None
+
+
+def test_cut_short_the_first_look_stands(time_is_up_when: TimeIsUp) -> None:
+    problem = problem_of()
+    late = time_is_up_when(lambda snapshot: snapshot.phase == UnitVectors.phase)
+    result = hesscli.trace(problem, rtol=1e-6, observe=late)
+    assert result.status == "budget"
+    assert result.trace.probe_stderr > 0
+    truth = float(dense(problem).trace())
+    assert abs(result.trace.estimate - truth) < 10 * result.trace.probe_stderr
+
+
+@pytest.mark.parametrize("command", ["trace", "diag"])
+def test_plans_have_no_more_either(command: str) -> None:
+    problem = problem_of()
+    plan = hesscli.check(problem, rtol=1e-6).plan
+    products = {planned.command: planned.products for planned in plan.commands}
+    assert products[command] <= problem.parameters.size + 4
