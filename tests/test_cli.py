@@ -385,16 +385,22 @@ def test_a_terminal_without_unicode(tmp_path: Path) -> None:
     assert "hidden1" in run.stdout
 
 
-def heed_ctrl_c() -> None:
-    """Background jobs inherit an ignored SIGINT, and the suite may run as one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def heed_signals() -> None:
+    """Background jobs inherit ignored signals, and the suite may run as one."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
-def test_ctrl_c_prints_the_result_so_far(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_signals_to_end_print_the_result_so_far(tmp_path: Path, number: int, code: int) -> None:
     line = [
         "trace",
         str(SUNSPOTS),
         *SPEC,
+        "--method",
+        "hutchinson",
         "--rtol",
         "0.0001%",
         "--budget",
@@ -410,16 +416,16 @@ def test_ctrl_c_prints_the_result_so_far(tmp_path: Path) -> None:
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=heed_ctrl_c,
+        preexec_fn=heed_signals,
     ) as run:
         assert run.stdout is not None
         assert run.stderr is not None
         for said in run.stderr:
             if "probing" in said and "±" in said:  # the first estimate with an error bar
                 break
-        run.send_signal(signal.SIGINT)
+        run.send_signal(number)
         document, rest = run.stdout.read(), run.stderr.read()
-    assert run.returncode == 130, rest
+    assert run.returncode == code, rest
     assert "Traceback" not in rest
     assert json.loads(document)["status"] == "interrupted"
     assert document == (tmp_path / "hesscli-out" / "sunspots-model" / "trace.json").read_text()
@@ -445,7 +451,7 @@ def test_a_second_ctrl_c_quits_at_once(tmp_path: Path) -> None:
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_ctrl_c,
+        preexec_fn=heed_signals,
     ) as run:
         assert run.stderr is not None
         for _ in range(2):
