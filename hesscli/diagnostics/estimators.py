@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,6 +21,7 @@ from hesscli.engines.hutchinson.table import Sharing
 from hesscli.engines.per_example import ExactDiagonal
 from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.errors import HesscliError, UsageError
+from hesscli.meter import OnStep, go_on
 from hesscli.operators.base import Operator
 from hesscli.operators.exactness import Exactness, exact_parameters, require_output_hessian
 from hesscli.operators.gauss_newton import (
@@ -98,9 +98,7 @@ def probe_range(probes: int | tuple[int, int] | None) -> tuple[int, int | None]:
     return first, fixed
 
 
-def choose(
-    operator: Operator, method: str, draw: Draw, on_step: Callable[[], object] = lambda: None
-) -> Choice:
+def choose(operator: Operator, method: str, draw: Draw, on_step: OnStep = go_on) -> Choice:
     """The estimator of a matrix.
 
     Args:
@@ -116,17 +114,17 @@ def choose(
     if method not in METHODS:
         raise UsageError("no such method", repr(method), f"one of {', '.join(METHODS)}")
     if method in ("deflated", "stratified", "hutchinson"):
-        return _probed(operator, method, draw)
+        return _probed(operator, method, draw, on_step)
     try:
         return _split(operator, method, draw, on_step)
     except HesscliError as error:
         if method != "auto":
             raise
         reason = f"probes of the whole matrix: {error.what}, {error.got}"
-        return _probed(operator, "auto", draw, reason)
+        return _probed(operator, "auto", draw, on_step, reason)
 
 
-def _split(operator: Operator, method: str, draw: Draw, on_step: Callable[[], object]) -> Choice:
+def _split(operator: Operator, method: str, draw: Draw, on_step: OnStep) -> Choice:
     """The Gauss-Newton part from gradients, the rest of the Hessian from probes.
 
     Raises:
@@ -173,7 +171,7 @@ def _split(operator: Operator, method: str, draw: Draw, on_step: Callable[[], ob
             f"Gauss-Newton part from {'random columns' if sampled else passes}; probes for the "
             f"rest in {len(curved)} of {len(exactness)} tensors: {curved[0].reason}"
         )
-        rethink = partial(_better, draw=draw) if method == "auto" else None
+        rethink = partial(_better, draw=draw, on_step=on_step) if method == "auto" else None
     elif sampled:
         note = "random columns of the output Hessian; the rest of the diagonal is zero"
     else:
@@ -182,7 +180,9 @@ def _split(operator: Operator, method: str, draw: Draw, on_step: Callable[[], ob
     return Choice(estimator, name, note, exactness, rethink, splits=True)
 
 
-def _probed(operator: Operator, method: str, draw: Draw, reason: str = "as asked for") -> Choice:
+def _probed(
+    operator: Operator, method: str, draw: Draw, on_step: OnStep, reason: str = "as asked for"
+) -> Choice:
     """All of the matrix from probes."""
     estimator = Estimator(
         operator,
@@ -190,7 +190,7 @@ def _probed(operator: Operator, method: str, draw: Draw, reason: str = "as asked
         entries=draw.entries,
     )
     name = "hutchinson" if method == "auto" else method
-    rethink = partial(_better, draw=draw) if method == "auto" else None
+    rethink = partial(_better, draw=draw, on_step=on_step) if method == "auto" else None
     return Choice(estimator, name, reason, rethink=rethink)
 
 
@@ -210,7 +210,9 @@ def _hutchinson(
     )
 
 
-def _better(estimator: Estimator, needed: float, draw: Draw) -> tuple[Estimator, str] | None:
+def _better(
+    estimator: Estimator, needed: float, draw: Draw, on_step: OnStep
+) -> tuple[Estimator, str] | None:
     """What needs fewer products than the many that plain probes still would."""
     if needed > estimator.parameters.size:
         return _units(estimator, draw), _foretold(needed, "the unit vectors are fewer")
@@ -220,12 +222,15 @@ def _better(estimator: Estimator, needed: float, draw: Draw) -> tuple[Estimator,
     operator = probes.operator
     layers = len(operator.parameters.layers)
     design: Design
-    if 1 < layers <= _MANY_PROBES and (ratio := stratified_ratio(operator, draw.seed)) < 0.5:
+    if (
+        1 < layers <= _MANY_PROBES
+        and (ratio := stratified_ratio(operator, draw.seed, on_step)) < 0.5
+    ):
         design = Stratified(operator)
         why = f"probes by layer, which take {ratio:.0%} of the work"
     else:
         steps = min(DEFLATION_STEPS, BASIS_BYTES // (8 * operator.parameters.size))
-        if steps < 2 or common_share(operator, draw.seed) < COMMON_SHARE:
+        if steps < 2 or common_share(operator, draw.seed, on_step) < COMMON_SHARE:
             return None
         stream = draw.stream(operator.parameters, exact=True)
         design = Deflated(operator, steps, draw.seed, stream, estimator.parameters)

@@ -159,7 +159,12 @@ class Study:
     def steps(self) -> Iterator[Snapshot]:
         """The window, the solve, ranking and predictions, other dampings, and true losses."""
         self.collected = yield from collect(
-            self.run.operator, self.empty, self.options, self.seed, self._is_enough
+            self.run.operator,
+            self.empty,
+            self.options,
+            self.seed,
+            self._is_enough,
+            self.run.clock.watch,
         )
         self.solving = Solving(self.run.operator, self.collected.fisher, self.right, self.refine)
         yield from self.solving.steps()

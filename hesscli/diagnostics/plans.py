@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from scipy.special import ndtri
@@ -24,7 +23,7 @@ from hesscli.engines.hutchinson.table import Table
 from hesscli.memory import available_bytes
 from hesscli.operators.base import Operator
 from hesscli.parameters import Parameter
-from hesscli.results import PlannedCommand, Snapshot
+from hesscli.results import PlannedCommand
 from hesscli.streams import key
 from hesscli.units import human_bytes
 
@@ -111,8 +110,7 @@ def run_pilot(run: Run, method: str, seed: int) -> Pilot:
     """One batch of what is exact, else two fresh probes on each of up to sixteen batches."""
     operator, problem = run.operator, run.problem
     draw = Draw(key(_PILOT_SEED, seed), entries=Entries(problem.parameters, problem.device))
-    meter, pilot = operator.meter, Snapshot(phase="pilot")
-    on_step = partial(run.clock.within_budget, pilot)
+    meter, on_step = operator.meter, run.clock.watch("pilot")
     choice = choose(operator, method, replace(draw, batches=1), on_step)
     chosen, probes = meter.gradients, 0
     if not choice.estimator.exact:

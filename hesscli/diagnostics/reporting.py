@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from hesscli.results import (
     MethodReport,
     ParameterReport,
     Preflight,
-    Snapshot,
     Status,
 )
 
@@ -47,8 +45,7 @@ def rounding_of(run: Run, choice: Choice) -> Rounding:
 
 def chosen(run: Run, method: str, draw: Draw) -> Choice:
     """The estimator of a run's matrix, chosen within its time."""
-    choosing = Snapshot(phase="choosing a method")
-    return choose(run.operator, method, draw, partial(run.clock.within_budget, choosing))
+    return choose(run.operator, method, draw, run.clock.watch("choosing a method"))
 
 
 def estimation(

@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from hesscli.errors import BudgetError, UsageError
-from hesscli.meter import Meter
+from hesscli.meter import Meter, OnStep
 from hesscli.operators.base import Operator
 from hesscli.operators.gauss_newton import EmpiricalFisher, Fisher, GaussNewton
 from hesscli.operators.hessian import Hessian
@@ -71,6 +72,12 @@ class Clock:
         if self.spent > 1:
             raise self._no_time_for(snapshot)
         return False
+
+    def watch(self, phase: str) -> OnStep:
+        """What work of unknown length calls between its steps; raises as :meth:`within_budget`."""
+        snapshot = Snapshot(phase=phase)
+        self.within_budget(snapshot)
+        return partial(self.within_budget, snapshot)
 
     def _no_time_for(self, snapshot: Snapshot) -> BudgetError:
         """What is said where there is no result by then."""
@@ -199,8 +206,7 @@ def started(problem: Problem, matrix: str, mode: str, clock: Clock) -> Iterator[
     """
     build, meter = matrix_named(matrix), Meter()
     problem.prove(clock.within_budget, meter)
-    clock.within_budget(Snapshot(phase="preflight"))
-    flight = checked(problem, build, mode)
+    flight = checked(problem, build, mode, clock.watch("preflight"))
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
         yield Run(build(problem, mode=flight.mode, meter=meter), flight, clock)
 

@@ -12,6 +12,7 @@ import torch
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
+from hesscli.meter import OnStep
 from hesscli.operators.base import Operator
 from hesscli.operators.per_example.rows import Rows, fitting_kind
 from hesscli.parameters import Parameters
@@ -129,6 +130,7 @@ def collect(
     options: WindowOptions,
     seed: int,
     enough: Callable[[int], bool],
+    watch: Callable[[str], OnStep],
 ) -> Generator[Snapshot, None, Collected]:
     """Fill an empty window with a problem's gradients, and make it the matrix that it stands for.
 
@@ -138,6 +140,7 @@ def collect(
         options: which and how many.
         seed: of sampled rows.
         enough: whether so many rows must do, for want of time.
+        watch: of a phase makes what looks at the time between its steps.
 
     Raises:
         UsageError: rows or blocks that cannot be.
@@ -153,8 +156,7 @@ def collect(
             break
     damping = _damping(window, options)
     sizes = block_sizes(problem.parameters, options.blocks, window.count)
-    yield Snapshot(phase="inverting")
-    fisher = StaticFisher(window, damping, blocks=sizes)
+    fisher = StaticFisher(window, damping, blocks=sizes, on_step=watch("inverting"))
     return Collected(window, fisher, sizes, kind, reason, options, cut_short)
 
 
