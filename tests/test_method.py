@@ -299,17 +299,21 @@ def estimates(operator: Operator, method: str, seeds: int, probes: int) -> list[
     return found
 
 
-@pytest.fixture(scope="module")
-def matrices() -> Dense:
+def shared_outliers(*sizes: int) -> Dense:
     """Four batches' matrices: outliers that they share, and each its own indefinite rest."""
-    generator = torch.Generator().manual_seed(8)
-    common = torch.randn(24, 3, generator=generator, dtype=torch.float64)
-    own = torch.randn(4, 24, 24, generator=generator, dtype=torch.float64)
+    generator, size = torch.Generator().manual_seed(8), sum(sizes)
+    common = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    own = torch.randn(4, size, size, generator=generator, dtype=torch.float64)
     return Dense.of(
         common @ common.T * 3 + (own + own.mT) / 4,
         masses=[1.0, 2.0, 1.5, 0.5],
-        layers={"first": 10, "second": 8, "third": 6},
+        layers=dict(zip(("first", "second", "third"), sizes, strict=True)),
     )
+
+
+@pytest.fixture(scope="module")
+def matrices() -> Dense:
+    return shared_outliers(10, 8, 6)
 
 
 @pytest.mark.parametrize("method", ["stratified", "deflated", "hutchinson"])
@@ -422,13 +426,15 @@ def test_the_regime_test_tells_layers_from_their_borders() -> None:
         assert exact / 6 < stratified_ratio(operator, 0) < 6 * exact
 
 
-def test_many_probes_ahead_change_the_design(matrices: Dense) -> None:
+def test_many_probes_ahead_change_the_design() -> None:
+    """Where there are more parameters than probes are foretold; else unit vectors would do."""
+    matrices = shared_outliers(300, 240, 180)
     choice = choose(matrices, "auto", Draw(3))
     assert "hidden" in choice.note or "step" in choice.note  # why there is no Gauss-Newton part
 
     def standing(estimator: Estimator, reading: Reading) -> Standing:
         share = reading.random_share
-        return Standing(float(reading.half_width[-1]), 0.02 * truth, 0.0, share)
+        return Standing(float(reading.half_width[-1]), 0.05 * truth, 0.0, share)
 
     truth = float(matrices.to_dense().trace())
     run = Estimation(choice.estimator, standing, 0.05, Rounding(0.0), choice.rethink)
@@ -437,7 +443,7 @@ def test_many_probes_ahead_change_the_design(matrices: Dense) -> None:
     assert outcome.turn is not None
     assert "the first probes foretold" in outcome.turn
     assert outcome.estimator is not choice.estimator
-    assert abs(float(outcome.reading.estimate[-1]) - truth) < 0.04 * abs(truth)
+    assert abs(float(outcome.reading.estimate[-1]) - truth) < 0.1 * abs(truth)
 
 
 def test_deflation_takes_the_outliers_and_strata_leave_out_the_borders(matrices: Dense) -> None:

@@ -252,7 +252,7 @@ def test_the_observer_can_stop_a_run(relu: hesscli.Problem, after: int) -> None:
     truth = sum(layer_traces(relu).values())
     low, high = result.trace.interval
     assert low <= truth <= high
-    assert [s.phase for s in seen if s.phase != "probing"][-1] == "preflight"
+    assert [s.phase for s in seen if s.phase != "probing"][-1] == "choosing a method"
 
 
 def test_progress_tells_the_truth(relu: hesscli.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
