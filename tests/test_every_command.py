@@ -111,6 +111,13 @@ def test_an_interrupted_run_prints_its_result(command: str, tmp_path: Path) -> N
     jsonschema.validate(document, schema())
 
 
+def test_a_run_names_the_tolerance_that_it_kept_or_missed(ran: Ran) -> None:
+    wanted, status = ran.document["method"]["rtol"], ran.document["status"]
+    assert (wanted is None) == (ran.command == "toy")  # it has none
+    if wanted is not None and status in ("converged", "budget"):
+        assert f"the tolerance of {100 * wanted:g}%" in " ".join(ran.stdout.split())
+
+
 @pytest.mark.parametrize("command", MEASURED)
 def test_help_names_the_command_and_its_options(command: str, capsys) -> None:
     assert main(["--help"]) == 0

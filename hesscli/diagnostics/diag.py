@@ -231,7 +231,7 @@ def diagonal(
         found = Found(problem, outcome, faced, rule, confidence)
         return DiagResult(
             status=outcome.status,
-            method=_method(method_report(choice, outcome, draw, run.flight), faced),
+            method=_method(method_report(choice, outcome, draw, tolerance, run.flight), faced),
             cost=run.cost(),
             trace=total(problem, choice, outcome, confidence),
             diagonal=found.report(),

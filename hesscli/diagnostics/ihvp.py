@@ -241,6 +241,7 @@ def report(study: Study, source: str) -> IhvpResult:
         status=study.status,
         method=MethodReport(
             name="mfac",
+            rtol=study.refine if study.rank is None else study.rank.rtol,
             seed=study.seed,
             mode=run.flight.mode,
             attention_kernel=run.flight.attention_kernel,

@@ -69,7 +69,9 @@ def estimated(
     return measurement.outcome(drive(run.clock, measurement))
 
 
-def method_report(choice: Choice, outcome: Outcome, draw: Draw, flight: Preflight) -> MethodReport:
+def method_report(
+    choice: Choice, outcome: Outcome, draw: Draw, tolerance: Tolerance, flight: Preflight
+) -> MethodReport:
     """What was chosen, why, and what repeats it."""
     return MethodReport(
         name=choice.name,
@@ -78,6 +80,8 @@ def method_report(choice: Choice, outcome: Outcome, draw: Draw, flight: Prefligh
         probe_design=draw.sharing,
         num_probes=outcome.estimator.num_probes,
         looks=outcome.looks,
+        rtol=tolerance.relative,
+        atol=tolerance.absolute,
         mode=flight.mode,
         attention_kernel=flight.attention_kernel,
         note="; ".join(filter(None, (choice.note, outcome.turn))),

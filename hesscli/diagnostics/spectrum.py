@@ -302,6 +302,7 @@ def _result(
             probe_distribution="gaussian",
             probe_design="shared",
             num_probes=len(found.runs),
+            rtol=study.plan.goal,
             mode=run.flight.mode,
             attention_kernel=run.flight.attention_kernel,
             note=_note(found),

@@ -73,7 +73,7 @@ def trace(
         outcome = estimated(run, choice, goal, 1 - confidence, fixed)
         return TraceResult(
             status=outcome.status,
-            method=method_report(choice, outcome, draw, run.flight),
+            method=method_report(choice, outcome, draw, tolerance, run.flight),
             cost=run.cost(),
             trace=total(problem, choice, outcome, confidence),
             layers=tuple(layers(problem, outcome, tolerance)),
