@@ -24,6 +24,7 @@ from hesscli.engines.diagonal import student_scale
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.per_example.rows import Rows
+from hesscli.problem.losses import StepLoss
 from hesscli.results import IhvpResult, Snapshot
 from hesscli.vocabulary import RowKind
 
@@ -513,3 +514,19 @@ def test_predictions_from_a_quarter_of_the_examples_hold(seeds: int) -> None:
     assert min(errors) > 0
     # Two layers of a run share its examples: as many independent draws as runs, at worst.
     assert np.mean(held) >= binom.ppf(1e-3, seeds, 0.93) / seeds
+
+
+def test_rows_that_are_not_to_be_had_are_planned_and_told() -> None:
+    """A step's rows are its batches: eight of them rank nothing, and no larger window helps."""
+
+    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(1, 4), torch.randn(1, 1)) for _ in range(8)]
+    problem = hesscli.Problem(nn.Linear(4, 1), StepLoss(step, "step"), batches)
+    (planned,) = (p for p in hesscli.check(problem).plan.commands if p.command == "ihvp")
+    assert "16 rows, and 8 are to be had" in planned.note
+    with pytest.raises(UsageError, match="16 rows") as raised:
+        hesscli.sensitivity(problem)
+    assert "16 batches" in raised.value.hint

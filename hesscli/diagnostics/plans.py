@@ -16,7 +16,7 @@ from hesscli.diagnostics.predictions import changes_of
 from hesscli.diagnostics.run import Run, beyond, peak_bytes
 from hesscli.diagnostics.saliency import GROUPS
 from hesscli.diagnostics.solve import RELATIVE
-from hesscli.diagnostics.window import WindowOptions, block_sizes
+from hesscli.diagnostics.window import FEWEST_ROWS, WindowOptions, block_sizes, rows_to_be_had
 from hesscli.engines.diagonal import Diagonal
 from hesscli.engines.entries import Entries
 from hesscli.engines.hutchinson.table import Table
@@ -161,7 +161,7 @@ def plan_ihvp(
         budget: seconds that the command will be given.
     """
     problem = operator.problem
-    size, rows = problem.parameters.size, options.count(problem)
+    size, rows = problem.parameters.size, rows_to_be_had(problem, options)
     largest = max(block_sizes(problem.parameters, options.blocks, rows) or (size,))
     gradients = problem.prove().gradients + _ROW_GRADIENTS * rows / problem.data.count
     products = 1 + len(RELATIVE)
@@ -184,6 +184,8 @@ def plan_ihvp(
         f"{changes} changes of {len(problem.layer_names)} layers, at most: batches are seen until "
         "all predictions are known to 20%",
     ]
+    if rows < FEWEST_ROWS:
+        notes.append(f"refused: a ranking takes {FEWEST_ROWS} rows, and {rows} are to be had")
     if options.file is None and window > available_bytes(problem.device):
         notes.append(
             "more than the memory that is free: a smaller --window, --window-dtype "

@@ -104,7 +104,9 @@ def repeats(
         raise UsageError(
             f"no ranking without its confidence, which takes {2 * GROUPS} rows",
             f"{window.count} rows",
-            "a larger --window, or other --rows",
+            "a larger --window"
+            if window.count == window.capacity
+            else f"more --examples, in {2 * GROUPS} batches or more where batches are the rows",
         )
     group = torch.arange(window.count, device=window.device) % GROUPS
 

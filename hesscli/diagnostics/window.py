@@ -160,6 +160,16 @@ def collect(
     return Collected(window, fisher, sizes, kind, reason, options, cut_short)
 
 
+def rows_to_be_had(problem: Problem, options: WindowOptions) -> int:
+    """As many as the window has room for, or as the data give.
+
+    Raises:
+        UsageError: rows that cannot be.
+    """
+    kind, _ = _kind(problem, options.rows)
+    return int(min(options.count(problem), Rows(problem, kind).available))
+
+
 def block_sizes(parameters: Parameters, rule: str, rows: int) -> tuple[int, ...] | None:
     """Sizes of consecutive blocks, none of which reaches beyond a layer; None for a whole one.
 
