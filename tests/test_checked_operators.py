@@ -128,9 +128,9 @@ def test_checks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     known = checks.preflight
 
-    def counted(problem: Problem, make: type[Any], mode: str = "auto") -> Any:
+    def counted(problem: Problem, make: type[Any], mode: str, *others: Any) -> Any:
         made.append((make.name, mode))
-        return known(problem, make, mode)
+        return known(problem, make, mode, *others)
 
     monkeypatch.setattr(checks, "preflight", counted)
     problem = problem_of(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
