@@ -13,7 +13,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from program import SUNSPOTS, hesscli_warm
+from program import SUNSPOTS, hesscli_warm, three_lines
 from toy import TOY
 
 import hesscli
@@ -109,6 +109,35 @@ def test_an_interrupted_run_prints_its_result(command: str, tmp_path: Path) -> N
     document = json.loads(run.stdout)
     assert document["status"] == "interrupted"
     jsonschema.validate(document, schema())
+
+
+@pytest.mark.parametrize("command", MEASURED)
+def test_a_budget_too_small_exits_5_and_says_what_would_do(command: str, tmp_path: Path) -> None:
+    run = hesscli_warm(command, SUNSPOTS, "--budget", "0.001s", "--dir", "-", cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (ExitCode.TOLERANCE, ""), run.stderr
+    _, _, advice = three_lines(run.stderr)
+    assert "--budget" in advice
+
+
+@pytest.mark.parametrize("command", MEASURED)
+def test_warnings_of_products_are_said(command: str, tmp_path: Path) -> None:
+    few = (*FEW.get(command, ()), "--mode", "finite-difference", "--out", "json", "--dir", "-")
+    run = hesscli_warm(command, SUNSPOTS, *few, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "products are central differences" in run.stderr
+    assert any("central differences" in told for told in json.loads(run.stdout)["warnings"])
+
+
+def test_plans_are_within_a_factor_of_two_of_the_runs(tmp_path: Path) -> None:
+    """In gradients, which no machine changes: of every command that ``check`` plans."""
+    shown = ("--out", "json", "--dir", "-")
+    checked = hesscli_warm("check", SUNSPOTS, *shown, cwd=tmp_path)
+    planned = json.loads(checked.stdout)["plan"]["commands"]
+    assert {plan["command"] for plan in planned} == set(MEASURED) - {"toy"}
+    for plan in planned:
+        run = hesscli_warm(plan["command"], SUNSPOTS, *shown, cwd=tmp_path)
+        taken = json.loads(run.stdout)["cost"]["gradients"]
+        assert taken / 2 <= plan["gradients"] <= 2 * taken, (plan, taken)
 
 
 def test_a_run_names_the_tolerance_that_it_kept_or_missed(ran: Ran) -> None:

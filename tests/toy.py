@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,18 +13,13 @@ from rich.table import Table
 from hesscli.cli import options
 from hesscli.cli.usage import Usage
 from hesscli.commands import Command
+from hesscli.diagnostics.measurement import drive
 from hesscli.diagnostics.reporting import described
-from hesscli.diagnostics.run import environment
+from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.problem.problem import Problem
-from hesscli.results import Answer, Cost, Layer, MethodReport, Observe, Snapshot
+from hesscli.results import Answer, Layer, MethodReport, Observe, Snapshot
 
-TOY = Command(
-    usage="toy:USAGE",
-    result="toy:ToyResult",
-    measure="toy:measure",
-    table="toy:table",
-    figures="toy:figures",
-)
+TOY = Command("toy:USAGE", "toy:ToyResult", "toy:measure", "toy:table", "toy:figures")
 USAGE = Usage(
     help="Find the mean size of each layer's gradient.",
     examples="Examples:\n\n  hesscli toy model.pt",
@@ -48,36 +42,45 @@ class ToyResult(Answer):
     layers: tuple[ToyLayer, ...]
 
 
+class Gradients:
+    """The mean gradient over the batches seen so far."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.total, self.seen = run, 0.0, 0.0
+
+    @property
+    def ready(self) -> bool:
+        return self.seen > 0
+
+    def steps(self) -> Iterator[Snapshot]:
+        problem, parameters = self.run.problem, self.run.problem.parameters
+        for batch in problem.batches():
+            parts = torch.autograd.grad(problem.evaluate(batch.data), parameters.tensors)
+            self.total = self.total + batch.weight * parameters.flatten(parts)
+            self.seen += batch.weight
+            self.run.operator.meter.add(1.0, batch.weight)
+            yield Snapshot(phase="taking gradients", done=self.seen, total=1.0)
+
+
 def measure(
     problem: Problem, *, matrix: str, budget: float, seed: int, mode: str, observe: Observe
 ) -> ToyResult:
-    began, total, seen, status = time.monotonic(), 0.0, 0.0, "exact"
-    parameters = problem.parameters
-    try:
-        for batch in problem.batches():
-            parts = torch.autograd.grad(problem.evaluate(batch.data), parameters.tensors)
-            total, seen = total + batch.weight * parameters.flatten(parts), seen + batch.weight
-            observe(Snapshot(phase="taking gradients", done=seen, total=1.0))
-            if time.monotonic() - began > budget:
-                status = "budget"
-                break
-    except KeyboardInterrupt:
-        status = "interrupted"
-    sizes = [float((total / seen)[place].abs().mean()) for place in parameters.layer_places()]
-    layers = []
-    for name, size in zip(parameters.layers, sizes, strict=True):
-        owned, count = parameters.in_layer(name), sum(p.numel for p in parameters.in_layer(name))
-        tensors = described(owned)
-        layers += [ToyLayer(name=name, num_parameters=count, parameters=tensors, size=size)]
-    return ToyResult(
-        status=status,
-        problem=problem.report(matrix),
-        method=MethodReport(name="backward", seed=seed, mode=mode, attention_kernel="own"),
-        cost=Cost(products=0, gradients=seen, seconds=time.monotonic() - began, peak_bytes=0),
-        layers=tuple(layers),
-        environment=environment(problem.device),
-        warnings=problem.warnings,
-    )
+    with started(problem, matrix, mode, Clock(budget, observe)) as run:
+        found, parameters, layers = Gradients(run), problem.parameters, []
+        status = drive(run.clock, found) or "exact"
+        for name, place in zip(parameters.layers, parameters.layer_places(), strict=True):
+            size, count = (
+                float((found.total / found.seen)[place].abs().mean()),
+                place.stop - place.start,
+            )
+            tensors = described(parameters.in_layer(name))
+            layers += [ToyLayer(name=name, num_parameters=count, parameters=tensors, size=size)]
+        method = MethodReport(
+            name="backward", seed=seed, mode=run.flight.mode, attention_kernel="own"
+        )
+        return ToyResult(
+            status=status, method=method, cost=run.cost(), layers=tuple(layers), **run.header()
+        )
 
 
 def table(result: ToyResult, full: bool = False) -> Table:
