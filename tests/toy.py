@@ -19,7 +19,8 @@ from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.problem.problem import Problem
 from hesscli.results import Answer, Layer, MethodReport, Observe, Snapshot
 
-TOY = Command("toy:USAGE", "toy:ToyResult", "toy:measure", "toy:table", "toy:figures")
+_PARTS = {"usage": "USAGE", "result": "ToyResult", "measure": "measure", "table": "table"}
+TOY = Command(figures="toy:figures", **{part: f"toy:{name}" for part, name in _PARTS.items()})
 USAGE = Usage(
     help="Find the mean size of each layer's gradient.",
     examples="Examples:\n\n  hesscli toy model.pt",
