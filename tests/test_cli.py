@@ -385,6 +385,22 @@ def test_a_terminal_without_unicode(tmp_path: Path) -> None:
     assert "hidden1" in run.stdout
 
 
+@pytest.mark.parametrize("line", [["trace", "--help"], ["schema"]])
+def test_a_reader_that_leaves_early_is_no_error(line: list[str]) -> None:
+    with subprocess.Popen(
+        [*HESSCLI, *line],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        told = run.stderr.read()
+    assert (run.returncode, told) == (0, "")
+
+
 def heed_signals() -> None:
     """Background jobs inherit ignored signals, and the suite may run as one."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
