@@ -105,17 +105,17 @@ def _until(budget: float | None, observe: Observe | None) -> Observe | None:
 
 
 def _not_read(snapshot: Snapshot, budget: float) -> HesscliError:
-    read = f"{snapshot.done or 0:.0f} examples read in {budget:.3g} s"
+    read = f"{snapshot.done or 0:.0f}"
     if snapshot.total is None:
         return InputError(
             "the data did not end within the budget",
-            read,
+            f"{read} examples read in {budget:.3g} s",
             f"--examples first:{Selection.usual}, which reads no more than those",
         )
     return BudgetError(
         "the budget ended before the data were read",
-        f"{read}, of {snapshot.total:.0f}",
-        "a larger --budget, or fewer --examples",
+        f"{read} of {snapshot.total:.0f} examples, in the {budget:.3g} s that start-up had left",
+        "a larger --budget: 10 s and more leave room for torch to start",
     )
 
 
