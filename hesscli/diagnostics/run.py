@@ -86,7 +86,7 @@ class Clock:
         return BudgetError(
             "the budget ended before there was a result",
             f"{self.seconds:.1f} s, then still at {snapshot.phase}",
-            f"--budget {wanted}s, or fewer --examples",
+            f"a --budget that is {wanted} s larger, or fewer --examples",
         )
 
 
