@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,3 +158,14 @@ def test_no_modules_import_each_other_round_about() -> None:
         for name in free:
             del imports[name]
     assert not imports, f"in or behind a circle: {', '.join(sorted(imports))}"
+
+
+@pytest.mark.parametrize("script", sorted(Path(__file__).parent.rglob("benchmarks/*.py")), ids=str)
+def test_benchmarks_import_what_there_is(script: Path) -> None:
+    """They are run by hand, so that nothing else would tell."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hesscli"):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                known = hasattr(module, alias.name)
+                assert known or importlib.util.find_spec(f"{node.module}.{alias.name}"), alias.name

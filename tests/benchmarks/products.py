@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscli
 from hesscli.cli.process import keep_freed_memory
-from hesscli.operators.base import Term
+from hesscli.operators.base import LiveTerm
 from hesscli.operators.hessian import Hessian
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
@@ -74,7 +74,7 @@ class FirstBatches(Hessian):
 
     count: int | None = None
 
-    def batches(self) -> Iterator[Term]:
+    def batches(self) -> Iterator[LiveTerm]:
         """The first ``count`` terms; None means all."""
         return islice(super().batches(), self.count)
 
