@@ -14,6 +14,7 @@ from hesscli.engines.entries import Entries
 from hesscli.engines.estimator import Estimator
 from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.operators.hessian import Hessian
+from hesscli.results import Snapshot
 
 if TYPE_CHECKING:
     from conftest import TimeIsUp
@@ -91,3 +92,28 @@ def test_plans_have_no_more_either(command: str) -> None:
     plan = hesscli.check(problem, rtol=1e-6).plan
     products = {planned.command: planned.products for planned in plan.commands}
     assert products[command] <= problem.parameters.size + 4
+
+
+def test_there_must_be_time_for_all_of_them(time_is_up_when: TimeIsUp) -> None:
+    """The first probes take two thirds of the budget: 27 products more are not to be had."""
+    late = time_is_up_when(lambda snapshot: snapshot.phase == "probing")
+
+    def observe(snapshot: Snapshot) -> bool:
+        late(snapshot)
+        return snapshot.phase == "probing" and (snapshot.done or 0) >= 40
+
+    result = hesscli.trace(problem_of(), rtol=1e-6, budget=1.5e9, observe=observe)
+    assert result.status == "interrupted"
+    assert result.method.num_probes >= 16
+    assert "unit vectors" not in result.method.note
+
+
+def test_they_are_no_answer_to_noise_of_the_data() -> None:
+    """Where no number of probes would do, neither would they."""
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    data = TensorDataset(torch.randn(400, 4, dtype=torch.float64), torch.randint(0, 3, (400,)))
+    part = hesscli.Problem(model, "cross_entropy", data, examples=64)
+    result = hesscli.trace(part, rtol=1e-3, budget=None)
+    assert result.status == "data-limited"
+    assert "unit vectors" not in result.method.note

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -211,10 +212,18 @@ def _hutchinson(
 
 
 def _better(
-    estimator: Estimator, needed: float, draw: Draw, on_step: OnStep
+    estimator: Estimator,
+    needed: float,
+    draw: Draw,
+    on_step: OnStep,
+    fits: Callable[[int], bool] = lambda _: True,
 ) -> tuple[Estimator, str] | None:
-    """What needs fewer products than the many that plain probes still would."""
-    if needed > estimator.parameters.size:
+    """What needs fewer products than the many that plain probes still would.
+
+    Unit vectors say nothing before the last of them, so that there must be time for all.
+    """
+    size = estimator.parameters.size
+    if size < needed < math.inf and fits(size):
         return _units(estimator, draw), _foretold(needed, "the unit vectors are fewer")
     probes = estimator.probes
     if probes is None or needed <= _MANY_PROBES:

@@ -132,7 +132,8 @@ class Standing:
 
 
 Goal = Callable[[Estimator, Reading], Standing]
-Rethink = Callable[[Estimator, float], tuple[Estimator, str] | None]
+Rethink = Callable[..., tuple[Estimator, str] | None]
+"""Of an estimator, and of the probes that it would take; more by keyword."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -182,6 +182,17 @@ class Run:
                 *warnings,
             ),
         }
+
+    def pace(self) -> Callable[[int], bool]:
+        """Whether so many products more fit into the budget, at their pace from now on."""
+        clock, meter = self.clock, self.operator.meter
+        began, before = clock.seconds, meter.products
+
+        def fits(products: int) -> bool:
+            each = (clock.seconds - began) / (meter.products - before)
+            return clock.budget is None or clock.seconds + each * products <= clock.budget
+
+        return fits
 
     def cost(self) -> Cost:
         """What it took so far, the proof included."""
