@@ -385,6 +385,14 @@ def test_a_terminal_without_unicode(tmp_path: Path) -> None:
     assert "hidden1" in run.stdout
 
 
+def test_plans_are_held_against_the_budget_that_was_typed(tmp_path: Path) -> None:
+    """And not against what the start of a process, which loads torch, has left of it."""
+    long = ("--method", "hutchinson", "--rtol", "0.0001%", "--budget", "20s")
+    run = hesscli_run("check", SUNSPOTS, *long, "--out", "json", "--dir", "-", cwd=tmp_path)
+    notes = {p["command"]: p["note"] for p in json.loads(run.stdout)["plan"]["commands"]}
+    assert "beyond --budget 20s" in notes["trace"]
+
+
 @pytest.mark.parametrize("line", [["trace", "--help"], ["schema"]])
 def test_a_reader_that_leaves_early_is_no_error(line: list[str]) -> None:
     with subprocess.Popen(

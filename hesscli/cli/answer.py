@@ -45,8 +45,9 @@ def answer(
         console.warn(*problem.warnings)
         shown = select_layers(given.get("layers") or (), problem)
         folder = prepare_output(given["directory"], problem.checkpoint)
-        left = {**given, "budget": console.left(budget)}
-        measure = prepared(command, usage, problem, left, shown)
+        if issubclass(resolve_name(command.result), Answer):  # all else only plans with it
+            given = {**given, "budget": console.left(budget)}
+        measure = prepared(command, usage, problem, given, shown)
         result = measure(observe=observe)
     console.warn(*(text for text in result.warnings if text not in problem.warnings))
     if not isinstance(result, Answer):
