@@ -8,26 +8,24 @@ the number of parameters. Random columns in their place are unbiased.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hesscli import streams
+from hesscli.engines.cells import Cells
 from hesscli.engines.entries import Stream
-from hesscli.engines.hutchinson.table import Array
 from hesscli.errors import UsageError
-from hesscli.meter import Meter
 from hesscli.operators.base import BLOCK_BYTES
 from hesscli.operators.source import ByExample, Pass
-from hesscli.parameters import LayerSums
 
 _DRAWS = 0xD4A35
 """Separates label streams from other uses of a seed."""
 
 
-class ExactDiagonal:
+class ExactDiagonal(Cells):
     """diag G over a matrix's batches: a table of traces, and the entries if they are wanted.
 
     Args:
@@ -37,8 +35,7 @@ class ExactDiagonal:
         batches: only so many of the first batches (a pilot), default all.
         stream: takes the estimates of single entries, where they are wanted.
 
-    ``cells[b]`` is ``(draws, L + 1)``, as Hutchinson's tables have it: a batch's traces by layer
-    and in the last column their sum, without weight decay; one row where they are exact.
+    A batch has an estimate for each draw, or one that is exact.
 
     Raises:
         UsageError: the loss's output Hessian is not known, an example's gradient does not
@@ -56,7 +53,8 @@ class ExactDiagonal:
         batches: int | None = None,
         stream: Stream | None = None,
     ) -> None:
-        self.operator, self.sampled, self.seed = operator, sampled, seed
+        super().__init__(operator, batches=batches, stream=stream)
+        self.sampled, self.seed, self.least = sampled, seed, 2 if sampled else 1
         self.passes = operator.passes()
         found = self.passes.columns
         self.num_columns = found.num_columns
@@ -66,38 +64,6 @@ class ExactDiagonal:
                 f"{self.num_columns} columns",
                 "--method split, which draws columns",
             )
-        self._sums, self.stream = LayerSums(operator.parameters), stream
-        self.indices = operator.indices[:batches]
-        empty: Array = np.empty((0, self._sums.num_layers + 1))
-        self.cells = dict.fromkeys(self.indices, empty)
-
-    @property
-    def meter(self) -> Meter:
-        """The operator's."""
-        return self.operator.meter
-
-    @property
-    def streams(self) -> list[Stream]:
-        """Where single entries are kept, if they are."""
-        return [] if self.stream is None else [self.stream]
-
-    @property
-    def count(self) -> int:
-        """Random columns that every batch in the table has had; 1 where it is exact."""
-        return min((len(self.cells[i]) for i in self.seen), default=0)
-
-    @property
-    def seen(self) -> list[int]:
-        """Batches that are complete; random columns need two for their error bar."""
-        return [i for i in self.indices if len(self.cells[i]) >= (2 if self.sampled else 1)]
-
-    def aligned(self, indices: Sequence[int]) -> list[Array]:
-        """The cells of some batches, of equal length where entries are kept.
-
-        Entries know nothing of a round that is not complete but is not the first.
-        """
-        common = None if self.stream is None else self.count
-        return [self.cells[i][:common] for i in indices]
 
     def extend(self, draws: int = 1) -> Iterator[None]:
         """Bring every batch to so many random columns, or to its exact diagonal.

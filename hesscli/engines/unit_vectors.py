@@ -2,62 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.engines.cells import Cells
 from hesscli.engines.entries import Stream
-from hesscli.engines.hutchinson.table import Array
-from hesscli.meter import Meter
 from hesscli.operators.source import Source, Term
-from hesscli.parameters import LayerSums
 
 
-class UnitVectors:
+class UnitVectors(Cells):
     """eᵢᵀ A eᵢ for every entry i, batch by batch: what d products tell, and no probe adds to.
 
     Args:
         operator: A.
         stream: takes the entries, where they are wanted.
-
-    ``cells[b]`` is ``(1, L + 1)``: a batch's traces by layer, and in the last column their sum,
-    without weight decay.
     """
 
     phase = "multiplying unit vectors"
     sampled = False
+    least = 1
 
     def __init__(self, operator: Source, stream: Stream | None = None) -> None:
-        self.operator, self.stream = operator, stream
-        self._sums, self.indices = LayerSums(operator.parameters), operator.indices
-        empty: Array = np.empty((0, self._sums.num_layers + 1))
-        self.cells = dict.fromkeys(self.indices, empty)
-
-    @property
-    def meter(self) -> Meter:
-        """The operator's."""
-        return self.operator.meter
-
-    @property
-    def streams(self) -> list[Stream]:
-        """Where single entries are kept, if they are."""
-        return [] if self.stream is None else [self.stream]
-
-    @property
-    def count(self) -> int:
-        """1: there is nothing to repeat."""
-        return min((len(self.cells[i]) for i in self.seen), default=0)
-
-    @property
-    def seen(self) -> list[int]:
-        """Batches that are complete."""
-        return [i for i in self.indices if len(self.cells[i])]
-
-    def aligned(self, indices: Sequence[int]) -> list[Array]:
-        """The cells of some batches."""
-        return [self.cells[i] for i in indices]
+        super().__init__(operator, stream=stream)
 
     def extend(self, _draws: int = 1) -> Iterator[None]:
         """All batches, yielding after each block of products; one that is cut short is lost."""

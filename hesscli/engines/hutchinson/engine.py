@@ -9,22 +9,22 @@ diagonal of a matrix"), so that layers and single entries come with the total.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.engines.cells import Cells
 from hesscli.engines.entries import Stream
 from hesscli.engines.hutchinson.designs import Design, Plain, Probes
-from hesscli.engines.hutchinson.table import Array, Sharing, Table, reduce_table
-from hesscli.meter import Meter
+from hesscli.engines.hutchinson.table import Sharing, Table, reduce_table
 from hesscli.operators.source import Source, Term
-from hesscli.parameters import LayerSums, Parameters
+from hesscli.parameters import Parameters
 from hesscli.streams import Distribution
 
 
-class Hutchinson:
+class Hutchinson(Cells):
     """A batch × probe × layer table that grows round by round.
 
     Args:
@@ -39,10 +39,11 @@ class Hutchinson:
         design: from probes to estimates of a batch's diagonal; default one product each.
         stream: takes the estimates of single entries, where they are wanted.
 
-    ``cells[b]`` is ``(P_b, L + 1)``: vᵀAv by layer, and in the last column their sum.
+    A batch has an estimate vᵀAv for each probe.
     """
 
     phase = "probing"
+    least = 2
 
     def __init__(
         self,
@@ -57,30 +58,11 @@ class Hutchinson:
         design: Design | None = None,
         stream: Stream | None = None,
     ) -> None:
-        self.operator, self.sharing, self.first_probe = operator, sharing, first_probe
+        super().__init__(operator, batches=batches, whole=whole, stream=stream)
+        self.sharing, self.first_probe = sharing, first_probe
         self.distribution = distribution
         self.probes = Probes(operator, seed, sharing, distribution)
         self.design = Plain() if design is None else design
-        self.indices = operator.indices[:batches]
-        self._sums = LayerSums(operator.parameters, whole)
-        self.stream = stream
-        columns = self._sums.num_layers + 1
-        self.cells = {index: np.empty((0, columns)) for index in self.indices}
-
-    @property
-    def meter(self) -> Meter:
-        """The operator's."""
-        return self.operator.meter
-
-    @property
-    def count(self) -> int:
-        """Probes that every batch in the table has seen."""
-        return min((len(self.cells[i]) for i in self.seen), default=0)
-
-    @property
-    def seen(self) -> list[int]:
-        """Batches with the two probes that an error bar needs."""
-        return [i for i in self.indices if len(self.cells[i]) >= 2]
 
     def extend(self, num_probes: int) -> Iterator[None]:
         """Bring every batch to ``num_probes``, yielding after each block of products.
@@ -134,14 +116,9 @@ class Hutchinson:
 
     @property
     def streams(self) -> list[Stream]:
-        """Where single entries are kept, if they are."""
+        """The design's among them."""
         return [s for s in (self.stream, self.design.stream) if s is not None]
 
-    def aligned(self, indices: Sequence[int]) -> list[Array]:
-        """The cells of some batches: of equal length where probes are shared or entries kept.
-
-        Entries know nothing of a round that is not complete but is not the first.
-        """
-        together = self.sharing == "shared" or self.stream is not None
-        common = self.count if together else None
-        return [self.cells[i][:common] for i in indices]
+    @property
+    def _together(self) -> bool:
+        return self.sharing == "shared" or super()._together

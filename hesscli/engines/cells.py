@@ -1,0 +1,80 @@
+"""Estimates of a matrix's traces, batch by batch and layer by layer, as a table that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hesscli.engines.entries import Stream
+from hesscli.engines.hutchinson.table import Array
+from hesscli.meter import Meter
+from hesscli.operators.source import Source
+from hesscli.parameters import LayerSums, Parameters
+
+
+class Cells:
+    """What all engines have that estimate a diagonal.
+
+    Args:
+        operator: the matrix.
+        batches: only so many of the first batches (a pilot), default all.
+        whole: the network's parameters where the operator has but some of them; the table's
+            columns are the whole's layers.
+        stream: takes the estimates of single entries, where they are wanted.
+
+    ``cells[b]`` is ``(estimates, L + 1)``: a batch's traces by layer, and in the last column
+    their sum, without weight decay.
+    """
+
+    phase: str
+    """What the engine does, in words."""
+    least: int
+    """Estimates that a batch must have to count: two for an error bar, one where it is exact."""
+
+    def __init__(
+        self,
+        operator: Source,
+        *,
+        batches: int | None = None,
+        whole: Parameters | None = None,
+        stream: Stream | None = None,
+    ) -> None:
+        self.operator, self.stream = operator, stream
+        self.indices = operator.indices[:batches]
+        self._sums = LayerSums(operator.parameters, whole)
+        empty: Array = np.empty((0, self._sums.num_layers + 1))
+        self.cells = dict.fromkeys(self.indices, empty)
+
+    @property
+    def meter(self) -> Meter:
+        """The operator's."""
+        return self.operator.meter
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Where single entries are kept, if they are."""
+        return [] if self.stream is None else [self.stream]
+
+    @property
+    def count(self) -> int:
+        """Estimates that every batch in the table has."""
+        return min((len(self.cells[i]) for i in self.seen), default=0)
+
+    @property
+    def seen(self) -> list[int]:
+        """Batches that count."""
+        return [i for i in self.indices if len(self.cells[i]) >= self.least]
+
+    def aligned(self, indices: Sequence[int]) -> list[Array]:
+        """The cells of some batches, of equal length where entries are kept.
+
+        Entries know nothing of a round that is not complete but is not the first.
+        """
+        common = self.count if self._together else None
+        return [self.cells[i][:common] for i in indices]
+
+    @property
+    def _together(self) -> bool:
+        """Whether only what all batches have counts."""
+        return self.stream is not None
