@@ -214,6 +214,7 @@ def diagonal(
     Raises:
         UsageError: fewer than two probes, or a matrix, method or block that there is not.
         UnsoundError: the problem's curvature would mean nothing.
+        BudgetError: the time was not enough for a result.
         KeyboardInterrupt: stopped before there was any estimate.
     """
     first, fixed = probe_range(probes)

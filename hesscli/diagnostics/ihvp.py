@@ -474,6 +474,7 @@ def sensitivity(
     Raises:
         UsageError: rows, blocks or a window that cannot be, or a matrix that there is not.
         UnsoundError: the problem's curvature would mean nothing, or all gradients are zero.
+        BudgetError: the time was not enough for a solution.
         KeyboardInterrupt: stopped before there was a result.
     """
     options, rank = window or WindowOptions(), Ranking(rtol, verify)
@@ -518,7 +519,7 @@ def ihvp(
 
     Raises:
         UsageError: a vector of another length, and as for :func:`sensitivity`.
-        UnsoundError: as for :func:`sensitivity`.
+        UnsoundError: as for :func:`sensitivity`; so is BudgetError.
         KeyboardInterrupt: the observer wanted no more.
     """
     options = window or WindowOptions()

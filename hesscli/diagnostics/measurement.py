@@ -199,7 +199,7 @@ class Estimation:
         while self._status is None:
             yield from self._extend(probes)
             self._looks += 1
-            reading = self._read(self._look_miss(self._looks))
+            reading = self._read(self._miss_at(self._looks))
             self._status = self._settled(reading)
             if self._status is None:
                 self.estimator.balance()
@@ -211,14 +211,14 @@ class Estimation:
         Args:
             cut: what ended it before its own end.
         """
-        miss = self.miss if self.probes is not None else self._look_miss(self._looks or 1)
         if cut is None:
-            return self._outcome(self._status or "budget", self._read(miss))
+            reading = self._read(self._miss_at(self._looks))
+            return self._outcome(self._status or "budget", reading)
         if self._left is not None and self.estimator.coverage() < 1:
             self.estimator, miss = self._left  # what was known before says more
             return self._outcome(cut, self._read(miss))
         self._looks += 1
-        reading = self._read(self.miss if self.probes is not None else self._look_miss(self._looks))
+        reading = self._read(self._miss_at(self._looks))
         reached = cut == "budget" and self._standing(reading).reached
         return self._outcome("converged" if reached else cut, reading)
 
@@ -230,17 +230,18 @@ class Estimation:
         for count in rounds:
             yield from self._extend(count)
         self._looks = 1
-        self._status = self._settled(self._read(self.miss))
+        self._status = self._settled(self._read(self._miss_at(1)))
 
     def _first_look(self) -> int:
         return first_look(self.estimator.sharing, len(self.estimator.indices))
 
-    def _look_miss(self, look: int) -> float:
-        return miss_probability(self.miss, look)
+    def _miss_at(self, look: int) -> float:
+        """What a look may spend: all of it where there is but one."""
+        return self.miss if self.probes is not None else miss_probability(self.miss, look)
 
     def _outcome(self, status: Status, reading: Reading) -> Outcome:
         return Outcome(
-            status, self.estimator, reading, max(self._looks, 1), self.rounding, self._turn
+            status, self.estimator, reading, self._looks, self.rounding, self._turn
         )
 
     def _turns(self, reading: Reading) -> bool:
@@ -270,7 +271,7 @@ class Estimation:
 
     def _extend(self, probes: int) -> Iterator[Snapshot]:
         """Bring the estimator to so many probes."""
-        miss = self.miss if self.probes is not None else self._look_miss(self._looks + 1)
+        miss = self._miss_at(self._looks + 1)
         for _ in self.estimator.extend(probes):
             yield self._snapshot(probes, miss)
 

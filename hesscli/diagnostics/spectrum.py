@@ -253,6 +253,7 @@ def spectrum(
     Raises:
         UsageError: what does not fit into memory, or a matrix that this problem does not have.
         UnsoundError: the problem's curvature would mean nothing.
+        BudgetError: the time was not enough for a result.
         KeyboardInterrupt: stopped before there was any eigenvalue.
     """
     size = problem.parameters.size
