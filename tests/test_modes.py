@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
 
 import hesscli
 from hesscli.errors import UnsoundError, UsageError
@@ -452,3 +453,23 @@ def test_every_command_runs_in_every_mode(sunspots: Problem, mode: str, matrix: 
     assert hesscli.trace(sunspots, matrix=matrix, mode=mode, probes=2).method.mode == mode
     found = hesscli.spectrum(sunspots, matrix=matrix, mode=mode, steps=4, probes=1)
     assert found.method.mode == mode
+
+
+@pytest.mark.parametrize(
+    ("command", "few"),
+    [
+        ("trace", {"probes": 2}),
+        ("diagonal", {"probes": 2}),
+        ("spectrum", {"steps": 2, "probes": 1}),
+        ("sensitivity", {"window": hesscli.WindowOptions(size=16)}),
+        ("ihvp", {"window": hesscli.WindowOptions(size=16)}),
+    ],
+)
+def test_differences_in_float64_leave_the_problem_its_type(
+    command: str, few: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(32, 4), torch.randint(0, 3, (32,)))
+    problem = hesscli.Problem(nn.Linear(4, 3), "cross_entropy", data)
+    result = getattr(hesscli, command)(problem, mode=DIFFERENCES, **few)
+    assert (result.method.mode, result.problem.dtype) == (DIFFERENCES, "float32")

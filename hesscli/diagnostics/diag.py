@@ -229,18 +229,18 @@ def diagonal(
         faced = None
         if fixed is not None and outcome.status == "exact":
             faced = _probe_noise(run, replace(draw, entries=None), fixed)
-        found = Found(problem, outcome, faced, rule, confidence)
-        return DiagResult(
-            status=outcome.status,
-            method=_method(method_report(choice, outcome, draw, tolerance, run.flight), faced),
-            cost=run.cost(),
-            trace=total(problem, choice, outcome, confidence),
-            diagonal=found.report(),
-            layers=tuple(found.layers(tolerance)),
-            entries=found.by_name(found.best.values),
-            stderr=found.by_name(found.best.bars()),
-            **run.header(warnings(problem, outcome, tolerance)),
-        )
+    found = Found(problem, outcome, faced, rule, confidence)
+    return DiagResult(
+        status=outcome.status,
+        method=_method(method_report(choice, outcome, draw, tolerance, run.flight), faced),
+        cost=run.cost(),
+        trace=total(problem, choice, outcome, confidence),
+        diagonal=found.report(),
+        layers=tuple(found.layers(tolerance)),
+        entries=found.by_name(found.best.values),
+        stderr=found.by_name(found.best.bars()),
+        **run.header(warnings(problem, outcome, tolerance)),
+    )
 
 
 def _require_heads(rule: BlockRule, problem: Problem) -> None:

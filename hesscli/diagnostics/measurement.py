@@ -240,9 +240,7 @@ class Estimation:
         return self.miss if self.probes is not None else miss_probability(self.miss, look)
 
     def _outcome(self, status: Status, reading: Reading) -> Outcome:
-        return Outcome(
-            status, self.estimator, reading, self._looks, self.rounding, self._turn
-        )
+        return Outcome(status, self.estimator, reading, self._looks, self.rounding, self._turn)
 
     def _turns(self, reading: Reading) -> bool:
         """Whether there is a better estimator for the way that is left; asked once."""

@@ -23,7 +23,7 @@ from hesscli.operators.hessian import Hessian
 from hesscli.operators.preflight import checked
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
-from hesscli.results import Cost, Environment, Observe, Preflight, Snapshot
+from hesscli.results import Cost, Environment, Observe, Preflight, ProblemReport, Snapshot
 from hesscli.units import duration
 
 # -- A run's time: its limit, and the observer's line ----------------------------------------------
@@ -158,6 +158,7 @@ class Run:
     """A matrix that has passed its checks, and the time that may be taken with it."""
 
     operator: Operator
+    report: ProblemReport
     flight: Preflight
     clock: Clock
 
@@ -174,7 +175,7 @@ class Run:
         """
         problem = self.problem
         return {
-            "problem": problem.report(self.operator.name),
+            "problem": self.report,
             "environment": environment(problem.device),
             "warnings": (
                 *problem.warnings,
@@ -218,8 +219,9 @@ def started(problem: Problem, matrix: str, mode: str, clock: Clock) -> Iterator[
     build, meter = matrix_named(matrix), Meter()
     problem.prove(clock.within_budget, meter)
     flight = checked(problem, build, mode, clock.watch("preflight"))
+    report = problem.report(build.name)  # of the user's own type, whatever differences are in
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
-        yield Run(build(problem, mode=flight.mode, meter=meter), flight, clock)
+        yield Run(build(problem, mode=flight.mode, meter=meter), report, flight, clock)
 
 
 def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:

@@ -71,14 +71,14 @@ def trace(
         choice = chosen(run, method, draw)
         goal = partial(standing, tolerance=tolerance)
         outcome = estimated(run, choice, goal, 1 - confidence, fixed)
-        return TraceResult(
-            status=outcome.status,
-            method=method_report(choice, outcome, draw, tolerance, run.flight),
-            cost=run.cost(),
-            trace=total(problem, choice, outcome, confidence),
-            layers=tuple(layers(problem, outcome, tolerance)),
-            **run.header(warnings(problem, outcome, tolerance)),
-        )
+    return TraceResult(
+        status=outcome.status,
+        method=method_report(choice, outcome, draw, tolerance, run.flight),
+        cost=run.cost(),
+        trace=total(problem, choice, outcome, confidence),
+        layers=tuple(layers(problem, outcome, tolerance)),
+        **run.header(warnings(problem, outcome, tolerance)),
+    )
 
 
 def standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:
