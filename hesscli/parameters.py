@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,11 @@ class Parameters(Sequence[Parameter]):
         """Views of a flat vector ``(size,)`` in the parameters' shapes."""
         parts = torch.split_with_sizes(vector, self.sizes)
         return tuple(v.view(p.tensor.shape) for v, p in zip(parts, self._items, strict=True))
+
+    def by_name(self, vector: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """A flat vector as arrays in the parameters' shapes, for a file."""
+        parts = self.split(vector.to(dtype).cpu())
+        return {name: part.numpy() for name, part in zip(self.names, parts, strict=True)}
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`split`: one vector ``(size,)``."""

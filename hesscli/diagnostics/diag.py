@@ -166,9 +166,7 @@ class Found:
     def by_name(self, vector: Tensor) -> dict[str, Any]:
         """Arrays in the shapes of the parameters, float64 only where that says more."""
         kind = torch.float64 if self.problem.dtype == torch.float64 else torch.float32
-        parts = self.problem.parameters.split(vector.to(kind))
-        names = self.problem.parameters.names
-        return {name: part.numpy() for name, part in zip(names, parts, strict=True)}
+        return self.problem.parameters.by_name(vector, kind)
 
 
 def _finite(error: float) -> float | None:

@@ -377,9 +377,7 @@ def _perturbations(study: Study, position: int) -> Iterator[Perturbation]:
 
 def _by_name(study: Study, vector: Tensor) -> dict[str, Any]:
     """A flat vector as numpy arrays by parameter, in the parameters' own precision."""
-    parameters = study.problem.parameters
-    parts = parameters.split(vector.to(study.problem.dtype).cpu())
-    return {p.name: part.numpy() for p, part in zip(parameters, parts, strict=True)}
+    return study.problem.parameters.by_name(vector, study.problem.dtype)
 
 
 def _warnings(study: Study, layers: Sequence[LayerSensitivity]) -> Iterator[str]:
