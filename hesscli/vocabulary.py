@@ -1,6 +1,7 @@
 """Words that are typed, and that documents have: each list of them, and each grammar, is here.
 
-Without torch, so that the command line can refuse a word before anything is loaded.
+So are the defaults that all commands share. Without torch, so that the command line can refuse a
+word before anything is loaded.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ DTYPES = ("float32", "float64")
 """In which models compute."""
 WINDOW_DTYPES = ("float32", "bfloat16", "float64")
 """In which windows of gradients are kept."""
+
+USUAL_BUDGET = 600.0
+"""Seconds that a command takes at most where nothing else is said."""
+USUAL_RTOL = {"trace": 0.05, "diag": 0.1, "ihvp": 0.2}
+"""Relative tolerance that counts where none of any kind is asked for, of commands that have one."""
+USUAL_CONFIDENCE = 0.95
+"""Probability with which intervals hold where nothing else is said."""
 
 
 def _number(text: str) -> int | None:

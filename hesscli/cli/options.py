@@ -13,6 +13,9 @@ from hesscli.vocabulary import (
     MATRICES,
     METHODS,
     MODES,
+    USUAL_BUDGET,
+    USUAL_CONFIDENCE,
+    USUAL_RTOL,
     WINDOW_DTYPES,
     BlockRule,
     RowKind,
@@ -98,20 +101,20 @@ def _tolerance(examples: tuple[str, str], help: str, usual: float | None) -> Opt
 RTOL = _tolerance(
     ("5%", "0.05"),
     "Stop once the error bar is this small beside the estimate; exit 5 if that was not reached. "
-    "Default: 5%, and no exit 5.",
-    usual=0.05,
+    f"Default: {USUAL_RTOL['trace']:.0%}, and no exit 5.",
+    usual=USUAL_RTOL["trace"],
 )
 RTOL_OF_DIAGONAL = _tolerance(
     ("10%", "0.1"),
     "Stop once the norm of the error is this small beside that of the diagonal; exit 5 if that "
-    "was not reached. Default: 10%, and no exit 5.",
-    usual=0.1,
+    f"was not reached. Default: {USUAL_RTOL['diag']:.0%}, and no exit 5.",
+    usual=USUAL_RTOL["diag"],
 )
 RTOL_OF_CHANGES = _tolerance(
     ("20%", "0.2"),
     "Stop once two standard errors of every predicted loss change are this small beside its "
-    "terms; exit 5 if that was not reached. Default: 20%, and no exit 5.",
-    usual=0.2,
+    f"terms; exit 5 if that was not reached. Default: {USUAL_RTOL['ihvp']:.0%}, and no exit 5.",
+    usual=USUAL_RTOL["ihvp"],
 )
 RTOL_OF_EIGENVALUES = _tolerance(
     ("1%", "0.01"),
@@ -134,8 +137,8 @@ CONFIDENCE = _ACCURACY.value(
     "a percentage, or a fraction, between 0 and 1",
     "--confidence 95% or --confidence 0.95",
     metavar="PERCENT",
-    default=0.95,
-    help="How often the intervals hold. Default: 95%.",
+    default=USUAL_CONFIDENCE,
+    help=f"How often the intervals hold. Default: {USUAL_CONFIDENCE:.0%}.",
 )
 BUDGET = _ACCURACY.value(
     "--budget",
@@ -143,8 +146,8 @@ BUDGET = _ACCURACY.value(
     "a time, or none",
     "--budget 10m, --budget 90s, --budget 1h30m or --budget none",
     metavar="TIME",
-    default=600.0,
-    help="Stop after this long with what there is. Default: 10m.",
+    default=USUAL_BUDGET,
+    help=f"Stop after this long with what there is. Default: {USUAL_BUDGET / 60:.0f}m.",
 )
 PROBES = _ACCURACY.value(
     "--probes",

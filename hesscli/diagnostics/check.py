@@ -17,6 +17,7 @@ from hesscli.operators.base import Operator
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.problem import Problem
 from hesscli.results import CheckResult, Observe, Plan
+from hesscli.vocabulary import USUAL_BUDGET, USUAL_CONFIDENCE
 
 _REPEATS = 3
 
@@ -27,8 +28,8 @@ def check(
     matrix: str = "hessian",
     rtol: float | None = None,
     atol: float | None = None,
-    confidence: float = 0.95,
-    budget: float | None = 600.0,
+    confidence: float = USUAL_CONFIDENCE,
+    budget: float | None = USUAL_BUDGET,
     method: str = "auto",
     window: WindowOptions | None = None,
     seed: int = 0,

@@ -42,7 +42,7 @@ from hesscli.results import (
     ParameterReport,
     Snapshot,
 )
-from hesscli.vocabulary import BlockRule
+from hesscli.vocabulary import USUAL_BUDGET, USUAL_CONFIDENCE, USUAL_RTOL, BlockRule
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,10 @@ def diagonal(
     problem: Problem,
     *,
     matrix: str = "hessian",
-    rtol: float | None = 0.1,
+    rtol: float | None = USUAL_RTOL["diag"],
     atol: float | None = None,
-    confidence: float = 0.95,
-    budget: float | None = 600.0,
+    confidence: float = USUAL_CONFIDENCE,
+    budget: float | None = USUAL_BUDGET,
     probes: int | tuple[int, int] | None = None,
     block: str = "auto",
     method: str = "auto",

@@ -52,6 +52,7 @@ from hesscli.results import (
     SolveReport,
     Status,
 )
+from hesscli.vocabulary import USUAL_BUDGET, USUAL_RTOL
 
 # -- The steps of a sensitivity study, each of which may be the last -------------------------------
 
@@ -445,8 +446,8 @@ def sensitivity(
     *,
     matrix: str = "hessian",
     window: WindowOptions | None = None,
-    rtol: float = 0.2,
-    budget: float | None = 600.0,
+    rtol: float = USUAL_RTOL["ihvp"],
+    budget: float | None = USUAL_BUDGET,
     refine: float | None = None,
     verify: bool = False,
     seed: int = 0,
@@ -491,7 +492,7 @@ def ihvp(
     *,
     matrix: str = "hessian",
     window: WindowOptions | None = None,
-    budget: float | None = 600.0,
+    budget: float | None = USUAL_BUDGET,
     refine: float | None = None,
     seed: int = 0,
     mode: str = "auto",

@@ -48,6 +48,7 @@ from hesscli.results import (
     SpectralFunctions,
     SpectrumResult,
 )
+from hesscli.vocabulary import USUAL_BUDGET
 
 # -- What an exploration of a spectrum says, as results --------------------------------------------
 
@@ -223,7 +224,7 @@ def spectrum(
     vectors: bool = False,
     exact: bool = False,
     exact_limit: int = EXACT_LIMIT,
-    budget: float | None = 600.0,
+    budget: float | None = USUAL_BUDGET,
     seed: int = 0,
     mode: str = "auto",
     observe: Observe | None = None,

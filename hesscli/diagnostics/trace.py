@@ -20,16 +20,17 @@ from hesscli.engines.hutchinson.table import Sharing
 from hesscli.problem.problem import Problem
 from hesscli.results import Observe, TraceResult
 from hesscli.streams import Distribution
+from hesscli.vocabulary import USUAL_BUDGET, USUAL_CONFIDENCE, USUAL_RTOL
 
 
 def trace(
     problem: Problem,
     *,
     matrix: str = "hessian",
-    rtol: float | None = 0.05,
+    rtol: float | None = USUAL_RTOL["trace"],
     atol: float | None = None,
-    confidence: float = 0.95,
-    budget: float | None = 600.0,
+    confidence: float = USUAL_CONFIDENCE,
+    budget: float | None = USUAL_BUDGET,
     probes: int | tuple[int, int] | None = None,
     probe_design: Sharing = "fresh",
     probe_distribution: Distribution = "rademacher",
