@@ -27,8 +27,7 @@ from torch.utils.data import (
 
 from hesscli.errors import InputError, UsageError
 from hesscli.problem.batches import size_of, split_batch, tensors_of
-from hesscli.problem.data import FrozenData
-from hesscli.problem.freezing import MIN_GROUPS, freeze
+from hesscli.problem.freezing import MIN_GROUPS, FrozenData, freeze
 from hesscli.problem.sources import TensorRows
 from hesscli.results import Snapshot
 from hesscli.vocabulary import Selection

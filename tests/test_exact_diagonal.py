@@ -20,7 +20,7 @@ from hesscli.engines.entries import Entries, Part
 from hesscli.engines.per_example import ExactDiagonal
 from hesscli.errors import UsageError
 from hesscli.operators.per_example.sites import _by_gradients, _by_pairs
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 
 ROUNDING = 1e-10  # float64, sums of some thousand terms

@@ -17,7 +17,7 @@ from hesscli.operators.base import Operator
 from hesscli.operators.exactness import exact_parameters, within_parameters
 from hesscli.operators.hessian import Residual
 from hesscli.operators.linearity import bends
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
 

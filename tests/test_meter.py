@@ -23,7 +23,7 @@ from hesscli.operators.exactness import (
 )
 from hesscli.operators.hessian import Residual
 from hesscli.operators.per_example.rows import Rows
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
 from hesscli.vocabulary import RowKind

@@ -29,7 +29,7 @@ from hesscli.errors import HesscliError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.dense import Dense
 from hesscli.operators.hessian import Hessian
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
 from hesscli.vocabulary import BlockRule

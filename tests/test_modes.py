@@ -24,7 +24,7 @@ from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.gauss_newton import EmpiricalFisher, GaussNewton
 from hesscli.operators.hessian import Hessian
 from hesscli.operators.preflight import preflight
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 
 DOUBLE = "double-backward"

@@ -14,7 +14,7 @@ from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.meter import OnStep
 from hesscli.operators.exactness import exact_parameters
 from hesscli.operators.preflight import preflight
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 
 SIZES = (16, 8)

@@ -18,7 +18,7 @@ from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
 from hesscli.problem.batches import Batch
 from hesscli.problem.classification import LanguageModel
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
 from hesscli.vocabulary import MODES

@@ -16,7 +16,7 @@ from hesscli.operators.gauss_newton import EmpiricalFisher, GaussNewton
 from hesscli.operators.hessian import Hessian
 from hesscli.operators.preflight import preflight
 from hesscli.operators.products import Apply
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.problem import Problem
 from hesscli.results import Check, Preflight

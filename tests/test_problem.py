@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 import hesscli
 from hesscli.errors import ExitCode, HesscliError, InputError, UnsoundError, UsageError
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.loading import resolve_device
 from hesscli.problem.problem import Problem
 from hesscli.results import Snapshot

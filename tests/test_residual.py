@@ -16,7 +16,7 @@ from hesscli import GaussNewton, Hessian
 from hesscli.errors import UsageError
 from hesscli.operators.hessian import Residual
 from hesscli.problem.classification import LanguageModel
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
 from hesscli.vocabulary import MODES

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.objective import Sample
 from hesscli.problem.problem import Problem

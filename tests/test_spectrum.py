@@ -17,7 +17,7 @@ import hesscli
 from hesscli.diagnostics import spectral_runs
 from hesscli.errors import UsageError
 from hesscli.operators.base import Retained
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.results import Snapshot, SpectrumResult
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import nn
 import hesscli
 from hesscli.diagnostics import measurement
 from hesscli.errors import BudgetError, UsageError
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.sources import TensorRows
 from hesscli.results import Snapshot, TraceResult
 
@@ -305,7 +305,7 @@ def test_nothing_of_the_model_changes(relu: hesscli.Problem) -> None:
 
 MEMORY = """
 import resource, sys, torch, hesscli
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.sources import TensorRows
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -11,7 +11,7 @@ from hesscli.errors import UsageError
 from hesscli.operators.hessian import Hessian
 from hesscli.operators.products import Apply
 from hesscli.problem.batches import Batch
-from hesscli.problem.data import FrozenData, digest_of
+from hesscli.problem.freezing import FrozenData, digest_of
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.problem import Problem

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch, map_tensors, place, rows, size_of, tensors_of
 from hesscli.problem.blame import is_out_of_memory
-from hesscli.problem.data import FrozenData
 from hesscli.problem.forward import Run, retyped, run_with, undisturbed
+from hesscli.problem.freezing import FrozenData
 from hesscli.problem.independence import MUST_FIT, Independence
 from hesscli.problem.losses import Loss
 from hesscli.problem.precision import Narrowing, Precision, Widened, tolerance

@@ -15,10 +15,9 @@ from hesscli.meter import Meter
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch, first_rows, place
 from hesscli.problem.criteria import as_loss, reading
-from hesscli.problem.data import FrozenData
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import placed, require_real, undisturbed
-from hesscli.problem.freezing import freeze
+from hesscli.problem.freezing import FrozenData, freeze
 from hesscli.problem.independence import MODEL_RAISED, IndependenceTest, must_fit
 from hesscli.problem.losses import Loss, StepLoss, Summed, UserLoss
 from hesscli.problem.objective import Objective

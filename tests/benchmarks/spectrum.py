@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscli
 from hesscli.cli.process import keep_freed_memory
-from hesscli.problem.data import FrozenData
+from hesscli.problem.freezing import FrozenData
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 CHECKPOINTS = {"fashion": "model.pt", "text": "model.safetensors"}
