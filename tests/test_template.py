@@ -164,7 +164,7 @@ def test_the_samples_are_guessed_right() -> None:
 
 def test_samples_load() -> None:
     from hesscli.problem.checkpoint import floating_dtype, read_checkpoint
-    from hesscli.problem.fitting import load_state
+    from hesscli.problem.state_dict import load_state
 
     specs = sorted((Path(__file__).parents[1] / "samples").glob("*/hesscli.toml"))
     assert specs

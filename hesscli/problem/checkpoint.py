@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from hesscli.errors import InputError, missing_file, shorten
 from hesscli.parameters import Parameters
-from hesscli.problem.pickles import (
+from hesscli.problem.torch_files import (
+    Found,
     is_archive,
     is_program,
     read_pickle,
     read_program,
     verify_archive,
 )
-from hesscli.problem.weights import Found
 
 # -- Weights in .safetensors, and in shards of any kind that an index joins ------------------------
 

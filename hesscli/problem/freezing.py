@@ -33,7 +33,6 @@ from hesscli.problem.sources import Examples, as_source, seeded
 from hesscli.results import Observe, Snapshot
 from hesscli.vocabulary import Selection
 
-
 # -- What was kept ---------------------------------------------------------------------------------
 
 

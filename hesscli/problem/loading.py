@@ -15,12 +15,12 @@ from hesscli.errors import BudgetError, HesscliError, InputError, UsageError
 from hesscli.problem.checkpoint import Checkpoint, floating_dtype, read_checkpoint
 from hesscli.problem.criteria import NAMED, as_loss, with_tensors
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
-from hesscli.problem.fitting import load_state
 from hesscli.problem.forward import cast, require_real
 from hesscli.problem.losses import Loss, StepLoss
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
 from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec
+from hesscli.problem.state_dict import load_state
 from hesscli.results import CheckpointReport, Observe, Snapshot
 from hesscli.vocabulary import Selection
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hesscli.errors import shorten
 from hesscli.problem.checkpoint import read_checkpoint
-from hesscli.problem.weights import SeveralSetsError, key_line
+from hesscli.problem.torch_files import SeveralSetsError, key_line
 
 _PLACEHOLDER = "REPLACE:REPLACE"
 _TARGET = re.compile(r"(^|_)(targets?|labels?|y|next|classes)(_|$)", re.IGNORECASE)

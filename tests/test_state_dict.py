@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import hesscli
 from hesscli.errors import InputError, UnsoundError
 from hesscli.problem.checkpoint import Checkpoint, read_checkpoint
-from hesscli.problem.fitting import load_state
+from hesscli.problem.state_dict import load_state
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from hesscli.errors import InputError, UnsoundError, first_line, shorten
 from hesscli.problem.checkpoint import Checkpoint, plain_names
-from hesscli.problem.weights import AVERAGED
+from hesscli.problem.torch_files import AVERAGED
 
 _MOST_NAMED = 5
 _LONGEST_NAME = 120
