@@ -12,19 +12,17 @@ from torch import Tensor, nn
 
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.problem.batches import Batch, rows
-from hesscli.problem.classification import (
-    CrossEntropy,
-    HuggingFace,
-    LanguageModel,
-    NegativeLogLikelihood,
-)
 from hesscli.problem.criteria import as_loss
-from hesscli.problem.entrywise import (
+from hesscli.problem.huggingface import HuggingFace
+from hesscli.problem.losses import Loss
+from hesscli.problem.named_losses import (
     BinaryCrossEntropy,
     BinaryCrossEntropyOfProbabilities,
+    CrossEntropy,
+    LanguageModel,
     MeanSquaredError,
+    NegativeLogLikelihood,
 )
-from hesscli.problem.losses import Loss
 from hesscli.problem.output_hessian import Factor, factor_of, has_factor
 
 N, K, T = 6, 4, 3

@@ -15,7 +15,7 @@ import hesscli
 from hesscli.errors import InputError, UsageError
 from hesscli.operators.hessian import Residual
 from hesscli.problem.batches import Batch, rows
-from hesscli.problem.classification import UNEXPLAINED, HuggingFace
+from hesscli.problem.huggingface import UNEXPLAINED, HuggingFace
 from hesscli.problem.problem import Problem
 
 ROUNDING = 1e-12

@@ -14,14 +14,16 @@ from torch.nn import functional
 
 from hesscli.errors import ExitCode, InputError, UnsoundError
 from hesscli.problem.batches import Batch, rows, shape_of
-from hesscli.problem.classification import CrossEntropy, LanguageModel, NegativeLogLikelihood
 from hesscli.problem.criteria import NAMED, as_loss
-from hesscli.problem.entrywise import (
+from hesscli.problem.losses import Loss, StepLoss, UserLoss
+from hesscli.problem.named_losses import (
     BinaryCrossEntropy,
     BinaryCrossEntropyOfProbabilities,
+    CrossEntropy,
+    LanguageModel,
     MeanSquaredError,
+    NegativeLogLikelihood,
 )
-from hesscli.problem.losses import Loss, StepLoss, UserLoss
 
 ROUNDING = 1e-12  # float64, sums of a few hundred terms
 

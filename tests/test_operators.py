@@ -17,9 +17,9 @@ from hesscli import EmpiricalFisher, Fisher, GaussNewton, Hessian
 from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
 from hesscli.problem.batches import Batch
-from hesscli.problem.classification import LanguageModel
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.losses import StepLoss
+from hesscli.problem.named_losses import LanguageModel
 from hesscli.problem.problem import Problem
 from hesscli.vocabulary import MODES
 

@@ -15,9 +15,9 @@ import hesscli
 from hesscli.errors import UsageError
 from hesscli.operators.exactness import require_output_hessian
 from hesscli.problem.batches import rows
-from hesscli.problem.classification import CrossEntropy, NegativeLogLikelihood
 from hesscli.problem.criteria import as_loss
 from hesscli.problem.losses import Loss
+from hesscli.problem.named_losses import CrossEntropy, NegativeLogLikelihood
 from hesscli.problem.output_hessian import Columns, columns_at
 from hesscli.problem.problem import Problem
 

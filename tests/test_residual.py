@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from hesscli import GaussNewton, Hessian
 from hesscli.errors import UsageError
 from hesscli.operators.hessian import Residual
-from hesscli.problem.classification import LanguageModel
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.losses import StepLoss
+from hesscli.problem.named_losses import LanguageModel
 from hesscli.problem.problem import Problem
 from hesscli.vocabulary import MODES
 

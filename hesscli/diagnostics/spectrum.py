@@ -33,7 +33,7 @@ from hesscli.engines.quadrature import (
     standing_alone,
 )
 from hesscli.errors import UsageError
-from hesscli.problem.classification import CrossEntropy
+from hesscli.problem.named_losses import CrossEntropy
 from hesscli.problem.problem import Problem
 from hesscli.results import (
     Condition,

@@ -25,7 +25,7 @@ from hesscli.operators.linearity import bends, normalisation, recorded
 from hesscli.operators.products import gradient, vector_jacobian
 from hesscli.parameters import Parameters
 from hesscli.problem.blame import is_out_of_memory
-from hesscli.problem.classification import CrossEntropy
+from hesscli.problem.named_losses import CrossEntropy
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.output_hessian import OutputHessian, has_closed_form
 from hesscli.problem.precision import doubled, tolerance

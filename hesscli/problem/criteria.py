@@ -13,18 +13,16 @@ from torch import nn
 from torch.nn import functional
 
 from hesscli.errors import InputError
-from hesscli.problem.classification import (
-    CrossEntropy,
-    HuggingFace,
-    LanguageModel,
-    NegativeLogLikelihood,
-)
-from hesscli.problem.entrywise import (
+from hesscli.problem.huggingface import HuggingFace
+from hesscli.problem.losses import Loss, StepLoss, UserLoss
+from hesscli.problem.named_losses import (
     BinaryCrossEntropy,
     BinaryCrossEntropyOfProbabilities,
+    CrossEntropy,
+    LanguageModel,
     MeanSquaredError,
+    NegativeLogLikelihood,
 )
-from hesscli.problem.losses import Loss, StepLoss, UserLoss
 from hesscli.results import Reduction
 
 NAMED: dict[str, type[Loss]] = {

@@ -21,9 +21,8 @@ from torch import Tensor
 from hesscli import streams
 from hesscli.errors import UnsoundError, UsageError, first_line
 from hesscli.problem.batches import Batch, size_of
-from hesscli.problem.classification import CrossEntropy, NegativeLogLikelihood
-from hesscli.problem.entrywise import Entrywise
 from hesscli.problem.losses import Loss, Summed
+from hesscli.problem.named_losses import CrossEntropy, Entrywise, NegativeLogLikelihood
 
 # -- Factors S of the Hessian of a loss in the model's outputs: A = S Sᵀ for each example ----------
 # A is the Hessian of one example's *numerator*, its loss times its weight mass, so that the mean

@@ -1,21 +1,19 @@
-"""Losses of class scores: cross-entropy, its kin of log-probabilities and tokens, a model's own."""
+"""The losses that have a name: of class scores, and of entries that are compared one by one."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
-from itertools import islice
-from typing import Any, Literal
+from abc import abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hesscli.errors import HesscliError, InputError, UnsoundError
-from hesscli.problem.batches import Batch, shape_of, size_of, split_batch, tensors_of
-from hesscli.problem.losses import Loss, doubles, require_shape, same_mean
-from hesscli.problem.outputs import named_output
+from hesscli.errors import InputError, UnsoundError
+from hesscli.problem.batches import Batch, shape_of, split_batch, tensors_of
+from hesscli.problem.losses import Loss, doubles, require_shape
 
 # -- Losses of class scores: cross-entropy, and its kin of log-probabilities and of tokens ---------
 
@@ -281,134 +279,145 @@ def _first_two(batch: Batch) -> Batch:
     return batch[:2] if isinstance(batch, (tuple, list)) else batch
 
 
-# -- The loss that a transformers-style model computes itself --------------------------------------
+# -- Losses that compare outputs and targets entry by entry ----------------------------------------
 
 
-Reading = Literal["shifted", "unshifted", "column"]
-"""Labels of which each position predicts the next, its own, or that are one an example."""
-
-UNEXPLAINED = (
-    "the model's own .loss is not the cross-entropy of its .logits and labels, shifted or not"
-)
-_LOOKED_AT = 4
-"""Batches by which a reading is chosen; the proof puts it to the test on all."""
-
-
-class HuggingFace(CrossEntropy):
-    """A transformers-style model: the batch is passed as keywords, ``.loss`` is the mean.
-
-    How the model reads its labels is found out from what it makes of them: causal models shift
-    labels ``(N, T)`` by one, masked models, token classifiers and decoders do not, classifiers
-    take ``(N,)`` or ``(N, 1)``. The mass is the number of labels so read that are not -100.
-    Where none of these is the model's loss (routers that add their own, labels that are no
-    classes), the mass is the number of examples and the outputs are hidden.
-    """
-
-    name = "huggingface"
-    is_claim = True
-
-    def __init__(self, reading: Reading = "shifted") -> None:
-        super().__init__()
-        self.reading = reading
-
-    def settled(self, model: nn.Module, batches: Iterable[Batch]) -> Loss:
-        """The reading that explains the model's own loss and its slope in the logits."""
-        readings: list[Reading] = ["shifted", "unshifted", "column"]
-        left = [self._read(reading) for reading in readings]
-        for batch in islice(batches, _LOOKED_AT):
-            result = model(**_mapping(batch))
-            left = [each for each in left if each._explains(result, batch)]
-        if left:
-            return left[0]
-        whole = self._read("shifted")
-        whole.hidden = UNEXPLAINED
-        return whole
-
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's ``.logits``."""
-        return named_output(model(**_mapping(batch)), self.output)
-
-    def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's own ``.loss``, which is the user's and not a rewriting of it."""
-        return _own_loss(model(**_mapping(batch)))
+class Entrywise(Loss):
+    """The mean, or sum, over all entries of outputs and targets of one shape ``(N, ...)``."""
 
     def masses(self, batch: Batch) -> Tensor:
-        """Labels that are not masked, or where that is not the model's way one an example."""
-        if self.hidden is None:
-            return super().masses(batch)
-        return torch.ones(size_of(batch), dtype=torch.float64)
+        """One an example, or the mean weight of its entries."""
+        ones = torch.ones_like(torch.as_tensor(self.targets(batch)), dtype=torch.float64)
+        return self.weighed(ones, batch).reshape(len(ones), -1).mean(1)
 
-    def targets(self, batch: Batch) -> Tensor:
-        """Labels ``(N,)`` or ``(N, T)``, or ``(N, T − 1)`` without the first."""
-        labels = torch.as_tensor(_mapping(batch)["labels"])
-        if self.reading == "column":
-            return labels.flatten().long()
-        return (labels[:, 1:] if self._shifts(labels) else labels).long()
+    @abstractmethod
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each entry."""
 
-    def weights(self, batch: Batch) -> Tensor | None:
-        """None: what is in the batch is the model's."""
-        return None
+    def curvature(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Second derivative of each entry's loss, as autograd makes it."""
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            terms = self.terms(outputs, self.targets(batch).to(outputs.dtype))
+            slope = torch.autograd.grad(terms.sum(), outputs, create_graph=True)[0]
+            return torch.autograd.grad(slope.sum(), outputs)[0]
 
-    def logits(self, outputs: Tensor) -> Tensor:
-        """``(N, K, ...)``: without the last position where labels are shifted."""
-        if outputs.dim() != 3:
-            return outputs
-        return (outputs[:, :-1] if self.reading == "shifted" else outputs).transpose(1, 2)
+    def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Mean over an example's entries, or their sum."""
+        terms = self.terms(outputs, self.targets(batch).to(outputs.dtype))
+        terms = self.weighed(terms, batch).reshape(len(terms), -1)
+        return terms.sum(1) if self.reduction == "sum" else terms.mean(1)
 
-    def class_dim(self, outputs: Tensor) -> int:
-        """The last one where there are tokens."""
-        return 2 if outputs.dim() == 3 else 1
-
-    def _read(self, reading: Reading) -> HuggingFace:
-        chosen = copy.copy(self)
-        chosen.reading = reading
-        return chosen
-
-    def _shifts(self, labels: Tensor) -> bool:
-        return self.reading == "shifted" and labels.dim() == 2
-
-    def _explains(self, result: Any, batch: Batch) -> bool:
-        """Whether the model's loss on a batch, and its slope, is what this reading gives."""
-        loss, labels = _own_loss(result), torch.as_tensor(_mapping(batch)["labels"])
-        if labels.is_floating_point() or (self.reading == "column" and labels.shape[1:] != (1,)):
-            return False
-        try:
-            outputs = named_output(result, self.output)
-            alone = outputs.detach().requires_grad_()
-            self.check(alone, batch)
-        except HesscliError:
-            return False
-        if not float(self.masses(batch).sum()):
-            return not float(loss.detach()) > 0  # zero or not a number: nothing is labelled
-        mean = self.mean(alone, batch)
-        if not same_mean(loss, float(mean.detach())):
-            return False
-        if not (loss.requires_grad and outputs.requires_grad):
-            return True
-        slope = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)[0]
-        if slope is None:  # the loss is of other logits than those that are shown
-            return True
-        difference = slope - torch.autograd.grad(mean, alone)[0]
-        return bool(difference.norm() <= torch.finfo(slope.dtype).eps ** 0.5 * slope.norm())
+    def check(self, outputs: Tensor, batch: Batch) -> None:
+        """One shape: broadcasting (N, 1) against (N,) would average N² differences."""
+        require_shape(self.name, outputs, self.targets(batch))
 
 
-def _own_loss(result: Any) -> Tensor:
-    """The ``.loss`` of what a model returned."""
-    loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
-    if not isinstance(loss, Tensor):
-        raise InputError(
-            "the model returned no loss",
-            f"{type(result).__name__} without .loss",
-            "labels in each batch, or another [loss] name",
+class MeanSquaredError(Entrywise):
+    """``F.mse_loss``."""
+
+    name = "mse"
+    is_likelihood = True
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each entry."""
+        return (outputs - targets).square()
+
+    def curvature(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """2 everywhere."""
+        return torch.full_like(outputs, 2.0)
+
+
+class _Binary(Entrywise):
+    """Entries that are true or not; ``weight`` is of the entries of one example.
+
+    As torch divides: by the number of entries, whatever they weigh.
+    """
+
+    def __init__(self, weight: list[float] | None = None) -> None:
+        self.weight = doubles(weight)
+
+    def check(self, outputs: Tensor, batch: Batch) -> None:
+        """One shape, and weights that are not of the examples of some batch."""
+        super().check(outputs, batch)
+        if self.weight is None:
+            return
+        entries, given = tuple(outputs.shape[1:]), tuple(self.weight.shape)
+        own = given[1:] if len(given) > len(entries) and given[0] == 1 else given
+        pairs = zip(own[::-1], entries[::-1], strict=False)
+        if len(own) > len(entries) or any(size not in (1, of) for size, of in pairs):
+            raise InputError(
+                f"{self.name} takes weights of the entries of one example, {entries}",
+                f"weight of shape {given}",
+                "[loss] factory of a loss that reads each example's weight from the targets",
+            )
+
+    def entry_weight(self, outputs: Tensor) -> Tensor | None:
+        """The weights of entries in the outputs' type."""
+        return None if self.weight is None else self.weight.to(outputs)
+
+    def correct(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Entries on the right side of probability ½; None where targets are shares."""
+        targets = self.targets(batch)
+        if not bool(((targets == 0) | (targets == 1)).all()):
+            return None
+        kept = self.weighed(torch.ones_like(outputs), batch) != 0
+        right = (outputs > self.boundary) == (targets > 0.5)
+        return (right & kept).sum(), kept.sum()
+
+    boundary: float
+
+
+class BinaryCrossEntropy(_Binary):
+    """``F.binary_cross_entropy_with_logits``."""
+
+    name = "bce_with_logits"
+    is_likelihood = True
+    boundary = 0.0
+
+    def __init__(
+        self, pos_weight: list[float] | None = None, weight: list[float] | None = None
+    ) -> None:
+        super().__init__(weight)
+        self.pos_weight = doubles(pos_weight)
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each entry."""
+        pos_weight = None if self.pos_weight is None else self.pos_weight.to(outputs)
+        return functional.binary_cross_entropy_with_logits(
+            outputs, targets, self.entry_weight(outputs), pos_weight=pos_weight, reduction="none"
         )
-    return loss
+
+    def curvature(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Of the sigmoid: p (1 − p), weighed, without cancellation where p is near 0 or 1."""
+        curvature = outputs.sigmoid() * (-outputs).sigmoid()
+        if self.weight is not None:
+            curvature = curvature * self.weight.to(outputs)
+        if self.pos_weight is None:
+            return curvature
+        targets = self.targets(batch).to(outputs)
+        return curvature * (1 + (self.pos_weight.to(outputs) - 1) * targets)
 
 
-def _mapping(batch: Batch) -> Mapping[str, Any]:
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return batch
-    raise InputError(
-        "huggingface needs batches that are dicts with 'labels'",
-        f"a batch of type {type(batch).__name__}",
-        "a data factory that yields such dicts",
-    )
+class BinaryCrossEntropyOfProbabilities(_Binary):
+    """``F.binary_cross_entropy``: outputs are probabilities."""
+
+    name = "bce"
+    boundary = 0.5
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each entry."""
+        return functional.binary_cross_entropy(
+            outputs, targets, self.entry_weight(outputs), reduction="none"
+        )
+
+    def check(self, outputs: Tensor, batch: Batch) -> None:
+        """One shape, and outputs between 0 and 1."""
+        super().check(outputs, batch)
+        outside = (outputs < 0) | (outputs > 1)
+        if bool(outside.any()):
+            raise UnsoundError(
+                "bce needs outputs that are probabilities",
+                f"an output of {float(outputs[outside][0]):.4g}",
+                "[loss] name = 'bce_with_logits', or a sigmoid at the model's end",
+            )
