@@ -5,8 +5,9 @@ F̂ = (1/n) GᵀG for the n gradients in the window, the rows of G, and F̂ + λ
 Information", arXiv 2107.03356).
 """
 
+from hesscli.engines.mfac.gram import Gram
 from hesscli.engines.mfac.static import StaticFisher
-from hesscli.engines.mfac.window import GradientWindow, Gram
+from hesscli.engines.mfac.window import GradientWindow
 from hesscli.engines.mfac.windowed import WindowedFisher
 
 __all__ = ["GradientWindow", "Gram", "StaticFisher", "WindowedFisher"]

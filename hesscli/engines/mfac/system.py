@@ -11,7 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hesscli.engines.mfac.window import PANEL, TILE, GradientWindow, Gram, inner_rounding, panels
+from hesscli.engines.mfac.gram import PANEL, Gram, panels
+from hesscli.engines.mfac.window import TILE, GradientWindow, inner_rounding
 from hesscli.engines.rounding import of_sum, unit
 from hesscli.errors import UnsoundError
 from hesscli.meter import OnStep, go_on

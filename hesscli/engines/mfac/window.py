@@ -1,4 +1,4 @@
-"""The last gradients, as rows of a matrix in memory or in a file, and their inner products."""
+"""The last gradients, as rows of a matrix in memory or in a file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from hesscli import storage
 from hesscli.engines.rounding import of_sum
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import require_room
-from hesscli.meter import OnStep, go_on
 from hesscli.vocabulary import WINDOW_DTYPES
-
-# -- The last gradients, as rows of a matrix in memory or in a file --------------------------------
-
 
 DTYPES = tuple(getattr(torch, name) for name in WINDOW_DTYPES)
 TILE = 4096
@@ -294,89 +290,3 @@ def _times(matrix: Tensor, columns: Tensor) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-# -- GGᵀ, the inner products of a window's rows ----------------------------------------------------
-
-
-PANEL = 256
-"""Rows of a triangular matrix that are multiplied at once, up to the diagonal only."""
-
-
-class Gram:
-    """The matrix GGᵀ in float64, kept up as rows of the window are replaced.
-
-    Products are made in float32 within a tile of columns and summed in float64 over tiles,
-    which leaves errors of 1e-8 to 4e-6 of ‖g_i‖‖g_j‖, however long the rows are: most where
-    all terms of a sum have one sign and a processor adds them one by one. Or all are made in
-    float64.
-
-    Args:
-        window: whose rows.
-        columns: a range of them, start and stop given; default all.
-        exact: make products in float64 as well.
-        on_step: called after each tile of columns; may end it.
-    """
-
-    def __init__(
-        self,
-        window: GradientWindow,
-        columns: slice | None = None,
-        *,
-        exact: bool = False,
-        on_step: OnStep = go_on,
-    ) -> None:
-        self.window, self.columns = window, columns or slice(0, window.size)
-        self.exact = exact or window.dtype == torch.float64
-        capacity = window.capacity
-        self._entries = torch.zeros(capacity, capacity, dtype=torch.float64, device=window.device)
-        self.refresh(on_step)
-
-    @property
-    def count(self) -> int:
-        """Rows of the window that are valid."""
-        return self.window.count
-
-    @property
-    def matrix(self) -> Tensor:
-        """Float64 ``(n, n)`` in the order of slots; a view, not to be changed."""
-        return self._entries[: self.count, : self.count]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the products within a tile."""
-        return torch.float64 if self.exact else torch.float32
-
-    @property
-    def rounding(self) -> float:
-        """Bound of an entry's error, beside ‖g_i‖‖g_j‖."""
-        return inner_rounding(self.columns.stop - self.columns.start, self.dtype)
-
-    def refresh(self, on_step: OnStep = go_on) -> None:
-        """Make all of it from the rows."""
-        matrix = self.matrix.zero_()
-        for _, tile in self.window.tiles(self.columns):
-            rows = tile.to(self.dtype)
-            for panel in panels(self.count):
-                matrix[panel, : panel.stop] += rows[panel] @ rows[: panel.stop].T
-            on_step()
-        matrix.copy_(matrix.tril() + matrix.tril(-1).T)
-
-    def row(self, slot: int) -> Tensor:
-        """One row, float64 ``(n,)``, made anew: one sweep over the window."""
-        found = self._entries.new_zeros(self.count)
-        for _, tile in self.window.tiles(self.columns):
-            rows = tile.to(self.dtype)
-            found += rows @ rows[slot]
-        return found
-
-    def replace(self, slot: int) -> None:
-        """Take note of a row that was pushed."""
-        matrix, row = self.matrix, self.row(slot)
-        matrix[slot], matrix[:, slot] = row, row
-
-
-def panels(count: int) -> Iterator[slice]:
-    """Rows of a triangular matrix in turn."""
-    for start in range(0, count, PANEL):
-        yield slice(start, min(start + PANEL, count))

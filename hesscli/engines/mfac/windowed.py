@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hesscli.engines.mfac.gram import Gram
 from hesscli.engines.mfac.static import Solution, checked_damping, checked_rows, only
 from hesscli.engines.mfac.system import (
     Factor,
@@ -17,7 +18,7 @@ from hesscli.engines.mfac.system import (
     is_enough,
     too_little,
 )
-from hesscli.engines.mfac.window import GradientWindow, Gram
+from hesscli.engines.mfac.window import GradientWindow
 
 # -- A Cholesky factor that follows rows which are replaced in turn --------------------------------
 
