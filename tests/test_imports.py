@@ -21,7 +21,7 @@ FLOORS = [
     {"errors", "units", "commands"},
     {"vocabulary"},
     {"results"},
-    {"parameters", "streams", "storage", "memory", "meter", "reduction", "torch_private"},
+    {"parameters", "streams", "storage", "memory", "meter", "sums", "torch_private"},
     {"problem"},
     {"operators"},
     {"engines"},

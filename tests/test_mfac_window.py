@@ -14,9 +14,9 @@ from mfac_truth import distance, rows_of
 
 from hesscli.engines.mfac import GradientWindow, Gram
 from hesscli.engines.mfac.window import inner_rounding
-from hesscli.engines.rounding import of_sum
 from hesscli.errors import ExitCode, UnsoundError, UsageError
 from hesscli.memory import available_bytes
+from hesscli.sums import rounding_of_sum
 
 ROWS = rows_of("normal", 23, 60).float()
 GIB = 2**30
@@ -118,7 +118,7 @@ def test_a_file_is_like_memory(tmp_path: Path, dtype: torch.dtype) -> None:
         for of, bound in (
             (lambda w: Gram(w).matrix, Gram(plain).rounding * longest**2),
             (lambda w: w.project(x), inner_rounding(5000, double) * longest * float(x.norm())),
-            (lambda w: w.combine(x[:, :8]), of_sum(8, double) * sums),
+            (lambda w: w.combine(x[:, :8]), rounding_of_sum(8, double) * sums),
         ):
             torch.testing.assert_close(of(stored), of(plain), rtol=0, atol=2 * bound)
         kept = stored.rows

@@ -27,8 +27,8 @@ from hesscli.operators.products import gradient
 from hesscli.parameters import Parameter, Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
-from hesscli.reduction import weighted_sum
 from hesscli.results import Snapshot, Status
+from hesscli.sums import weighted_sum
 
 # -- Changes that people make to trained weights: pruning them, and rounding them to few bits ------
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hesscli import streams
-from hesscli.engines.rounding import of_sum
 from hesscli.errors import UnsoundError
+from hesscli.sums import rounding_of_sum
 
 Array = NDArray[np.float64]
 
@@ -78,7 +78,7 @@ class Lanczos:
     ) -> None:
         self.size, self.seed = size, seed
         self._product = product
-        self._unit = ROUNDING * torch.finfo(dtype).eps + of_sum(size, torch.float64)
+        self._unit = ROUNDING * torch.finfo(dtype).eps + rounding_of_sum(size, torch.float64)
         self._error = max(self._unit, rounding)
         self._rows = torch.empty(min(reserve, size), size, dtype=torch.float64, device=device)
         self._starts: list[int] = []

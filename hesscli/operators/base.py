@@ -18,8 +18,8 @@ from hesscli.operators.products import Apply
 from hesscli.parameters import Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
-from hesscli.reduction import weighted_sum
 from hesscli.results import Preflight
+from hesscli.sums import weighted_sum
 from hesscli.torch_private import stored_parts
 from hesscli.vocabulary import Mode
 

@@ -29,8 +29,8 @@ from hesscli.problem.batches import tensors_of
 from hesscli.problem.forward import moved
 from hesscli.problem.objective import Objective, Sample, WeightedBatch
 from hesscli.problem.precision import tolerance
-from hesscli.reduction import weighted_sum
 from hesscli.results import Check
+from hesscli.sums import weighted_sum
 
 # -- Where operators are put to the test: along which vectors, at which weights, by which steps ----
 

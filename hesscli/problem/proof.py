@@ -18,8 +18,8 @@ from hesscli.problem.independence import MODEL_RAISED
 from hesscli.problem.losses import require_number, same_mean
 from hesscli.problem.objective import Objective, WeightedBatch
 from hesscli.problem.outputs import HiddenOutputsError
-from hesscli.reduction import weighted_sum
 from hesscli.results import Observe, Snapshot
+from hesscli.sums import weighted_sum
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from hesscli.engines.lanczos import Lanczos
 from hesscli.meter import OnStep, go_on
 from hesscli.operators.source import Source, Term
 from hesscli.parameters import LayerSums, Parameters
-from hesscli.reduction import weighted_sum
 from hesscli.streams import Distribution, key
+from hesscli.sums import weighted_sum
 
 # -- Probe vectors: keyed by (seed, batch, probe) and by each entry's place in the full vector -----
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hesscli.engines.mfac.gram import PANEL, Gram, panels
 from hesscli.engines.mfac.window import TILE, GradientWindow, inner_rounding
-from hesscli.engines.rounding import of_sum, unit
 from hesscli.errors import UnsoundError
 from hesscli.meter import OnStep, go_on
+from hesscli.sums import rounding_of_sum, unit_roundoff
 
 # -- Cholesky factors, and how far rounding can push what is solved with them ----------------------
 
@@ -45,7 +45,7 @@ class Factor:
     @property
     def rounding(self) -> float:
         """Bound of what solving adds to the error in A, beside D_i D_j."""
-        return of_sum(3 * self.scales.shape[-1] + 1, self.lower.dtype)
+        return rounding_of_sum(3 * self.scales.shape[-1] + 1, self.lower.dtype)
 
     def solve(self, right: Tensor) -> Tensor:
         """A⁻¹ B for columns B ``(..., k, j)``."""
@@ -93,7 +93,7 @@ class NotPositiveError(ArithmeticError):
     def __init__(self, matrix: Tensor) -> None:
         super().__init__("the matrix is not positive definite")
         values = torch.linalg.eigvalsh(matrix) if bool(matrix.isfinite().all()) else matrix[:1, 0]
-        rounding = len(matrix) * 2 * unit(torch.float64) * float(values[-1])
+        rounding = len(matrix) * 2 * unit_roundoff(torch.float64) * float(values[-1])
         self.missing = 2 * (rounding - float(values[0]))
 
 
@@ -145,7 +145,7 @@ class System:
     def __init__(self, gram: Gram, factor: Factor, damping: float, dtype: torch.dtype) -> None:
         self.gram, self.factor, self.damping, self.dtype = gram, factor, damping, dtype
         self._u_inner = inner_rounding(gram.columns.stop - gram.columns.start, dtype)
-        self._u_sum = of_sum(gram.count + 1, dtype)
+        self._u_sum = rounding_of_sum(gram.count + 1, dtype)
         errors = factor.solved_errors()
         squared = (errors * (gram.matrix @ errors)).sum(0).amax()
         self._spread = squared.clamp_min(0).sqrt()
@@ -160,7 +160,11 @@ class System:
         units = rights / sizes.clamp_min(_TINY)  # so that squares fit into float32
         coefficients = self.factor.solve(window.project(units, columns, self.dtype).T).T
         inside = self._combined(coefficients)
-        off = self._u_inner * self._spread + self._off(coefficients) + 2 * unit(torch.float64)
+        off = (
+            self._u_inner * self._spread
+            + self._off(coefficients)
+            + 2 * unit_roundoff(torch.float64)
+        )
         scale = sizes / self.damping
         return (units - inside) * scale, off * scale[:, 0]
 
@@ -302,9 +306,9 @@ class DualBlock:
         """
         scaled = self.factor.lower / self.factor.scales[:, None]
         values = torch.linalg.eigvalsh(scaled @ scaled.T)
-        least, most = values[[0, -1]].clamp_min(unit(torch.float64)).tolist()
+        least, most = values[[0, -1]].clamp_min(unit_roundoff(torch.float64)).tolist()
         u_matrix = self.gram.rounding + self.factor.rounding
-        u_sum, u_square = (of_sum(n + 1, self.dtype) for n in (self.gram.count, PANEL))
+        u_sum, u_square = (rounding_of_sum(n + 1, self.dtype) for n in (self.gram.count, PANEL))
         return float(u_matrix / least + 2 * u_sum * math.sqrt(most / least) + u_square)
 
     def _with_digits(self, attempt: Callable[[System], Solved]) -> Solved:
@@ -387,7 +391,7 @@ class PrimalRun:
             self.factor = factorised(A)
         except NotPositiveError as error:
             raise too_little(damping, error.missing) from error
-        self._u = of_sum(window.count + 1, torch.float64) + self.factor.rounding
+        self._u = rounding_of_sum(window.count + 1, torch.float64) + self.factor.rounding
 
     @property
     def table_nbytes(self) -> int:

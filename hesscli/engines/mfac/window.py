@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hesscli import storage
-from hesscli.engines.rounding import of_sum
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import require_room
+from hesscli.sums import rounding_of_sum
 from hesscli.vocabulary import WINDOW_DTYPES
 
 DTYPES = tuple(getattr(torch, name) for name in WINDOW_DTYPES)
@@ -280,7 +280,7 @@ def inner_rounding(size: int, dtype: torch.dtype) -> float:
         dtype: of the products within a tile, and of their sum; tiles are summed in float64.
     """
     tiles = -(-size // TILE)
-    return of_sum(min(size, TILE) + 1, dtype) + of_sum(tiles, torch.float64)
+    return rounding_of_sum(min(size, TILE) + 1, dtype) + rounding_of_sum(tiles, torch.float64)
 
 
 def _times(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hesscli.reduction import weighted_sum
+from hesscli.sums import weighted_sum
 
 EPS = 2.0**-52
 

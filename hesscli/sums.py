@@ -1,0 +1,65 @@
+"""Sums: the weighted one over batches, and how far rounding can push any of them.
+
+The first is made in one place: where processes that share the data will meet.
+
+A sum of n products is off by at most n u of the sum of their sizes, in whatever order a processor
+adds them up. Roundings that are like independent random numbers stay within λ √n u, but for
+2 exp(−λ²/2) of the time (Higham & Mary 2019, "A new approach to probabilistic rounding error
+analysis").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Weighted(Protocol):
+    """A batch, or what stands for one."""
+
+    @property
+    def weight(self) -> float:
+        """Its share of the whole weight mass."""
+
+
+T = TypeVar("T", bound=Weighted)
+
+
+def weighted_sum(
+    batches: Iterable[T], into: Tensor, parts: Callable[[T], Iterable[Tensor]]
+) -> Tensor:
+    """Add each batch's rows, times its weight, to a total: in the total's type, best float64.
+
+    Args:
+        batches: one at a time.
+        into: the total ``(k, …)``, which is changed.
+        parts: a batch's k rows, a block of them after the other.
+
+    Returns:
+        The total.
+    """
+    for batch in batches:
+        row = 0
+        for part in parts(batch):
+            into[row : row + len(part)].add_(part.detach(), alpha=batch.weight)
+            row += len(part)
+    return into
+
+
+_SURE = 8.0
+"""λ: 3e-14 of the time. Squares of float32 numbers in float64 are not that random, and were seen
+at 0.013 n u: a tenth of the bound where n is some thousands."""
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error u of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def rounding_of_sum(terms: int, dtype: torch.dtype) -> float:
+    """Bound of a sum's error, beside the sum of the sizes of its terms."""
+    return min(terms, _SURE * math.sqrt(terms)) * unit_roundoff(dtype)
