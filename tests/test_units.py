@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hesscli
-from hesscli.cli import reading
+from hesscli.cli import parsing
 from hesscli.units import duration, human_bytes, human_seconds
 
 
@@ -56,7 +56,7 @@ def test_durations_as_a_clock_shows_them(seconds: float, text: str) -> None:
 @pytest.mark.parametrize("seconds", [0.3, 50, 119.2, 120, 3599, 7200, 86400])
 def test_options_take_durations_as_they_are_written(seconds: float) -> None:
     """None is lost but the seconds beyond an hour."""
-    read = reading.duration(duration(seconds))
+    read = parsing.duration(duration(seconds))
     assert read is not None
     assert 0 <= read - seconds < 1
 

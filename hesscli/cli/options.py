@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from hesscli.cli import reading
+from hesscli.cli import parsing
 from hesscli.cli.usage import Option, Panel, listed
 from hesscli.vocabulary import (
     DTYPES,
@@ -52,7 +52,7 @@ MATRIX = _PROBLEM.choice(
 )
 EXAMPLES = _PROBLEM.value(
     "--examples",
-    reading.examples,
+    parsing.examples,
     Selection.spelled,
     "--examples 4096, --examples all or --examples first:1000",
     metavar="N|all|first:N",
@@ -61,7 +61,7 @@ EXAMPLES = _PROBLEM.value(
 )
 WEIGHT_DECAY = _PROBLEM.value(
     "--weight-decay",
-    reading.non_negative,
+    parsing.non_negative,
     "a number, 0 or more",
     "--weight-decay 1e-4",
     metavar="X",
@@ -69,7 +69,7 @@ WEIGHT_DECAY = _PROBLEM.value(
 )
 BATCH_SIZE = _PROBLEM.value(
     "--batch-size",
-    reading.count,
+    parsing.count,
     "a whole number, 1 or more",
     "--batch-size 64",
     metavar="N",
@@ -89,7 +89,7 @@ def _tolerance(examples: tuple[str, str], help: str, usual: float | None) -> Opt
     """``--rtol``, which means something else to each command."""
     return _ACCURACY.value(
         "--rtol",
-        reading.fraction,
+        parsing.fraction,
         "a percentage, or a fraction, above 0",
         " or ".join(f"--rtol {amount}" for amount in examples),
         metavar="PERCENT",
@@ -125,7 +125,7 @@ RTOL_OF_EIGENVALUES = _tolerance(
 )
 ATOL = _ACCURACY.value(
     "--atol",
-    reading.positive,
+    parsing.positive,
     "a number above 0",
     "--atol 0.1",
     metavar="X",
@@ -133,7 +133,7 @@ ATOL = _ACCURACY.value(
 )
 CONFIDENCE = _ACCURACY.value(
     "--confidence",
-    reading.confidence,
+    parsing.confidence,
     "a percentage, or a fraction, between 0 and 1",
     "--confidence 95% or --confidence 0.95",
     metavar="PERCENT",
@@ -142,7 +142,7 @@ CONFIDENCE = _ACCURACY.value(
 )
 BUDGET = _ACCURACY.value(
     "--budget",
-    reading.duration,
+    parsing.duration,
     "a time, or none",
     "--budget 10m, --budget 90s, --budget 1h30m or --budget none",
     metavar="TIME",
@@ -151,7 +151,7 @@ BUDGET = _ACCURACY.value(
 )
 PROBES = _ACCURACY.value(
     "--probes",
-    reading.probes,
+    parsing.probes,
     "a number of probes, or a range a:b with a below b",
     "--probes 64 or --probes 64:128",
     metavar="N|a:b",
@@ -164,7 +164,7 @@ VERIFY = _ACCURACY.switch(
 )
 EIGENVALUES = _ACCURACY.value(
     "--k",
-    reading.count,
+    parsing.count,
     "a number of eigenvalues, 1 or more",
     "--k 10",
     metavar="N",
@@ -173,7 +173,7 @@ EIGENVALUES = _ACCURACY.value(
 )
 STEPS = _ACCURACY.value(
     "--steps",
-    reading.count,
+    parsing.count,
     "a number of steps, 1 or more",
     "--steps 64",
     metavar="N",
@@ -182,7 +182,7 @@ STEPS = _ACCURACY.value(
 )
 START_VECTORS = _ACCURACY.value(
     "--probes",
-    reading.count,
+    parsing.count,
     "a number of start vectors, 1 or more",
     "--probes 5",
     metavar="N",
@@ -192,7 +192,7 @@ START_VECTORS = _ACCURACY.value(
 )
 BANDWIDTH = _ACCURACY.value(
     "--bandwidth",
-    reading.bandwidth,
+    parsing.bandwidth,
     "auto, or a percentage or fraction above 0",
     "--bandwidth auto or --bandwidth 10%",
     words=("auto",),
@@ -202,7 +202,7 @@ BANDWIDTH = _ACCURACY.value(
 )
 SEED = _ACCURACY.value(
     "--seed",
-    reading.whole,
+    parsing.whole,
     "a whole number, 0 or more",
     "--seed 0",
     metavar="N",
@@ -216,7 +216,7 @@ SEED = _ACCURACY.value(
 
 ROWS = _WINDOW.value(
     "--rows",
-    reading.rows,
+    parsing.rows,
     RowKind.spelled,
     "--rows sampled or --rows microbatch:32",
     words=("auto", *RowKind.named, "microbatch:"),
@@ -228,7 +228,7 @@ ROWS = _WINDOW.value(
 )
 WINDOW = _WINDOW.value(
     "--window",
-    reading.count,
+    parsing.count,
     "a number of rows, 1 or more",
     "--window 512",
     metavar="N",
@@ -248,7 +248,7 @@ WINDOW_FILE = _WINDOW.text(
 )
 BLOCKS = _WINDOW.value(
     "--blocks",
-    reading.blocks,
+    parsing.blocks,
     WindowBlocks.spelled,
     "--blocks 64",
     words=WindowBlocks.named,
@@ -259,11 +259,11 @@ BLOCKS = _WINDOW.value(
 )
 DAMPING = _WINDOW.value(
     "--damping",
-    reading.damping,
+    parsing.damping,
     "a number above 0, or abs: and a number above 0",
     "--damping 1e-3 or --damping abs:1e-5",
     metavar="X|abs:X",
-    default=reading.DampingValue(1e-3),
+    default=parsing.DampingValue(1e-3),
     help="λ in F̂ + λI, in units of tr F̂ / d, or abs: in its own. Default: 1e-3.",
 )
 
@@ -281,7 +281,7 @@ METHOD = _COMPUTE.choice(
 )
 BLOCK = _COMPUTE.value(
     "--block",
-    reading.block,
+    parsing.block,
     BlockRule.spelled,
     "--block 32 or --block head:4",
     words=BlockRule.named,
@@ -299,7 +299,7 @@ VECTOR = _COMPUTE.text(
 )
 REFINE = _COMPUTE.value(
     "--refine",
-    reading.fraction,
+    parsing.fraction,
     "a relative residual between 0 and 1",
     "--refine 1e-3",
     metavar="RESIDUAL",
@@ -308,7 +308,7 @@ REFINE = _COMPUTE.value(
 )
 RELATIVE_DAMPING = _COMPUTE.value(
     "--damping",
-    reading.positive,
+    parsing.positive,
     "a number above 0",
     "--damping 1e-3",
     metavar="X",
@@ -321,7 +321,7 @@ EXACT = _COMPUTE.switch(
 )
 EXACT_LIMIT = _COMPUTE.value(
     "--exact-limit",
-    reading.count,
+    parsing.count,
     "a number of parameters, 1 or more",
     "--exact-limit 5000",
     metavar="N",
@@ -331,7 +331,7 @@ EXACT_LIMIT = _COMPUTE.value(
 )
 DEVICE = _COMPUTE.value(
     "--device",
-    reading.device,
+    parsing.device,
     "auto, cpu, cuda or cuda:NUMBER",
     "--device auto",
     words=("auto", "cpu", "cuda"),

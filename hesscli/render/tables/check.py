@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.shared import proof_line
+from hesscli.render.tables.shared import proof_line
 from hesscli.render.terminal import GAP, Column, Facts, FittedRows, Plainable, facts, grid
 from hesscli.results import Check, CheckResult, CheckState, Plan, Preflight
 from hesscli.units import human_bytes, human_seconds

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from hesscli.render import words
 from hesscli.render.bins import sparklines
-from hesscli.render.shared import (
+from hesscli.render.tables.shared import (
     ending,
     error_budget,
     listed,

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hesscli.render import perturbations, words
 from hesscli.render.bins import sparklines
-from hesscli.render.shared import (
+from hesscli.render.tables.shared import (
     cost_lines,
     ending,
     listed,

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.shared import ending, proof_line
 from hesscli.render.spectra import compared_with_classes, estimate, has_vector, standing_apart
+from hesscli.render.tables.shared import ending, proof_line
 from hesscli.render.terminal import (
     GAP,
     Column,

@@ -7,7 +7,7 @@ import math
 from rich.console import Group, RenderableType
 
 from hesscli.render import words
-from hesscli.render.shared import (
+from hesscli.render.tables.shared import (
     ending,
     error_budget,
     listed,
