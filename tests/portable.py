@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 NUMBERS = """
-    block_variance blocks conjugate_gradients dense diagonal entries exact_diagonal exactness
+    block_variance blocks conjugate_gradients dense diagonal entries exactness
     factors independence invariances kernels lanczos losses mfac_rows mfac_static mfac_window
-    mfac_windowed modes named_losses operators perturbations precision preflight
+    mfac_windowed modes named_losses operators per_example perturbations precision preflight
     quadrature residual root_mean_square shrinkage spectrum spectrum_rounding streams widening
     wrong_derivatives
 """

@@ -13,7 +13,7 @@ from hesscli.engines.entries import Entries
 from hesscli.engines.estimator import Estimator, read
 from hesscli.engines.hutchinson.designs import Deflated, Stratified, common_share
 from hesscli.engines.hutchinson.engine import Hutchinson
-from hesscli.engines.per_example import ExactDiagonal
+from hesscli.engines.per_example import PerExample
 from hesscli.meter import Meter
 from hesscli.operators.products import hessian_double_backward
 from hesscli.parameters import Parameters
@@ -144,7 +144,7 @@ def test_the_gauss_newton_diagonal_of_a_live_loss(step: Step) -> None:
     live = LivePass(step)
     entries = Entries(live.parameters, live.device)
     stream = entries.stream(live.parameters, exact=True)
-    engine = ExactDiagonal(live, stream=stream)
+    engine = PerExample(live, stream=stream)
     estimator = Estimator(live, gauss_newton=engine, entries=entries)
     for _ in estimator.extend(1):
         pass

@@ -12,7 +12,7 @@ import hesscli
 from hesscli import GaussNewton, Hessian
 from hesscli.engines.estimator import Estimator
 from hesscli.engines.hutchinson.engine import Hutchinson
-from hesscli.engines.per_example import ExactDiagonal
+from hesscli.engines.per_example import PerExample
 from hesscli.meter import Meter
 from hesscli.operators.exactness import (
     _probe,
@@ -53,14 +53,14 @@ def test_blocks_count_with_their_whole() -> None:
 
 def test_sources_that_share_a_meter_are_counted_once() -> None:
     problem, meter = problem_of(), Meter()
-    known = ExactDiagonal(GaussNewton(problem, meter=meter))
+    known = PerExample(GaussNewton(problem, meter=meter))
     probes = Hutchinson(Residual(problem, meter=meter), seed=0)
     estimator = Estimator(Hessian(problem), gauss_newton=known, probes=probes)
     for _ in estimator.extend(2):
         pass
     assert (estimator.products, estimator.gradients) == (meter.products, meter.gradients)
     assert meter.products == pytest.approx(2)
-    alone = ExactDiagonal(GaussNewton(problem))
+    alone = PerExample(GaussNewton(problem))
     list(alone.extend())
     assert meter.gradients == pytest.approx(alone.meter.gradients + 1 + 2 * 2)
 

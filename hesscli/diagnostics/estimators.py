@@ -19,7 +19,7 @@ from hesscli.engines.hutchinson.designs import (
 )
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Sharing
-from hesscli.engines.per_example import ExactDiagonal
+from hesscli.engines.per_example import PerExample
 from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.errors import HesscliError, UsageError
 from hesscli.meter import OnStep, go_on
@@ -139,7 +139,7 @@ def _split(operator: Operator, method: str, draw: Draw, on_step: OnStep) -> Choi
     part = make_part(problem, mode=operator.mode, meter=operator.meter)
     columns = part.passes().columns.num_columns
     sampled = method != "exact" and columns > AFFORDABLE_COLUMNS
-    gauss_newton = ExactDiagonal(
+    gauss_newton = PerExample(
         part,
         sampled=sampled,
         seed=draw.seed,

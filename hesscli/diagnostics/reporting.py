@@ -12,7 +12,7 @@ from hesscli.diagnostics.estimators import Choice, Draw, choose
 from hesscli.diagnostics.measurement import Estimation, Goal, Outcome, Tolerance, drive
 from hesscli.diagnostics.run import Run
 from hesscli.engines.estimator import Reading, Rounding
-from hesscli.engines.per_example import ExactDiagonal
+from hesscli.engines.per_example import PerExample
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound
 from hesscli.problem.problem import Problem
@@ -35,7 +35,7 @@ def rounding_of(run: Run, choice: Choice) -> Rounding:
     estimator, errors = choice.estimator, []
     if estimator.probes is not None:
         errors.append(run.flight.relative_rounding)
-    if isinstance(estimator.gauss_newton, ExactDiagonal):
+    if isinstance(estimator.gauss_newton, PerExample):
         errors.append(estimator.gauss_newton.passes.relative_rounding())
     known = [error for error in errors if error is not None]
     if len(known) < len(errors):

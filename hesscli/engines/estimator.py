@@ -14,7 +14,7 @@ from hesscli.engines.diagonal import Diagonal
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Array, MeanSquare, Sharing, Table, reduce_table
-from hesscli.engines.per_example import ExactDiagonal
+from hesscli.engines.per_example import PerExample
 from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.meter import Meter
 from hesscli.operators.source import Source
@@ -23,7 +23,7 @@ from hesscli.parameters import Parameters
 # -- One matrix from up to two sources: its Gauss-Newton part without probes, and what is probed ---
 
 
-Engine = ExactDiagonal | UnitVectors | Hutchinson
+Engine = PerExample | UnitVectors | Hutchinson
 
 
 class Estimator:
@@ -44,7 +44,7 @@ class Estimator:
         self,
         operator: Source,
         *,
-        gauss_newton: ExactDiagonal | UnitVectors | None = None,
+        gauss_newton: PerExample | UnitVectors | None = None,
         probes: Hutchinson | None = None,
         entries: Entries | None = None,
     ) -> None:
@@ -153,7 +153,7 @@ class Estimator:
 
     def gauss_newton_traces(self) -> Array | None:
         """By layer and in all, weight decay included, over the batches of :meth:`table`."""
-        if not isinstance(self.gauss_newton, ExactDiagonal):
+        if not isinstance(self.gauss_newton, PerExample):
             return None
         if not (seen := self.gauss_newton.seen):
             return None

@@ -25,7 +25,7 @@ _DRAWS = 0xD4A35
 """Separates label streams from other uses of a seed."""
 
 
-class ExactDiagonal(Cells):
+class PerExample(Cells):
     """diag G over a matrix's batches: a table of traces, and the entries if they are wanted.
 
     Args:

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from hesscli import GaussNewton
 from hesscli.engines.entries import Entries, Part
-from hesscli.engines.per_example import ExactDiagonal
+from hesscli.engines.per_example import PerExample
 from hesscli.errors import UsageError
 from hesscli.operators.per_example.sites import _by_gradients, _by_pairs
 from hesscli.problem.freezing import FrozenData
@@ -45,7 +45,7 @@ def _cut(data: tuple[Tensor, ...], sizes: list[int]) -> FrozenData:
 class Found:
     """What an engine and its stream say."""
 
-    engine: ExactDiagonal
+    engine: PerExample
     diagonal: Tensor
     stderr: Tensor | None
 
@@ -59,7 +59,7 @@ def _run(problem: Problem, draws: int | None = None, **options: Any) -> Found:
     entries = Entries(parameters, problem.device)
     stream = entries.stream(parameters, exact=draws is None)
     operator = GaussNewton(problem, parameters=parameters)
-    engine = ExactDiagonal(operator, sampled=draws is not None, stream=stream, **options)
+    engine = PerExample(operator, sampled=draws is not None, stream=stream, **options)
     for _ in engine.extend(draws or 1):
         pass
     found = entries.diagonal([Part(stream, 1.0, engine.count)], problem.weight_decay)
@@ -398,7 +398,7 @@ def test_a_large_vocabulary_is_drawn_and_never_enumerated() -> None:
     tokens = _classes(20_000, 4, 3)
     problem = Problem(model, "language_model", _cut((tokens, tokens), [2, 2]))
     with pytest.raises(UsageError, match="one backward pass for each column") as caught:
-        ExactDiagonal(GaussNewton(problem))
+        PerExample(GaussNewton(problem))
     assert str(3 * 19_999) in caught.value.got
     result = _run(problem, draws=1)
     looked_up = result.diagonal[: 2 * 20_000].view(-1, 2)[torch.unique(tokens)]
@@ -410,7 +410,7 @@ def test_a_large_vocabulary_is_drawn_and_never_enumerated() -> None:
 
 
 def test_a_stopped_run_speaks_for_its_batches_and_goes_on(sunspots: Problem) -> None:
-    engine = ExactDiagonal(GaussNewton(sunspots))
+    engine = PerExample(GaussNewton(sunspots))
     steps = engine.extend()
     for _ in range(5):
         next(steps)
@@ -431,7 +431,7 @@ def test_a_stopped_run_speaks_for_its_batches_and_goes_on(sunspots: Problem) -> 
 def test_batch_norm_in_train_mode_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double().train()
     with pytest.raises(UsageError, match="per-example gradients do not exist") as caught:
-        ExactDiagonal(GaussNewton(Problem(model, "cross_entropy", _cut(SMALL, [N]))))
+        PerExample(GaussNewton(Problem(model, "cross_entropy", _cut(SMALL, [N]))))
     assert "1 (BatchNorm1d)" in caught.value.got
 
 
@@ -453,10 +453,10 @@ def test_examples_that_depend_on_each_other_are_found() -> None:
 def test_unknown_output_hessians_and_shapeless_batches_are_refused() -> None:
     model = nn.Linear(3, 3).double()
     with pytest.raises(UsageError, match="is not known"):
-        ExactDiagonal(GaussNewton(Problem(model, nn.MultiMarginLoss(), _cut(SMALL, [N]))))
+        PerExample(GaussNewton(Problem(model, nn.MultiMarginLoss(), _cut(SMALL, [N]))))
     whole = FrozenData((SMALL,), (N,), N, False, "by hand")
     with pytest.raises(UsageError, match="one row an example"):
-        ExactDiagonal(GaussNewton(Problem(model, "cross_entropy", whole)))
+        PerExample(GaussNewton(Problem(model, "cross_entropy", whole)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
