@@ -29,12 +29,12 @@ from matplotlib.patches import StepPatch
 from matplotlib.text import Annotation
 from shown import assert_tidy, drawn_texts, on_one_line, printed
 
-from hesscli.render import perturbations
 from hesscli.render.figures import canvas
 from hesscli.render.figures.canvas import save_figure
 from hesscli.render.figures.ihvp import saliency_figure, sensitivity_figure
 from hesscli.render.figures.ihvp_checks import calibration_figure, sweep_figure
 from hesscli.render.tables.ihvp import ihvp_table
+from hesscli.render.words import change_name
 from hesscli.results import IhvpResult, Refinement, ResidualReport
 
 SOLVE = ihvp_result().solve
@@ -114,7 +114,11 @@ ODD_RESULTS = WITH_LAYERS | {
     ),
     "on disk": ihvp_result(window=replace(WINDOW, file="rows.bin", row_kind="microbatch:4")),
 }
-VERIFIED = [name for name, r in WITH_LAYERS.items() if perturbations.verified(r.layers)]
+VERIFIED = [
+    name
+    for name, result in WITH_LAYERS.items()
+    if any(c.measured is not None for layer in result.layers for c in layer.perturbations)
+]
 
 
 def table(result: IhvpResult, width: int = 160, **options: bool) -> str:
@@ -252,7 +256,7 @@ def test_layers_in_full_detail() -> None:
         assert words in text
     (layer,) = (layer for layer in ihvp_result().layers if layer.name == "conv2")
     for change in layer.perturbations:
-        assert f"{perturbations.label(change)} " in text
+        assert f"{change_name(change)} " in text
     assert "prune 50% 6.2e-06 0.056 0.056 0.0011 0.049 0.046 no 3.0" in text
 
 
@@ -459,7 +463,7 @@ def test_the_layers_of_largest_changes_are_drawn_in_model_order() -> None:
     result = WITH_LAYERS["many"]
     figure = sensitivity_figure(result)
     by_size = sorted(
-        result.layers, key=lambda layer: max(map(perturbations.size, layer.perturbations))
+        result.layers, key=lambda layer: max(change.size() for change in layer.perturbations)
     )
     kept = [layer.name for layer in result.layers if layer in by_size[10:]]
     drawn = [name.get_text().lstrip("…") for name in figure.axes[0].get_yticklabels()]

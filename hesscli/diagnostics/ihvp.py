@@ -401,7 +401,7 @@ def _warnings(study: Study, layers: Sequence[LayerSensitivity]) -> Iterator[str]
         yield "no time for predictions of what pruning and rounding do: more --budget"
     yield from _solve_warnings(study)
     ranked = [layer for layer in layers if layer.saliency.mean > 0]
-    low = [layer.name for layer in ranked if layer.leverage < LOW_LEVERAGE]
+    low = [layer.name for layer in ranked if layer.ranked_by == "magnitude"]
     if low:
         yield (
             f"leverage below {LOW_LEVERAGE:.0%} in {', '.join(low[:5])} ({len(low)} layers): "

@@ -15,7 +15,10 @@ from hesscli.results import (
     Interval,
     Layer,
     LayerTrace,
+    Outliers,
+    Perturbation,
     ProblemReport,
+    SpectralFunction,
     SpectrumResult,
     TraceResult,
 )
@@ -86,8 +89,10 @@ def percent(share: float | None) -> str:
     return f"{_digits(100 * share, 2)}%"
 
 
-def probability(value: float) -> str:
+def probability(value: float | None) -> str:
     """Write a probability, or a share that is never all, without claiming certainty."""
+    if value is None:
+        return "-"
     if not math.isfinite(value):
         return "unknown"
     return ">99%" if value > 0.99 else "<1%" if value < 0.01 else f"{100 * value:.0f}%"
@@ -218,6 +223,44 @@ def includes_zero(interval: Interval) -> bool:
     """Tell whether not even the sign is known; an exact zero is known."""
     low, high = interval
     return low <= 0 <= high and low < high
+
+
+def change_name(change: Perturbation) -> str:
+    """Name a change of weights, as in ``prune 50%`` or ``4 bit tensor``."""
+    if change.kind == "prune":
+        return f"prune {percent(change.level)}"
+    return f"{change.level:g} bit {change.granularity}"
+
+
+def spectral_sum(function: SpectralFunction) -> str:
+    """Write a sum over eigenvalues with its standard error where there is one."""
+    if function.value is None:
+        return "none"
+    if function.stderr is None:
+        return number(function.value)
+    return with_error(function.value, function.stderr)
+
+
+def standing_apart(outliers: Outliers) -> str:
+    """How many of the largest eigenvalues lie above the widest step."""
+    if not outliers.count:
+        return "no eigenvalue stands apart"
+    if outliers.count == 1:
+        return f"1 eigenvalue stands apart: it is {outliers.ratio:.2g} times the next"
+    return (
+        f"{outliers.count} eigenvalues stand apart: the last is {outliers.ratio:.2g} times the next"
+    )
+
+
+def compared_with_classes(outliers: Outliers) -> list[str]:
+    """What the staircase does at the number of classes."""
+    if outliers.classes is None:
+        return []
+    said = f"{outliers.classes} classes"
+    if outliers.class_ratio is None:
+        return [f"{said}, fewer eigenvalues than that are told apart"]
+    number = outliers.classes - 1
+    return [f"{said}: eigenvalue {number} is {outliers.class_ratio:.2g} times the next"]
 
 
 def _is_scientific(magnitude: float) -> bool:

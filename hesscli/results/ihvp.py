@@ -110,6 +110,15 @@ class Perturbation:
     order: float | None
     holds: bool | None
 
+    @property
+    def predicted(self) -> float:
+        """By how much the loss is predicted to grow."""
+        return self.linear + self.quadratic
+
+    def size(self, scale: float = 1.0) -> float:
+        """|linear| + |quadratic| when shrunk to a scale: what errors are measured by."""
+        return abs(scale * self.linear) + abs(scale**2 * self.quadratic)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SaliencyReport:
@@ -142,6 +151,11 @@ class LayerSensitivity(Layer):
     rank: int
     above_next: float | None
     perturbations: tuple[Perturbation, ...]
+
+    @property
+    def ranked_by(self) -> Literal["magnitude", "data"]:
+        """What decides how the weights rank: where it is not data, damping makes it |w|."""
+        return "magnitude" if self.leverage < LOW_LEVERAGE else "data"
 
 
 @dataclass(frozen=True, kw_only=True)

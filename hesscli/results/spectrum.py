@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from hesscli.results.header import IN_FILES, Answer, Interval, Layer, Status
 
+_VECTOR_ERROR = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Eigenvalue:
@@ -25,6 +27,11 @@ class Eigenvalue:
     settled: bool
     copies: int
     vector_error: float | None
+
+    @property
+    def has_vector(self) -> bool:
+        """Whether its vector is known so well that the layers' parts in it mean something."""
+        return self.vector_error is not None and self.vector_error <= _VECTOR_ERROR
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -271,6 +271,28 @@ _AIR = 1.3
 _LABEL = 0.55  # inches from one label's middle to the next
 
 
+_BESIDE_MARKS = 1.5
+_FURTHEST = 1e-8
+"""Of the largest change: smaller ones are not told apart on an axis with both signs."""
+
+
+def axis_edges(values: Iterable[float]) -> tuple[float, ...]:
+    """Where an axis of loss changes begins and ends, with room for a mark beyond each of them.
+
+    Where not all are positive, between the two lies the size below which it turns linear.
+    """
+    drawn = sorted(value for value in values if math.isfinite(value))
+    if not drawn:
+        return ()
+    if drawn[0] > 0:
+        return drawn[0] / _BESIDE_MARKS, drawn[-1] * _BESIDE_MARKS
+    largest = max(-drawn[0], drawn[-1])
+    least = min((abs(value) for value in drawn if value), default=1.0)
+    threshold = max(least, _FURTHEST * largest)
+    low, high = min(drawn[0], -threshold), max(drawn[-1], threshold)
+    return low * _BESIDE_MARKS, -threshold, threshold, high * _BESIDE_MARKS
+
+
 def scale_by_size(axes: Axes, edges: tuple[float, ...]) -> None:
     """Scale the x axis for some bins: plainly logarithmic where all are positive.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hesscli.render import bins, perturbations, words
+from hesscli.render import bins, words
 from hesscli.render.figures import canvas
 from hesscli.render.figures.canvas import label_sizes, scale_by_size
 from hesscli.render.figures.ihvp_checks import calibration_figure, sweep_figure
@@ -55,7 +55,7 @@ def sensitivity_figure(result: IhvpResult) -> Figure:
     Returns:
         The figure, for ``save_figure`` or for one's own canvas.
     """
-    layers = _most_sensitive(result.layers)
+    layers = words.largest(result.layers, _MOST_LAYERS, _largest_change)
     rows = Rows(
         _changes_title(result),
         canvas.provenance(result),
@@ -76,7 +76,8 @@ def sensitivity_figure(result: IhvpResult) -> Figure:
         low, high = axes.get_xlim()
         if low < (loss := result.problem.loss) < high:
             canvas.mark(axes, loss, f"the loss, {words.number(loss)}")
-    _draw_legend(rows.figure, perturbations.verified(layers))
+    measured = [x.measured for layer in layers for x in layer.perturbations]
+    _draw_legend(rows.figure, any(loss is not None for loss in measured))
     notes = [
         "Discs lie at linear + quadratic term; those that would touch are one, numbered from left "
         "to right. The amber line starts at the quadratic term alone.",
@@ -87,14 +88,8 @@ def sensitivity_figure(result: IhvpResult) -> Figure:
     return rows.figure
 
 
-def _most_sensitive(layers: Sequence[LayerSensitivity]) -> list[LayerSensitivity]:
-    """Those of the largest change, at most so many, in their own order."""
-
-    def worst(layer: LayerSensitivity) -> float:
-        return max(map(perturbations.size, layer.perturbations), default=0.0)
-
-    kept = sorted(layers, key=worst, reverse=True)[:_MOST_LAYERS]
-    return [layer for layer in layers if layer in kept]
+def _largest_change(layer: LayerSensitivity) -> float:
+    return max((change.size() for change in layer.perturbations), default=0.0)
 
 
 def _changes_title(result: IhvpResult) -> str:
@@ -113,7 +108,7 @@ def _draw_changes(axes: Axes, layers: list[LayerSensitivity], kind: str) -> None
         for change in layer.perturbations
         if change.kind == kind
     ]
-    edges = perturbations.axis_edges(value for _, change in changes for value in _positions(change))
+    edges = canvas.axis_edges(value for _, change in changes for value in _positions(change))
     scale_by_size(axes, edges)
     for row in range(len(layers) - 1):
         axes.axhline(row + 0.5, color=canvas.LINE, linewidth=0.6)
@@ -133,7 +128,7 @@ def _draw_changes(axes: Axes, layers: list[LayerSensitivity], kind: str) -> None
 
 
 def _positions(change: Perturbation) -> Iterator[float]:
-    yield perturbations.predicted(change)
+    yield change.predicted
     yield change.quadratic
     if change.measured is not None:
         yield change.measured
@@ -141,7 +136,7 @@ def _positions(change: Perturbation) -> Iterator[float]:
 
 def _draw_terms(axes: Axes, lane: float, change: Perturbation) -> None:
     """What the linear term adds, the standard error, and what was measured."""
-    total = perturbations.predicted(change)
+    total = change.predicted
     axes.plot((change.quadratic, total), (lane, lane), color=canvas.AMBER, linewidth=1.8, zorder=2)
     canvas.whisker(axes, lane, (total - change.stderr, total + change.stderr))
     if change.measured is not None:
@@ -171,7 +166,7 @@ class _Group:
 def _grouped(axes: Axes, changes: list[Perturbation]) -> list[_Group]:
     """Make one of discs that would touch, until none do."""
     groups: list[_Group] = []
-    for change in sorted(changes, key=perturbations.predicted):
+    for change in sorted(changes, key=lambda change: change.predicted):
         groups.append(_group(axes, (change,)))
         while len(groups) > 1 and groups[-1].ends[0] - groups[-2].ends[1] < _DISC:
             right, left = groups.pop(), groups.pop()
@@ -180,7 +175,7 @@ def _grouped(axes: Axes, changes: list[Perturbation]) -> list[_Group]:
 
 
 def _group(axes: Axes, changes: tuple[Perturbation, ...]) -> _Group:
-    places = [(perturbations.predicted(change), 0.0) for change in changes]
+    places = [(change.predicted, 0.0) for change in changes]
     across = axes.transData.transform(places)[:, 0] * 72 / axes.figure.dpi
     low, high = float(across[0]), float(across[-1])
     wanted = _DIGIT * (len(_Group(changes, (low, high)).text) - 2)
@@ -195,7 +190,7 @@ def _draw_discs(axes: Axes, lane: float, group: _Group) -> None:
     pixels = [(end * axes.figure.dpi / 72, 0.0) for end in group.ends]
     low, high = axes.transData.inverted().transform(pixels)[:, 0]
     axes.plot((low, high), (lane, lane), color=fill, lw=_DISC, solid_capstyle="round", zorder=3)
-    places = [perturbations.predicted(change) for change in group.changes]
+    places = [change.predicted for change in group.changes]
     axes.plot(places, [lane] * len(places), "o", markersize=_DISC, color=fill, zorder=3)
     axes.annotate(
         group.text,
@@ -255,15 +250,15 @@ def saliency_figure(result: IhvpResult) -> Figure:
     )
     scale_by_size(rows.axes, spectra[0].edges)
     for row, (layer, histogram) in enumerate(zip(layers, spectra, strict=True)):
-        pale = perturbations.ranks_by_magnitude(layer)
+        pale = layer.ranked_by == "magnitude"
         draw_shape(rows.axes, row, histogram, {1: canvas.PALE if pale else canvas.ACCENT})
         _draw_saliency(rows.axes, row, layer.saliency)
     rows.columns(
         {
             "mean": [words.with_error(x.saliency.mean, x.saliency.stderr) for x in layers],
-            "above next": [perturbations.above_next(layer) for layer in layers],
+            "above next": [words.probability(layer.above_next) for layer in layers],
             "leverage": [words.probability(layer.leverage) for layer in layers],
-            "this ranking is": [perturbations.ranked_by(layer) for layer in layers],
+            "this ranking is": [layer.ranked_by for layer in layers],
         }
     )
     scale = canvas.log_scale(rows.axes.xaxis)
@@ -301,7 +296,7 @@ def _saliency_notes(result: IhvpResult, layers: list[LayerSensitivity]) -> list[
         "Lines run from the 5% to the 95% quantile; dots are medians, diamonds means.",
         "Above next: probability of a higher mean; ± is one standard error.",
     ]
-    if any(map(perturbations.ranks_by_magnitude, layers)):
+    if any(layer.ranked_by == "magnitude" for layer in layers):
         limit = words.percent(LOW_LEVERAGE)
         notes.append(
             f"Pale: median leverage below {limit}, damping and not data decides: "

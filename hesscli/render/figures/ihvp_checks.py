@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from hesscli.render import perturbations, words
+from hesscli.render import words
 from hesscli.render.figures import canvas
 from hesscli.render.figures.canvas import label_heights, label_sizes, scale_by_size
 from hesscli.results import (
@@ -52,12 +52,12 @@ class _Point:
     @property
     def size(self) -> float:
         """|linear| + |quadratic|."""
-        return perturbations.size(self.change, self.scaled.scale)
+        return self.change.size(self.scaled.scale)
 
     @property
     def miss(self) -> float:
         """The error as a share of the size."""
-        return perturbations.miss(self.change, self.scaled) or 0.0
+        return abs(self.scaled.measured - self.scaled.predicted) / self.size if self.size else 0.0
 
     @property
     def holds(self) -> bool:
@@ -109,7 +109,7 @@ def _points(layers: Iterable[LayerSensitivity]) -> Iterable[_Point]:
 def _draw_both(axes: Axes, points: list[_Point]) -> None:
     """Measured against predicted, with the diagonal and the band within which they agree."""
     values = [value for p in points for value in (p.scaled.predicted, p.scaled.measured)]
-    edges = perturbations.axis_edges(values)
+    edges = canvas.axis_edges(values)
     line = _scale_alike(axes, edges)
     within = HOLDS_WITHIN * np.abs(line)
     axes.fill_between(line, line - within, line + within, color=canvas.LINE, linewidth=0)
@@ -151,7 +151,7 @@ def _draw_misses(axes: Axes, points: list[_Point]) -> None:
     axes.axhspan(low, limit, color=canvas.LINE, alpha=0.45, linewidth=0)
     axes.axhline(limit, color=canvas.QUIET, linewidth=0.8)
     _draw_points(axes, drawn, lambda point: (point.size, max(point.miss, _LEAST_MISS)))
-    edges = perturbations.axis_edges(point.size for point in drawn)
+    edges = canvas.axis_edges(point.size for point in drawn)
     scale_by_size(axes, edges)
     label_sizes(axes, edges)
     ticks = [t for t in (1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0) if low <= t <= high]
@@ -199,7 +199,7 @@ def _list_misses(figure: Figure, listed: list[_Point], failed: int, foot: float)
     heading = f"do not hold at full size: {which}{words.count(failed)}"
     names = words.shorten_all([point.layer for point in listed], 44)
     lines = [
-        f"{name}, {perturbations.label(point.change)}: "
+        f"{name}, {words.change_name(point.change)}: "
         f"predicted {words.number(point.scaled.predicted, 2)}, "
         f"measured {words.number(point.scaled.measured, 2)}, off by {words.percent(point.miss)}"
         for name, point in zip(names, listed, strict=True)

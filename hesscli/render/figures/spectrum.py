@@ -18,7 +18,6 @@ from hesscli.render import words
 from hesscli.render.figures import canvas
 from hesscli.render.figures.canvas import label_sizes, scale_by_size
 from hesscli.render.figures.rows import Rows
-from hesscli.render.spectra import compared_with_classes, estimate, has_vector, standing_apart
 from hesscli.results import (
     DenseSpectrum,
     Eigenvalue,
@@ -84,9 +83,9 @@ def density_figure(result: SpectrumResult) -> Figure:
     for axes, panel in zip(drawn, spectra, strict=True):
         _draw_density(axes, panel)
         more = _sums(result) if axes is drawn[0] else ()
-        size, trace = words.count(panel.size, "eigenvalue"), estimate(panel.functions.trace)
-        name = short.get(panel.name, panel.name)
-        canvas.describe(axes, (name, size, f"trace {trace}", *more))
+        name, size = short.get(panel.name, panel.name), words.count(panel.size, "eigenvalue")
+        trace = f"trace {words.spectral_sum(panel.functions.trace)}"
+        canvas.describe(axes, (name, size, trace, *more))
         label_sizes(axes, edges)
     drawn[0].set_ylabel("eigenvalues")
     drawn[-1].set_xlabel(f"eigenvalue, {canvas.log_scale(drawn[-1].xaxis)}")
@@ -154,10 +153,10 @@ def _heights(places: Array, nodes: Array, counts: Array, density: SpectralDensit
 def _sums(result: SpectrumResult) -> list[str]:
     functions, mass = result.functions, result.functions.negative_mass.value
     return [
-        f"Σλ² {estimate(functions.squared_norm)}",
-        f"effective rank {estimate(functions.effective_rank)}",
+        f"Σλ² {words.spectral_sum(functions.squared_norm)}",
+        f"effective rank {words.spectral_sum(functions.effective_rank)}",
         f"negative mass {'none' if mass is None else words.percent(mass)}",
-        *standing_apart(result.outliers).replace(": ", ":\n").split("\n"),
+        *words.standing_apart(result.outliers).replace(": ", ":\n").split("\n"),
     ]
 
 
@@ -193,14 +192,15 @@ def staircase_figure(result: SpectrumResult) -> Figure:
     Returns:
         The figure, for ``save_figure`` or for one's own canvas.
     """
+    matrix, apart = words.matrix_name(result.problem), words.standing_apart(result.outliers)
     figure, (axes,) = canvas.panels(
-        f"Staircase of the {words.matrix_name(result.problem)}: {standing_apart(result.outliers)}",
+        f"Staircase of the {matrix}: {apart}",
         canvas.provenance(result),
         (_STAIRCASE,),
     )
     _draw_staircase(axes, _steps(result), result)
     notes = ["Eigenvalues that stand alone: bars of at most a quarter of the distance to the next."]
-    compared = compared_with_classes(result.outliers)
+    compared = words.compared_with_classes(result.outliers)
     canvas.note(figure, notes + [f"{said[0].upper()}{said[1:]}." for said in compared])
     return figure
 
@@ -263,7 +263,7 @@ def participation_figure(result: SpectrumResult) -> Figure:
     Returns:
         The figure, for ``save_figure`` or for one's own canvas.
     """
-    columns = [i for i, one in enumerate(result.eigenvalues) if has_vector(one)]
+    columns = [i for i, one in enumerate(result.eigenvalues) if one.has_vector]
     layers = result.layers[: canvas.MOST_LAYERS]
     rows = Rows(
         f"Layers in the top eigenvectors of the {words.matrix_name(result.problem)}",
@@ -320,7 +320,7 @@ def _write_shares(axes: Axes, shares: Array, columns: list[int]) -> None:
 def _participation_notes(result: SpectrumResult, drawn: int, layers: int) -> list[str]:
     of_all = " over all layers" if result.num_hidden else ""
     notes = [f"Shares of an eigenvector's squared length; columns sum to 100%{of_all}."]
-    errors = [one.vector_error or 0.0 for one in result.eigenvalues if has_vector(one)]
+    errors = [one.vector_error or 0.0 for one in result.eigenvalues if one.has_vector]
     if errors:
         notes.append(f"Shares are within {words.percent(2 * max(errors))}.")
     if drawn < len(result.eigenvalues):

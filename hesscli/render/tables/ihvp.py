@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from hesscli.render import perturbations, words
+from hesscli.render import words
 from hesscli.render.bins import sparklines
 from hesscli.render.tables.shared import (
     cost_lines,
@@ -190,15 +190,15 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
             Column(2, "weights", [words.count(layer.num_parameters) for layer in layers]),
             Column(9, "mean\nsaliency", [mean for mean, _ in means]),
             Column(6, "± s.e.", [error for _, error in means]),
-            Column(7, "above\nnext", [perturbations.above_next(layer) for layer in layers]),
+            Column(7, "above\nnext", [words.probability(layer.above_next) for layer in layers]),
             Column(8, "leverage", [words.probability(layer.leverage) for layer in layers]),
-            Column(8, "ranking\nis", [perturbations.ranked_by(layer) for layer in layers]),
+            Column(8, "ranking\nis", [layer.ranked_by for layer in layers]),
             Column(3, "halves", [words.correlation(x.half_correlation) for x in layers]),
             Column(1, "|w|", [words.correlation(x.magnitude_correlation) for x in layers]),
             Column(5, "spread", spectra.lines, "left"),
         ],
         numbers=tuple(str(layer.rank) for layer in layers),
-        styles=tuple("dim" if perturbations.ranks_by_magnitude(x) else "" for x in layers),
+        styles=tuple("dim" if x.ranked_by == "magnitude" else "" for x in layers),
     )
     notes = [
         "above next: probability of a higher mean",
@@ -212,7 +212,7 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
 
 def _magnitude_warning(layers: list[LayerSensitivity]) -> Iterator[Text]:
     """Where the ranking says no more than the weights themselves."""
-    names = [layer.name for layer in layers if perturbations.ranks_by_magnitude(layer)]
+    names = [layer.name for layer in layers if layer.ranked_by == "magnitude"]
     if names:
         which, limit = words.few(names, [x.name for x in layers]), words.percent(LOW_LEVERAGE)
         said = f"{which}: leverage below {limit}, this ranking is magnitude |w|"
@@ -240,10 +240,17 @@ def change_rows(result: IhvpResult, layers: list[LayerSensitivity]) -> Iterator[
     if any(change.holds is False for change in changes):
         limit = words.percent(HOLDS_WITHIN)
         notes.append(f"!: off by more than {limit} of |linear| + |quadratic|")
-    certainty = perturbations.least_certain(layers)
+    certainty = _least_certain(layers)
     if certainty:
         notes.append(f"two standard errors: at most {words.percent(certainty)} of a prediction")
     yield facts(notes, style="dim")
+
+
+def _least_certain(layers: Iterable[LayerSensitivity]) -> float | None:
+    """The largest two standard errors of a prediction as a share of its size."""
+    changes = (change for layer in layers for change in layer.perturbations)
+    shares = [2 * change.stderr / change.size() for change in changes if change.size()]
+    return max((share for share in shares if math.isfinite(share)), default=None)
 
 
 def _change_columns(layers: Sequence[LayerSensitivity]) -> Iterator[Column]:
@@ -273,7 +280,7 @@ def _change(layer: LayerSensitivity, kind: str, level: float) -> Perturbation | 
 
 
 def _predicted(change: Perturbation | None) -> str:
-    return "-" if change is None else words.number(perturbations.predicted(change), 2)
+    return "-" if change is None else words.number(change.predicted, 2)
 
 
 def _measured(change: Perturbation | None) -> str:
@@ -307,7 +314,7 @@ def layer_details(layer: LayerSensitivity) -> Iterator[RenderableType]:
 
 def _leverage(layer: LayerSensitivity) -> str:
     share = f"leverage {words.percent(layer.leverage)}"
-    if perturbations.ranks_by_magnitude(layer):
+    if layer.ranked_by == "magnitude":
         return f"{share}: this ranking is magnitude"
     return share
 
@@ -323,7 +330,7 @@ def _changes(changes: tuple[Perturbation, ...]) -> FittedRows:
     columns = [
         Column(8, "linear", [_number(change.linear) for change in changes]),
         Column(7, "quadratic", [_number(change.quadratic) for change in changes]),
-        Column(1, "sum", [_number(perturbations.predicted(change)) for change in changes]),
+        Column(1, "sum", [_number(change.predicted) for change in changes]),
         Column(5, "± s.e.", [_number(change.stderr) for change in changes]),
         Column(3, "HAWQ", [_number(change.hawq) for change in changes]),
     ]
@@ -332,7 +339,7 @@ def _changes(changes: tuple[Perturbation, ...]) -> FittedRows:
     if any(change.holds is not None for change in changes):
         columns.append(Column(4, "holds", [_HOLDS[change.holds] for change in changes]))
         columns.append(Column(2, "order", [_order(change) for change in changes]))
-    return FittedRows("change", [perturbations.label(change) for change in changes], columns)
+    return FittedRows("change", [words.change_name(change) for change in changes], columns)
 
 
 def _number(value: float | None) -> str:
@@ -410,5 +417,5 @@ def _shortfall(result: IhvpResult) -> tuple[str, str]:
         if refinement.negative_curvature is not None:
             return "with a larger --damping, or --matrix ggn, the solve can go on", ""
         return longer, f"--refine {refinement.residual:.1e}"
-    certainty = perturbations.least_certain(result.layers)
+    certainty = _least_certain(result.layers)
     return longer, f"--rtol {words.percent(certainty)}" if certainty else ""

@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.spectra import compared_with_classes, estimate, has_vector, standing_apart
 from hesscli.render.tables.shared import ending, proof_line
 from hesscli.render.terminal import (
     GAP,
@@ -78,7 +77,7 @@ def _headline(result: SpectrumResult) -> tuple[RenderableType, ...]:
     top = result.eigenvalues[0]
     line = Text(f"largest eigenvalue of the {words.matrix_name(result.problem)}  ")
     line.append(words.with_error(top.value, top.residual), style="bold")
-    details = [standing_apart(result.outliers), *compared_with_classes(result.outliers)]
+    details = [words.standing_apart(result.outliers), *words.compared_with_classes(result.outliers)]
     if result.condition is not None:
         details.append(_condition(result.condition))
     if result.exact is not None and result.exact.distance is not None:
@@ -136,7 +135,7 @@ def _value(eigenvalue: Eigenvalue) -> tuple[Text, Text]:
 
 def _whereabouts(result: SpectrumResult, index: int) -> str:
     """The layers with the largest parts; none where the vector may be another's."""
-    if not has_vector(result.eigenvalues[index]):
+    if not result.eigenvalues[index].has_vector:
         return "-"
     parts = [(layer.participation[index], layer.name) for layer in result.layers]
     largest = sorted(parts, key=lambda part: -part[0])[:_MOST_NAMED]
@@ -147,7 +146,7 @@ def _whereabouts(result: SpectrumResult, index: int) -> str:
 
 def _eigenvalue_notes(result: SpectrumResult) -> list[str]:
     notes = ["± r: an eigenvalue lies within r"]
-    if not all(map(has_vector, result.eigenvalues)):
+    if not all(one.has_vector for one in result.eigenvalues):
         notes.append("-: the vector is not known")
     if not all(one.settled for one in result.eigenvalues if one.end == "top"):
         notes.append("?: others may lie between")
@@ -161,7 +160,7 @@ def _sums(result: SpectrumResult) -> RenderableType:
     rows = []
     for name, label in _NAMES.items():
         function: SpectralFunction = getattr(result.functions, name)
-        rows.append((label, estimate(function), _doubt(result, function)))
+        rows.append((label, words.spectral_sum(function), _doubt(result, function)))
     return grid(rows, unbroken=(1,), right=(1,))
 
 
@@ -212,7 +211,7 @@ def _end(layer: LayerSpectrum, place: int) -> str:
 
 
 def _sum(layer: LayerSpectrum, name: str) -> str:
-    return estimate(getattr(layer.functions, name))
+    return words.spectral_sum(getattr(layer.functions, name))
 
 
 def _negative(layer: LayerSpectrum) -> str:
