@@ -28,10 +28,13 @@ class Meter:
     Attributes:
         products: matrix-vector products over all kept examples.
         gradients: all work, in gradients over all kept examples.
+        kept: both, when a state last changed that could be saved: what was done since would have
+            to be done again.
     """
 
     products: float = 0.0
     gradients: float = 0.0
+    kept: tuple[float, float] = (0.0, 0.0)
 
     def add(self, gradients: float, share: float = 1.0, *, products: float = 0.0) -> None:
         """Count work on some of the data.
@@ -43,3 +46,11 @@ class Meter:
         """
         self.gradients += gradients * share
         self.products += products * share
+
+    def keep(self) -> None:
+        """Take note that what all this work was for is in a state now."""
+        self.kept = self.products, self.gradients
+
+    def go_back(self, kept: tuple[float, float]) -> None:
+        """Count on from where a state was saved."""
+        self.products, self.gradients = self.kept = kept

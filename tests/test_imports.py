@@ -19,7 +19,7 @@ HEAVY = {"torch", "numpy", "matplotlib", "scipy"}
 # From the street up to the roof; a room may import from the floors below it.
 FLOORS = [
     {"errors", "units", "commands"},
-    {"vocabulary"},
+    {"vocabulary", "state"},
     {"results"},
     {"parameters", "streams", "storage", "memory", "meter", "sums", "torch_private"},
     {"problem"},

@@ -11,6 +11,7 @@ from hesscli.engines.hutchinson.table import Array
 from hesscli.meter import Meter
 from hesscli.operators.source import Source
 from hesscli.parameters import LayerSums, Parameters
+from hesscli.state import State
 
 
 class Cells:
@@ -73,6 +74,28 @@ class Cells:
         """
         common = self.count if self._together else None
         return [self.cells[i][:common] for i in indices]
+
+    def state_dict(self) -> State:
+        """The table by batch and estimate, and the entries: of whole batches, at every step."""
+        return {
+            "batches": list(self.indices),
+            "estimates": [len(self.cells[i]) for i in self.indices],
+            "cells": np.concatenate([self.cells[i] for i in self.indices]),
+            "stream": None if self.stream is None else self.stream.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where an engine of the same matrix was."""
+        ends = np.cumsum(state["estimates"])[:-1]
+        rows = np.split(np.array(state["cells"]), ends)
+        self.cells.update(zip(state["batches"], rows, strict=True))
+        if self.stream is not None:
+            self.stream.load_state_dict(state["stream"])
+
+    def _add(self, batch: int, rows: Array) -> None:
+        """Add a batch's estimates, with which it is whole again."""
+        self.cells[batch] = np.concatenate([self.cells[batch], rows])
+        self.meter.keep()
 
     @property
     def _together(self) -> bool:

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from hesscli.engines.lanczos import ROUNDING
 from hesscli.errors import UnsoundError
+from hesscli.state import State
 
 Map = Callable[[Tensor], Tensor]
 
@@ -172,6 +173,18 @@ class ConjugateGradients:
         if self.done:
             return
         self._state = self._verified() if self._due else self._moved()
+
+    def state_dict(self) -> State:
+        """Where the solve is."""
+        return {field.name: getattr(self._state, field.name) for field in fields(_State)}
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where another of the same system was."""
+
+        def placed(value: object) -> object:
+            return value.to(self._right, copy=True) if isinstance(value, Tensor) else value
+
+        self._state = _State(**{name: placed(value) for name, value in state.items()})  # type: ignore[arg-type]
 
     @property
     def _due(self) -> bool:

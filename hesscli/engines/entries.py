@@ -21,6 +21,7 @@ from torch import Tensor
 from hesscli import streams
 from hesscli.engines.diagonal import Diagonal
 from hesscli.parameters import Parameters
+from hesscli.state import State
 
 MOST_REPLICATES, FEWEST_REPLICATES = 16, 4
 REPLICATE_BYTES = 1 << 30
@@ -53,6 +54,27 @@ class _Round:
         self.weights |= other.weights
         self.count += other.count
         self.freedom += other.freedom
+
+    def state_dict(self) -> State:
+        """All of it; weights in the order in which batches came."""
+        return {
+            "total": self.total,
+            "within": self.within,
+            "between": self.between,
+            "batches": list(self.weights),
+            "weights": list(self.weights.values()),
+            "count": self.count,
+            "freedom": self.freedom,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Be what another was."""
+        self.total.copy_(state["total"])
+        self.between.copy_(state["between"])
+        if self.within is not None:
+            self.within.copy_(state["within"])
+        self.weights = dict(zip(state["batches"], state["weights"], strict=True))
+        self.count, self.freedom = state["count"], state["freedom"]
 
 
 @dataclass
@@ -147,6 +169,27 @@ class Stream:
     def drop_round(self) -> None:
         """Forget a round that was broken off."""
         self._open = None
+
+    def state_dict(self) -> State:
+        """The sums, of complete rounds and of one that is under way."""
+        done, now = self._done, self._open
+        return {
+            "number": self.number,
+            "done": None if done is None else done.state_dict(),
+            "open": None if now is None else now.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where another of the same parameters was; signs go by its number."""
+        self.number = state["number"]
+        self._done, self._open = self._loaded(state["done"]), self._loaded(state["open"])
+
+    def _loaded(self, state: State | None) -> _Round | None:
+        if state is None:
+            return None
+        found = self._empty()
+        found.load_state_dict(state)
+        return found
 
     def snapshot(self, fraction: float, open_count: int) -> tuple[Tensor, Tensor | None, float]:
         """The diagonal ``(d,)``, replicates of its error ``(G, d)`` and their freedom, if any.

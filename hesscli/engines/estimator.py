@@ -19,6 +19,7 @@ from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.meter import Meter
 from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
+from hesscli.state import State
 
 # -- One matrix from up to two sources: its Gauss-Newton part without probes, and what is probed ---
 
@@ -130,6 +131,19 @@ class Estimator:
         weights = [self.operator.masses[i] for i in source.seen]
         table = reduce_table(source.aligned(source.seen), weights, "fresh")
         return float(table.within.value[-1]) * source.count
+
+    def state_dict(self) -> State:
+        """Of both sources."""
+        return {
+            "draws_per_probe": self.draws_per_probe,
+            "sources": [source.state_dict() for source in self._sources],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where another of the same matrix and sources was."""
+        self.draws_per_probe = state["draws_per_probe"]
+        for source, its in zip(self._sources, state["sources"], strict=True):
+            source.load_state_dict(its)
 
     def table(self) -> Table | None:
         """What the sources say together: of the batches that are probed, and of all that are known.

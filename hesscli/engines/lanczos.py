@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hesscli import streams
 from hesscli.errors import UnsoundError
+from hesscli.state import Rows, State
 from hesscli.sums import rounding_of_sum
 
 Array = NDArray[np.float64]
@@ -161,6 +162,34 @@ class Lanczos:
         chosen = torch.tensor(ritz.coordinates[:, which].T, device=self._rows.device)
         return chosen @ self._rows[: len(ritz.values)]
 
+    def state_dict(self) -> State:
+        """The basis with the vector that comes next, the tridiagonal matrix, and the errors."""
+        following = () if self.done else (self._next[None],)
+        return {
+            "rows": Rows(self.basis, *following),
+            "starts": self._starts,
+            "diagonal": self._diagonal,
+            "left": self._left,
+            "largest": self._largest,
+            "asymmetry": self._asymmetry,
+            "error": self._error,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where another with the same matrix, seed and room was."""
+        count, rows = len(state["diagonal"]), Rows(*state["rows"].parts)
+        while len(self._rows) < count:
+            self._rows = self._rows.new_empty(self._more_than(len(self._rows)), self.size)
+        if count < self.size:
+            *_, last = rows.parts
+            self._next.copy_(last[-1])
+            rows = Rows(*rows.parts[:-1], last[:-1])
+        rows.copy_to(self._rows)
+        self._starts = list(state["starts"])
+        self._diagonal, self._left = list(state["diagonal"]), list(state["left"])
+        self._largest, self._asymmetry = state["largest"], state["asymmetry"]
+        self._error = state["error"]
+
     def _record(self, diagonal: float, left: float, largest: float, asymmetry: float) -> None:
         if not math.isfinite(left):
             raise UnsoundError(
@@ -176,11 +205,15 @@ class Lanczos:
     def _rows_with(self, vector: Tensor) -> Tensor:
         """The basis and one vector more."""
         if self.count == len(self._rows):
-            grown = self._rows.new_empty(min(max(1, 2 * self.count), self.size), self.size)
+            grown = self._rows.new_empty(self._more_than(self.count), self.size)
             grown[: self.count] = self._rows
             self._rows = grown
         self._rows[self.count] = vector
         return self._rows[: self.count + 1]
+
+    def _more_than(self, count: int) -> int:
+        """Rows to make room for where there is room for so many."""
+        return min(max(1, 2 * count), self.size)
 
     def _fresh(self) -> Tensor:
         """A random unit vector orthogonal to the basis, with which a segment begins."""

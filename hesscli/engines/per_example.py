@@ -20,6 +20,7 @@ from hesscli.engines.entries import Stream
 from hesscli.errors import UsageError
 from hesscli.operators.base import BLOCK_BYTES
 from hesscli.operators.source import ByExample, Pass
+from hesscli.state import State
 
 _DRAWS = 0xD4A35
 """Separates label streams from other uses of a seed."""
@@ -58,6 +59,7 @@ class PerExample(Cells):
         self.passes = operator.passes()
         found = self.passes.columns
         self.num_columns = found.num_columns
+        self._bounds: list[int] = []
         if not sampled and self.num_columns > found.most:
             raise UsageError(
                 "the exact diagonal takes one backward pass for each column of the outputs",
@@ -71,16 +73,25 @@ class PerExample(Cells):
         Yields after each block of columns; stopping within a batch loses that batch.
         """
         wanted = draws if self.sampled else 1
-        began = min(len(cells) for cells in self.cells.values())
-        most = max(2, BLOCK_BYTES // (8 * max(1, self.operator.parameters.size)))
-        rounds = max(1, (wanted - began) // most) if wanted > began else 0
-        bounds = np.linspace(began, wanted, rounds + 1).astype(int).tolist()
-        for start, stop in itertools.pairwise(bounds):
+        if self._bounds[-1:] != [wanted]:
+            self._bounds = self._rounds_to(wanted)
+        while len(self._bounds) > 1:
+            start, stop = self._bounds[:2]
             for index in self.indices:
                 if len(self.cells[index]) < stop:
                     yield from self._visit(index, len(self.cells[index]), stop)
             if self.stream is not None:
                 self.stream.close_round(stop - start)
+            del self._bounds[0]
+
+    def state_dict(self) -> State:
+        """With the rounds of an extension that is under way."""
+        return super().state_dict() | {"bounds": self._bounds}
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where an engine of the same matrix was."""
+        super().load_state_dict(state)
+        self._bounds = list(state["bounds"])
 
     def verify(self) -> None:
         """Put the operator to the test on a few examples.
@@ -89,6 +100,14 @@ class PerExample(Cells):
             UnsoundError: examples depend on each other.
         """
         next(self.passes.of(self.operator.indices[0]))
+
+    def _rounds_to(self, wanted: int) -> list[int]:
+        """Where rounds begin and end, each of as many draws as memory allows."""
+        began = min(len(cells) for cells in self.cells.values())
+        most = max(2, BLOCK_BYTES // (8 * max(1, self.operator.parameters.size)))
+        rounds = max(1, (wanted - began) // most) if wanted > began else 0
+        bounds: list[int] = np.linspace(began, wanted, rounds + 1).astype(int).tolist()
+        return bounds
 
     def _visit(self, batch: int, done: int, wanted: int) -> Iterator[None]:
         """Add a batch: its parts, on one graph each, and on that all its columns."""
@@ -106,8 +125,7 @@ class PerExample(Cells):
             self.stream.keep(entries)
         elif self.stream is not None:
             self.stream.add_exact(batch, weight, kept[0])
-        rows = self._sums(kept).cpu().numpy()
-        self.cells[batch] = np.concatenate([self.cells[batch], rows])
+        self._add(batch, self._sums(kept).cpu().numpy())
 
     def _estimates(
         self, batch: int, live: Pass, first: int, done: int, wanted: int

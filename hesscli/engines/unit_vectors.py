@@ -44,7 +44,7 @@ class UnitVectors(Cells):
             yield
         if self.stream is not None:
             self.stream.add_exact(term.index, term.weight, found)
-        self.cells[term.index] = self._sums(found[None]).cpu().numpy()
+        self._add(term.index, self._sums(found[None]).cpu().numpy())
 
     def _entries(self, term: Term, start: int, stop: int) -> Tensor:
         """Of the rows from ``start`` to ``stop``."""

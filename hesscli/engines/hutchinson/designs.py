@@ -17,6 +17,7 @@ from hesscli.engines.lanczos import Lanczos
 from hesscli.meter import OnStep, go_on
 from hesscli.operators.source import Source, Term
 from hesscli.parameters import LayerSums, Parameters
+from hesscli.state import State
 from hesscli.streams import Distribution, key
 from hesscli.sums import weighted_sum
 
@@ -92,6 +93,14 @@ class Design(ABC):
     def offset(self, batch: int) -> Array:
         """What is known of a batch's traces without probes, to be added: ``(L + 1,)`` or 0."""
         return np.zeros(())
+
+    def state_dict(self) -> State:
+        """What :meth:`prepare` has made so far; nothing by default."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Be as far as another of the same matrix was."""
+        assert not state  # nothing by default
 
 
 class Plain(Design):
@@ -219,16 +228,54 @@ class Deflated(Design):
         self.operator, self.steps, self.seed, self.stream = operator, steps, seed, stream
         self._sums = LayerSums(operator.parameters, whole)
         self._offsets: dict[int, Array] = {}
+        self._lanczos: Lanczos | None = None
         self._basis: Tensor | None = None
 
     def prepare(self) -> Iterator[None]:
-        """Make the basis, once; what a run that was broken off has left is dropped."""
+        """Make the basis, once; what a step that was broken off has left is dropped."""
         if self._basis is not None:
             return
-        self._offsets.clear()
+        lanczos, self._lanczos = self._lanczos, None
+        if lanczos is None:
+            self._offsets.clear()
+            if self.stream is not None:
+                self.stream.drop_round()
+            lanczos = self._begun()
+        while lanczos.count < min(self.steps, self.operator.parameters.size):
+            self._lanczos = None
+            lanczos.step()
+            self._lanczos = lanczos
+            self.operator.meter.keep()
+            yield
         if self.stream is not None:
-            self.stream.drop_round()
-        lanczos = Lanczos(
+            self.stream.close_round(1)
+        self._lanczos, self._basis = lanczos, lanczos.basis
+
+    def state_dict(self) -> State:
+        """The basis so far, and what is known from it."""
+        offsets = list(self._offsets.values())
+        return {
+            "ready": self._basis is not None,
+            "lanczos": None if self._lanczos is None else self._lanczos.state_dict(),
+            "batches": list(self._offsets),
+            "offsets": np.stack(offsets) if offsets else None,
+            "stream": None if self.stream is None else self.stream.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Be as far as another of the same matrix was."""
+        if state["lanczos"] is None:
+            return
+        self._lanczos = self._begun()
+        self._lanczos.load_state_dict(state["lanczos"])
+        self._offsets = dict(zip(state["batches"], np.array(state["offsets"]), strict=True))
+        if self.stream is not None:
+            self.stream.load_state_dict(state["stream"])
+        if state["ready"]:
+            self._basis = self._lanczos.basis
+
+    def _begun(self) -> Lanczos:
+        return Lanczos(
             self._product,
             self.operator.parameters.size,
             seed=self.seed,
@@ -236,12 +283,6 @@ class Deflated(Design):
             device=self.operator.device,
             reserve=self.steps,
         )
-        for _ in range(min(self.steps, self.operator.parameters.size)):
-            lanczos.step()
-            yield
-        if self.stream is not None:
-            self.stream.close_round(1)
-        self._basis = lanczos.basis
 
     def estimates(self, term: Term, block: Tensor) -> Tensor:
         """One product a probe."""

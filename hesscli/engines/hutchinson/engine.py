@@ -21,6 +21,7 @@ from hesscli.engines.hutchinson.designs import Design, Plain, Probes
 from hesscli.engines.hutchinson.table import Sharing, Table, reduce_table
 from hesscli.operators.source import Source, Term
 from hesscli.parameters import Parameters
+from hesscli.state import State
 from hesscli.streams import Distribution
 
 
@@ -71,7 +72,7 @@ class Hutchinson(Cells):
         blocks loses only the batch at hand.
         """
         yield from self.design.prepare()
-        began = self.count
+        began = min(len(cells) for cells in self.cells.values())
         for term in self.operator.batches():
             if term.index not in self.cells:
                 break
@@ -94,7 +95,7 @@ class Hutchinson(Cells):
         if self.stream is not None and entries is not None:
             self.stream.keep(entries)
         new = torch.cat(forms).cpu().numpy() + self.design.offset(term.index)
-        self.cells[term.index] = np.concatenate([self.cells[term.index], new])
+        self._add(term.index, new)
 
     def _blocks(self, done: int, wanted: int) -> Iterator[tuple[int, int]]:
         """Blocks that memory allows, of two and more where they are to be centred."""
@@ -113,6 +114,16 @@ class Hutchinson(Cells):
             return None
         masses = [self.operator.masses[i] for i in self.seen]
         return reduce_table(self.aligned(self.seen), masses, self.sharing)
+
+    def state_dict(self) -> State:
+        """With what the design has made before any probe."""
+        mine = {"first_probe": self.first_probe, "design": self.design.state_dict()}
+        return super().state_dict() | mine
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where an engine of the same matrix, probes and design was."""
+        super().load_state_dict(state)
+        self.design.load_state_dict(state["design"])
 
     @property
     def streams(self) -> list[Stream]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hesscli import storage
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import require_room
+from hesscli.state import Rows, State
 from hesscli.sums import rounding_of_sum
 from hesscli.vocabulary import WINDOW_DTYPES
 
@@ -133,6 +134,18 @@ class GradientWindow:
         until_end = min(len(kept), self.capacity - start)
         self._write(start, kept[:until_end])
         self._write(0, kept[until_end:])
+
+    def state_dict(self) -> State:
+        """The rows; as long as none has taken another's place, they stay as they are."""
+        rows = Rows(self.rows) if self.pushes <= self.capacity else self.rows
+        return {"pushes": self.pushes, "rows": rows, "squares": self._squares[: self.count]}
+
+    def load_state_dict(self, state: State) -> None:
+        """Hold what another of the same shape did."""
+        self.pushes, rows = state["pushes"], state["rows"]
+        (rows if isinstance(rows, Rows) else Rows(rows)).copy_to(self._data)
+        self._squares[: self.count] = state["squares"].to(self._squares)
+        self._let_go()
 
     def tile(self, start: int, stop: int) -> Tensor:
         """Columns of the valid rows, ``(n, stop - start)``, on the device; not to be changed."""

@@ -1,0 +1,41 @@
+"""What work under way leaves behind for another process to go on from.
+
+A state is a dictionary of plain values, lists and dictionaries of them, arrays, tensors, and
+:class:`Rows`. It is given by reference, as torch's optimizers give theirs: what is made of it must
+be made before the work goes on. Who loads it makes copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+State = dict[str, Any]
+
+
+class Rows:
+    """Rows that stay as they are once they are there: a file of them is only ever added to.
+
+    Args:
+        parts: tensors ``(k, d)`` of one type, one below the other.
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def since(self, first: int) -> Iterator[Any]:
+        """Blocks of the rows from ``first`` on."""
+        for part in self.parts:
+            if first < len(part):
+                yield part[first:] if first else part
+            first = max(first - len(part), 0)
+
+    def copy_to(self, rows: Any) -> None:
+        """Write all of them into the first rows of a tensor."""
+        start = 0
+        for part in self.parts:
+            rows[start : start + len(part)].copy_(part)
+            start += len(part)
