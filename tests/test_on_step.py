@@ -35,9 +35,9 @@ def window(columns: int) -> GradientWindow:
 
 Work = Callable[[Problem, OnStep], object]
 WORK: dict[str, tuple[Work, int]] = {
-    "preflight": (lambda p, look: preflight(p, Hessian, on_step=look), 5),
+    "preflight": (lambda p, look: preflight(p, Hessian, on_step=look), 8),
     "central differences": (
-        lambda p, look: preflight(p, Hessian, "finite-difference", look), 4
+        lambda p, look: preflight(p, Hessian, "finite-difference", on_step=look), 6
     ),
     "exactness": (lambda p, look: exact_parameters(p, on_step=look), 4),
     "probes by layer": (lambda p, look: stratified_ratio(Hessian(p), 0, look), 2),

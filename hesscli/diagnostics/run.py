@@ -218,7 +218,7 @@ def started(problem: Problem, matrix: str, mode: str, clock: Clock) -> Iterator[
     """
     build, meter = matrix_named(matrix), Meter()
     problem.prove(clock.within_budget, meter)
-    flight = checked(problem, build, mode, clock.watch("preflight"))
+    flight = checked(problem, build, mode, meter, clock.watch("preflight"))
     report = problem.report(build.name)  # of the user's own type, whatever differences are in
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
         yield Run(build(problem, mode=flight.mode, meter=meter), report, flight, clock)

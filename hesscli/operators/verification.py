@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from hesscli import streams
+from hesscli.meter import FORWARD, Meter, OnStep, go_on
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import (
     BUILDERS,
+    COST,
     STEP,
+    Apply,
     central_difference,
     flatten,
     gradient,
@@ -39,6 +42,9 @@ _ATTEMPTS = ((STEP / 2, 0.0), (STEP / 10, 1e-3), (STEP / 100, 1e-3))
 """Step along a unit direction, and relative shift of the weights: a kink that the weights sit
 on, or that a step crosses, says nothing about the mode. No step is that of the mode of central
 differences, which would be compared with itself."""
+
+FORMS = 2
+"""Quadratic forms whose rounding is measured: symmetry takes as many products."""
 
 _LEAST = 4
 """Examples that are not taken apart any more: a wrong one among them shows."""
@@ -253,37 +259,65 @@ class Products:
         """vᵀAv, float64."""
         return (self.vectors * self.values).sum(1, dtype=torch.float64)
 
+    def along(self, direction: Tensor) -> Tensor | None:
+        """The product with a unit direction, where that is the first vector's."""
+        length = self.vectors[0].norm()
+        is_first = torch.equal(direction, self.vectors[0] / length)
+        return self.values[0] / length if is_first else None
 
-def products(operator: Curvature, sample: Sample, count: int = 4) -> Products:
-    """Of an operator on some examples.
 
-    Raises:
-        MismatchError: one is not finite.
+class Product:
+    """A v on some examples, without weight decay, for rows ``(k, d)``; its work is counted.
+
+    The graph of examples that are one batch is kept, for as long as nothing moves the weights.
+
+    Args:
+        operator: the matrix.
+        sample: the examples.
     """
-    block = vectors(operator.problem, count)
-    return Products(block, product(operator, sample, block))
+
+    def __init__(self, operator: Curvature, sample: Sample) -> None:
+        self.operator, self.sample = operator, sample
+        self._kept: Apply | None = None
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """The products with a block of vectors.
+
+        Raises:
+            MismatchError: one is not finite.
+        """
+        each, problem = len(block) * self.operator.cost[1], self.operator.problem
+
+        def product(batch: WeightedBatch) -> list[Tensor]:
+            apply = self._kept or self._live(batch)
+            self.operator.meter.add(each, batch.count / problem.data.count)
+            return [apply(block)]
+
+        with problem.forward_context():
+            total = weighted_sum(self.sample.batches(), torch.zeros_like(block), product)
+        if not torch.isfinite(total).all():
+            raise MismatchError("its products are not finite")
+        return total
+
+    def _live(self, batch: WeightedBatch) -> Apply:
+        apply, share = self.operator.live(batch), batch.count / self.operator.problem.data.count
+        self.operator.meter.add(self.operator.cost[0], share)
+        if len(self.sample.parts) == 1:
+            self._kept = apply
+        return apply
+
+    def with_signs(self) -> Products:
+        """With the first few Rademacher vectors."""
+        block = vectors(self.operator.problem, FORMS)
+        return Products(block, self(block))
 
 
-def product(operator: Curvature, sample: Sample, block: Tensor) -> Tensor:
-    """A v on some examples, without weight decay, for rows ``(k, d)``.
-
-    Raises:
-        MismatchError: it is not finite.
-    """
-    with operator.problem.forward_context():
-        total = weighted_sum(
-            sample.batches(), torch.zeros_like(block), lambda b: [operator.live(b)(block)]
-        )
-    if not torch.isfinite(total).all():
-        raise MismatchError("its products are not finite")
-    return total
-
-
-def check_gradient(sample: Sample) -> Check:
+def check_gradient(sample: Sample, meter: Meter) -> Check:
     """|gradient'v - difference of the loss| in float64, relative to what gradient'v can be.
 
     Args:
         sample: some examples of a problem in float64.
+        meter: counts the work.
 
     Raises:
         MismatchError: they differ at every point and step; the layers are named.
@@ -299,6 +333,7 @@ def check_gradient(sample: Sample) -> Check:
             truth = float(
                 central_difference(lambda: part.evaluate().detach(), tensors, direction, step)
             )
+        meter.add(1 + 2 * FORWARD, part.share)
         # Along ±1 signs, gradient'v is about |gradient| / √d, however small it comes out.
         typical = float(slope.norm()) / len(slope) ** 0.5
         scale = max(abs(along), abs(truth), typical, 1e-300)
@@ -340,7 +375,9 @@ def check_symmetry(
     if not value <= bound:
         layers = layers_where(
             operator.parameters,
-            lambda part: asymmetry(part * v, _one(operator, sample, part * v)) > bound,
+            lambda part: (
+                asymmetry(part * v, Product(operator, sample)((part * v)[None])[0]) > bound
+            ),
         )
         raise MismatchError(f"products are not symmetric: {value:.1e} above {bound:.0e}{layers}")
     return Check(
@@ -348,19 +385,31 @@ def check_symmetry(
     )
 
 
-def check_difference(operator: Curvature, sample: Sample) -> Check:
+def check_difference(
+    operator: Curvature, sample: Sample, made: Products | None = None, on_step: OnStep = go_on
+) -> Check:
     """‖Av − difference‖ / ‖Av‖ along a unit direction, in float64.
+
+    Args:
+        operator: the matrix, of a problem in float64.
+        sample: the examples.
+        made: products with these examples, where there are any.
+        on_step: called after each product; may end it.
 
     Raises:
         MismatchError: they differ at every point and step; the layers are named.
     """
 
     def measure(part: Sample, direction: Tensor, step: float) -> tuple[float, float]:
-        found = _one(operator, part, direction)
+        known = made.along(direction) if made is not None and part is sample else None
+        found = Product(operator, part)(direction[None])[0] if known is None else known
+        on_step()
         truth = _by_differences(operator, part, direction, step)
+        on_step()
         scale = max(float(found.norm()), float(truth.norm()), 1e-300)
-        value = float((found - truth).norm()) / scale
-        bound = _BOUND + _gradient_rounding(operator.problem, part, step) / scale
+        value, bound = float((found - truth).norm()) / scale, _BOUND
+        if not value <= bound:  # rounding, which takes a gradient to see
+            bound += _gradient_rounding(operator.problem, part, step) / scale
         if not value <= bound:
             terms = Terms(operator, part)
             rounding = terms.rounding_of(direction, torch.float64)
@@ -379,12 +428,9 @@ def _by_differences(operator: Curvature, sample: Sample, direction: Tensor, step
     def difference(batch: WeightedBatch) -> list[Tensor]:
         return [build(*operator.parts(batch), step=step)(direction[None])]
 
+    operator.meter.add(sum(COST[operator.kind]["finite-difference"]), sample.share)
     with operator.problem.forward_context():
         return weighted_sum(sample.batches(), torch.zeros_like(direction[None]), difference)[0]
-
-
-def _one(operator: Curvature, sample: Sample, vector: Tensor) -> Tensor:
-    return product(operator, sample, vector[None])[0]
 
 
 def _gradient_rounding(problem: Objective, sample: Sample, step: float) -> float:

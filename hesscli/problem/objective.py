@@ -274,6 +274,11 @@ class Sample:
         """Examples."""
         return sum(map(size_of, self.parts))
 
+    @property
+    def share(self) -> float:
+        """Of all kept examples."""
+        return self.count / self.problem.data.count
+
     def batches(self) -> Iterator[WeightedBatch]:
         """The parts in the problem's present type."""
         total = sum(self.masses)
