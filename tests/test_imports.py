@@ -21,7 +21,7 @@ FLOORS = [
     {"errors", "units", "commands"},
     {"vocabulary", "state"},
     {"results"},
-    {"parameters", "streams", "storage", "memory", "meter", "sums", "torch_private"},
+    {"parameters", "streams", "storage", "memory", "meter", "pairing", "sums", "torch_private"},
     {"problem"},
     {"operators"},
     {"engines"},
@@ -99,6 +99,29 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
     assert "hesscli" in run.stdout
     assert "typer" in modules
     assert not HEAVY & set(modules)
+
+
+def test_a_run_imports_nothing_that_it_does_not_need() -> None:
+    program = (
+        "import sys; from hesscli.cli.app import main;"
+        "[main([*line.split(), '--dir', '-']) for line in sys.argv[1:]];"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    sunspots = "samples/sunspots/model.pt"
+    lines = (
+        f"trace {sunspots}",
+        f"diag {sunspots} --matrix ggn",
+        f"trace {sunspots} --method hutchinson --probes 2",
+        f"spectrum {sunspots} --matrix fisher --steps 4 --probes 1",
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, *lines],
+        capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
+    )  # fmt: skip
+    assert run.stdout.count("315 parameters") == len(lines)
+    modules = set(run.stderr.splitlines()[-1].split())
+    assert "hesscli.engines.lanczos" in modules
+    assert not {"sympy", "scipy.stats", "matplotlib"} & modules
 
 
 def test_imports_run_downwards() -> None:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import stdtrit
-from scipy.stats import binom
+from scipy.stats import binom, spearmanr
 from torch import Tensor, nn
 
 import hesscli
 from hesscli.diagnostics.predictions import sampled_mean
-from hesscli.diagnostics.saliency import GROUPS, repeats, saliencies
+from hesscli.diagnostics.saliency import GROUPS, rank_correlation, repeats, saliencies
 from hesscli.diagnostics.window import block_sizes
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.mfac import GradientWindow, StaticFisher
@@ -530,3 +530,13 @@ def test_rows_that_are_not_to_be_had_are_planned_and_told() -> None:
     with pytest.raises(UsageError, match="16 rows") as raised:
         hesscli.sensitivity(problem)
     assert "16 batches" in raised.value.hint
+
+
+@pytest.mark.parametrize("kinds", [3, 1000])
+def test_rank_correlation_is_spearmans(kinds: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randint(kinds, (50,), generator=generator).double()  # with ties, and without
+    other = one + torch.randn(50, generator=generator) * kinds / 3
+    found = rank_correlation(one, other)
+    assert found == pytest.approx(float(spearmanr(one, other).statistic), rel=1e-12)
+    assert rank_correlation(one, torch.ones(50)) is None

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hesscli.pairing import paired
 from hesscli.vocabulary import Mode
 
 Kind = Literal["hessian", "sandwich"]
@@ -74,9 +75,8 @@ def vector_jacobian(outputs: Tensors, tensors: Tensors, weights: Tensors) -> Ten
     if not live:
         return torch.zeros_like(flatten(tensors))
     parts = torch.autograd.grad(
-        [o for o, _ in live],
+        paired(*zip(*live, strict=True)),
         tensors,
-        [w for _, w in live],
         retain_graph=True,
         allow_unused=True,
         materialize_grads=True,
@@ -129,9 +129,7 @@ def sandwich_double_backward(function: Function, tensors: Tensors, middle: Apply
     """Jᵀ A J v, with J v by differentiating u ↦ Jᵀu, which is linear in u."""
     value = function(None)
     dummy = torch.zeros_like(value, requires_grad=True)
-    pulled = torch.autograd.grad(
-        value, tensors, dummy, create_graph=True, allow_unused=True, materialize_grads=True
-    )
+    pulled = gradient(paired([value], [dummy]), tensors, create_graph=True)
 
     def product(vector: Tensor) -> Tensor:
         pushed = vector_jacobian(pulled, [dummy], unflatten(vector, tensors)).view_as(value)
@@ -164,10 +162,7 @@ def sandwich_finite_difference(
 
     def product(vector: Tensor) -> Tensor:
         pushed = central_difference(at_current, tensors, vector, step).view_as(value)
-        parts = torch.autograd.grad(
-            function(None), tensors, middle(pushed), allow_unused=True, materialize_grads=True
-        )
-        return flatten(parts)
+        return flatten(gradient(paired([function(None)], [middle(pushed)]), tensors))
 
     return lambda block: torch.stack([product(v) for v in block])
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hesscli import streams
 from hesscli.errors import UnsoundError, UsageError, first_line
+from hesscli.pairing import paired
 from hesscli.problem.batches import Batch, size_of
 from hesscli.problem.losses import Loss, Summed
 from hesscli.problem.named_losses import CrossEntropy, Entrywise, NegativeLogLikelihood
@@ -157,7 +158,7 @@ class SoftmaxFactor(Factor):
         """From logits (N, K, ...) to outputs, by the transpose of how the loss reads them."""
         with torch.enable_grad():
             outputs = self._outputs.detach().requires_grad_()
-            return torch.autograd.grad(self._loss.logits(outputs), outputs, column)[0]
+            return torch.autograd.grad(paired([self._loss.logits(outputs)], [column]), outputs)[0]
 
 
 class EntrywiseFactor(Factor):
@@ -351,22 +352,21 @@ class OutputHessian:
         with torch.enable_grad():
             mass = float(loss.masses(batch).sum())
             total = loss.natural.mean(self.outputs, batch) * mass
-            self.slope = self._differentiated(total, None)
+            self.slope = self._differentiated(total, create_graph=True)
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """A v of every example, in the outputs' shape."""
         if not self.slope.requires_grad:  # linear in the outputs
             return torch.zeros_like(self.slope)
-        return self._differentiated(self.slope, vectors)
+        return self._differentiated(paired([self.slope], [vectors]), create_graph=False)
 
-    def _differentiated(self, value: Tensor, weights: Tensor | None) -> Tensor:
+    def _differentiated(self, value: Tensor, *, create_graph: bool) -> Tensor:
         try:
             (found,) = torch.autograd.grad(
                 value,
                 [self.outputs],
-                weights,
                 retain_graph=True,
-                create_graph=weights is None,
+                create_graph=create_graph,
                 allow_unused=True,
                 materialize_grads=True,
             )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hesscli.pairing import paired
 from hesscli.parameters import Parameter
 from hesscli.problem.batches import Batch, map_tensors, rows, tensors_of
 from hesscli.problem.blame import is_out_of_memory
@@ -102,9 +103,8 @@ class Generic:
         outputs = self.problem.outputs(batch)
         for column in columns:
             parts = torch.autograd.grad(
-                outputs,
+                paired([outputs], [column[None]]),
                 [p.tensor for p in parameters],
-                column[None],
                 retain_graph=True,
                 allow_unused=True,
                 materialize_grads=True,

@@ -23,6 +23,7 @@ from hesscli.errors import UnsoundError
 from hesscli.meter import BACKWARD, FORWARD, Meter
 from hesscli.operators.per_example.generic import Generic
 from hesscli.operators.per_example.sites import Site, site_class
+from hesscli.pairing import paired
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.problem.batches import Batch, rows
 from hesscli.problem.blame import is_out_of_memory
@@ -237,7 +238,7 @@ class Pass:
 
     def _batch_gradients(self, column: Tensor) -> list[Tensor]:
         self.owner.meter.add(BACKWARD, self.share)
-        value = (self.outputs * column).sum()
+        value = paired([self.outputs], [column])
         tensors = self.owner.parameters.tensors
         parts = torch.autograd.grad(
             value, tensors, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -254,7 +255,7 @@ class Pass:
         self.owner.meter.add(BACKWARD, self.share)
         edges = [call.edge for call in calls]
         parts = torch.autograd.grad(
-            self.outputs, edges, column, retain_graph=True, allow_unused=True
+            paired([self.outputs], [column]), edges, retain_graph=True, allow_unused=True
         )
         filled = iter(
             column.new_zeros(call.shape) if part is None else part
