@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hesscli.diagnostics.measurement import Rethink
+from hesscli.diagnostics.measurement import Turn
 from hesscli.engines.entries import Entries, Stream
 from hesscli.engines.estimator import Estimator
 from hesscli.engines.hutchinson.designs import (
@@ -82,7 +82,7 @@ class Choice:
     name: str
     note: str
     exactness: tuple[Exactness, ...] = ()
-    rethink: Rethink | None = None
+    rethink: Better | None = None
     splits: bool = False
 
 
@@ -172,7 +172,7 @@ def _split(operator: Operator, method: str, draw: Draw, on_step: OnStep) -> Choi
             f"Gauss-Newton part from {'random columns' if sampled else passes}; probes for the "
             f"rest in {len(curved)} of {len(exactness)} tensors: {curved[0].reason}"
         )
-        rethink = partial(_better, draw=draw, on_step=on_step) if method == "auto" else None
+        rethink = Better(draw, on_step) if method == "auto" else None
     elif sampled:
         note = "random columns of the output Hessian; the rest of the diagonal is zero"
     else:
@@ -191,7 +191,7 @@ def _probed(
         entries=draw.entries,
     )
     name = "hutchinson" if method == "auto" else method
-    rethink = partial(_better, draw=draw, on_step=on_step) if method == "auto" else None
+    rethink = Better(draw, on_step) if method == "auto" else None
     return Choice(estimator, name, reason, rethink=rethink)
 
 
@@ -211,54 +211,62 @@ def _hutchinson(
     )
 
 
-def _better(
-    estimator: Estimator,
-    needed: float,
-    draw: Draw,
-    on_step: OnStep,
-    fits: Callable[[int], bool] = lambda _: True,
-) -> tuple[Estimator, str] | None:
+@dataclass(frozen=True)
+class Better:
     """What needs fewer products than the many that plain probes still would.
 
-    Unit vectors say nothing before the last of them, so that there must be time for all.
+    Args:
+        draw: as of the plain probes.
+        on_step: called after each product that is made to find out.
+        fits: whether there is time for so many products.
     """
-    size = estimator.parameters.size
-    if size < needed < math.inf and fits(size):
-        return _units(estimator, draw), _foretold(needed, "the unit vectors are fewer")
-    probes = estimator.probes
-    if probes is None or needed <= _MANY_PROBES:
-        return None
-    operator = probes.operator
-    layers = len(operator.parameters.layers)
-    design: Design
-    if (
-        1 < layers <= _MANY_PROBES
-        and (ratio := stratified_ratio(operator, draw.seed, on_step)) < 0.5
-    ):
-        design = Stratified(operator)
-        why = f"probes by layer, which take {ratio:.0%} of the work"
-    else:
-        steps = min(DEFLATION_STEPS, BASIS_BYTES // (8 * operator.parameters.size))
-        if steps < 2 or common_share(operator, draw.seed, on_step) < COMMON_SHARE:
+
+    draw: Draw
+    on_step: OnStep
+    fits: Callable[[int], bool] = lambda _: True
+
+    def decide(self, estimator: Estimator, needed: float) -> Turn | None:
+        """Its kind, if there is any.
+
+        Unit vectors say nothing before the last of them, so that there must be time for all.
+        """
+        size, probes = estimator.parameters.size, estimator.probes
+        if size < needed < math.inf and self.fits(size):
+            return Turn("unit vectors", _foretold(needed, "the unit vectors are fewer"))
+        if probes is None or needed <= _MANY_PROBES:
             return None
-        stream = draw.stream(operator.parameters, exact=True)
-        design = Deflated(operator, steps, draw.seed, stream, estimator.parameters)
+        operator, seed = probes.operator, self.draw.seed
+        if 1 < len(operator.parameters.layers) <= _MANY_PROBES:
+            ratio = stratified_ratio(operator, seed, self.on_step)
+            if ratio < 0.5:
+                why = f"probes by layer, which take {ratio:.0%} of the work"
+                return Turn("stratified", _foretold(needed, why))
+        steps = min(DEFLATION_STEPS, BASIS_BYTES // (8 * operator.parameters.size))
+        if steps < 2 or common_share(operator, seed, self.on_step) < COMMON_SHARE:
+            return None
         why = f"the top {steps} Krylov directions exactly, probes for the rest"
-    fresh = replace(draw, seed=key(_TURN, draw.seed), first=0)
-    better = Estimator(
-        estimator.operator,
-        gauss_newton=estimator.gauss_newton,
-        probes=_hutchinson(operator, fresh, whole=estimator.parameters, design=design),
-        entries=estimator.entries,
-    )
-    return better, _foretold(needed, why)
+        return Turn("deflated", _foretold(needed, why), steps)
 
-
-def _units(estimator: Estimator, draw: Draw) -> Estimator:
-    """All of the matrix by unit vectors."""
-    whole = estimator.operator
-    units = UnitVectors(whole, draw.stream(whole.parameters, exact=True))
-    return Estimator(whole, gauss_newton=units, entries=estimator.entries)
+    def take(self, turn: Turn, estimator: Estimator) -> Estimator:
+        """All by unit vectors, or another design for what is probed."""
+        if turn.kind == "unit vectors":
+            whole = estimator.operator
+            units = UnitVectors(whole, self.draw.stream(whole.parameters, exact=True))
+            return Estimator(whole, gauss_newton=units, entries=estimator.entries)
+        assert estimator.probes is not None  # or there is no other design
+        operator = estimator.probes.operator
+        design: Design = Stratified(operator)
+        if turn.kind == "deflated":
+            stream = self.draw.stream(operator.parameters, exact=True)
+            whole_network = estimator.parameters
+            design = Deflated(operator, turn.steps, self.draw.seed, stream, whole_network)
+        fresh = replace(self.draw, seed=key(_TURN, self.draw.seed), first=0)
+        return Estimator(
+            estimator.operator,
+            gauss_newton=estimator.gauss_newton,
+            probes=_hutchinson(operator, fresh, whole=estimator.parameters, design=design),
+            entries=estimator.entries,
+        )
 
 
 def _foretold(needed: float, why: str) -> str:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Literal, Protocol
 
 from hesscli.diagnostics.run import Clock
-from hesscli.engines.estimator import Estimator, Reading, Rounding, read
+from hesscli.engines.estimator import Engine, Estimator, Reading, Rounding, read
 from hesscli.engines.hutchinson.table import Sharing
 from hesscli.errors import BudgetError
 from hesscli.results import Snapshot, Status
+from hesscli.state import State
 
 # -- Stopping at a tolerance with intervals that hold however often one looks ----------------------
 
@@ -132,8 +133,28 @@ class Standing:
 
 
 Goal = Callable[[Estimator, Reading], Standing]
-Rethink = Callable[..., tuple[Estimator, str] | None]
-"""Of an estimator, and of the probes that it would take; more by keyword."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A better estimator for the way that is left: its kind, and why it was chosen.
+
+    ``steps`` are Lanczos', where it has some.
+    """
+
+    kind: Literal["unit vectors", "stratified", "deflated"]
+    why: str
+    steps: int = 0
+
+
+class Rethink(Protocol):
+    """Looks for a better estimator, once, and makes it."""
+
+    def decide(self, estimator: Estimator, needed: float) -> Turn | None:
+        """What would be better than so many probes of an estimator, if anything."""
+
+    def take(self, turn: Turn, estimator: Estimator) -> Estimator:
+        """The one that it came to, in the place of another."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +199,10 @@ class Estimation:
         self.rounding, self.rethink = rounding, rethink
         self.probes = 1 if probes is None and estimator.exact else probes
         self._status: Status | None = None
-        self._looks = 0
-        self._turn: str | None = None
+        self._target = 0
+        self._looks, self._looked = 0, False
+        self._asked = rethink is None
+        self._turn: Turn | None = None
         self._left: tuple[Estimator, float] | None = None
         self._shown: Reading | None = None
         self._shown_at = -math.inf
@@ -195,15 +218,16 @@ class Estimation:
         if self.probes is not None:
             yield from self._through(self.probes)
             return
-        probes = self._first_look()
+        self._target = self._target or self._first_look()
         while self._status is None:
-            yield from self._extend(probes)
-            self._looks += 1
-            reading = self._read(self._miss_at(self._looks))
+            yield from self._extend(self._target)
+            reading = self._look()
             self._status = self._settled(reading)
             if self._status is None:
                 self.estimator.balance()
-                probes = self._first_look() if self._turns(reading) else 2 * probes
+                turned = self._turns(reading)
+                self._target = self._first_look() if turned else 2 * self._target
+                self._looked = False
 
     def outcome(self, cut: Status | None) -> Outcome:
         """What there is.
@@ -227,10 +251,55 @@ class Estimation:
         rounds = [probes]
         while rounds[0] > _FIRST_ROUND:
             rounds.insert(0, rounds[0] // 2)
-        for count in rounds:
-            yield from self._extend(count)
-        self._looks = 1
-        self._status = self._settled(self._read(self._miss_at(1)))
+        for self._target in [count for count in rounds if count >= self._target]:
+            yield from self._extend(self._target)
+        self._status = self._settled(self._look())
+
+    def state_dict(self) -> State:
+        """Where it is: a turn as it was decided, and what was known before where that counts."""
+        left = self._left if self._left and self.estimator.coverage() < 1 else None
+        return {
+            "target": self._target,
+            "looks": self._looks,
+            "looked": self._looked,
+            "asked": self._asked,
+            "turn": None if self._turn is None else asdict(self._turn),
+            "estimator": self.estimator.state_dict(),
+            "left": left
+            and {
+                "miss": left[1],
+                "sources": [source.state_dict() for source in self._only_of(left[0])],
+            },
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where another of the same matrix was, be it to another tolerance.
+
+        What the last look has spent of the error budget stays spent; whether it was enough is
+        asked again.
+        """
+        self._target, self._looks = state["target"], state["looks"]
+        self._looked, self._asked = state["looked"], state["asked"]
+        before = self.estimator
+        if state["turn"] is not None:
+            assert self.rethink is not None  # or there would have been no turn
+            self._turn = Turn(**state["turn"])
+            self.estimator = self.rethink.take(self._turn, before)
+        self.estimator.load_state_dict(state["estimator"])
+        if state["left"] is not None:
+            for source, its in zip(self._only_of(before), state["left"]["sources"], strict=True):
+                source.load_state_dict(its)
+            self._left = before, state["left"]["miss"]
+
+    def _only_of(self, before: Estimator) -> list[Engine]:
+        """Sources that the present estimator has not taken over."""
+        return [source for source in before.sources if source not in self.estimator.sources]
+
+    def _look(self) -> Reading:
+        """What there is at this look, with what a look spends; one that was made spends no more."""
+        if not self._looked:
+            self._looks, self._looked = self._looks + 1, True
+        return self._read(self._miss_at(self._looks))
 
     def _first_look(self) -> int:
         return first_look(self.estimator.sharing, len(self.estimator.indices))
@@ -240,19 +309,20 @@ class Estimation:
         return self.miss if self.probes is not None else miss_probability(self.miss, look)
 
     def _outcome(self, status: Status, reading: Reading) -> Outcome:
-        return Outcome(status, self.estimator, reading, self._looks, self.rounding, self._turn)
+        turn = None if self._turn is None else self._turn.why
+        return Outcome(status, self.estimator, reading, self._looks, self.rounding, turn)
 
     def _turns(self, reading: Reading) -> bool:
         """Whether there is a better estimator for the way that is left; asked once."""
-        if self.rethink is None:
+        if self._asked or self.rethink is None:
             return False
         needed = (self._standing(reading).factor() or math.inf) * self.estimator.num_probes
-        better = self.rethink(self.estimator, needed)
-        self.rethink = None
-        if better is None:
+        turn = self.rethink.decide(self.estimator, needed)
+        self._asked, self._turn = True, turn
+        if turn is None:
             return False
         self._left = self.estimator, reading.miss
-        self.estimator, self._turn = better
+        self.estimator = self.rethink.take(turn, self.estimator)
         return True
 
     def _settled(self, reading: Reading) -> Status | None:
@@ -269,7 +339,8 @@ class Estimation:
 
     def _extend(self, probes: int) -> Iterator[Snapshot]:
         """Bring the estimator to so many probes."""
-        miss = self._miss_at(self._looks + 1)
+        miss = self._miss_at(self._looks + (not self._looked))
+        self.estimator.operator.meter.keep()
         for _ in self.estimator.extend(probes):
             yield self._snapshot(probes, miss)
 

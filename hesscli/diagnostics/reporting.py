@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def estimation(
     run: Run, choice: Choice, goal: Goal, miss: float, probes: int | None = None
 ) -> Estimation:
     """The chosen estimator's way to a goal, or through a number of probes."""
-    rethink = None if choice.rethink is None else partial(choice.rethink, fits=run.pace())
+    rethink = None if choice.rethink is None else replace(choice.rethink, fits=run.pace())
     rounding = rounding_of(run, choice)
     return Estimation(choice.estimator, goal, miss, rounding, rethink, probes)
 

@@ -52,7 +52,7 @@ class Estimator:
         self.operator, self.entries = operator, entries
         self.gauss_newton, self.probes = gauss_newton, probes
         self.draws_per_probe = 1.0
-        self._sources: list[Engine] = [s for s in (gauss_newton, probes) if s is not None]
+        self.sources: list[Engine] = [s for s in (gauss_newton, probes) if s is not None]
 
     @property
     def parameters(self) -> Parameters:
@@ -72,7 +72,7 @@ class Estimator:
     @property
     def phase(self) -> str:
         """What it does, in words."""
-        return self._sources[-1].phase
+        return self.sources[-1].phase
 
     @property
     def sharing(self) -> Sharing:
@@ -82,7 +82,7 @@ class Estimator:
     @property
     def indices(self) -> Sequence[int]:
         """The batches that there are."""
-        return self._sources[0].indices
+        return self.sources[0].indices
 
     @property
     def num_probes(self) -> int:
@@ -102,7 +102,7 @@ class Estimator:
     @property
     def _meters(self) -> Iterable[Meter]:
         """Each once: sources may share one."""
-        return {id(source.meter): source.meter for source in self._sources}.values()
+        return {id(source.meter): source.meter for source in self.sources}.values()
 
     def extend(self, count: int) -> Iterator[None]:
         """Bring every batch to so many probes, and to its share of random columns."""
@@ -136,13 +136,13 @@ class Estimator:
         """Of both sources."""
         return {
             "draws_per_probe": self.draws_per_probe,
-            "sources": [source.state_dict() for source in self._sources],
+            "sources": [source.state_dict() for source in self.sources],
         }
 
     def load_state_dict(self, state: State) -> None:
         """Be where another of the same matrix and sources was."""
         self.draws_per_probe = state["draws_per_probe"]
-        for source, its in zip(self._sources, state["sources"], strict=True):
+        for source, its in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(its)
 
     def table(self) -> Table | None:
@@ -188,7 +188,7 @@ class Estimator:
             fraction: share of all examples that the kept ones make up.
         """
         assert self.entries is not None  # asked for only of estimators that keep them
-        return self.entries.diagonal(self._parts(self._sources, fraction), self.operator.decay)
+        return self.entries.diagonal(self._parts(self.sources, fraction), self.operator.decay)
 
     def known_diagonal(self) -> Tensor | None:
         """The entries of the part that has no probes, without weight decay."""
@@ -227,7 +227,7 @@ class Estimator:
 
     def _seen(self) -> list[int]:
         """Batches that every source has seen."""
-        return sorted(set[int].intersection(*(set(s.seen) for s in self._sources)))
+        return sorted(set[int].intersection(*(set(s.seen) for s in self.sources)))
 
 
 # -- From a table to intervals: estimates, variances and rounding, layer by layer and in all -------
