@@ -3,6 +3,10 @@
 ``python tests/house.py [CHECKOUT ...]`` prints a column for each checkout, without a name for this
 one. Everything is read from the sources but for two lines: which files one run of ``hesscli trace``
 passes through, and how deeply its calls are nested.
+
+``python tests/house.py --guess SEED 2> ANSWERS`` draws twenty functions and prints them beside the
+tree of files: someone who has not seen the code names the file of each. What they miss is in the
+wrong room, or in one with the wrong name.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import ast
 import inspect
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -251,6 +256,32 @@ class House:
             yield f"{what}: {', '.join(names) or 'none'}"
 
 
+DRAWN = 20
+
+
+def described(module: Module) -> Iterator[str]:
+    """What functions and methods of a file do, told without the file; closures aside."""
+    owners: list[tuple[str, list[ast.stmt]]] = [("", module.tree.body)]
+    owners += [(f"{node.name}.", node.body) for node in module.find(ast.ClassDef)]
+    for owner, body in owners:
+        for function in body:
+            if isinstance(function, ast.FunctionDef) and (told := ast.get_docstring(function)):
+                result = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+                signature = f"{owner}{function.name}({ast.unparse(function.args)}){result}"
+                yield f"{signature}\n    {told.splitlines()[0]}"
+
+
+def guess(seed: int, house: House) -> None:
+    """Print the tree and what twenty functions do; to stderr, where they are."""
+    modules = house.modules.values()
+    paths = {module.name: str(module.path.relative_to(house.checkout)) for module in modules}
+    every = [(text, paths[module.name]) for module in modules for text in described(module)]
+    print(*sorted(paths.values()), sep="\n", end="\n\n")
+    for number, (text, path) in enumerate(random.Random(seed).sample(every, DRAWN), 1):
+        print(f"{number:2} {text}")
+        print(f"{number:2} {path}", file=sys.stderr)
+
+
 def _span(node: ast.stmt | ast.expr) -> range:
     return range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
@@ -296,6 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--walk"]:
         return watch(Path(words[1]))
+    if words[:1] == ["--guess"]:
+        guess(int(words[1]), House.at(HERE))
+        return 0
     houses = [House.at(Path(word)) for word in words or [str(HERE)]]
     columns = [house.measures() for house in houses]
     for name in columns[0]:
