@@ -21,7 +21,7 @@ FLOORS = [
     {"errors", "units", "commands"},
     {"vocabulary", "state"},
     {"results"},
-    {"parameters", "streams", "storage", "memory", "meter", "pairing", "sums", "torch_private"},
+    {"parameters", "randomness", "storage", "memory", "meter", "pairing", "sums", "torch_private"},
     {"problem"},
     {"operators"},
     {"engines"},

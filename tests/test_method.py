@@ -16,9 +16,9 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 import hesscli
+from hesscli.diagnostics.choice import Draw, choose
 from hesscli.diagnostics.diag import _standing as diagonal_standing
 from hesscli.diagnostics.diag import diagonal
-from hesscli.diagnostics.estimators import Draw, choose
 from hesscli.diagnostics.measurement import Estimation, Standing, Tolerance, drive
 from hesscli.diagnostics.run import Clock, matrix_named
 from hesscli.engines.entries import Entries, Part

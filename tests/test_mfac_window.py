@@ -13,7 +13,7 @@ import torch
 from mfac_truth import distance, rows_of
 
 from hesscli.engines.mfac import GradientWindow, Gram
-from hesscli.engines.mfac.window import inner_rounding
+from hesscli.engines.mfac.gram import inner_rounding
 from hesscli.errors import ExitCode, UnsoundError, UsageError
 from hesscli.memory import available_bytes
 from hesscli.sums import rounding_of_sum

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli import Hessian
-from hesscli.diagnostics.estimators import Draw, choose
+from hesscli.diagnostics.choice import Draw, choose
 from hesscli.engines.conjugate_gradients import ConjugateGradients
 from hesscli.engines.entries import Entries
 from hesscli.engines.estimator import Estimator

@@ -11,7 +11,7 @@ from hesscli.errors import ExitCode
 
 
 def run(console: Console, _checkpoint: Path | None, _given: Given) -> ExitCode:
-    """Print it."""
+    """Print the JSON Schema."""
     from hesscli.render.document import schema
 
     console.write(json.dumps(schema(), indent=2) + "\n")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hesscli.diagnostics.block_variance import block_report
-from hesscli.diagnostics.estimators import Draw, probe_range
+from hesscli.diagnostics.choice import Draw, probe_range
 from hesscli.diagnostics.measurement import Outcome, Standing, Tolerance, drive
 from hesscli.diagnostics.reporting import (
     chosen,
@@ -54,7 +54,7 @@ class Faced:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundDiagonal:
     """A diagonal in all its readings.
 
     ``unbiased`` has the estimator's own values, for what is linear or quadratic in them; in
@@ -227,7 +227,7 @@ def diagonal(
         faced = None
         if fixed is not None and outcome.status == "exact":
             faced = _probe_noise(run, replace(draw, entries=None), fixed)
-    found = Found(problem, outcome, faced, rule, confidence)
+    found = FoundDiagonal(problem, outcome, faced, rule, confidence)
     return DiagResult(
         status=outcome.status,
         method=_method(method_report(choice, outcome, draw, tolerance, run.flight), faced),

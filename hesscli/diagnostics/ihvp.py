@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesscli.diagnostics.estimators import Draw
+from hesscli.diagnostics.choice import Draw
 from hesscli.diagnostics.measurement import Tolerance, drive
 from hesscli.diagnostics.predictions import SCALES, Measured, Predictions, order_of
 from hesscli.diagnostics.reporting import chosen, described, estimation, warnings_of_samples
@@ -83,7 +83,7 @@ class Ranked:
     repeats: Repeats
 
 
-class Study:
+class SensitivityStudy:
     """What is known so far, step by step; each may be the last.
 
     Args:
@@ -228,7 +228,7 @@ _BINS_A_DECADE = 2
 _MOST_DECADES = 16
 
 
-def report(study: Study, source: str) -> IhvpResult:
+def report(study: SensitivityStudy, source: str) -> IhvpResult:
     """All that is known, in numbers.
 
     Args:
@@ -269,7 +269,7 @@ def report(study: Study, source: str) -> IhvpResult:
 class _Layers:
     """The layers of a study, each with its own numbers."""
 
-    def __init__(self, study: Study, ranked: Ranked) -> None:
+    def __init__(self, study: SensitivityStudy, ranked: Ranked) -> None:
         self.study, self.places = study, study.problem.parameters.layer_places()
         self.saliency, self.repeats = ranked.saliency, ranked.repeats
         self.sizes = study.weights.abs()
@@ -341,7 +341,7 @@ def _edges(saliency: Tensor) -> Array:
     return np.logspace(bottom, top, _BINS_A_DECADE * (top - bottom) + 1)
 
 
-def _perturbations(study: Study, position: int) -> Iterator[Perturbation]:
+def _perturbations(study: SensitivityStudy, position: int) -> Iterator[Perturbation]:
     """A layer's changes, with all that is known of them; none before two batches were seen."""
     predictions, reading = study.predictions, study.reading
     if predictions is None or reading is None or predictions.seen < 2:
@@ -376,12 +376,12 @@ def _perturbations(study: Study, position: int) -> Iterator[Perturbation]:
         )
 
 
-def _by_name(study: Study, vector: Tensor) -> dict[str, Any]:
+def _by_name(study: SensitivityStudy, vector: Tensor) -> dict[str, Any]:
     """A flat vector as numpy arrays by parameter, in the parameters' own precision."""
     return study.problem.parameters.by_name(vector, study.problem.dtype)
 
 
-def _warnings(study: Study, layers: Sequence[LayerSensitivity]) -> Iterator[str]:
+def _warnings(study: SensitivityStudy, layers: Sequence[LayerSensitivity]) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
     collected = study.collected
     if study.reading is not None:
@@ -416,7 +416,7 @@ def _warnings(study: Study, layers: Sequence[LayerSensitivity]) -> Iterator[str]
         )
 
 
-def _solve_warnings(study: Study) -> Iterator[str]:
+def _solve_warnings(study: SensitivityStudy) -> Iterator[str]:
     """Of the solution's certificate."""
     refinement, off = study.solved.refinement, study.solved.residual.operator
     name = study.solved.residual.operator_name
@@ -481,7 +481,7 @@ def sensitivity(
         options.empty(problem) as empty,
         started(problem, matrix, mode, Clock(budget, observe)) as run,
     ):
-        study = Study(run, options, empty, None, refine, seed, rank)
+        study = SensitivityStudy(run, options, empty, None, refine, seed, rank)
         study.finish(drive(run.clock, study))
         return report(study, "gradient")
 
@@ -527,7 +527,7 @@ def ihvp(
         options.empty(problem) as empty,
         started(problem, matrix, mode, Clock(budget, observe)) as run,
     ):
-        study = Study(run, options, empty, given, refine, seed)
+        study = SensitivityStudy(run, options, empty, given, refine, seed)
         study.finish(drive(run.clock, study))
         return report(study, "gradient" if given is None else source)
 

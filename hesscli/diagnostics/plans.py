@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from scipy.special import ndtri
 
-from hesscli.diagnostics.estimators import Choice, Draw, choose
+from hesscli.diagnostics.choice import Choice, Draw, choose
 from hesscli.diagnostics.measurement import Tolerance, first_look, miss_probability
 from hesscli.diagnostics.predictions import changes_of
 from hesscli.diagnostics.run import Run, beyond, peak_bytes
@@ -23,8 +23,8 @@ from hesscli.engines.hutchinson.table import Table
 from hesscli.memory import available_bytes
 from hesscli.operators.base import Operator
 from hesscli.parameters import Parameter
+from hesscli.randomness import key
 from hesscli.results import PlannedCommand
-from hesscli.streams import key
 from hesscli.units import human_bytes
 
 # -- What a tolerance will cost, from an estimator's first steps on a few batches ------------------

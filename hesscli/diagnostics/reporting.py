@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hesscli.diagnostics.estimators import Choice, Draw, choose
+from hesscli.diagnostics.choice import Choice, Draw, choose
 from hesscli.diagnostics.measurement import Estimation, Goal, Outcome, Tolerance, drive
 from hesscli.diagnostics.run import Run
 from hesscli.engines.estimator import Reading, Rounding

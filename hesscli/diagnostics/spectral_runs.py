@@ -35,8 +35,8 @@ from hesscli.operators.base import Operator, Retained
 from hesscli.parameters import Parameters
 from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem
+from hesscli.randomness import key
 from hesscli.results import ConvergencePoint, PlannedCommand, Snapshot, Status
-from hesscli.streams import key
 from hesscli.units import human_bytes
 
 # -- Lanczos runs under a clock: a long one for the eigenvalues, short ones for the rest -----------
@@ -62,7 +62,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SpectralPlan:
     """How long and how often to iterate.
 
     ``goal`` is the relative bar of the ``count`` largest eigenvalues that is wanted; the first run
@@ -101,7 +101,7 @@ class Exploration:
         plan: how long.
     """
 
-    def __init__(self, operator: Operator, plan: Plan) -> None:
+    def __init__(self, operator: Operator, plan: SpectralPlan) -> None:
         self.operator, self.plan, self.size = operator, plan, operator.parameters.size
         needed = needed_bytes(self.size, plan.steps, plan.probes)
         room = (available_bytes(operator.problem.device) - needed) // _GRAPHS_SHARE
@@ -282,7 +282,7 @@ def _light(ritz: Ritz) -> Ritz:
 
 
 def _lanczos(
-    operator: Operator, product: Product, size: int, plan: Plan, seed: int, reserve: int
+    operator: Operator, product: Product, size: int, plan: SpectralPlan, seed: int, reserve: int
 ) -> Lanczos:
     problem = operator.problem
     return Lanczos(
@@ -303,10 +303,10 @@ _COLUMNS = 32  # of a dense matrix, between two looks at the clock
 _WORSE: tuple[Status, ...] = ("exact", "converged", "budget", "interrupted")
 
 
-class Study:
+class SpectralStudy:
     """What is explored, one matrix after another; each may be the last."""
 
-    def __init__(self, run: Run, plan: Plan, layers: tuple[str, ...], exact: bool) -> None:
+    def __init__(self, run: Run, plan: SpectralPlan, layers: tuple[str, ...], exact: bool) -> None:
         self.run, self.operator = run, run.operator
         measured = run.flight.product_rounding
         usual = tolerance(self.operator.problem.precision.narrowest)
@@ -409,7 +409,7 @@ def most_steps(problem: Problem, probes: int) -> int:
     return max(1, min(_MOST_STEPS, room // needed_bytes(problem.parameters.size, 1, probes)))
 
 
-def require_room(problem: Problem, plan: Plan) -> None:
+def require_room(problem: Problem, plan: SpectralPlan) -> None:
     """See that the vectors fit into memory, before any of it is taken.
 
     Raises:
@@ -470,7 +470,9 @@ def plan_spectrum(
         budget: seconds that the command will be given.
     """
     size, device = operator.parameters.size, operator.problem.device
-    plan = Plan(steps=min(STEPS, size), probes=PROBES, count=0, goal=0.0, early=False, seed=0)
+    plan = SpectralPlan(
+        steps=min(STEPS, size), probes=PROBES, count=0, goal=0.0, early=False, seed=0
+    )
     products = plan.products(size)
     graph, each = operator.cost
     seconds = products * product_seconds

@@ -15,8 +15,8 @@ from hesscli.diagnostics.spectral_runs import (
     PROBES,
     STEPS,
     Exploration,
-    Plan,
-    Study,
+    SpectralPlan,
+    SpectralStudy,
     most_steps,
     require_dense,
     require_room,
@@ -265,19 +265,21 @@ def spectrum(
     if exact:
         require_dense(problem, exact_limit)
     with started(problem, matrix, mode, Clock(budget, observe)) as run:
-        study = Study(run, plan, tuple(layers), exact)
+        study = SpectralStudy(run, plan, tuple(layers), exact)
         study.finish(drive(run.clock, study))
         return _result(study, bandwidth, damping, vectors)
 
 
-def _plan(size: int, k: int, steps: int, probes: int, rtol: float | None, seed: int) -> Plan:
+def _plan(
+    size: int, k: int, steps: int, probes: int, rtol: float | None, seed: int
+) -> SpectralPlan:
     if min(k, steps, probes) < 1:
         raise UsageError(
             "k, steps and probes are numbers from 1",
             f"k = {k}, steps = {steps}, probes = {probes}",
             "k=10, steps=64, probes=5",
         )
-    return Plan(
+    return SpectralPlan(
         steps=min(steps, size),
         probes=probes,
         count=k,
@@ -288,7 +290,7 @@ def _plan(size: int, k: int, steps: int, probes: int, rtol: float | None, seed: 
 
 
 def _result(
-    study: Study,
+    study: SpectralStudy,
     bandwidth: float | None,
     damping: float,
     vectors: bool,
@@ -336,7 +338,7 @@ def _note(found: Exploration) -> str:
     return f"{first}{rest}; {counted} eigenvalues counted one by one"
 
 
-def _is_psd(study: Study) -> bool:
+def _is_psd(study: SpectralStudy) -> bool:
     return study.operator.name != "hessian"
 
 
@@ -349,7 +351,9 @@ def _classes(problem: Problem) -> int | None:
     return int(problem.loss.logits(outputs).shape[1])
 
 
-def _layers(study: Study, indices: list[int], bandwidth: float | None) -> Iterator[LayerSpectrum]:
+def _layers(
+    study: SpectralStudy, indices: list[int], bandwidth: float | None
+) -> Iterator[LayerSpectrum]:
     """Each layer's part in the listed vectors, and its own block's spectrum if it was explored."""
     parameters = study.operator.parameters
     shares = _participation(study, indices)
@@ -370,7 +374,7 @@ def _layers(study: Study, indices: list[int], bandwidth: float | None) -> Iterat
         )
 
 
-def _participation(study: Study, indices: list[int]) -> Array:
+def _participation(study: SpectralStudy, indices: list[int]) -> Array:
     """Squared lengths of the listed vectors in each layer ``(vectors, layers)``."""
     parameters = study.operator.parameters
     index = parameters.layer_index().repeat_interleave(torch.tensor(parameters.sizes))
@@ -382,7 +386,7 @@ def _participation(study: Study, indices: list[int]) -> Array:
     return shares
 
 
-def _vectors(study: Study, indices: list[int]) -> dict[str, np.ndarray]:
+def _vectors(study: SpectralStudy, indices: list[int]) -> dict[str, np.ndarray]:
     """By parameter, in its shape with the listed vectors along a first dimension."""
     parameters = study.operator.parameters
     rows = study.whole.lanczos.vectors(study.whole.ritz, indices).to(study.operator.problem.dtype)
@@ -393,13 +397,15 @@ def _vectors(study: Study, indices: list[int]) -> dict[str, np.ndarray]:
     }
 
 
-def _places(study: Study, layer: str) -> Array:
+def _places(study: SpectralStudy, layer: str) -> Array:
     """The rows of the whole matrix that belong to a layer."""
     owned = study.operator.parameters.in_layer(layer)
     return np.concatenate([np.arange(p.offset, p.offset + p.numel) for p in owned])
 
 
-def _dense_of(study: Study, found: Exploration, rows: Array | slice) -> DenseSpectrum | None:
+def _dense_of(
+    study: SpectralStudy, found: Exploration, rows: Array | slice
+) -> DenseSpectrum | None:
     """The eigenvalues of a diagonal block of the dense matrix, where it was formed."""
     if study.dense is None:
         return None
@@ -407,7 +413,7 @@ def _dense_of(study: Study, found: Exploration, rows: Array | slice) -> DenseSpe
     return dense_spectrum(np.linalg.eigvalsh(block), found.measure)
 
 
-def _warnings(problem: Problem, study: Study) -> Iterator[str]:
+def _warnings(problem: Problem, study: SpectralStudy) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
     if problem.sampling_fraction != 1:
         yield (

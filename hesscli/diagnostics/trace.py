@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from hesscli.diagnostics.estimators import Draw, probe_range
+from hesscli.diagnostics.choice import Draw, probe_range
 from hesscli.diagnostics.measurement import Standing, Tolerance
 from hesscli.diagnostics.reporting import (
     chosen,
@@ -18,8 +18,8 @@ from hesscli.diagnostics.run import Clock, started
 from hesscli.engines.estimator import Estimator, Reading
 from hesscli.engines.hutchinson.table import Sharing
 from hesscli.problem.problem import Problem
+from hesscli.randomness import Distribution
 from hesscli.results import Observe, TraceResult
-from hesscli.streams import Distribution
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_CONFIDENCE, USUAL_RTOL
 
 

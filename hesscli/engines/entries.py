@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli import streams
+from hesscli import randomness
 from hesscli.engines.diagonal import Diagonal
 from hesscli.parameters import Parameters
 from hesscli.state import State
@@ -229,8 +229,8 @@ class Stream:
     def _signs(self, words: tuple[int, ...], count: int) -> Tensor:
         """Signs ``(G, count)``."""
         size = self.replicates * count
-        flat = streams.rademacher(
-            streams.key(*words), 0, size, dtype=torch.float32, device=self.device
+        flat = randomness.rademacher(
+            randomness.key(*words), 0, size, dtype=torch.float32, device=self.device
         )
         return flat.view(self.replicates, count)
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesscli import streams
+from hesscli import randomness
 from hesscli.errors import UnsoundError
 from hesscli.state import Rows, State
 from hesscli.sums import rounding_of_sum
@@ -217,8 +217,8 @@ class Lanczos:
 
     def _fresh(self) -> Tensor:
         """A random unit vector orthogonal to the basis, with which a segment begins."""
-        stream = streams.key(_START, self.seed, len(self._starts))
-        vector = streams.gaussian(
+        stream = randomness.key(_START, self.seed, len(self._starts))
+        vector = randomness.gaussian(
             stream, 0, self.size, dtype=torch.float64, device=self._rows.device
         )
         _orthogonalise(vector, self.basis)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli import streams
+from hesscli import randomness
 from hesscli.engines.cells import Cells
 from hesscli.engines.entries import Stream
 from hesscli.errors import UsageError
@@ -140,5 +140,5 @@ class PerExample(Cells):
                     yield 0, sign, part
             return
         for draw in range(done, wanted):
-            for sign, column in columns.draw(streams.key(_DRAWS, self.seed, batch, draw), first):
+            for sign, column in columns.draw(randomness.key(_DRAWS, self.seed, batch, draw), first):
                 yield draw - done, sign, [column]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli import streams
+from hesscli import randomness
 from hesscli.errors import HesscliError, UsageError
 from hesscli.meter import FORWARD, Meter, OnStep, go_on
 from hesscli.operators.base import Operator
@@ -141,8 +141,8 @@ def _own_products(residual: Residual, sample: WeightedBatch) -> Callable[[int, T
 def _probe(residual: Residual, index: int) -> Tensor:
     """A Gaussian vector for one parameter: on f = (a² − b²) x signs would cancel."""
     problem, size = residual.problem, residual.parameters[index].numel
-    stream = streams.key(_PROBE, index)
-    return streams.gaussian(stream, 0, size, dtype=problem.dtype, device=problem.device)
+    stream = randomness.key(_PROBE, index)
+    return randomness.gaussian(stream, 0, size, dtype=problem.dtype, device=problem.device)
 
 
 def within_parameters(
@@ -303,8 +303,8 @@ def _agrees(
 
 
 def _normal(like: Tensor, number: int) -> Tensor:
-    flat = streams.gaussian(
-        streams.key(_STREAM, number), 0, like.numel(), dtype=like.dtype, device=like.device
+    flat = randomness.gaussian(
+        randomness.key(_STREAM, number), 0, like.numel(), dtype=like.dtype, device=like.device
     )
     return flat.view(like.shape)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesscli import streams
+from hesscli import randomness
 from hesscli.meter import FORWARD, Meter, OnStep, go_on
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import (
@@ -60,8 +60,8 @@ class MismatchError(Exception):
 def vectors(problem: Objective, count: int) -> Tensor:
     """The first Rademacher rows ``(count, d)`` of a fixed stream."""
     rows = [
-        streams.rademacher(
-            streams.key(0x5EED, i),
+        randomness.rademacher(
+            randomness.key(0x5EED, i),
             0,
             problem.parameters.size,
             dtype=problem.dtype,
@@ -203,8 +203,8 @@ class Terms:
             loss = self.operator.problem.evaluate(batch.data)
         terms, share = [loss * 0], 2 * batch.count / self.operator.problem.loss.multiple
         for number, output in enumerate(outputs):
-            signs = streams.rademacher(
-                streams.key(_SIGNS, number),
+            signs = randomness.rademacher(
+                randomness.key(_SIGNS, number),
                 0,
                 output.numel(),
                 dtype=output.dtype,

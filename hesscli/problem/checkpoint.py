@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hesscli.errors import InputError, missing_file, shorten
 from hesscli.parameters import Parameters
 from hesscli.problem.torch_files import (
-    Found,
+    FoundWeights,
     is_archive,
     is_program,
     read_pickle,
@@ -171,7 +171,7 @@ def read_checkpoint(path: Path, *, trust: bool = False, key: str | None = None) 
     return Checkpoint(path, digest, state, found.module, found.notes)
 
 
-def _read(path: Path, trust: bool, key: str | None) -> tuple[Found, list[Path]]:
+def _read(path: Path, trust: bool, key: str | None) -> tuple[FoundWeights, list[Path]]:
     """The weights, and the files that they came from."""
     if not path.name.endswith(INDEX_SUFFIXES):
         return _read_file(path, trust, key), [path]
@@ -184,10 +184,10 @@ def _read(path: Path, trust: bool, key: str | None) -> tuple[Found, list[Path]]:
         return found.weights
 
     weights = join_shards(shards, path, read)
-    return Found(weights, None, tuple(notes)), [path, *sorted(shards)]
+    return FoundWeights(weights, None, tuple(notes)), [path, *sorted(shards)]
 
 
-def _read_file(path: Path, trust: bool, key: str | None) -> Found:
+def _read_file(path: Path, trust: bool, key: str | None) -> FoundWeights:
     """The weights of one file; the content decides what it is, not the name."""
     with path.open("rb") as file:
         head = file.read(64)
@@ -197,7 +197,7 @@ def _read_file(path: Path, trust: bool, key: str | None) -> Found:
     if is_program(path):
         found = read_program(path, trust=trust)
     elif head[8:9] == b"{":
-        found = Found(read_safetensors(path))
+        found = FoundWeights(read_safetensors(path))
     elif is_zip or _LEGACY_MAGIC in head:
         return read_pickle(path, trust=trust, key=key).noted(notes)
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hesscli import streams
+from hesscli import randomness
 from hesscli.errors import InputError, UnsoundError, first_line
 from hesscli.torch_private import apply_to_tensors, held_buffers, held_parameters
 
@@ -162,8 +162,8 @@ def moved(tensors: Sequence[Tensor], relative: float) -> Iterator[None]:
 @torch.no_grad()
 def _move(tensors: Sequence[Tensor], relative: float) -> None:
     for number, tensor in enumerate(tensors):
-        noise = streams.gaussian(
-            streams.key(0x5417, number),
+        noise = randomness.gaussian(
+            randomness.key(0x5417, number),
             0,
             tensor.numel(),
             dtype=tensor.dtype,

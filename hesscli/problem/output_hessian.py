@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hesscli import streams
+from hesscli import randomness
 from hesscli.errors import UnsoundError, UsageError, first_line
 from hesscli.pairing import paired
 from hesscli.problem.batches import Batch, size_of
@@ -240,7 +240,7 @@ def _signs(stream: int, first: int, like: Tensor) -> Tensor:
     """Signs for examples ``first …`` of a stream."""
     size = like.numel()
     offset = first * like[0].numel()
-    signs = streams.rademacher(stream, offset, size, dtype=like.dtype, device=like.device)
+    signs = randomness.rademacher(stream, offset, size, dtype=like.dtype, device=like.device)
     return signs.view(like.shape)
 
 
@@ -410,7 +410,7 @@ class AutodiffColumns(Columns):
         """(D r ± A D⁻¹ r) / 2."""
         roots = self._lengths.sqrt()
         count, size = roots.shape
-        flat = streams.rademacher(
+        flat = randomness.rademacher(
             stream, first * size, count * size, dtype=roots.dtype, device=roots.device
         )
         signs = flat.view(count, size)
@@ -435,11 +435,11 @@ class AutodiffColumns(Columns):
         size = like[0].numel()
         total = torch.zeros(len(like), size, dtype=like.dtype, device=like.device)
         for number in range(_SIZES):
-            key = streams.key(_STREAM, number)
-            signs = streams.rademacher(key, 0, size, dtype=like.dtype, device=like.device)
+            key = randomness.key(_STREAM, number)
+            signs = randomness.rademacher(key, 0, size, dtype=like.dtype, device=like.device)
             total += self._times(signs).square()
-        normal = streams.gaussian(
-            streams.key(_STREAM, _SIZES), 0, size, dtype=like.dtype, device=like.device
+        normal = randomness.gaussian(
+            randomness.key(_STREAM, _SIZES), 0, size, dtype=like.dtype, device=like.device
         )
         lengths = (total / _SIZES).sqrt()
         return torch.where(lengths > 0, lengths, self._times(normal).abs())

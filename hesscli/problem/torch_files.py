@@ -177,7 +177,7 @@ def is_program(path: Path) -> bool:
     return is_archive(path) and any(name.endswith(endings) for name in names_in(path))
 
 
-def read_program(path: Path, *, trust: bool) -> Found:
+def read_program(path: Path, *, trust: bool) -> FoundWeights:
     """Load a torch.export program; its weights and sample inputs are unpickled in full."""
     if not trust:
         raise InputError(
@@ -193,7 +193,7 @@ def read_program(path: Path, *, trust: bool) -> Found:
         program = torch.export.load(path)
         module = program.module()
     _require_free_batch(program, path)
-    return Found(module.state_dict(), module)
+    return FoundWeights(module.state_dict(), module)
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def _require_free_batch(program: torch.export.ExportedProgram, path: Path) -> No
     )
 
 
-def read_pickle(path: Path, *, trust: bool, key: str | None = None) -> Found:
+def read_pickle(path: Path, *, trust: bool, key: str | None = None) -> FoundWeights:
     """Load a ``torch.save`` file and pick the model's weights, or those at ``key``, out of it."""
     is_zip = is_archive(path)
     if is_zip:
@@ -302,14 +302,14 @@ _MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundWeights:
     """The weights of a checkpoint, and the module itself where the file carried one."""
 
     weights: Mapping[str, Tensor]
     module: nn.Module | None = None
     notes: tuple[str, ...] = ()
 
-    def noted(self, notes: Sequence[str]) -> Found:
+    def noted(self, notes: Sequence[str]) -> FoundWeights:
         """The same with more notes, which come first."""
         return replace(self, notes=(*notes, *self.notes))
 
@@ -329,7 +329,7 @@ def key_line(name: str) -> str:
     return f"checkpoint_keys = {{ key = {json.dumps(name, ensure_ascii=False)} }}"
 
 
-def find_weights(payload: object, path: Path, key: str | None = None) -> Found:
+def find_weights(payload: object, path: Path, key: str | None = None) -> FoundWeights:
     """Pick the model out of what a file held: alone, or nested beside optimizer and settings.
 
     An average of the weights is another model: it is never chosen in place of the plain one, but
@@ -348,8 +348,8 @@ def find_weights(payload: object, path: Path, key: str | None = None) -> Found:
         f"averaged weights left aside: {_spell(place)}" for place in averaged if key is None
     )
     if isinstance(held, nn.Module):
-        return Found(held.state_dict(), held, notes)
-    return Found(held, None, notes)
+        return FoundWeights(held.state_dict(), held, notes)
+    return FoundWeights(held, None, notes)
 
 
 def _places(

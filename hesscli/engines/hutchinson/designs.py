@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli import streams
+from hesscli import randomness
 from hesscli.engines.entries import Stream
 from hesscli.engines.hutchinson.table import Array, Sharing
 from hesscli.engines.lanczos import Lanczos
 from hesscli.meter import OnStep, go_on
 from hesscli.operators.source import Source, Term
 from hesscli.parameters import LayerSums, Parameters
+from hesscli.randomness import Distribution, key
 from hesscli.state import State
-from hesscli.streams import Distribution, key
 from hesscli.sums import weighted_sum
 
 # -- Probe vectors: keyed by (seed, batch, probe) and by each entry's place in the full vector -----
@@ -35,7 +35,7 @@ class Probes:
         self, operator: Source, seed: int, sharing: Sharing, distribution: Distribution
     ) -> None:
         self.operator, self.seed, self.sharing = operator, seed, sharing
-        self._sample = streams.SAMPLERS[distribution]
+        self._sample = randomness.SAMPLERS[distribution]
         self._runs = _contiguous_runs(operator.parameters)
 
     def block(self, batch: int, first: int, count: int) -> Tensor:
@@ -43,8 +43,8 @@ class Probes:
         return torch.stack([self._vector(batch, probe) for probe in range(first, first + count)])
 
     def _vector(self, batch: int, probe: int) -> Tensor:
-        owner = streams.SHARED if self.sharing == "shared" else batch
-        stream = streams.key(_PROBES, self.seed, owner, probe)
+        owner = randomness.SHARED if self.sharing == "shared" else batch
+        stream = randomness.key(_PROBES, self.seed, owner, probe)
         source = self.operator
         parts = [
             self._sample(stream, offset, size, dtype=source.dtype, device=source.device)

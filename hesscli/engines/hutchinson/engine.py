@@ -21,8 +21,8 @@ from hesscli.engines.hutchinson.designs import Design, Plain, Probes
 from hesscli.engines.hutchinson.table import Sharing, Table, reduce_table
 from hesscli.operators.source import Source, Term
 from hesscli.parameters import Parameters
+from hesscli.randomness import Distribution
 from hesscli.state import State
-from hesscli.streams import Distribution
 
 
 class Hutchinson(Cells):

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hesscli.engines.mfac.window import GradientWindow, inner_rounding
+from hesscli.engines.mfac.window import TILE, GradientWindow
 from hesscli.meter import OnStep, go_on
+from hesscli.sums import rounding_of_sum
 
 PANEL = 256
 """Rows of a triangular matrix that are multiplied at once, up to the diagonal only."""
@@ -91,3 +92,14 @@ def panels(count: int) -> Iterator[slice]:
     """Rows of a triangular matrix in turn."""
     for start in range(0, count, PANEL):
         yield slice(start, min(start + PANEL, count))
+
+
+def inner_rounding(size: int, dtype: torch.dtype) -> float:
+    """Bound of the error of gᵀx beside ‖g‖‖x‖, for a row g and x of any dtype.
+
+    Args:
+        size: entries of each.
+        dtype: of the products within a tile, and of their sum; tiles are summed in float64.
+    """
+    tiles = -(-size // TILE)
+    return rounding_of_sum(min(size, TILE) + 1, dtype) + rounding_of_sum(tiles, torch.float64)

@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hesscli.engines.mfac.gram import PANEL, Gram, panels
-from hesscli.engines.mfac.window import TILE, GradientWindow, inner_rounding
+from hesscli.engines.mfac.gram import PANEL, Gram, inner_rounding, panels
+from hesscli.engines.mfac.window import TILE, GradientWindow
 from hesscli.errors import UnsoundError
 from hesscli.meter import OnStep, go_on
 from hesscli.sums import rounding_of_sum, unit_roundoff
@@ -24,7 +24,7 @@ _PROBES = 8
 
 
 @dataclass(frozen=True)
-class Factor:
+class CholeskyFactor:
     """A = LLᵀ, for one symmetric positive matrix or a batch of them.
 
     Rounding in A and in its factor has the size u √(A_ii A_jj) in entry (i, j) (Demmel 1989, "On
@@ -74,7 +74,7 @@ def inverse_lower(lower: Tensor) -> Tensor:
     return inverse
 
 
-def factorised(matrix: Tensor) -> Factor:
+def factorised(matrix: Tensor) -> CholeskyFactor:
     """The factor of one matrix or a batch.
 
     Raises:
@@ -84,7 +84,7 @@ def factorised(matrix: Tensor) -> Factor:
     scales = matrix.diagonal(dim1=-2, dim2=-1).sqrt()
     if bool((info != 0).any()):
         raise NotPositiveError(matrix.reshape(-1, *matrix.shape[-2:])[info.flatten() != 0][0])
-    return Factor(lower, scales)
+    return CholeskyFactor(lower, scales)
 
 
 class NotPositiveError(ArithmeticError):
@@ -142,7 +142,9 @@ class System:
         dtype: of products with the window.
     """
 
-    def __init__(self, gram: Gram, factor: Factor, damping: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, gram: Gram, factor: CholeskyFactor, damping: float, dtype: torch.dtype
+    ) -> None:
         self.gram, self.factor, self.damping, self.dtype = gram, factor, damping, dtype
         self._u_inner = inner_rounding(gram.columns.stop - gram.columns.start, dtype)
         self._u_sum = rounding_of_sum(gram.count + 1, dtype)
@@ -323,7 +325,7 @@ class DualBlock:
             self.window, self.columns, self.damping, True, self._grams, self._on_step
         ).system
 
-    def _factorised(self) -> tuple[Gram, Factor]:
+    def _factorised(self) -> tuple[Gram, CholeskyFactor]:
         """GGᵀ and the factor of A; in float64 where rounding in float32 is more than a hundredth
         of what some row has of its own, which is all that tells it from the others.
 
@@ -341,7 +343,7 @@ class DualBlock:
         except NotPositiveError as error:
             raise too_little(self.damping, error.missing / self.window.count) from error
 
-    def _attempt(self, exact: bool) -> tuple[Gram, Factor]:
+    def _attempt(self, exact: bool) -> tuple[Gram, CholeskyFactor]:
         if exact not in self._grams:
             columns, on_step = self.columns, self._on_step
             self._grams[exact] = Gram(self.window, columns, exact=exact, on_step=on_step)
@@ -463,7 +465,8 @@ class PrimalRun:
     def _spreads(self) -> Tensor:
         """‖A⁻¹D‖² of each block, by vectors of signs."""
         parts = (
-            Factor(self.factor.lower[part], self.factor.scales[part]) for part in self._chunks()
+            CholeskyFactor(self.factor.lower[part], self.factor.scales[part])
+            for part in self._chunks()
         )
         return torch.cat([part.solved_errors().square().sum(1).amax(1) for part in parts])
 

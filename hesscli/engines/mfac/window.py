@@ -14,7 +14,6 @@ from hesscli import storage
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import require_room
 from hesscli.state import Rows, State
-from hesscli.sums import rounding_of_sum
 from hesscli.vocabulary import WINDOW_DTYPES
 
 DTYPES = tuple(getattr(torch, name) for name in WINDOW_DTYPES)
@@ -283,17 +282,6 @@ class GradientWindow:
         """Of a file: keep none of its pages in the process's memory; the system may."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)  # shared: the file keeps what was written
-
-
-def inner_rounding(size: int, dtype: torch.dtype) -> float:
-    """Bound of the error of gᵀx beside ‖g‖‖x‖, for a row g and x of any dtype.
-
-    Args:
-        size: entries of each.
-        dtype: of the products within a tile, and of their sum; tiles are summed in float64.
-    """
-    tiles = -(-size // TILE)
-    return rounding_of_sum(min(size, TILE) + 1, dtype) + rounding_of_sum(tiles, torch.float64)
 
 
 def _times(matrix: Tensor, columns: Tensor) -> Tensor:

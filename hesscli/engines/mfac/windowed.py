@@ -10,7 +10,7 @@ from torch import Tensor
 from hesscli.engines.mfac.gram import Gram
 from hesscli.engines.mfac.static import Solution, checked_damping, checked_rows, only
 from hesscli.engines.mfac.system import (
-    Factor,
+    CholeskyFactor,
     NotPositiveError,
     Solved,
     System,
@@ -63,7 +63,7 @@ class TailFactor:
         """Take note that the next slot has another row."""
         self._replaced += 1
 
-    def factor(self) -> Factor:
+    def factor(self) -> CholeskyFactor:
         """As of now.
 
         Raises:
@@ -72,7 +72,7 @@ class TailFactor:
         if self._known < self._replaced:
             self._follow()
         scales = (self._gram.diagonal() + self._shift).sqrt()
-        return Factor(self._lower, scales, self._order)
+        return CholeskyFactor(self._lower, scales, self._order)
 
     def _follow(self) -> None:
         head, L = self._head, self._lower
@@ -185,7 +185,7 @@ class WindowedFisher:
             self._system = System(self._gram, self._factor(), self.damping, self._gram.dtype)
         return self._system
 
-    def _factor(self) -> Factor:
+    def _factor(self) -> CholeskyFactor:
         """As of now.
 
         Raises:
@@ -199,7 +199,7 @@ class WindowedFisher:
         self._sharpen()
         return self._factor()
 
-    def _followed(self) -> Factor:
+    def _followed(self) -> CholeskyFactor:
         if self._tail is None:
             first = self.window.pushes % self.window.capacity if self.window.full else 0
             shift = self.window.count * self.damping

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from hesscli import streams
+from hesscli import randomness
 from hesscli.errors import UnsoundError
 from hesscli.meter import BACKWARD, FORWARD, Meter
 from hesscli.operators.per_example.generic import Generic
-from hesscli.operators.per_example.sites import Site, site_class
+from hesscli.operators.per_example.sites import Site, known_modules, site_class
 from hesscli.pairing import paired
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.problem.batches import Batch, rows
@@ -228,11 +228,11 @@ class Pass:
 
     def _some_examples(self) -> tuple[Tensor, Tensor]:
         """About half of the examples, chosen at random, and random weights on their outputs."""
-        stream = streams.key(_CHECK, self.batch.index)
-        signs = partial(streams.rademacher, dtype=self.outputs.dtype, device=self.outputs.device)
+        stream = randomness.key(_CHECK, self.batch.index)
+        signs = partial(randomness.rademacher, dtype=self.outputs.dtype, device=self.outputs.device)
         chosen = signs(stream, 0, self.batch.count)
         chosen[0], chosen[-1] = -1, 1
-        weights = signs(streams.key(stream), 0, self.outputs.numel()).view(self.batch.count, -1)
+        weights = signs(randomness.key(stream), 0, self.outputs.numel()).view(self.batch.count, -1)
         weights[chosen < 0] = 0
         return chosen > 0, weights.view(self.outputs.shape)
 
@@ -344,7 +344,7 @@ class SquaredJacobian:
     ) -> None:
         self.problem, self.parameters, self.meter = problem, parameters, meter
         self.make_columns = make_columns
-        self.known = _known_modules(problem.model, parameters)
+        self.known = known_modules(problem.model, parameters)
         spoken_for = {i for names in self.known.values() for i in names.values()}
         self.unspoken_for = set(range(len(parameters))) - spoken_for
         self.shared: set[nn.Module] = set()
@@ -444,21 +444,6 @@ class SquaredJacobian:
     def _give_up(self, module: nn.Module) -> None:
         self.shared.discard(module)
         self.unspoken_for |= set(self.known.pop(module).values())
-
-
-def _known_modules(model: nn.Module, parameters: Parameters) -> dict[nn.Module, dict[str, int]]:
-    """Modules of a known kind, and the places of those parameters that no other module owns."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(tensor), []).append((module, name))
-    known: dict[nn.Module, dict[str, int]] = {}
-    for position, parameter in enumerate(parameters):
-        if len(homes := owners[id(parameter.tensor)]) == 1:
-            module, name = homes[0]
-            if site_class(module) is not None and name in ("weight", "bias"):
-                known.setdefault(module, {})[name] = position
-    return known
 
 
 def _cut(batch: WeightedBatch, start: int, stop: int) -> WeightedBatch:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hesscli import streams
+from hesscli import randomness
 from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.meter import FORWARD, Meter
 from hesscli.operators.gauss_newton import require_examples
@@ -132,7 +132,7 @@ class Rows:
         data, problem = rows_of_batch(batch.data, start, stop), self.problem
         part = WeightedBatch(batch.index, data, batch.weight, stop - start)
         outputs = problem.fixed_outputs(data)
-        stream = streams.key(_DRAWS, self.seed, batch.index, draw)
+        stream = randomness.key(_DRAWS, self.seed, batch.index, draw)
         column = self._factor(outputs, data).draw(stream, start)
         column = column * (problem.data.count / problem.total_weight) ** 0.5
         self.meter.add(1 + FORWARD, (stop - start) / problem.data.count)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hesscli.parameters import Parameters
+
 # -- Sums of squared products: Σ_{n,c} (Σ_p g_ncop a_npj)² without keeping all that is squared -----
 
 
@@ -319,6 +321,21 @@ def site_class(module: nn.Module) -> type[Site] | None:
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         return LookupSite
     return None
+
+
+def known_modules(model: nn.Module, parameters: Parameters) -> dict[nn.Module, dict[str, int]]:
+    """Modules of a known kind, and the places of those parameters that no other module owns."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(tensor), []).append((module, name))
+    known: dict[nn.Module, dict[str, int]] = {}
+    for position, parameter in enumerate(parameters):
+        if len(homes := owners[id(parameter.tensor)]) == 1:
+            module, name = homes[0]
+            if site_class(module) is not None and name in ("weight", "bias"):
+                known.setdefault(module, {})[name] = position
+    return known
 
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:

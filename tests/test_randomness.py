@@ -12,14 +12,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from hesscli import streams
+from hesscli import randomness
 
 CPU = torch.device("cpu")
 LEVEL = 1e-3
 MASK = 2**64 - 1
 
-rademacher = partial(streams.rademacher, dtype=torch.float32, device=CPU)
-gaussian = partial(streams.gaussian, dtype=torch.float64, device=CPU)
+rademacher = partial(randomness.rademacher, dtype=torch.float32, device=CPU)
+gaussian = partial(randomness.gaussian, dtype=torch.float64, device=CPU)
 
 
 def _splitmix64(seed: int) -> Iterator[int]:
@@ -54,7 +54,7 @@ def test_signs_are_the_bits_of_the_published_generator() -> None:
     assert rademacher(1234567, 64, 256).tolist() == expected
 
 
-@pytest.mark.parametrize("stream", [1, streams.key(3, 1, 4), MASK, 1 << 63])
+@pytest.mark.parametrize("stream", [1, randomness.key(3, 1, 4), MASK, 1 << 63])
 @pytest.mark.parametrize("first", [0, 2**31, 2**52 // 64])
 def test_torch_integers_agree_with_plain_ones(stream: int, first: int) -> None:
     expected = [sign for i in range(3) for sign in _signs(_word(stream, first + i))]
@@ -68,7 +68,7 @@ def test_torch_integers_agree_with_plain_ones(stream: int, first: int) -> None:
 
 @pytest.mark.parametrize("sampler", [rademacher, gaussian])
 def test_an_entry_does_not_depend_on_the_slice(sampler: Callable[..., Tensor]) -> None:
-    stream = streams.key(5, 0, 2)
+    stream = randomness.key(5, 0, 2)
     whole = sampler(stream, 0, 1000)
     for offset, size in [(0, 1), (1, 63), (63, 2), (64, 64), (130, 517), (999, 1), (400, 0)]:
         assert torch.equal(sampler(stream, offset, size), whole[offset : offset + size])
@@ -76,11 +76,11 @@ def test_an_entry_does_not_depend_on_the_slice(sampler: Callable[..., Tensor]) -
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_signs_are_the_same_in_any_dtype(dtype: torch.dtype) -> None:
-    signs = streams.rademacher(7, 3, 500, dtype=dtype, device=CPU)
+    signs = randomness.rademacher(7, 3, 500, dtype=dtype, device=CPU)
     assert signs.dtype == dtype
     assert torch.equal(signs.float(), rademacher(7, 3, 500))
     assert torch.equal(
-        streams.gaussian(7, 3, 500, dtype=dtype, device=CPU), gaussian(7, 3, 500).to(dtype)
+        randomness.gaussian(7, 3, 500, dtype=dtype, device=CPU), gaussian(7, 3, 500).to(dtype)
     )
 
 
@@ -100,9 +100,9 @@ def test_the_signs_are_the_same_on_any_number_of_threads(sampler: Callable[..., 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_signs_are_the_same_on_a_gpu() -> None:
     cuda = torch.device("cuda")
-    there = streams.rademacher(13, 5, 100_000, dtype=torch.float32, device=cuda)
+    there = randomness.rademacher(13, 5, 100_000, dtype=torch.float32, device=cuda)
     assert torch.equal(there.cpu(), rademacher(13, 5, 100_000))
-    normals = streams.gaussian(13, 5, 100_000, dtype=torch.float64, device=cuda)
+    normals = randomness.gaussian(13, 5, 100_000, dtype=torch.float64, device=cuda)
     torch.testing.assert_close(normals.cpu(), gaussian(13, 5, 100_000), rtol=1e-12, atol=1e-12)
 
 
@@ -115,7 +115,7 @@ def test_global_generators_are_left_alone() -> None:
 
 def test_signs_have_the_moments_of_signs() -> None:
     count = 1 << 20
-    signs = rademacher(streams.key(0, 0, 0), 0, count)
+    signs = rademacher(randomness.key(0, 0, 0), 0, count)
     assert set(signs.tolist()) == {-1.0, 1.0}
     assert abs(float(signs.sum())) < _hoeffding(count, 1)
     bits = signs.view(-1, 64)
@@ -126,7 +126,7 @@ def test_signs_have_the_moments_of_signs() -> None:
 
 def test_gaussian_entries_have_the_moments_of_a_gaussian() -> None:
     count = 1 << 20
-    values = gaussian(streams.key(0, 0, 0), 0, count)
+    values = gaussian(randomness.key(0, 0, 0), 0, count)
     assert torch.isfinite(values).all()
     bound = float(stats.norm.isf(LEVEL / 2 / 4))
     # E x, x², x³, x⁴ and the variances of those powers.
@@ -140,17 +140,17 @@ def test_gaussian_entries_have_the_moments_of_a_gaussian() -> None:
 
 def test_keys_are_distinct_and_ordered() -> None:
     triples = itertools.product(range(40), range(40), range(40))
-    assert len({streams.key(*words) for words in triples}) == 40**3
-    assert len({streams.key(0), streams.key(0, 0), streams.key(0, 0, 0)}) == 3
-    assert streams.key(1, 2) != streams.key(2, 1)
-    assert streams.key(-1) == streams.key(MASK) != streams.key(1)
+    assert len({randomness.key(*words) for words in triples}) == 40**3
+    assert len({randomness.key(0), randomness.key(0, 0), randomness.key(0, 0, 0)}) == 3
+    assert randomness.key(1, 2) != randomness.key(2, 1)
+    assert randomness.key(-1) == randomness.key(MASK) != randomness.key(1)
 
 
 NEIGHBOURS: dict[str, Callable[[int], int]] = {
-    "seeds": lambda i: streams.key(i, 0, 0),
-    "batches": lambda i: streams.key(0, i, 0),
-    "probes": lambda i: streams.key(0, 0, i),
-    "probes shared by all batches": lambda i: streams.key(0, streams.SHARED, i),
+    "seeds": lambda i: randomness.key(i, 0, 0),
+    "batches": lambda i: randomness.key(0, i, 0),
+    "probes": lambda i: randomness.key(0, 0, i),
+    "probes shared by all batches": lambda i: randomness.key(0, randomness.SHARED, i),
 }
 
 

@@ -34,7 +34,7 @@ from hesscli.operators.gauss_newton import (
 from hesscli.operators.hessian import Hessian, Residual
 from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
-from hesscli.streams import Distribution, key
+from hesscli.randomness import Distribution, key
 from hesscli.vocabulary import METHODS
 
 AFFORDABLE_COLUMNS = 32
