@@ -15,7 +15,8 @@ from scipy.linalg import hadamard
 from torch import Tensor, nn
 
 from hesscli import Hessian, Problem
-from hesscli.engines.lanczos import Lanczos, Ritz
+from hesscli.engines.lanczos import Lanczos
+from hesscli.engines.ritz import Ritz
 from hesscli.errors import UnsoundError
 from hesscli.operators.dense import Dense
 

@@ -13,8 +13,9 @@ from hesscli.diagnostics.measurement import drive
 from hesscli.diagnostics.run import Clock
 from hesscli.diagnostics.spectral_runs import Exploration, Plan
 from hesscli.diagnostics.spectrum import functions
-from hesscli.engines.lanczos import Lanczos
-from hesscli.engines.quadrature import Complement, KrylovRun, Measure, counted, measure, smoothed
+from hesscli.engines.lanczos import Complement, Lanczos
+from hesscli.engines.quadrature import Measure, measure, smoothed
+from hesscli.engines.ritz import KrylovRun, counted
 from hesscli.operators.dense import Dense
 
 SIZE = 64

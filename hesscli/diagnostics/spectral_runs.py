@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from hesscli.diagnostics.run import Run, beyond, peak_bytes
-from hesscli.engines.lanczos import Lanczos, Ritz
-from hesscli.engines.quadrature import (
-    Complement,
+from hesscli.engines.lanczos import Complement, Lanczos
+from hesscli.engines.quadrature import Measure, measure
+from hesscli.engines.ritz import (
     Counted,
     Group,
     KrylovRun,
-    Measure,
+    Ritz,
     copies,
     counted,
-    measure,
     standing_alone,
     with_copies,
 )

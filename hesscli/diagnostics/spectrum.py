@@ -21,17 +21,8 @@ from hesscli.diagnostics.spectral_runs import (
     require_dense,
     require_room,
 )
-from hesscli.engines.lanczos import Ritz
-from hesscli.engines.quadrature import (
-    FUNCTIONS,
-    Array,
-    Counted,
-    Function,
-    Measure,
-    evaluate,
-    smoothed,
-    standing_alone,
-)
+from hesscli.engines.quadrature import FUNCTIONS, Function, Measure, evaluate, smoothed
+from hesscli.engines.ritz import Array, Counted, Ritz, standing_alone
 from hesscli.errors import UsageError
 from hesscli.problem.named_losses import CrossEntropy
 from hesscli.problem.problem import Problem

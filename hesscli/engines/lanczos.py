@@ -12,41 +12,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hesscli import randomness
+from hesscli.engines.ritz import Array, Ritz
 from hesscli.errors import UnsoundError
 from hesscli.state import Rows, State
 from hesscli.sums import rounding_of_sum
-
-Array = NDArray[np.float64]
 
 ROUNDING = 16.0
 """Error of a product in units of eps times the largest product: 2 to 18 were seen in networks."""
 _START = 0x1A2C05
 """Separates start vectors from other uses of a seed."""
-
-
-@dataclass(frozen=True)
-class Ritz:
-    """What k steps tell of the eigenvalues, in ascending order.
-
-    An eigenvalue lies within ``residuals[i]`` of ``values[i]``; ``rounding`` is the part of each
-    residual that more steps do not shrink. ``weights`` sum to 1: Σ weights · f(values) is the
-    Gauss quadrature of vᵀ f(A) v for the start vector v, in which what was found after a
-    breakdown has no part. Columns of ``coordinates`` are the Ritz vectors in the basis.
-    """
-
-    values: Array
-    residuals: Array
-    weights: Array
-    coordinates: Array
-    rounding: float
 
 
 class Lanczos:
@@ -246,3 +226,30 @@ def _orthogonalise(vector: Tensor, rows: Tensor) -> Tensor:
         vector.addmv_(rows.T, part, alpha=-1)
         overlaps += part
     return overlaps
+
+
+class Complement:
+    """Coordinates of the vectors orthogonal to some orthonormal rows ``(s, d)``.
+
+    The last d − s columns of the product of s Householder reflections, which is never formed.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._count, self._length = rows.shape
+        self._reflectors, self._scales = torch.geqrf(rows.T)
+
+    @property
+    def size(self) -> int:
+        """D − s."""
+        return self._length - self._count
+
+    def embed(self, coordinates: Tensor) -> Tensor:
+        """From coordinates ``(d − s,)`` to the vector ``(d,)``."""
+        padded = coordinates.new_zeros(self._length, 1)
+        padded[self._count :, 0] = coordinates
+        return torch.ormqr(self._reflectors, self._scales, padded)[:, 0]
+
+    def restrict(self, vector: Tensor) -> Tensor:
+        """From a vector ``(d,)`` to the coordinates of its part in the complement."""
+        turned = torch.ormqr(self._reflectors, self._scales, vector[:, None], transpose=True)
+        return turned[self._count :, 0].contiguous()
