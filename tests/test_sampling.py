@@ -109,6 +109,38 @@ def test_steps_give_whole_batches_until_there_are_enough() -> None:
     assert sample.halves()[0].halves() == ()
 
 
+@pytest.mark.parametrize("sizes", [[1] * 6, [3, 3, 1, 5], [8]])
+def test_independent_steps_are_run_at_once_and_can_be_taken_apart(sizes: list[int]) -> None:
+    calls: list[int] = []
+
+    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
+        calls.append(len(batch[0]))
+        weights = 1.0 + batch[1]  # of the examples
+        losses = functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return (weights * losses).sum() / weights.sum(), float(weights.sum())
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(n, 4), labels(n)) for n in sizes]
+    first = (torch.randn(4, 4), labels(4))  # a batch that shows that its examples are independent
+    model = nn.Linear(4, 3)
+    problem = Problem(model, StepLoss(step, "step"), frozen([first, *batches]))
+    assert problem.independence.unseen is None
+    sample = Sample.of(problem, 100)
+    calls.clear()
+    found = float(sample.evaluate())
+    assert calls == [4 + sum(sizes)]
+    x, y = (torch.cat(column) for column in zip(first, *batches, strict=True))
+    weights = 1.0 + y
+    losses = functional.cross_entropy(model(x), y, reduction="none")
+    assert found == pytest.approx(float((weights * losses).sum() / weights.sum()), rel=1e-5)
+    halves = sample.halves()
+    assert sum(half.count for half in halves) == sample.count
+    masses = [sum(half.masses) for half in halves]
+    assert sum(masses) == pytest.approx(float(weights.sum()))
+    whole = sum(m * float(h.evaluate()) for m, h in zip(masses, halves, strict=True))
+    assert whole / sum(masses) == pytest.approx(found, rel=1e-5)  # float32, a few dozen terms
+
+
 def test_they_can_be_had_in_the_present_type() -> None:
     problem = problem_of([4] * 2)
     sample = Sample.of(problem, 4)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -247,13 +248,14 @@ class Sample:
     def of(cls, problem: Objective, count: int, together: int | None = None) -> Sample:
         """About so many examples that weigh something: rows, or else whole batches.
 
+        Batches of examples that are proven independent are joined: one pass costs less than many.
+
         Args:
             problem: whose examples.
             count: of them.
             together: rows in a part at most, which bounds the memory that a part needs.
         """
-        separable = problem.separable and problem.loss.shows_examples
-        if separable:
+        if problem.separable and problem.loss.shows_examples:
             stacked = _stacked(_rows_across(problem, count))
             parts = [piece for part in stacked for piece in _pieces(part, together or count)]
             return cls(problem, tuple(parts), tuple(_mass(problem, p) for p in parts), True)
@@ -262,11 +264,15 @@ class Sample:
             chosen.append(index)
             if sum(problem.data.counts[i] for i in chosen) >= count:
                 break
+        groups = [[i] for i in chosen]
+        separable = problem.separable and problem.independence.unseen is None
+        if separable:
+            groups = list(_to_be_joined(problem.data.batches, chosen, together or count))
         return cls(
             problem,
-            tuple(problem.data.batches[i] for i in chosen),
-            tuple(problem.masses[i] for i in chosen),
-            False,
+            tuple(_joined([problem.data.batches[i] for i in group]) for group in groups),
+            tuple(sum(problem.masses[i] for i in group) for group in groups),
+            separable,
         )
 
     @property
@@ -331,9 +337,27 @@ def _stacked(pieces: Iterator[Batch]) -> list[Batch]:
     """Pieces of equal shape put together: examples of other lengths stay apart."""
     groups: dict[Any, list[Batch]] = {}
     for piece in pieces:
-        form = tuple((tuple(t.shape[1:]), t.dtype) for t in tensors_of(piece))
-        groups.setdefault(form, []).append(piece)
+        groups.setdefault(_form(piece), []).append(piece)
     return [_joined(group) for group in groups.values()]
+
+
+def _to_be_joined(
+    batches: Sequence[Batch], chosen: Iterable[int], most: int
+) -> Iterator[list[int]]:
+    """Runs of batches of equal shape, of so many rows at most where one alone has no more."""
+    for _, run in groupby(chosen, lambda index: _form(batches[index])):
+        group: list[int] = []
+        for index in run:
+            if group and sum(size_of(batches[i]) for i in (*group, index)) > most:
+                yield group
+                group = []
+            group.append(index)
+        yield group
+
+
+def _form(batch: Batch) -> tuple[Any, ...]:
+    """What rows must share to be put together."""
+    return tuple((tuple(t.shape[1:]), t.dtype) for t in tensors_of(batch))
 
 
 def _pieces(part: Batch, size: int) -> Iterator[Batch]:
@@ -349,4 +373,7 @@ def _joined(group: list[Batch]) -> Batch:
 
 
 def _mass(problem: Objective, batch: Batch) -> float:
-    return float(problem.loss.masses(batch).sum())
+    """Of examples; a step is asked for it, which runs the model."""
+    with problem.forward_context():
+        placed = place(batch, problem.device, problem.dtype)
+        return problem.loss.mass(problem.model, placed, size_of(batch))
