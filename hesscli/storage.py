@@ -55,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> Path:
             os.fsync(stream.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         with suppress(OSError):
             unfinished.unlink()
@@ -80,7 +80,7 @@ def prepare_folder(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def map_scratch(path: Path, nbytes: int) -> mmap.mmap:
@@ -105,7 +105,7 @@ def map_scratch(path: Path, nbytes: int) -> mmap.mmap:
     except FileExistsError as error:
         raise UsageError(f"cannot use {path}", "it exists already", "a new file") from error
     except OSError as error:
-        raise _unwritable(path, error, hint) from error
+        raise unwritable(path, error, hint) from error
     with stream:
         try:
             if hasattr(os, "posix_fallocate"):
@@ -114,15 +114,22 @@ def map_scratch(path: Path, nbytes: int) -> mmap.mmap:
                 stream.truncate(nbytes)  # macOS cannot say beforehand that a disk is too small
             return mmap.mmap(stream.fileno(), nbytes)
         except OSError as error:
-            raise _unwritable(path, error, hint) from error
+            raise unwritable(path, error, hint) from error
         finally:
             path.unlink()
 
 
-def _unwritable(
+def unwritable(
     path: Path,
     error: OSError,
     hint: str = "another folder with --dir FOLDER, or --dir - to write no files",
 ) -> UsageError:
+    """The error for a file that the system does not let be written, in plain words.
+
+    Args:
+        path: of the file.
+        error: what the system says.
+        hint: what to try.
+    """
     reason = _PLAIN_WORDS.get(error.errno or 0) or error.strerror or str(error)
     return UsageError(what=f"cannot write {path}", got=reason, hint=hint)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from hesscli.errors import ExitCode, InputError, UsageError
 from hesscli.results import Answer, CheckpointReport, Header, Status
 
 if TYPE_CHECKING:
+    from hesscli.locks import Hold
     from hesscli.problem.problem import Problem
 
 
@@ -37,24 +39,27 @@ def answer(
     """
     from hesscli.problem.loading import load
 
-    with console.working() as observe:
-        budget = given["budget"]
-        how = {option.name: given[option.name] for option in options.LOADED}
-        how["budget"] = console.left(budget)
-        problem = load(checkpoint, observe=observe, **how)
-        console.warn(*problem.warnings)
-        shown = select_layers(given.get("layers") or (), problem)
-        folder = prepare_output(given["directory"], problem.checkpoint)
-        if issubclass(resolve_name(command.result), Answer):  # all else only plans with it
-            given = {**given, "budget": console.left(budget)}
-        measure = prepared(command, usage, problem, given, shown)
-        result = measure(observe=observe)
-    console.warn(*(text for text in result.warnings if text not in problem.warnings))
-    if not isinstance(result, Answer):
-        deliver(command, result, console, given, folder)
-        return ExitCode.OK
-    deliver(command, result.only(shown), console, given, folder)
-    return exit_code(result.status, asked=any(given.get(name) for name in _TOLERANCES))
+    with ExitStack() as until_delivered:
+        with console.working() as observe:
+            budget = given["budget"]
+            how = {option.name: given[option.name] for option in options.LOADED}
+            how["budget"] = console.left(budget)
+            problem = load(checkpoint, observe=observe, **how)
+            console.warn(*problem.warnings)
+            shown = select_layers(given.get("layers") or (), problem)
+            held = until_delivered.enter_context(
+                output(given["directory"], problem.checkpoint, console)
+            )
+            if issubclass(resolve_name(command.result), Answer):  # all else only plans with it
+                given = {**given, "budget": console.left(budget)}
+            measure = prepared(command, usage, problem, given, shown)
+            result = measure(observe=observe)
+        console.warn(*(text for text in result.warnings if text not in problem.warnings))
+        if not isinstance(result, Answer):
+            deliver(command, result, console, given, held)
+            return ExitCode.OK
+        deliver(command, result.only(shown), console, given, held)
+        return exit_code(result.status, asked=any(given.get(name) for name in _TOLERANCES))
 
 
 _TOLERANCES = ("rtol", "atol", "refine")
@@ -120,27 +125,33 @@ def select_layers(patterns: Sequence[str], problem: Problem) -> tuple[str, ...] 
     return tuple(name for name in problem.layer_names if name in chosen) if patterns else None
 
 
-def prepare_output(folder: Path | None, checkpoint: CheckpointReport | None) -> Path | None:
-    """The folder for files, made and tried before the long work; None for no files."""
+@contextmanager
+def output(
+    folder: Path | None, checkpoint: CheckpointReport | None, console: Console
+) -> Iterator[Hold | None]:
+    """The folder for files, made and held before the long work; None for no files."""
+    if folder == NO_FILES:
+        yield None
+        return
+    from hesscli.locks import hold
     from hesscli.storage import prepare_folder
 
-    if folder == NO_FILES:
-        return None
     if folder is None:
         path = Path(checkpoint.path).resolve() if checkpoint else Path("model")
         folder = Path("hesscli-out", "-".join(filter(None, (path.parent.name, path.stem))))
-    return prepare_folder(folder)
+    with hold(prepare_folder(folder), console.note) as held:
+        yield held
 
 
 def deliver(
-    command: Command, result: Header, console: Console, given: Given, folder: Path | None
+    command: Command, result: Header, console: Console, given: Given, held: Hold | None
 ) -> None:
     """Write a result's files, into a folder if there is to be one, and print it."""
     from hesscli.render.document import to_json
 
     try:
-        if folder is not None:
-            result = _save(command, result, console, given, folder)
+        if held is not None:
+            result = _save(command, result, console, given, held)
     finally:  # a full disk must not cost the user the numbers
         if given["out"] == "json":
             console.write(to_json(result))
@@ -149,9 +160,10 @@ def deliver(
             console.show(resolve_name(command.table)(result, **({"full": True} if every else {})))
 
 
-def _save(command: Command, result: Header, console: Console, given: Given, folder: Path) -> Header:
+def _save(command: Command, result: Header, console: Console, given: Given, held: Hold) -> Header:
     from hesscli.render.document import to_json
 
+    folder = held.folder
     files = {"json": folder / f"{_file_name(result, result.command)}.json"}
     for name, arrays in result.tensors().items():
         kind = _kind(result, name, "tensors") if "tensors" in files else "tensors"
@@ -163,6 +175,7 @@ def _save(command: Command, result: Header, console: Console, given: Given, fold
             saved = save_figure(figure, folder, _file_name(result, name))
             files |= {_kind(result, name, kind): path for kind, path in saved.items()}
     result = replace(result, files={kind: str(path) for kind, path in files.items()})
+    held.check()
     write_text(files["json"], to_json(result))
     for path in files.values():
         console.note(f"wrote {path}")

@@ -377,7 +377,8 @@ DIRECTORY = _OUTPUT.text(
     "--dir",
     "FOLDER",
     name="directory",
-    help="Where files go; - writes none. Default: a folder for the checkpoint under hesscli-out.",
+    help="Where files go, of one run at a time; - writes none. Default: a folder for the "
+    "checkpoint under hesscli-out.",
 )
 QUIET = _OUTPUT.switch("--quiet", "-q", help="Say nothing but results and errors.")
 VERBOSE = _OUTPUT.switch("--verbose", "-v", help="Say each step; show tracebacks of bugs.")
