@@ -16,6 +16,7 @@ __version__ = _version("hesscli")
 _HOMES = {
     "Problem": "hesscli.problem.problem",
     "load": "hesscli.problem.loading",
+    "read": "hesscli.results.saved",
     "Hessian": "hesscli.operators.hessian",
     "GaussNewton": "hesscli.operators.gauss_newton",
     "Fisher": "hesscli.operators.gauss_newton",

@@ -1,16 +1,19 @@
-"""Files that are either whole or absent, and memory in files that have no name."""
+"""Files that are whole or absent, alone or as a set, and memory in files that have no name."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
+import re
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
 from hesscli.errors import UsageError
 from hesscli.units import human_bytes
@@ -46,13 +49,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> Path:
     Raises:
         UsageError: where the file cannot be written: no permission, no space, no such folder.
     """
-    # Beside the target, because a rename is atomic within one file system only.
-    unfinished = path.with_name(f".{secrets.token_hex(8)}.part")
+    unfinished, _ = _write_beside(path, write)
     try:
-        with unfinished.open("xb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
         os.replace(unfinished, path)
     except OSError as error:
         raise unwritable(path, error) from error
@@ -60,6 +58,103 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> Path:
         with suppress(OSError):
             unfinished.unlink()
     return path
+
+
+class FileSet:
+    """Files of one folder that appear together: a document, and what belongs to it.
+
+    Each file is written beside its place and made durable. :meth:`commit` then withdraws the
+    document that was there, moves what belongs to it aside, puts the new files at their places,
+    and the new document last. So a document at its place always has its own files beside it,
+    even for readers that compare no sums:
+
+    - killed before the commit, the earlier set stands untouched;
+    - killed within it, a matter of a few renames, there is no document;
+    - killed after the document is in place, the new set stands whole.
+
+    An error or an interrupt within the commit takes every step back. What a killed process leaves
+    has names that :func:`sweep` knows.
+
+    Attributes:
+        sums: the SHA-256 of each file written so far, by its name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sums: dict[str, str] = {}
+        self._unfinished: dict[Path, Path] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _remove(self._unfinished.values())
+
+    def write(self, name: str, write: Callable[[BinaryIO], None]) -> Path:
+        """Write a file of the set beside its place.
+
+        Args:
+            name: of the file in the folder.
+            write: called once with a binary stream, to which it writes the contents.
+
+        Returns:
+            The path that it has after the commit.
+
+        Raises:
+            UsageError: where the file cannot be written.
+        """
+        path = self.folder / name
+        self._unfinished[path], self.sums[name] = _write_beside(path, write)
+        return path
+
+    def commit(
+        self, name: str, write: Callable[[BinaryIO], None], withdrawn: Iterable[Path] = ()
+    ) -> Path:
+        """Write the document, and put the whole set in the place of an earlier one.
+
+        Args:
+            name: of the document in the folder.
+            write: writes its contents, which name the other files and their sums.
+            withdrawn: files in the folder that belong to the earlier set.
+
+        Returns:
+            The document's path.
+
+        Raises:
+            UsageError: where a file cannot be put at its place; the earlier set stands.
+        """
+        document = self.write(name, write)
+        others = [path for path in self._unfinished if path != document]
+        moves = [
+            (path, _unfinished_name(path))
+            for path in dict.fromkeys((document, *others, *withdrawn))
+            if os.path.lexists(path)
+        ]
+        aside = [kept for _, kept in moves]
+        moves += [(self._unfinished[path], path) for path in (*others, document)]
+        _move_all(moves)
+        self._unfinished.clear()
+        with suppress(OSError):  # not every system can make a folder's names durable
+            _synchronize(self.folder)
+        _remove(aside)
+        return document
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left unfinished in a folder.
+
+    To be called by whoever holds the folder. A file that somebody is writing all the same, as
+    ``hesscli init`` does without holding it, is left alone, and so is whatever has another name.
+    """
+    for path in folder.iterdir():
+        if _UNFINISHED.fullmatch(path.name) and not _is_being_written(path):
+            with suppress(OSError):
+                path.unlink()
 
 
 def prepare_folder(path: Path) -> Path:
@@ -116,6 +211,86 @@ def map_scratch(path: Path, nbytes: int) -> mmap.mmap:
         except OSError as error:
             raise unwritable(path, error, hint) from error
         finally:
+            path.unlink()
+
+
+# -- Files that are not at their places yet --------------------------------------------------------
+
+
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part")
+
+
+def _unfinished_name(path: Path) -> Path:
+    """A name of its own beside a path, because a rename is atomic within one file system only."""
+    return path.with_name(f".{secrets.token_hex(8)}.part")
+
+
+def _write_beside(path: Path, write: Callable[[BinaryIO], None]) -> tuple[Path, str]:
+    """Write what is to stand at a path durably, beside it.
+
+    Returns:
+        Where it is, and its SHA-256.
+    """
+    from filelock import lock_descriptor
+
+    unfinished = _unfinished_name(path)
+    try:
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, "")
+        with unfinished.open("xb+") as stream:
+            with suppress(OSError):  # network folders may have no locks
+                lock_descriptor(stream.fileno(), blocking=False)
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+            stream.seek(0)
+            return unfinished, hashlib.file_digest(stream, "sha256").hexdigest()
+    except BaseException as error:
+        _remove([unfinished])
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
+        raise
+
+
+def _is_being_written(path: Path) -> bool:
+    from filelock import lock_descriptor
+
+    try:
+        with path.open("rb") as stream:
+            return not lock_descriptor(stream.fileno(), blocking=False)
+    except OSError:
+        return False
+
+
+def _move_all(moves: Iterable[tuple[Path, Path]]) -> None:
+    """Rename files in this order, or leave all as they are."""
+    begun: list[tuple[Path, Path]] = []
+    try:
+        for move in moves:
+            begun.append(move)  # noted first, for an interrupt may follow the rename
+            os.replace(*move)
+    except BaseException as error:
+        for source, target in reversed(begun):
+            with suppress(OSError):
+                if not os.path.lexists(source):  # else this one was not made
+                    os.replace(target, source)
+        if isinstance(error, OSError):
+            known = next(path for path in begun[-1] if not _UNFINISHED.fullmatch(path.name))
+            raise unwritable(known, error) from error
+        raise
+
+
+def _synchronize(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
             path.unlink()
 
 

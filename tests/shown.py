@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from rich.console import Console, RenderableType
 
+from hesscli.render.figures.canvas import encoders
+
 
 def printed(
     content: RenderableType, width: int = 80, encoding: str = "utf-8", terminal: bool = False
@@ -22,6 +24,16 @@ def printed(
     Console(file=stream, width=width, force_terminal=terminal, color_system=colours).print(content)
     stream.flush()
     return stream.buffer.getvalue().decode(encoding)
+
+
+def encoded(figure: Figure) -> dict[str, bytes]:
+    """The contents of a figure's files, by kind."""
+    contents = {}
+    for kind, encode in encoders(figure).items():
+        stream = io.BytesIO()
+        encode(stream)
+        contents[kind] = stream.getvalue()
+    return contents
 
 
 def on_one_line(text: str) -> str:

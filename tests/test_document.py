@@ -40,7 +40,7 @@ def keys(names: str) -> dict[str, Any]:
 
 # What tests outside this repository rely on: keys may come, none may go.
 TRACE_CONTRACT: dict[str, Any] = {
-    **keys("schema_version command hesscli_version status files warnings"),
+    **keys("schema_version command hesscli_version status files sha256 warnings"),
     "problem": {
         "checkpoint": keys("path sha256"),
         **keys("num_parameters num_unreached num_examples total_weight loss accuracy"),
@@ -81,7 +81,7 @@ DIAG_CONTRACT: dict[str, Any] = {
 
 IHVP_CONTRACT: dict[str, Any] = {
     **{key: TRACE_CONTRACT[key] for key in ("problem", "cost", "environment")},
-    **keys("schema_version command hesscli_version status files warnings"),
+    **keys("schema_version command hesscli_version status files sha256 warnings"),
     "method": keys("name seed mode"),
     "window": keys("rows row_kind damping relative_damping blocks dtype"),
     "solve": keys("vector vector_norm norm refinement"),
@@ -344,7 +344,7 @@ def test_form() -> None:
     assert text.splitlines()[1].startswith('  "')
     assert list(json.loads(text)) == [
         *("schema_version", "command", "hesscli_version", "status", "problem", "method", "cost"),
-        *("trace", "layers", "environment", "files", "warnings"),
+        *("trace", "layers", "environment", "files", "sha256", "warnings"),
     ]
 
 

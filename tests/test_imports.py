@@ -30,7 +30,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-RENDER_MAY_USE = {"render", "results", "commands", "vocabulary", "errors", "storage", "units"}
+RENDER_MAY_USE = {"render", "results", "commands", "vocabulary", "errors", "units"}
 WITHOUT_TORCH = (
     "cli",
     "render",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import subprocess
@@ -15,10 +16,9 @@ import matplotlib
 import pytest
 from example_results import LAYERS, check_result, estimate, layer, problem, trace_result
 from PIL import Image
-from shown import assert_tidy, drawn_texts, on_one_line, printed
+from shown import assert_tidy, drawn_texts, encoded, on_one_line, printed
 
 import hesscli
-from hesscli.render.figures.canvas import save_figure
 from hesscli.render.figures.trace import trace_figure
 from hesscli.render.tables.check import check_table
 from hesscli.render.tables.trace import trace_table
@@ -369,28 +369,23 @@ def test_nothing_in_the_figure_overlaps_or_is_cut_off(name: str) -> None:
         assert number.get_window_extent().x1 < dots.x0
 
 
-def test_saved_twice_the_bytes_are_the_same(tmp_path: Path) -> None:
-    saved = []
-    for folder in (tmp_path / "first", tmp_path / "second"):
-        folder.mkdir()
-        paths = save_figure(trace_figure(trace_result()), folder, "trace")
-        assert paths == {"png": folder / "trace.png", "svg": folder / "trace.svg"}
-        assert sorted(folder.iterdir()) == sorted(paths.values())
-        saved.append({kind: path.read_bytes() for kind, path in paths.items()})
-    assert saved[0] == saved[1]
-    with Image.open(tmp_path / "first" / "trace.png") as image:
+def test_encoded_twice_the_bytes_are_the_same() -> None:
+    first, second = (encoded(trace_figure(trace_result())) for _ in range(2))
+    assert set(first) == {"png", "svg"}
+    assert first == second
+    with Image.open(io.BytesIO(first["png"])) as image:
         assert image.size[0] == 11 * 160
         assert "Software" not in image.info
-    root = ElementTree.fromstring(saved[0]["svg"])
+    root = ElementTree.fromstring(first["svg"])
     assert root.tag.endswith("svg")
-    assert b"<dc:date>" not in saved[0]["svg"]
+    assert b"<dc:date>" not in first["svg"]
 
 
-def test_the_users_style_changes_nothing_and_is_left_alone(tmp_path: Path) -> None:
-    usual = save_figure(trace_figure(trace_result()), tmp_path, "usual")["svg"].read_bytes()
+def test_the_users_style_changes_nothing_and_is_left_alone() -> None:
+    usual = encoded(trace_figure(trace_result()))["svg"]
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "text.usetex": True}):
         before = dict(matplotlib.rcParams)
-        odd = save_figure(trace_figure(trace_result()), tmp_path, "odd")["svg"].read_bytes()
+        odd = encoded(trace_figure(trace_result()))["svg"]
         assert dict(matplotlib.rcParams) == before
     assert odd == usual
 

@@ -129,17 +129,18 @@ def select_layers(patterns: Sequence[str], problem: Problem) -> tuple[str, ...] 
 def output(
     folder: Path | None, checkpoint: CheckpointReport | None, console: Console
 ) -> Iterator[Hold | None]:
-    """The folder for files, made and held before the long work; None for no files."""
+    """The folder for files, made, held and swept before the long work; None for no files."""
     if folder == NO_FILES:
         yield None
         return
     from hesscli.locks import hold
-    from hesscli.storage import prepare_folder
+    from hesscli.storage import prepare_folder, sweep
 
     if folder is None:
         path = Path(checkpoint.path).resolve() if checkpoint else Path("model")
         folder = Path("hesscli-out", "-".join(filter(None, (path.parent.name, path.stem))))
     with hold(prepare_folder(folder), console.note) as held:
+        sweep(folder)
         yield held
 
 
@@ -161,23 +162,33 @@ def deliver(
 
 
 def _save(command: Command, result: Header, console: Console, given: Given, held: Hold) -> Header:
+    """Write a result's files as one set, its document last; the result names them."""
     from hesscli.render.document import to_json
+    from hesscli.results.saved import belonging
+    from hesscli.storage import FileSet
 
-    folder = held.folder
-    files = {"json": folder / f"{_file_name(result, result.command)}.json"}
-    for name, arrays in result.tensors().items():
-        kind = _kind(result, name, "tensors") if "tensors" in files else "tensors"
-        files[kind] = _write_tensors(folder, _file_name(result, name), arrays)
-    if command.figures:
-        from hesscli.render.figures.canvas import save_figure
+    document = held.folder / f"{_file_name(result, result.command)}.json"
+    paths = {"json": document}
+    with FileSet(held.folder) as files:
+        for name, arrays in result.tensors().items():
+            kind = _kind(result, name, "tensors") if "tensors" in paths else "tensors"
+            file = f"{_file_name(result, name)}.safetensors"
+            paths[kind] = files.write(file, partial(_put_arrays, arrays))
+        if command.figures:
+            from hesscli.render.figures.canvas import encoders
 
-        for name, figure in resolve_name(command.figures)(result, given):
-            saved = save_figure(figure, folder, _file_name(result, name))
-            files |= {_kind(result, name, kind): path for kind, path in saved.items()}
-    result = replace(result, files={kind: str(path) for kind, path in files.items()})
-    held.check()
-    write_text(files["json"], to_json(result))
-    for path in files.values():
+            for name, figure in resolve_name(command.figures)(result, given):
+                for kind, encode in encoders(figure).items():
+                    file = f"{_file_name(result, name)}.{kind}"
+                    paths[_kind(result, name, kind)] = files.write(file, encode)
+        result = replace(
+            result,
+            files={kind: str(path) for kind, path in paths.items()},
+            sha256={kind: files.sums[path.name] for kind, path in paths.items() if kind != "json"},
+        )
+        held.check()
+        files.commit(document.name, partial(_put, to_json(result)), belonging(document))
+    for path in paths.values():
         console.note(f"wrote {path}")
     return result
 
@@ -194,21 +205,18 @@ def _file_name(result: Header, name: str) -> str:
     return name if matrix == "hessian" else f"{name}-{matrix}"
 
 
-def _write_tensors(folder: Path, name: str, arrays: Mapping[str, Any]) -> Path:
+def _put_arrays(arrays: Mapping[str, Any], stream: BinaryIO) -> None:
     from safetensors.numpy import save
 
-    from hesscli.storage import write_atomically
-
-    contents = save(dict(arrays))
-    return write_atomically(folder / f"{name}.safetensors", lambda stream: _put(stream, contents))
+    stream.write(save(dict(arrays)))
 
 
-def _put(stream: BinaryIO, contents: bytes) -> None:
-    stream.write(contents)
+def _put(text: str, stream: BinaryIO) -> None:
+    stream.write(text.encode())
 
 
 def write_text(path: Path, text: str) -> None:
     """Write or replace a text file, whole or not at all."""
     from hesscli.storage import write_atomically
 
-    write_atomically(path, lambda stream: _put(stream, text.encode()))
+    write_atomically(path, partial(_put, text))

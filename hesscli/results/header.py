@@ -196,7 +196,8 @@ IN_FILES = {"document": False}
 class Header:
     """What every command's answer has, whatever else it holds.
 
-    ``files`` are the paths of what was written, by what each file is.
+    ``files`` are the paths of what was written, by what each file is; ``sha256`` has the sum of
+    each but the document itself, by which :func:`hesscli.read` knows that they belong together.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -206,6 +207,7 @@ class Header:
     problem: ProblemReport
     environment: Environment
     files: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def tensors(self) -> dict[str, dict[str, Any]]:
@@ -239,7 +241,7 @@ class Answer(Header):
         return replace(self, layers=kept, num_hidden=len(self.layers) - len(kept))
 
 
-_LAST = ("layers", "environment", "files", "warnings")
+_LAST = ("layers", "environment", "files", "sha256", "warnings")
 
 
 def documented(result: type[Header]) -> list[str]:

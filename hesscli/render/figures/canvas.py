@@ -26,7 +26,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from hesscli.render import words
 from hesscli.results import Answer, Interval
-from hesscli.storage import write_atomically
 
 # -- Colours and style -----------------------------------------------------------------------------
 
@@ -340,25 +339,21 @@ def label_sizes(axes: Axes, edges: tuple[float, ...]) -> None:
 # -- Files -----------------------------------------------------------------------------------------
 
 
-@styled
-def save_figure(figure: Figure, folder: Path, name: str) -> dict[str, Path]:
-    """Write a figure as PNG and SVG, byte for byte the same each time.
+def encoders(figure: Figure) -> dict[str, Callable[[BinaryIO], None]]:
+    """What writes a figure to a stream, by kind: byte for byte the same each time.
 
     Args:
         figure: the figure.
-        folder: an existing folder.
-        name: the file name without its ending.
 
     Returns:
-        The paths by kind, ``png`` and ``svg``.
+        For ``png`` and ``svg``, a function of a binary stream.
     """
-    png = _writer(figure, "png", dpi=160, metadata={"Software": None})
-    svg = _writer(figure, "svg", metadata={"Date": None})
     return {
-        "png": write_atomically(folder / f"{name}.png", png),
-        "svg": write_atomically(folder / f"{name}.svg", svg),
+        "png": partial(_encode, figure, "png", dpi=160, metadata={"Software": None}),
+        "svg": partial(_encode, figure, "svg", metadata={"Date": None}),
     }
 
 
-def _writer(figure: Figure, kind: str, **options: Any) -> Callable[[BinaryIO], None]:
-    return partial(figure.savefig, format=kind, **options)
+@styled
+def _encode(figure: Figure, kind: str, stream: BinaryIO, **options: Any) -> None:
+    figure.savefig(stream, format=kind, **options)
