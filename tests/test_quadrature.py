@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hesscli.diagnostics.measurement import drive
 from hesscli.diagnostics.run import Clock
-from hesscli.diagnostics.spectral_runs import Exploration, Plan
+from hesscli.diagnostics.spectral_runs import Exploration, SpectralPlan
 from hesscli.diagnostics.spectrum import functions
 from hesscli.engines.lanczos import Complement, Lanczos
 from hesscli.engines.quadrature import Measure, measure, smoothed
@@ -43,7 +43,7 @@ def with_spectrum(values: np.ndarray) -> Tensor:
 
 def exploration(matrix: Tensor, steps: int, probes: int, seed: int = 0) -> Exploration:
     operator = Dense.of(matrix)
-    plan = Plan(steps=steps, probes=probes, count=3, goal=0.01, early=False, seed=seed)
+    plan = SpectralPlan(steps=steps, probes=probes, count=3, goal=0.01, early=False, seed=seed)
     found = Exploration(operator, plan)
     found.finish(drive(Clock(None, None), found))
     return found
