@@ -50,8 +50,11 @@ _BACK = 0.75
 """Where it is looked whether the largest eigenvalues have been the same for some steps."""
 _RESTARTS = 3
 """Later runs leave out at most as many vectors as the first made, and reflect them once more."""
+_FIRST_MEASURED = 4
+"""Steps after which the rounding of products is measured with the largest Ritz vector, lest a run
+that is cut short has to spend products that it has no time for."""
 _MEASURED = 5
-"""Ritz vectors by which the rounding of products is measured."""
+"""Ritz vectors by which it is measured once there are many."""
 _GRAPHS_SHARE = 4
 """Graphs may take this part of the memory that is free then."""
 _NEXT_START = 0x5BEC7
@@ -121,7 +124,7 @@ class Exploration:
             UnsoundError: a product is not finite.
         """
         yield from self._first()
-        self._allow_for_rounding()
+        self._allow_for_rounding(_MEASURED)
         yield from self._others()
         if reached(self):
             self.status = "converged"
@@ -141,7 +144,7 @@ class Exploration:
             self.status = cut
         self._read()
         if not self.rounding_measured:
-            self._allow_for_rounding()
+            self._allow_for_rounding(1)
         self.product.forget()
         if self.runs[0].complete:
             self.status = "exact"
@@ -179,15 +182,16 @@ class Exploration:
             lanczos.step()
             if lanczos.count <= STEPS or lanczos.count % _READ_EVERY == 0:
                 self._read()
+            if lanczos.count == _FIRST_MEASURED:
+                self._allow_for_rounding(1)
             yield self._snapshot()
             if plan.early and reached(self):
                 break
         self._read()
 
-    def _allow_for_rounding(self) -> None:
-        """Measure the rounding of products with the largest Ritz vectors; all bars count it."""
-        total = len(self.ritz.values)
-        largest = np.argsort(-np.abs(self.ritz.values))[: min(_MEASURED, total)]
+    def _allow_for_rounding(self, count: int) -> None:
+        """Measure the rounding of products with so many Ritz vectors; all bars count it."""
+        largest = np.argsort(-np.abs(self.ritz.values))[:count]
         vectors = self.lanczos.vectors(self.ritz, largest.tolist())
         self.lanczos.allow(self.product.rounding(vectors))
         self.rounding_measured = True

@@ -288,10 +288,10 @@ class Retained:
     def _relative_error(self, index: int, vectors: Tensor) -> float:
         """Of a batch's products with some vectors, beside the largest of them."""
         problem, operator = self.operator.problem, self.operator
-        with problem.forward_context():
-            own = operator.live(problem.batch(index))(vectors.to(problem.device, problem.dtype))
-        with doubled(problem), problem.forward_context():
-            exact = operator.live(problem.batch(index))(vectors.to(problem.device))
+        kept = self._kept.get(index) or LiveTerm(problem.batch(index), operator)
+        own = kept.apply(vectors.to(problem.device, problem.dtype))
+        with doubled(problem):
+            exact = LiveTerm(problem.batch(index), operator).apply(vectors.to(problem.device))
         size = float(exact.norm(dim=1).max())
         return float((own.double() - exact).norm(dim=1).max()) / size if size else 0.0
 
