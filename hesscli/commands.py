@@ -19,6 +19,8 @@ class Command:
         result: the class of its answer, whose documents the schema describes; empty, as are the
             others, where ``usage`` says all that it does.
         measure: the function that answers in Python.
+        plan: from a pilot to the stages of the work that it will be, for ``check``; empty where
+            nothing is planned.
         table: from an answer, and ``full=True`` for every layer in full detail, to a table.
         figures: from an answer, and what was asked by the names of options, to pictures by the
             names of their files; empty where it has none.
@@ -27,6 +29,7 @@ class Command:
     usage: str
     result: str = ""
     measure: str = ""
+    plan: str = ""
     table: str = ""
     figures: str = ""
 
@@ -43,6 +46,7 @@ COMMANDS: dict[str, Command] = {
         usage="hesscli.cli.trace:USAGE",
         result="hesscli.results.trace:TraceResult",
         measure="hesscli.diagnostics.trace:trace",
+        plan="hesscli.diagnostics.trace:plan",
         table="hesscli.render.tables.trace:trace_table",
         figures="hesscli.render.figures.trace:figures",
     ),
@@ -50,6 +54,7 @@ COMMANDS: dict[str, Command] = {
         usage="hesscli.cli.diag:USAGE",
         result="hesscli.results.diag:DiagResult",
         measure="hesscli.diagnostics.diag:diagonal",
+        plan="hesscli.diagnostics.diag:plan",
         table="hesscli.render.tables.diag:diag_table",
         figures="hesscli.render.figures.diag:figures",
     ),
@@ -57,6 +62,7 @@ COMMANDS: dict[str, Command] = {
         usage="hesscli.cli.ihvp:USAGE",
         result="hesscli.results.ihvp:IhvpResult",
         measure="hesscli.diagnostics.ihvp:sensitivity",
+        plan="hesscli.diagnostics.ihvp:plan",
         table="hesscli.render.tables.ihvp:ihvp_table",
         figures="hesscli.render.figures.ihvp:figures",
     ),
@@ -64,6 +70,7 @@ COMMANDS: dict[str, Command] = {
         usage="hesscli.cli.spectrum:USAGE",
         result="hesscli.results.spectrum:SpectrumResult",
         measure="hesscli.diagnostics.spectrum:spectrum",
+        plan="hesscli.diagnostics.spectrum:plan",
         table="hesscli.render.tables.spectrum:spectrum_table",
         figures="hesscli.render.figures.spectrum:figures",
     ),

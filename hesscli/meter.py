@@ -54,3 +54,29 @@ class Meter:
     def go_back(self, kept: tuple[float, float]) -> None:
         """Count on from where a state was saved."""
         self.products, self.gradients = self.kept = kept
+
+
+@dataclass
+class Spent:
+    """Work that was done, or is foreseen: as a meter counts it, and in seconds."""
+
+    products: float = 0.0
+    gradients: float = 0.0
+    seconds: float = 0.0
+
+    def times(self, factor: float) -> Spent:
+        """So many times as much."""
+        return Spent(factor * self.products, factor * self.gradients, factor * self.seconds)
+
+    def add(self, other: Spent) -> None:
+        """As much more."""
+        self.products += other.products
+        self.gradients += other.gradients
+        self.seconds += other.seconds
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(
+            self.products + other.products,
+            self.gradients + other.gradients,
+            self.seconds + other.seconds,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -341,11 +342,45 @@ def test_what_does_not_fit_is_refused_with_what_does(
     room = 8 * relu.parameters.size * 30
     monkeypatch.setattr(spectral_runs, "available_bytes", lambda *_: room)
     with pytest.raises(UsageError) as refusal:
-        hesscli.spectrum(relu)
+        hesscli.spectrum(relu, steps=64)
     assert refusal.value.hint == "--steps 9 or --steps 27 --probes 1"
     assert "64 steps" in refusal.value.got
     assert hesscli.spectrum(relu, steps=9).steps == 9
     assert hesscli.spectrum(relu, steps=27, probes=1).steps == 27
+
+
+def test_steps_that_are_not_asked_for_fit_into_memory(
+    relu: hesscli.Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 30 vectors nine tenths may be taken, and restarts take up to three times the steps."""
+    room = 8 * relu.parameters.size * 30
+    monkeypatch.setattr(spectral_runs, "available_bytes", lambda *_: room)
+    (planned,) = (c for c in hesscli.check(relu).plan.commands if c.command == "spectrum")
+    assert "9 steps for want of memory" in planned.note
+    result = hesscli.spectrum(relu)
+    assert result.steps == 9
+    assert planned.products == result.cost.products
+    assert any("9 steps" in warning for warning in result.warnings)
+
+
+def test_steps_that_are_not_asked_for_leave_time_for_all_runs(
+    relu: hesscli.Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By this clock a product takes 1000 s, and 60 fit: the first run is shorter, none missing."""
+    now, late = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now() + late[0])
+
+    def observe(snapshot: Snapshot) -> bool:
+        late[0] += 1000.0 * (snapshot.phase == "iterating")
+        return False
+
+    result = hesscli.spectrum(relu, budget=60_000.0, observe=observe)
+    assert 50 <= result.cost.products <= 60
+    assert result.method.num_probes == 5
+    assert any(f"{result.steps} steps" in warning for warning in result.warnings)
+    late[0] = 0.0
+    asked = hesscli.spectrum(relu, steps=64, budget=60_000.0, observe=observe)
+    assert (asked.status, asked.method.num_probes) == ("budget", 1)
 
 
 def test_the_plan_states_the_memory(relu: hesscli.Problem) -> None:

@@ -13,13 +13,14 @@ from rich.table import Table
 from hesscli.cli import options
 from hesscli.cli.usage import Usage
 from hesscli.commands import Command
-from hesscli.diagnostics.measurement import drive
+from hesscli.diagnostics.measurement import Pace, Work, drive
+from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.problem.problem import Problem
 from hesscli.results import Answer, Layer, MethodReport, Observe, Snapshot
 
-_PARTS = {"usage": "USAGE", "result": "ToyResult", "measure": "measure", "table": "table"}
+_PARTS = {"usage": "USAGE", "result": "ToyResult"} | {n: n for n in ("measure", "plan", "table")}
 TOY = Command(figures="toy:figures", **{part: f"toy:{name}" for part, name in _PARTS.items()})
 USAGE = Usage(
     help="Find the mean size of each layer's gradient.",
@@ -53,6 +54,9 @@ class Gradients:
     def ready(self) -> bool:
         return self.seen > 0
 
+    def expected(self, pace: Pace) -> tuple[Work, ...]:
+        return (Work(phase="taking gradients", spent=pace.gradient),)
+
     def steps(self) -> Iterator[Snapshot]:
         problem, parameters = self.run.problem, self.run.problem.parameters
         for batch in problem.batches():
@@ -61,6 +65,10 @@ class Gradients:
             self.seen += batch.weight
             self.run.operator.meter.add(1.0, batch.weight)
             yield Snapshot(phase="taking gradients", done=self.seen, total=1.0)
+
+
+def plan(pilot: Pilot) -> tuple[Work, ...]:
+    return Gradients(pilot.run).expected(pilot.pace)
 
 
 def measure(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from hesscli.diagnostics.measurement import Turn
 from hesscli.engines.entries import Entries, Stream
-from hesscli.engines.estimator import Estimator
+from hesscli.engines.estimator import Estimator, Rounding
 from hesscli.engines.hutchinson.designs import (
     Deflated,
     Design,
@@ -22,7 +22,7 @@ from hesscli.engines.hutchinson.table import Sharing
 from hesscli.engines.per_example import PerExample
 from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.errors import HesscliError, UsageError
-from hesscli.meter import OnStep, go_on
+from hesscli.meter import OnStep, Spent, go_on
 from hesscli.operators.base import Operator
 from hesscli.operators.exactness import Exactness, exact_parameters, require_output_hessian
 from hesscli.operators.gauss_newton import (
@@ -75,7 +75,8 @@ class Choice:
     """An estimator, what it is called and why it was chosen.
 
     ``exactness`` says of each parameter whether its part of R is zero, where that was asked;
-    ``splits`` that the estimator knows the Hessian's Gauss-Newton part by itself.
+    ``splits`` that the estimator knows the Hessian's Gauss-Newton part by itself; ``took`` is the
+    work of choosing it, and ``rounding`` that of its cells, once they are measured.
     """
 
     estimator: Estimator
@@ -84,6 +85,8 @@ class Choice:
     exactness: tuple[Exactness, ...] = ()
     rethink: Better | None = None
     splits: bool = False
+    took: Spent = field(default_factory=Spent)
+    rounding: Rounding | None = None
 
 
 def probe_range(probes: int | tuple[int, int] | None) -> tuple[int, int | None]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hesscli.diagnostics.block_variance import block_report
 from hesscli.diagnostics.choice import Draw, probe_range
-from hesscli.diagnostics.measurement import Outcome, Standing, Tolerance, drive
+from hesscli.diagnostics.measurement import Outcome, Pace, Standing, Tolerance, Work, drive
+from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import (
     chosen,
     estimated,
@@ -282,6 +283,10 @@ class _ProbeNoise:
         )
         self.probes = probes
 
+    def expected(self, pace: Pace) -> tuple[Work, ...]:
+        """All of them on one graph."""
+        return (Work(phase="probing", spent=pace.products(self.probes)),)
+
     def steps(self) -> Iterator[Snapshot]:
         """Blocks of products."""
         meter = self.engine.operator.meter
@@ -304,3 +309,25 @@ def _method(report: MethodReport, faced: Faced | None) -> MethodReport:
         return report
     note = f"{report.note}; probes only for the noise that AdaHessian faces"
     return replace(report, num_probes=faced.engine.count, note=note)
+
+
+# -- What ``hesscli diag`` will take ---------------------------------------------------------------
+
+
+def plan(pilot: Pilot) -> Iterator[Work]:
+    """Probes to the tolerance, or one pass where none are needed."""
+    goal = partial(_foreseen, tolerance=pilot.asked.tolerance("diag"))
+    parameters = pilot.run.problem.parameters
+    replicates = Entries(parameters, pilot.run.problem.device).replicates
+    # of a source with noise within batches and between them, and a round under way
+    held = 2 * parameters.size * (8 + 8 * replicates)
+    *before, last = pilot.estimated(goal)
+    yield from before
+    yield replace(last, num_bytes=held)
+
+
+def _foreseen(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:
+    """As :func:`_standing`, with the error that is expected in place of a pilot's bound on it."""
+    seen = _standing(estimator, reading, tolerance=tolerance)
+    error = estimator.diagonal(estimator.operator.sampling_fraction or 1.0).relative_error()
+    return replace(seen, error=error)

@@ -13,25 +13,49 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesscli.diagnostics.choice import Draw
-from hesscli.diagnostics.measurement import Tolerance, drive
-from hesscli.diagnostics.predictions import SCALES, Measured, Predictions, order_of
-from hesscli.diagnostics.reporting import chosen, described, estimation, warnings_of_samples
+from hesscli.diagnostics.choice import Choice, Draw
+from hesscli.diagnostics.measurement import Goal, Pace, Tolerance, Work, drive
+from hesscli.diagnostics.plans import Pilot
+from hesscli.diagnostics.predictions import (
+    SCALES,
+    Measured,
+    Predictions,
+    order_of,
+    perturbing,
+    verifying,
+)
+from hesscli.diagnostics.reporting import (
+    chosen,
+    described,
+    estimation,
+    expected,
+    warnings_of_samples,
+)
 from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.diagnostics.saliency import (
+    GROUPS,
     QUANTILES,
     Repeats,
     quantiles,
     rank_correlation,
     repeats,
+    require_rows,
     saliencies,
 )
-from hesscli.diagnostics.solve import Solved, Solving, sweep
+from hesscli.diagnostics.solve import RELATIVE, Solved, Solving, sweep, sweeps
 from hesscli.diagnostics.trace import standing
-from hesscli.diagnostics.window import FEWEST_ROWS, WindowOptions, collect
+from hesscli.diagnostics.window import (
+    FEWEST_ROWS,
+    WindowOptions,
+    collect,
+    collecting,
+    inverting,
+    rows_to_be_had,
+)
 from hesscli.engines.estimator import Reading
 from hesscli.engines.mfac import GradientWindow
 from hesscli.errors import UsageError
+from hesscli.meter import Spent
 from hesscli.problem.problem import Problem
 from hesscli.results import (
     HOLDS_WITHIN,
@@ -95,8 +119,9 @@ class SensitivityStudy:
         seed: of sampled rows.
         rank: what is predicted of layers, and how surely; None to solve only.
 
-    ``reading`` has the layers' traces, for HAWQ's form; ``measured`` each layer's loss
-    differences ``(changes, scales)``, each off by ``rounding`` at most.
+    ``reading`` has the layers' traces, for HAWQ's form, by the estimator of ``choice``, which is
+    made when it is needed; ``measured`` each layer's loss differences ``(changes, scales)``, each
+    off by ``rounding`` at most.
     """
 
     def __init__(
@@ -115,6 +140,7 @@ class SensitivityStudy:
         self.solving: Solving | None = None
         self.sweep: tuple[DampingPoint, ...] = ()
         self.ranked: Ranked | None = None
+        self.choice: Choice | None = None
         self.reading: Reading | None = None
         self.predictions: Predictions | None = None
         self.measured: list[Array] | None = None
@@ -189,6 +215,42 @@ class SensitivityStudy:
         elif self.status == "converged" and refinement is not None and not refinement.converged:
             self.status = "budget"
 
+    def expected(self, pace: Pace) -> Iterator[Work]:
+        """Its stages; batches are seen until all predictions are known, at most all of them.
+
+        Raises:
+            UsageError: there are too few rows for a ranking.
+        """
+        problem, rank, options = self.problem, self.rank, self.options
+        rows = rows_to_be_had(problem, options)
+        if rank is not None:
+            require_rows(rows, self.empty.capacity)
+        window = collecting(problem, options, self._rows_in_time(rows, pace), pace)
+        inversion = inverting(problem, options, rows)
+        again = Spent(seconds=inversion.spent.seconds)
+        yield window
+        yield inversion
+        yield Work(phase="refining", spent=pace.products(1))
+        if rank is not None:
+            yield Work(phase="ranking", spent=again.times(GROUPS))
+            goal, miss, probes = self._tracing
+            choice = self.choice or chosen(self.run, "auto", Draw(self.seed))
+            yield from expected(self.run, choice, goal, miss, pace, probes)
+            yield perturbing(problem, pace)
+        if sweeps(problem.parameters.size):
+            count = len(RELATIVE)
+            yield Work(phase="inverting", spent=again.times(count) + pace.products(count))
+        if rank is not None and rank.verify:
+            yield verifying(problem, pace)
+
+    def _rows_in_time(self, rows: int, pace: Pace) -> int:
+        """As many as :meth:`_is_enough` lets be collected."""
+        budget, before = self.run.clock.budget, self.run.before.seconds
+        took = collecting(self.problem, self.options, rows, pace).spent.seconds
+        if budget is None or before + took <= _COLLECTING * budget:
+            return rows
+        return min(rows, max(FEWEST_ROWS, int(rows * (_COLLECTING * budget - before) / took)))
+
     def _is_enough(self, rows: int) -> bool:
         return rows >= FEWEST_ROWS and self.run.clock.spent > _COLLECTING
 
@@ -200,12 +262,16 @@ class SensitivityStudy:
 
     def _traced(self) -> Iterator[Snapshot]:
         """Traces of all layers, without probes where that is possible."""
-        choice = chosen(self.run, "auto", Draw(self.seed))
-        probes = min(max(2, _TRACE_PRODUCTS // self.problem.num_batches), _MOST_PROBES)
-        goal = partial(standing, tolerance=_ANY)
-        traces = estimation(self.run, choice, goal, _MISS, probes)
+        self.choice = chosen(self.run, "auto", Draw(self.seed))
+        traces = estimation(self.run, self.choice, *self._tracing)
         yield from traces.steps()
         self.reading = traces.outcome(None).reading
+
+    @property
+    def _tracing(self) -> tuple[Goal, float, int]:
+        """To what goal traces are estimated, and from how many probes."""
+        probes = min(max(2, _TRACE_PRODUCTS // self.problem.num_batches), _MOST_PROBES)
+        return partial(standing, tolerance=_ANY), _MISS, probes
 
     def _predicted(self, rank: Ranking) -> Iterator[Snapshot]:
         assert self.ranked is not None  # it comes before
@@ -541,3 +607,19 @@ def _checked(problem: Problem, vector: Tensor | Array) -> Tensor:
             "the gradient, flattened in the order of the parameters",
         )
     return tensor
+
+
+# -- What ``hesscli ihvp`` will take ---------------------------------------------------------------
+
+
+def plan(pilot: Pilot) -> Iterator[Work]:
+    """A sensitivity study through the window that is asked for.
+
+    Raises:
+        UsageError: the window does not fit, or too few rows are to be had.
+    """
+    options, rank = pilot.asked.window, Ranking(USUAL_RTOL["ihvp"], verify=False)
+    with options.empty(pilot.run.problem) as empty:
+        study = SensitivityStudy(pilot.run, options, empty, None, None, pilot.asked.seed, rank)
+        study.choice = pilot.choice("auto")
+        yield from study.expected(pilot.pace)

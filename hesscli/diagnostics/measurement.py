@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
 from hesscli.diagnostics.run import Clock
 from hesscli.engines.estimator import Engine, Estimator, Reading, Rounding, read
 from hesscli.engines.hutchinson.table import Sharing
+from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.errors import BudgetError
+from hesscli.meter import Spent
 from hesscli.results import Snapshot, Status
 from hesscli.state import State
 
@@ -60,6 +62,44 @@ def first_look(sharing: Sharing, num_batches: int) -> int:
 # -- Measurements, and the one loop that drives them -----------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast this machine is with a matrix: what its parts take over all kept examples.
+
+    Attributes:
+        gradient: of the loss.
+        graph: that products share.
+        product: on its batches' graphs.
+        graph_bytes: that the graphs of all batches hold.
+    """
+
+    gradient: Spent
+    graph: Spent
+    product: Spent
+    graph_bytes: int
+
+    def products(self, count: float, graphs: float = 1.0) -> Spent:
+        """Of so many, on graphs that are made so often."""
+        return self.graph.times(graphs) + self.product.times(count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A stage of a measurement, and what it is expected to take.
+
+    Attributes:
+        phase: what is done in it.
+        spent: all work, in passes over all kept examples and in seconds of this machine.
+        num_bytes: that it holds, beside what products and the stages before it do.
+        note: what a reader of the plan should know of it.
+    """
+
+    phase: str
+    spent: Spent
+    num_bytes: int = 0
+    note: str = ""
+
+
 class Measurement(Protocol):
     """Work that is done step by step, and whose result so far can be read off between two steps."""
 
@@ -69,6 +109,13 @@ class Measurement(Protocol):
     @property
     def ready(self) -> bool:
         """Whether there is a result, however rough."""
+
+    def expected(self, pace: Pace) -> Iterable[Work]:
+        """Its stages in order, and what they take in all, as far as can be told by now.
+
+        Raises:
+            HesscliError: what will end it, where that can be told.
+        """
 
 
 def drive(clock: Clock, measurement: Measurement) -> Status | None:
@@ -98,6 +145,8 @@ _SHOW_EVERY = 0.3
 """Seconds between two readings of a growing table for the progress bar."""
 _FIRST_ROUND = 16
 """Probes of a number that was set beforehand, before the first that can be reported."""
+_MOST_LOOKS = 40
+"""That are planned."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +171,15 @@ class Standing:
     def hopeless(self) -> bool:
         """Whether more probes cannot help, and do not add the most to the error any more."""
         return self.floor > self.wanted and self.share < 0.5
+
+    def after(self, probes: float, data: float = 1.0) -> Standing:
+        """What is foreseen at so many times the probes, of so many times the data."""
+        if not math.isfinite(self.error):
+            return self
+        drawn, rest = self.share * self.error**2 / probes, (1 - self.share) * self.error**2
+        error = math.sqrt((drawn + rest) / data)
+        share = drawn / (drawn + rest) if error else 0.0
+        return Standing(error, self.wanted, self.floor / math.sqrt(data), share)
 
     def factor(self) -> float | None:
         """How many times the probes would do; None where no number would."""
@@ -229,6 +287,18 @@ class Estimation:
                 self._target = self._first_look() if turned else 2 * self._target
                 self._looked = False
 
+    def expected(self, pace: Pace) -> tuple[Work, ...]:
+        """Probes up to the look that will be the last; unit vectors where those are fewer."""
+        estimator, size = self.estimator, self.estimator.parameters.size
+        if not estimator.coverage():
+            first = self._first_look() if self.probes is None else self.probes
+            return (Work(phase=estimator.phase, spent=pace.products(first), note="a first look"),)
+        probes, note = self._ahead()
+        if self.rethink is not None and self.probes is None and probes >= size:
+            units = f"{size} unit vectors, which are fewer than its probes"
+            return (Work(phase=UnitVectors.phase, spent=pace.products(size), note=units),)
+        return (Work(phase=estimator.phase, spent=estimator.foreseen(probes), note=note),)
+
     def outcome(self, cut: Status | None) -> Outcome:
         """What there is.
 
@@ -302,7 +372,35 @@ class Estimation:
         return self._read(self._miss_at(self._looks))
 
     def _first_look(self) -> int:
-        return first_look(self.estimator.sharing, len(self.estimator.indices))
+        return first_look(self.estimator.sharing, len(self.estimator.operator.indices))
+
+    def _ahead(self) -> tuple[int, str]:
+        """Probes of each batch at the end, and what ends it."""
+        if self.probes is not None:
+            exact = self.estimator.exact
+            return self.probes, "one pass" if exact else f"{self.probes} probes a batch"
+        probes, end = self._last_look(self._miss_at(1))
+        looks = 1 + round(math.log2(probes / self._first_look()))
+        probes, end = self._last_look(self._miss_at(looks))
+        return probes, end.format(probes)
+
+    def _last_look(self, miss: float) -> tuple[int, str]:
+        """Its probes where the standing does not change its mind, if each look may spend so much.
+
+        The estimator may be a pilot's, of a few batches only.
+        """
+        estimator = self.estimator
+        counts, every = estimator.operator.counts, estimator.operator.indices
+        data = sum(counts[i] for i in every) / sum(counts[i] for i in estimator.indices)
+        standing, probes = self._standing(self._read(miss)), self._first_look()
+        for _ in range(_MOST_LOOKS):
+            there = standing.after(probes / estimator.draws, data)
+            if there.reached:
+                return probes, "its tolerance is expected after {} probes a batch"
+            if there.hopeless:
+                return probes, "data noise is most of its error after {} probes a batch"
+            probes *= 2
+        return probes, "not even {} probes a batch are expected to do"
 
     def _miss_at(self, look: int) -> float:
         """What a look may spend: all of it where there is but one."""

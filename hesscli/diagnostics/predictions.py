@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.hutchinson.table import variance_between
 from hesscli.engines.lanczos import ROUNDING
@@ -27,6 +28,7 @@ from hesscli.operators.products import gradient
 from hesscli.parameters import Parameter, Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
+from hesscli.problem.problem import Problem
 from hesscli.results import Snapshot, Status
 from hesscli.sums import weighted_sum
 
@@ -432,3 +434,41 @@ def order_of(errors: Array, rounding: float) -> float | None:
     """
     half, quarter = np.abs(errors[-2:])
     return math.log2(half / quarter) if min(half, quarter) > rounding else None
+
+
+# -- What predictions and measurements will take ---------------------------------------------------
+
+
+_WAY = 0.5
+"""Of a product's time, where only a layer's own part is made: the way back ends at that layer."""
+
+
+def perturbing(problem: Problem, pace: Pace) -> Work:
+    """All layers' changes on every batch, at most."""
+    layers, changes = len(problem.layer_names), _count(problem)
+    spent = pace.products(changes, layers)
+    spent.seconds *= _WAY
+    if problem.sampling_fraction != 1:
+        spent += pace.gradient
+    return Work(
+        phase="perturbing",
+        spent=spent,
+        note=f"{changes} changes of {layers} layers, at most: batches are seen until all "
+        "predictions are known",
+    )
+
+
+def verifying(problem: Problem, pace: Pace) -> Work:
+    """The loss with every change applied, at each scale."""
+    losses = 1 + _count(problem) * len(SCALES)
+    return Work(phase="verifying", spent=pace.gradient.times(FORWARD * losses))
+
+
+def _count(problem: Problem) -> int:
+    """Changes of all layers."""
+    layers = map(problem.parameters.in_layer, problem.layer_names)
+    return sum(len(changes_of(layer, torch.zeros(_numel(layer)))) for layer in layers)
+
+
+def _numel(layer: Sequence[Parameter]) -> int:
+    return sum(parameter.numel for parameter in layer)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from hesscli.diagnostics.choice import Choice, Draw, choose
-from hesscli.diagnostics.measurement import Estimation, Goal, Outcome, Tolerance, drive
+from hesscli.diagnostics.measurement import (
+    Estimation,
+    Goal,
+    Outcome,
+    Pace,
+    Tolerance,
+    Work,
+    drive,
+)
 from hesscli.diagnostics.run import Run
 from hesscli.engines.estimator import Reading, Rounding
 from hesscli.engines.per_example import PerExample
+from hesscli.meter import Spent
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound
 from hesscli.problem.problem import Problem
@@ -44,9 +54,19 @@ def rounding_of(run: Run, choice: Choice) -> Rounding:
     return Rounding(max(known))
 
 
+_CHOOSING = "choosing a method"
+
+
 def chosen(run: Run, method: str, draw: Draw) -> Choice:
-    """The estimator of a run's matrix, chosen within its time."""
-    return choose(run.operator, method, draw, run.clock.watch("choosing a method"))
+    """The estimator of a run's matrix, chosen within its time, and how it rounds."""
+    meter, began = run.operator.meter, time.perf_counter()
+    products, gradients = meter.products, meter.gradients
+    choice = choose(run.operator, method, draw, run.clock.watch(_CHOOSING))
+    rounding = rounding_of(run, choice)
+    took = Spent(
+        meter.products - products, meter.gradients - gradients, time.perf_counter() - began
+    )
+    return replace(choice, took=took, rounding=rounding)
 
 
 def estimation(
@@ -54,7 +74,7 @@ def estimation(
 ) -> Estimation:
     """The chosen estimator's way to a goal, or through a number of probes."""
     rethink = None if choice.rethink is None else replace(choice.rethink, fits=run.pace())
-    rounding = rounding_of(run, choice)
+    rounding = choice.rounding or rounding_of(run, choice)
     return Estimation(choice.estimator, goal, miss, rounding, rethink, probes)
 
 
@@ -69,6 +89,28 @@ def estimated(
     """
     measurement = estimation(run, choice, goal, miss, probes)
     return measurement.outcome(drive(run.clock, measurement))
+
+
+def expected(
+    run: Run,
+    choice: Choice,
+    goal: Goal,
+    miss: float,
+    pace: Pace,
+    probes: int | None = None,
+) -> Iterator[Work]:
+    """What :func:`chosen` and :func:`estimated` take, by an estimator that has seen some batches.
+
+    Args:
+        run: the matrix.
+        choice: its estimator, of some batches at least.
+        goal: as it will be seen from many probes.
+        miss: probability.
+        pace: of products.
+        probes: as for :func:`estimation`.
+    """
+    yield Work(phase=_CHOOSING, spent=choice.took, note=f"{choice.name}: {choice.note}")
+    yield from estimation(run, choice, goal, miss, probes).expected(pace)
 
 
 def method_report(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hesscli.errors import BudgetError, UsageError
-from hesscli.meter import Meter, OnStep
+from hesscli.meter import Meter, OnStep, Spent
 from hesscli.operators.base import Operator
 from hesscli.operators.gauss_newton import EmpiricalFisher, Fisher, GaussNewton
 from hesscli.operators.hessian import Hessian
@@ -24,7 +24,6 @@ from hesscli.operators.preflight import checked
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
 from hesscli.results import Cost, Environment, Observe, Preflight, ProblemReport, Snapshot
-from hesscli.units import duration
 
 # -- A run's time: its limit, and the observer's line ----------------------------------------------
 
@@ -96,13 +95,6 @@ def _round_up(seconds: float) -> int:
     return next(math.ceil(step * scale) for step in (1, 2, 5, 10) if step * scale >= seconds)
 
 
-def beyond(seconds: float, budget: float | None) -> tuple[str, ...]:
-    """What a plan says where it takes longer than it will be given; nothing where it does not."""
-    if budget is None or seconds <= budget:
-        return ()
-    return (f"beyond --budget {duration(budget)}, which ends it at its result so far",)
-
-
 # -- Where a run happens, and the most memory that it took -----------------------------------------
 
 
@@ -155,12 +147,16 @@ def matrix_named(name: str) -> type[Operator]:
 
 @dataclass(frozen=True)
 class Run:
-    """A matrix that has passed its checks, and the time that may be taken with it."""
+    """A matrix that has passed its checks, and the time that may be taken with it.
+
+    ``before`` is what proof and checks took.
+    """
 
     operator: Operator
     report: ProblemReport
     flight: Preflight
     clock: Clock
+    before: Spent
 
     @property
     def problem(self) -> Problem:
@@ -221,7 +217,8 @@ def started(problem: Problem, matrix: str, mode: str, clock: Clock) -> Iterator[
     flight = checked(problem, build, mode, meter, clock.watch("preflight"))
     report = problem.report(build.name)  # of the user's own type, whatever differences are in
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
-        yield Run(build(problem, mode=flight.mode, meter=meter), report, flight, clock)
+        before = Spent(meter.products, meter.gradients, clock.seconds)
+        yield Run(build(problem, mode=flight.mode, meter=meter), report, flight, clock, before)
 
 
 def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:

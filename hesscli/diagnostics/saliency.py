@@ -91,6 +91,23 @@ class Repeats:
         return np.asarray(stdtr(GROUPS - 1, score))
 
 
+def require_rows(count: int, capacity: int) -> None:
+    """See that there are two rows for each group.
+
+    Raises:
+        UsageError: there are not, of a window that has room for so many.
+    """
+    if count >= 2 * GROUPS:
+        return
+    raise UsageError(
+        f"no ranking without its confidence, which takes {2 * GROUPS} rows",
+        f"{count} rows",
+        "a larger --window"
+        if count == capacity
+        else f"more --examples, in {2 * GROUPS} batches or more where batches are the rows",
+    )
+
+
 def repeats(
     collected: Collected, weights: Tensor, layers: Sequence[slice]
 ) -> Generator[Snapshot, None, Repeats]:
@@ -105,14 +122,7 @@ def repeats(
         UsageError: there are not two rows for each group.
     """
     window = collected.window
-    if window.count < 2 * GROUPS:
-        raise UsageError(
-            f"no ranking without its confidence, which takes {2 * GROUPS} rows",
-            f"{window.count} rows",
-            "a larger --window"
-            if window.count == window.capacity
-            else f"more --examples, in {2 * GROUPS} batches or more where batches are the rows",
-        )
+    require_rows(window.count, window.capacity)
     group = torch.arange(window.count, device=window.device) % GROUPS
 
     def from_rows(chosen: Tensor) -> Tensor:

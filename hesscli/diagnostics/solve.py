@@ -133,7 +133,7 @@ def sweep(
         weights: ``(d,)``, for their saliencies.
         right: x ``(d,)``.
     """
-    if not collected.damping_unit or len(RELATIVE) * len(weights) > _MOST_DIRECTIONS:
+    if not collected.damping_unit or not sweeps(len(weights)):
         return ()
     own = saliencies(weights, collected.fisher.diagonal())
     found: list[_Solution] = []
@@ -155,6 +155,11 @@ def sweep(
         )
         for one, image, cosine, share in zip(found, images, cosines, shares, strict=True)
     )
+
+
+def sweeps(size: int) -> bool:
+    """Whether the solutions of so many entries can be held at once."""
+    return len(RELATIVE) * size <= _MOST_DIRECTIONS
 
 
 def _at(

@@ -7,6 +7,7 @@ eigenvalue has copies, which one start vector cannot see.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.diagnostics.run import Run, beyond, peak_bytes
+from hesscli.diagnostics.measurement import Pace, Work
+from hesscli.diagnostics.run import Run
 from hesscli.engines.lanczos import Complement, Lanczos
 from hesscli.engines.quadrature import Measure, measure
 from hesscli.engines.ritz import (
@@ -30,12 +32,13 @@ from hesscli.engines.ritz import (
 )
 from hesscli.errors import UsageError
 from hesscli.memory import available_bytes
+from hesscli.meter import Spent
 from hesscli.operators.base import Operator, Retained
 from hesscli.parameters import Parameters
 from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem
 from hesscli.randomness import key
-from hesscli.results import ConvergencePoint, PlannedCommand, Snapshot, Status
+from hesscli.results import ConvergencePoint, Snapshot, Status
 from hesscli.units import human_bytes
 
 # -- Lanczos runs under a clock: a long one for the eigenvalues, short ones for the rest -----------
@@ -68,7 +71,8 @@ class SpectralPlan:
     """How long and how often to iterate.
 
     ``goal`` is the relative bar of the ``count`` largest eigenvalues that is wanted; the first run
-    ends with it if it is ``early``. ``rounding`` is a product's, beside the largest.
+    ends with it if it is ``early``. Where it is ``shorter``, it ends in time for all later ones.
+    ``rounding`` is a product's, beside the largest.
     """
 
     steps: int
@@ -77,6 +81,7 @@ class SpectralPlan:
     goal: float
     early: bool
     seed: int
+    shorter: bool = False
     rounding: float = 0.0
 
     def products(self, size: int) -> int:
@@ -95,19 +100,27 @@ def needed_bytes(size: int, steps: int, probes: int) -> int:
     return basis_bytes(size, steps) * (1 if probes == 1 else _RESTARTS)
 
 
+def _room_for_graphs(operator: Operator, plan: SpectralPlan) -> int:
+    """Bytes that graphs may take beside the vectors."""
+    needed = needed_bytes(operator.parameters.size, plan.steps, plan.probes)
+    return (available_bytes(operator.problem.device) - needed) // _GRAPHS_SHARE
+
+
 class Exploration:
     """What is found of a matrix's spectrum: by a long run, and short ones for the rest.
 
     Args:
         operator: the matrix.
         plan: how long.
+        enough: whether so many steps of the first run must do, for want of time.
     """
 
-    def __init__(self, operator: Operator, plan: SpectralPlan) -> None:
+    def __init__(
+        self, operator: Operator, plan: SpectralPlan, enough: Callable[[int], bool] | None = None
+    ) -> None:
         self.operator, self.plan, self.size = operator, plan, operator.parameters.size
-        needed = needed_bytes(self.size, plan.steps, plan.probes)
-        room = (available_bytes(operator.problem.device) - needed) // _GRAPHS_SHARE
-        self.product = Retained(operator, room)
+        self.enough, self.shortened = enough, False
+        self.product = Retained(operator, _room_for_graphs(operator, plan))
         reserve = min(plan.steps, STEPS) if plan.early else plan.steps
         self.lanczos = _lanczos(operator, self.product, self.size, plan, plan.seed, reserve)
         self.status: Status = "budget"
@@ -186,6 +199,9 @@ class Exploration:
                 self._allow_for_rounding(1)
             yield self._snapshot()
             if plan.early and reached(self):
+                break
+            if self.enough is not None and self.enough(lanczos.count):
+                self.shortened = lanczos.count < plan.steps
                 break
         self._read()
 
@@ -303,6 +319,9 @@ def _lanczos(
 
 
 _COLUMNS = 32  # of a dense matrix, between two looks at the clock
+_FORMING = "forming the matrix"
+_TIMED, _MOST_TIMED = 4, 1 << 22
+"""Vectors, and the most of their entries, with which orthogonalisation is timed."""
 _WORSE: tuple[Status, ...] = ("exact", "converged", "budget", "interrupted")
 
 
@@ -320,9 +339,19 @@ class SpectralStudy:
         }
         self.exact = exact
         self.dense: Tensor | None = None
-        self.whole = Exploration(self.operator, self.plan)
         self.found: dict[str, Exploration] = {}
         self.cut: Status | None = None
+
+    @cached_property
+    def whole(self) -> Exploration:
+        """Of the whole matrix; made when it is needed, since it takes memory."""
+        fits, measured = self.run.pace(), _MEASURED
+
+        def enough(steps: int) -> bool:
+            ahead = self._products(steps + 1) - steps + measured
+            return steps >= _SHORTEST and not fits(ahead)
+
+        return Exploration(self.operator, self.plan, enough if self.plan.shorter else None)
 
     @property
     def products(self) -> float:
@@ -339,8 +368,11 @@ class SpectralStudy:
         yield from self._explored(self.whole)
         if self.exact:
             yield from self._formed()
+        plan, count = self.plan, self.whole.lanczos.count
+        if self.whole.shortened:
+            plan = replace(plan, steps=count)
         for layer, block in self.blocks.items():
-            self.found[layer] = Exploration(block, self.plan)
+            self.found[layer] = Exploration(block, plan)
             yield from self._explored(self.found[layer])
 
     def finish(self, cut: Status | None) -> None:
@@ -354,6 +386,60 @@ class SpectralStudy:
         for found in (self.whole, *self.found.values()):
             if not found.finished:
                 found.finish(cut)
+
+    def expected(self, pace: Pace) -> Iterator[Work]:
+        """Runs of as many steps as there is time for, if they may be fewer."""
+        plan, why, size = self.plan, "", self.operator.parameters.size
+        if (steps := self._steps_in_time(pace)) < plan.steps:
+            plan, why = replace(plan, steps=steps), " for want of time"
+        elif plan.shorter and plan.steps < min(STEPS, size):
+            why = " for want of memory"
+        held = needed_bytes(size, plan.steps, plan.probes)
+        yield Work(
+            phase="iterating",
+            spent=self._runs(plan, pace),
+            num_bytes=held,
+            note=f"{plan.steps} steps{why}, each of which keeps a vector: "
+            f"{human_bytes(basis_bytes(size, plan.steps))}, at most {human_bytes(held)} with "
+            "restarts",
+        )
+        if self.exact:
+            yield Work(phase=_FORMING, spent=pace.products(size, -(-size // _COLUMNS)))
+        for layer, block in self.blocks.items():
+            count = plan.products(block.parameters.size)
+            yield Work(phase=f"iterating on {layer}", spent=pace.products(count, count))
+
+    def _steps_in_time(self, pace: Pace) -> int:
+        """Of the first run, so that the later ones are made too; at most as planned."""
+        budget, most = self.run.clock.budget, self.plan.steps
+        if budget is None or not self.plan.shorter:
+            return most
+        left, fewest = budget - self.run.before.seconds, min(_SHORTEST, most)
+        plans = (replace(self.plan, steps=steps) for steps in range(most, fewest, -1))
+        fitting = (plan.steps for plan in plans if self._runs(plan, pace).seconds <= left)
+        return next(fitting, fewest)
+
+    def _runs(self, plan: SpectralPlan, pace: Pace) -> Spent:
+        """On the whole matrix: products, and vectors made orthogonal to all before them, twice."""
+        count = plan.products(self.operator.parameters.size)
+        keeps = self.operator.mode == "double-backward"
+        kept = keeps and pace.graph_bytes <= _room_for_graphs(self.operator, plan)
+        rows = plan.steps**2 + (plan.probes - 1) * shorter(plan.steps) ** 2
+        orthogonal = Spent(seconds=rows * self._row_seconds)
+        return pace.products(count, 1 if kept else count) + orthogonal
+
+    @cached_property
+    def _row_seconds(self) -> float:
+        """What a vector takes to be made orthogonal to another."""
+        device, size = self.operator.problem.device, self.operator.parameters.size
+        rows = torch.ones(_TIMED, min(size, _MOST_TIMED), dtype=torch.float64, device=device)
+        vector, times = torch.ones_like(rows[0]), []
+        for _ in range(3):
+            began = time.perf_counter()
+            vector -= (rows @ vector) @ rows
+            float(vector[0])
+            times.append(time.perf_counter() - began)
+        return min(times) / _TIMED * size / len(vector)
 
     @property
     def status(self) -> Status:
@@ -374,15 +460,16 @@ class SpectralStudy:
     def _explored(self, found: Exploration) -> Iterator[Snapshot]:
         """One matrix, with the progress of all."""
         for snapshot in found.steps():
-            yield replace(snapshot, done=min(self.products, self._total), total=self._total)
+            steps = self.whole.lanczos.count if self.whole.shortened else self.plan.steps
+            total = float(self._products(steps))
+            yield replace(snapshot, done=min(self.products, total), total=total)
         found.finish(None)
 
-    @cached_property
-    def _total(self) -> float:
-        """Products in all, as planned."""
-        size = self.operator.parameters.size
+    def _products(self, steps: int) -> int:
+        """In all, with so many steps in each first run."""
+        plan, size = replace(self.plan, steps=steps), self.operator.parameters.size
         sizes = (size, *(block.parameters.size for block in self.blocks.values()))
-        return float(sum(map(self.plan.products, sizes)) + (size if self.exact else 0))
+        return sum(map(plan.products, sizes)) + (size if self.exact else 0)
 
     def _formed(self) -> Iterator[Snapshot]:
         """The dense matrix, a few columns at a time."""
@@ -393,7 +480,7 @@ class SpectralStudy:
             unit = torch.zeros(stop - start, size, dtype=torch.float64)
             unit[:, start:stop].fill_diagonal_(1.0)
             dense[start:stop] = self.operator.apply(unit).cpu()
-            yield Snapshot(phase="forming the matrix", done=float(stop), total=float(size))
+            yield Snapshot(phase=_FORMING, done=float(stop), total=float(size))
         self.dense = dense.add_(dense.T.clone()).div_(2)
 
 
@@ -406,10 +493,10 @@ _SPARE = 0.9
 _MOST_STEPS = 512
 
 
-def most_steps(problem: Problem, probes: int) -> int:
-    """As many as a tolerance may take: what fits, and no more than can be orthogonalised soon."""
+def most_steps(problem: Problem, probes: int, wanted: int = _MOST_STEPS) -> int:
+    """As many as are wanted and fit; by default no more than can be orthogonalised soon."""
     room = int(_SPARE * available_bytes(problem.device))
-    return max(1, min(_MOST_STEPS, room // needed_bytes(problem.parameters.size, 1, probes)))
+    return max(1, min(wanted, room // needed_bytes(problem.parameters.size, 1, probes)))
 
 
 def require_room(problem: Problem, plan: SpectralPlan) -> None:
@@ -460,39 +547,3 @@ def require_dense(problem: Problem, limit: int) -> None:
             f"{human_bytes(needed)}, and there is room for {human_bytes(room)}",
             "no --exact",
         )
-
-
-def plan_spectrum(
-    operator: Operator, product_seconds: float, budget: float | None
-) -> PlannedCommand:
-    """Work, time and memory of ``hesscli spectrum`` as it stands.
-
-    Args:
-        operator: the matrix.
-        product_seconds: of a full-data product.
-        budget: seconds that the command will be given.
-    """
-    size, device = operator.parameters.size, operator.problem.device
-    plan = SpectralPlan(
-        steps=min(STEPS, size), probes=PROBES, count=0, goal=0.0, early=False, seed=0
-    )
-    products = plan.products(size)
-    graph, each = operator.cost
-    seconds = products * product_seconds
-    needed = needed_bytes(size, plan.steps, plan.probes)
-    notes = [
-        f"{plan.steps} steps, each of which keeps a vector: "
-        f"{human_bytes(basis_bytes(size, plan.steps))}, at most {human_bytes(needed)} with restarts"
-    ]
-    room = int(_SPARE * available_bytes(device))
-    if needed > room:
-        notes.append(f"more than is free: {_proposal(size, plan.probes, room)}")
-    notes.extend(beyond(seconds, budget))
-    return PlannedCommand(
-        command="spectrum",
-        products=float(products),
-        gradients=operator.problem.prove().gradients + products * (graph + each),
-        seconds=seconds,
-        peak_bytes=peak_bytes(device) + needed,
-        note="; ".join(notes),
-    )

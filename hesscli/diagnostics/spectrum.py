@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from hesscli.diagnostics.measurement import drive
+from hesscli.diagnostics.measurement import Work, drive
+from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.run import Clock, started
 from hesscli.diagnostics.spectral_runs import (
@@ -248,10 +249,7 @@ def spectrum(
         BudgetError: the time was not enough for a result.
         KeyboardInterrupt: stopped before there was any eigenvalue.
     """
-    size = problem.parameters.size
-    if steps is None:
-        steps = STEPS if rtol is None else most_steps(problem, probes)
-    plan = _plan(size, k, steps, probes, rtol, seed)
+    plan = _plan(problem, k, steps, probes, rtol, seed)
     require_room(problem, plan)
     if exact:
         require_dense(problem, exact_limit)
@@ -262,21 +260,24 @@ def spectrum(
 
 
 def _plan(
-    size: int, k: int, steps: int, probes: int, rtol: float | None, seed: int
+    problem: Problem, k: int, steps: int | None, probes: int, rtol: float | None, seed: int
 ) -> SpectralPlan:
-    if min(k, steps, probes) < 1:
+    """What is asked for; steps that are not fit into memory, and into time by being fewer."""
+    if min(k, 1 if steps is None else steps, probes) < 1:
         raise UsageError(
             "k, steps and probes are numbers from 1",
             f"k = {k}, steps = {steps}, probes = {probes}",
             "k=10, steps=64, probes=5",
         )
+    usual = most_steps(problem, probes, STEPS) if rtol is None else most_steps(problem, probes)
     return SpectralPlan(
-        steps=min(steps, size),
+        steps=min(usual if steps is None else steps, problem.parameters.size),
         probes=probes,
         count=k,
         goal=_GOAL if rtol is None else rtol,
         early=rtol is not None,
         seed=seed,
+        shorter=steps is None and rtol is None,
     )
 
 
@@ -413,6 +414,28 @@ def _warnings(problem: Problem, study: SpectralStudy) -> Iterator[str]:
         )
     if not study.whole.runs[0].complete and len(study.whole.runs) == 1:
         yield "one start vector: sums over all eigenvalues have no error bar"
+    if study.whole.shortened:
+        yield (
+            f"{study.whole.lanczos.count} steps, since there was no time for {study.plan.steps} "
+            "and the runs after them: more --budget"
+        )
+    elif study.plan.shorter and study.plan.steps < min(STEPS, study.whole.size):
+        yield f"{study.plan.steps} steps, since memory holds no more: more of it, or --probes 1"
     missing = [layer for layer in study.blocks if layer not in study.found]
     if missing:
         yield f"no time for {', '.join(missing[:5])} ({len(missing)} layers)"
+
+
+# -- What ``hesscli spectrum`` will take -----------------------------------------------------------
+
+
+def plan(pilot: Pilot) -> Iterator[Work]:
+    """The default runs.
+
+    Raises:
+        UsageError: their vectors do not fit into memory.
+    """
+    run = pilot.run
+    usual = _plan(run.problem, 1, None, PROBES, None, pilot.asked.seed)
+    require_room(run.problem, usual)
+    return SpectralStudy(run, usual, (), exact=False).expected(pilot.pace)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
+from scipy.special import ndtri
+
 from hesscli.diagnostics.choice import Draw, probe_range
-from hesscli.diagnostics.measurement import Standing, Tolerance
+from hesscli.diagnostics.measurement import Standing, Tolerance, Work
+from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import (
     chosen,
     estimated,
@@ -88,5 +92,25 @@ def standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) ->
         error=float(reading.half_width[-1]),
         wanted=tolerance.half_width(float(reading.estimate[-1])),
         floor=reading.data_half_width(),
+        share=reading.random_share,
+    )
+
+
+# -- What ``hesscli trace`` will take --------------------------------------------------------------
+
+
+def plan(pilot: Pilot) -> Iterator[Work]:
+    """Probes to the tolerance, or one pass where none are needed."""
+    goal = partial(_foreseen, tolerance=pilot.asked.tolerance("trace"))
+    return pilot.estimated(goal)
+
+
+def _foreseen(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:
+    """As :func:`standing`, with the many degrees of freedom that a pilot does not have."""
+    error = float(reading.variance.value[-1]) ** 0.5 * float(ndtri(1 - reading.miss / 2))
+    return Standing(
+        error=error,
+        wanted=tolerance.half_width(float(reading.estimate[-1])),
+        floor=error * (1 - reading.random_share) ** 0.5,
         share=reading.random_share,
     )

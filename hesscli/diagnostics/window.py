@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
-from hesscli.meter import OnStep
+from hesscli.meter import FORWARD, OnStep, Spent
 from hesscli.operators.base import Operator
 from hesscli.operators.per_example.rows import Rows, fitting_kind
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
 from hesscli.results import Snapshot, WindowReport
+from hesscli.units import human_bytes
 from hesscli.vocabulary import WINDOW_DTYPES, RowKind, WindowBlocks
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WINDOW_DTYPES}
@@ -168,6 +171,45 @@ def rows_to_be_had(problem: Problem, options: WindowOptions) -> int:
     """
     kind, _ = _kind(problem, options.rows)
     return int(min(options.count(problem), Rows(problem, kind).available))
+
+
+_ROW_GRADIENTS = 1 + FORWARD
+"""Work of a row, beside that of a gradient of its examples."""
+_TIMED_NUMBERS = 1 << 20
+"""Numbers of a window whose inversion is timed, at least a block of them."""
+
+
+def collecting(problem: Problem, options: WindowOptions, rows: int, pace: Pace) -> Work:
+    """So many rows of a window."""
+    kind, _ = _kind(problem, options.rows)
+    examples = rows * (kind.size if kind.name == "microbatch" else 1)
+    each = 1.0 if kind.name == "microbatch" else _ROW_GRADIENTS
+    held = rows * problem.parameters.size * options.torch_dtype.itemsize
+    return Work(
+        phase="collecting gradients",
+        spent=pace.gradient.times(each * examples / problem.data.count),
+        num_bytes=0 if options.file else held,
+        note=f"{rows} rows take {human_bytes(held)}",
+    )
+
+
+def inverting(problem: Problem, options: WindowOptions, rows: int) -> Work:
+    """The inverse of so many rows' matrix, as a part of it is timed."""
+    size = problem.parameters.size
+    sizes = block_sizes(problem.parameters, options.blocks, rows) or (size,)
+    held = size * min(8 * max(sizes), 4 * rows)
+    columns = min(size, max(_TIMED_NUMBERS // rows, min(max(sizes), rows)))
+    own = [min(max(sizes), columns)] * (columns // min(max(sizes), columns))
+    window = GradientWindow(rows, sum(own), dtype=options.torch_dtype, device=problem.device)
+    window.extend(torch.randn(rows, sum(own)).to(problem.device))
+    began = time.perf_counter()
+    StaticFisher(window, 1.0, blocks=own).diagonal()
+    seconds = (time.perf_counter() - began) * size / sum(own)
+    note = (
+        f"what inverts them {human_bytes(held)}; a copy for queries of single elements of the "
+        f"whole matrix {human_bytes(4 * size * rows)} more"
+    )
+    return Work(phase="inverting", spent=Spent(seconds=seconds), num_bytes=held, note=note)
 
 
 def block_sizes(parameters: Parameters, rule: str, rows: int) -> tuple[int, ...] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Array, MeanSquare, Sharing, Table, reduce_table
 from hesscli.engines.per_example import PerExample
 from hesscli.engines.unit_vectors import UnitVectors
-from hesscli.meter import Meter
+from hesscli.meter import Meter, Spent
 from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
 from hesscli.state import State
@@ -53,6 +54,8 @@ class Estimator:
         self.gauss_newton, self.probes = gauss_newton, probes
         self.draws_per_probe = 1.0
         self.sources: list[Engine] = [s for s in (gauss_newton, probes) if s is not None]
+        self._spent = {source: Spent() for source in self.sources}
+        self._prepared = Spent()
 
     @property
     def parameters(self) -> Parameters:
@@ -90,6 +93,11 @@ class Estimator:
         return 0 if self.probes is None else self.probes.count
 
     @property
+    def draws(self) -> int:
+        """Probes that every batch has seen, or random columns where there are no probes."""
+        return min((s.count for s in self.sources if s.least > 1), default=0)
+
+    @property
     def products(self) -> float:
         """Matrix-vector products so far, over all kept examples."""
         return sum(meter.products for meter in self._meters)
@@ -106,10 +114,31 @@ class Estimator:
 
     def extend(self, count: int) -> Iterator[None]:
         """Bring every batch to so many probes, and to its share of random columns."""
-        if self.gauss_newton is not None:
-            yield from self.gauss_newton.extend(max(2, math.ceil(count * self.draws_per_probe)))
-        if self.probes is not None:
-            yield from self.probes.extend(count)
+        known, probes = self.gauss_newton, self.probes
+        if known is not None:
+            steps, spent = known.extend(self._draws(count)), self._spent[known]
+            yield from _watched(steps, known.meter, spent, _batch_by_batch(known))
+        if probes is not None:
+            yield from _watched(probes.design.prepare(), probes.meter, self._prepared)
+            yield from _watched(probes.extend(count), probes.meter, self._spent[probes])
+
+    def foreseen(self, count: int) -> Spent:
+        """What so many probes of every batch that there is take in all, at the pace so far.
+
+        Each source must have seen a batch.
+        """
+        total, counts = self._prepared, self.operator.counts
+        everything = sum(counts[i] for i in self.operator.indices)
+        for source in self.sources:
+            drawn = count if source is self.probes else self._draws(count)
+            wanted = drawn if source.least > 1 else 1  # an exact one is seen once
+            done = sum(counts[i] * len(cells) for i, cells in source.cells.items())
+            total += self._spent[source].times(wanted * everything / done)
+        return total
+
+    def _draws(self, count: int) -> int:
+        """Random columns that go with so many probes."""
+        return max(2, math.ceil(count * self.draws_per_probe))
 
     def balance(self) -> None:
         """Fewer random columns than probes where these leave less noise.
@@ -228,6 +257,40 @@ class Estimator:
     def _seen(self) -> list[int]:
         """Batches that every source has seen."""
         return sorted(set[int].intersection(*(set(s.seen) for s in self.sources)))
+
+
+def _watched(
+    steps: Iterator[None], meter: Meter, spent: Spent, whole: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """The steps; what they take is added up, once what there is of them is ``whole``."""
+    over, pending = False, Spent()
+    while not over:
+        began, products, gradients = time.perf_counter(), meter.products, meter.gradients
+        over = next(steps, steps) is steps
+        step = Spent(
+            meter.products - products, meter.gradients - gradients, time.perf_counter() - began
+        )
+        if over or whole():
+            spent.add(pending + step if over else pending)
+            pending = Spent()
+        if not over:
+            pending += step
+            yield
+
+
+def _batch_by_batch(source: Engine) -> Callable[[], bool]:
+    """Whether there is a batch more that has its cells, since it was last asked."""
+    left = iter(source.indices)
+    following = next(left, None)
+
+    def is_done() -> bool:
+        nonlocal following
+        if following is None or not len(source.cells[following]):
+            return False
+        following = next(left, None)
+        return True
+
+    return is_done
 
 
 # -- From a table to intervals: estimates, variances and rounding, layer by layer and in all -------
