@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import hesscli
-from hesscli.problem.forward import run_with
+from hesscli.problem.forward import standing_in
 
 
 class Registered(nn.Module):
@@ -62,7 +62,8 @@ def test_parameters_stand_in_wherever_they_are_held_and_come_back(kind: type[nn.
     model, other = kind().double(), kind().double()
     before = dict(model.named_parameters(remove_duplicate=False))
     x = inputs(model)
-    got = run_with(model, dict(other.named_parameters()), lambda net: net(x))
+    with standing_in(model, dict(other.named_parameters())):
+        got = model(x)
     torch.testing.assert_close(got, other(x))
     after = dict(model.named_parameters(remove_duplicate=False))
     assert before.keys() == after.keys()
@@ -72,12 +73,9 @@ def test_parameters_stand_in_wherever_they_are_held_and_come_back(kind: type[nn.
 def test_parameters_come_back_after_an_error() -> None:
     model = Registered()
     before = dict(model.named_parameters(remove_duplicate=False))
-
-    def fail(net: nn.Module) -> Tensor:
+    others = {name: p.detach() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="own"), standing_in(model, others):
         raise RuntimeError("the user's own")
-
-    with pytest.raises(RuntimeError, match="own"):
-        run_with(model, {n: p.detach() for n, p in model.named_parameters()}, fail)
     after = dict(model.named_parameters(remove_duplicate=False))
     assert all(after[name] is before[name] for name in before)
 

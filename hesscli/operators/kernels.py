@@ -62,8 +62,7 @@ def _convolution(
     if isinstance(padding, str) or input.dim() != dims + 2:
         result: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
         return result
-    stride, padding, dilation = (_each(value, dims) for value in (stride, padding, dilation))
-    geometry = (stride, padding, dilation, groups)
+    geometry = (_each(stride, dims), _each(padding, dims), _each(dilation, dims), groups)
     output: Tensor = _Convolution.apply(input, weight, geometry)  # type: ignore[no-untyped-call]
     return output if bias is None else output + bias.view(-1, *[1] * dims)
 

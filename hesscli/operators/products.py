@@ -119,7 +119,7 @@ def hessian_finite_difference(function: Function, tensors: Tensors, step: float 
     def product(vector: Tensor) -> Tensor:
         return central_difference(at_current, tensors, vector, step)
 
-    return lambda block: torch.stack([product(v) for v in block])
+    return lambda block: torch.stack([*map(product, block)])
 
 
 # -- Jᵀ A J through an intermediate value -------------------------------------------------------
@@ -135,7 +135,7 @@ def sandwich_double_backward(function: Function, tensors: Tensors, middle: Apply
         pushed = vector_jacobian(pulled, [dummy], unflatten(vector, tensors)).view_as(value)
         return vector_jacobian([value], tensors, [middle(pushed)])
 
-    return lambda block: torch.stack([product(v) for v in block])
+    return lambda block: torch.stack([*map(product, block)])
 
 
 def sandwich_forward_over_reverse(function: Function, tensors: Tensors, middle: Apply) -> Apply:
@@ -148,7 +148,7 @@ def sandwich_forward_over_reverse(function: Function, tensors: Tensors, middle: 
         pushed = torch.func.jvp(lambda theta: function(theta), (primals,), (tangents,))[1]
         return vector_jacobian([value], tensors, [middle(pushed.detach())])
 
-    return lambda block: torch.stack([product(v) for v in block])
+    return lambda block: torch.stack([*map(product, block)])
 
 
 def sandwich_finite_difference(
@@ -164,7 +164,7 @@ def sandwich_finite_difference(
         pushed = central_difference(at_current, tensors, vector, step).view_as(value)
         return flatten(gradient(paired([function(None)], [middle(pushed)]), tensors))
 
-    return lambda block: torch.stack([product(v) for v in block])
+    return lambda block: torch.stack([*map(product, block)])
 
 
 BUILDERS: dict[Kind, dict[Mode, Callable[..., Apply]]] = {

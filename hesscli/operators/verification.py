@@ -286,11 +286,17 @@ class Product:
         Raises:
             MismatchError: one is not finite.
         """
-        each, problem = len(block) * self.operator.cost[1], self.operator.problem
+        graph, each = self.operator.cost
+        each, problem = len(block) * each, self.operator.problem
 
         def product(batch: WeightedBatch) -> list[Tensor]:
-            apply = self._kept or self._live(batch)
-            self.operator.meter.add(each, batch.count / problem.data.count)
+            apply, share = self._kept, batch.count / problem.data.count
+            if apply is None:
+                apply = self.operator.live(batch)
+                self.operator.meter.add(graph, share)
+            if len(self.sample.parts) == 1:
+                self._kept = apply
+            self.operator.meter.add(each, share)
             return [apply(block)]
 
         with problem.forward_context():
@@ -298,13 +304,6 @@ class Product:
         if not torch.isfinite(total).all():
             raise MismatchError("its products are not finite")
         return total
-
-    def _live(self, batch: WeightedBatch) -> Apply:
-        apply, share = self.operator.live(batch), batch.count / self.operator.problem.data.count
-        self.operator.meter.add(self.operator.cost[0], share)
-        if len(self.sample.parts) == 1:
-            self._kept = apply
-        return apply
 
     def with_signs(self) -> Products:
         """With the first few Rademacher vectors."""

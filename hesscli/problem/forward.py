@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -85,10 +85,6 @@ def _is_placed(tensor: Tensor, device: torch.device | None, dtype: torch.dtype |
 # -- Running a model: kernels, buffers, floating type and parameters, each put back afterwards -----
 
 
-Run = Callable[[nn.Module], Tensor]
-"""A function of a model, such as its loss on a batch."""
-
-
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Kernels that can be differentiated twice, and tensors that no forward pass changes.
@@ -123,12 +119,17 @@ def retyped(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def standing_in(model: nn.Module, theta: Mapping[str, Tensor]) -> Iterator[None]:
+def standing_in(model: nn.Module, theta: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Let ``theta`` stand in for the parameters that it names, wherever modules hold them.
+
+    None leaves the model as it is.
 
     Each module is visited once: ``torch.func.functional_call`` visits one that is registered
     under two names twice, and then puts the stand-in back in place of the parameter.
     """
+    if theta is None:
+        yield
+        return
     stand_ins = {id(p): theta[name] for name, p in model.named_parameters() if name in theta}
     held = [
         (held_parameters(module), name, parameter)
@@ -171,12 +172,6 @@ def _move(tensors: Sequence[Tensor], relative: float) -> None:
         )
         size = float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
         tensor.add_(noise.view(tensor.shape), alpha=relative * (size + 0.1))
-
-
-def run_with(model: nn.Module, theta: Mapping[str, Tensor], run: Run) -> Tensor:
-    """Call a function of the model while ``theta`` stands in for the parameters it names."""
-    with standing_in(model, theta):
-        return run(model)
 
 
 @contextmanager

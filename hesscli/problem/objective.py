@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch, map_tensors, place, rows, size_of, tensors_of
 from hesscli.problem.blame import is_out_of_memory
-from hesscli.problem.forward import Run, retyped, run_with, undisturbed
+from hesscli.problem.forward import retyped, standing_in, undisturbed
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.independence import MUST_FIT, Independence
 from hesscli.problem.losses import Loss
@@ -146,19 +146,17 @@ class Objective:
 
         ``theta`` stands in for the parameters that it names; None leaves the model as it is.
         """
-        return self._run(lambda model: self.loss.evaluate(model, batch), theta)
+        with self.forward_context(), standing_in(self.model, theta):
+            return self.loss.evaluate(self.model, batch)
 
     def outputs(self, batch: Batch, theta: Mapping[str, Tensor] | None = None) -> Tensor:
         """Model outputs of a batch as a live tensor."""
-        return self._run(lambda model: self.loss.outputs(model, batch), theta)
+        with self.forward_context(), standing_in(self.model, theta):
+            return self.loss.outputs(self.model, batch)
 
     def fixed_outputs(self, batch: Batch) -> Tensor:
         """Model outputs of a batch without their graph; models may differentiate on their way."""
         return self.outputs(batch).detach()
-
-    def _run(self, run: Run, theta: Mapping[str, Tensor] | None) -> Tensor:
-        with self.forward_context():
-            return run(self.model) if theta is None else run_with(self.model, theta, run)
 
     @contextmanager
     def in_dtype(self, dtype: torch.dtype, *, widened: bool | None = None) -> Iterator[None]:
