@@ -53,6 +53,9 @@ coverage: $(VENV)/test  ## How often intervals hold, end to end (most of an hour
 goldens: $(VENV)/test  ## Record what every command answers into DIR, to compare after a refactoring
 	$(BIN)/python tests/goldens.py record $(DIR)
 
+faults: $(VENV)/test  ## Runs killed at every step, disks that fill up, pairs in a folder (a quarter of an hour)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/faults.py $(FAULTS)
+
 hostile: $(VENV)/test  ## 5,000 checkpoints, indexes and specs that nobody meant (minutes)
 	$(BIN)/python tests/hostile.py 5000
 
@@ -78,5 +81,5 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum \
-	calibration coverage fuzz gallery goldens gpu hostile reference clean
+	calibration coverage faults fuzz gallery goldens gpu hostile reference clean
 .DEFAULT_GOAL := help

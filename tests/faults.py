@@ -6,22 +6,33 @@ one; or at a moment of chance.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import io
 import os
+import random
+import resource
+import select
 import signal
+import subprocess
+import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NoReturn
 
 import numpy as np
 from example_results import diag_result
+from program import FEW, SUNSPOTS, words
 from rich.console import Console as RichConsole
 
 from hesscli.cli.answer import deliver, output
+from hesscli.cli.app import main
 from hesscli.cli.console import Console
 from hesscli.commands import COMMANDS
 from hesscli.errors import InputError, UsageError
@@ -82,6 +93,19 @@ def steps(at: int = 0, strike: Callable[[], NoReturn] = kill) -> Iterator[Steps]
     finally:
         for name, function in usual.items():
             setattr(os, name, function)
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within it the system takes no larger file, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def start(work: Callable[[], object]) -> int:
@@ -174,3 +198,145 @@ def count_steps(folder: Path) -> int:
     with steps() as counted:
         save(folder, 2)
     return counted.taken
+
+
+# -- The whole program, many times -----------------------------------------------------------------
+
+
+COMMAND_LINES = {"check": (), **FEW}
+
+
+def load_all() -> None:
+    """What every run needs, torch above all: loaded once, before the forks."""
+    for command in COMMAND_LINES:
+        parts = COMMANDS[command]
+        for part in (parts.measure, parts.table, parts.figures or parts.table):
+            resolve_name(part)
+
+
+def program(command: str, folder: Path, seed: int) -> int:
+    """Run a command line here; its exit code."""
+    more = (*COMMAND_LINES[command], "--seed", seed, "--dir", folder, "--out", "json", "-q")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return main(words((command, SUNSPOTS, *more)))
+
+
+def whole(folder: Path, command: str) -> bool:
+    """Whether there is a set; a mixture raises."""
+    path = folder / f"{command}.json"
+    if not path.exists():
+        return False
+    read(path)
+    return True
+
+
+def ends_clean(folder: Path, command: str) -> None:
+    """After all that went before, a run to its end leaves its set and nothing else."""
+    assert forked(lambda: program(command, folder, 0)) == 0
+    files = read(folder / f"{command}.json").document["files"].values()
+    assert names(folder) == {Path(path).name for path in files}
+
+
+def killed_at_each_step(command: str, folder: Path) -> str:
+    """One run after the other into one folder, each killed a step later than the one before."""
+    forked(lambda: program(command, folder, 0))
+    total = none = 0
+    while True:
+
+        def work(number: int = total + 1) -> int:
+            with steps(number):
+                return program(command, folder, number)
+
+        if forked(work) != -signal.SIGKILL:
+            break
+        total += 1
+        none += not whole(folder, command)
+    ends_clean(folder, command)
+    return f"{total} steps: {total - none} times a whole set, {none} times none"
+
+
+def killed_at_random(command: str, folder: Path, kills: int, dice: random.Random) -> str:
+    """Killed at moments of chance in as much time as a run takes."""
+    began = time.monotonic()
+    forked(lambda: program(command, folder, 0))
+    lasts, found, died = time.monotonic() - began, 0, 0
+    for number in range(kills):
+        ended, end = os.pipe()
+        child = start(lambda number=number: program(command, folder, number))
+        os.close(end)  # the child's own is closed by its end
+        select.select([ended], [], [], dice.uniform(0, lasts))
+        os.kill(child, signal.SIGKILL)
+        died += finish(child) == -signal.SIGKILL
+        os.close(ended)
+        found += whole(folder, command)
+    ends_clean(folder, command)
+    return f"{died} killed: {found} times a whole set, {kills - found} times none"
+
+
+def in_pairs(commands: tuple[str, str], folder: Path, pairs: int) -> str:
+    """Two at once in a folder; one may be refused."""
+    refused = 0
+    for number in range(pairs):
+        children = [
+            start(lambda command=command, seed=seed: program(command, folder, seed))
+            for command, seed in zip(commands, (2 * number, 2 * number + 1), strict=True)
+        ]
+        codes = [finish(child) for child in children]
+        assert set(codes) <= {0, 2}
+        assert 0 in codes
+        refused += 2 in codes
+        named = set()
+        for command in commands:
+            if whole(folder, command):
+                files = read(folder / f"{command}.json").document["files"].values()
+                named |= {Path(path).name for path in files}
+        assert names(folder) == named
+    return f"{pairs} pairs: {refused} times the second was refused, no set was mixed"
+
+
+def on_disks_that_fill_up(folder: Path) -> str:
+    """File systems with room for one set and so much of another, in steps of a page."""
+    folder.mkdir()
+    save(folder, 1)
+    needed = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    failed = total = 0
+    for size in range(needed, 3 * needed, 4096):
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "faults", str(folder)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return "not tried: this user cannot mount a tmpfs"
+        try:
+            if save(folder, 1).error is None:
+                total += 1
+                refused = save(folder, 2).error
+                failed += refused is not None
+                assert refused is None or "the disk is full" in refused.got
+                assert seed_in(folder) == (2 if refused is None else 1)
+                assert names(folder) == SET
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+    assert 0 < failed < total
+    return f"{total} sizes: {failed} times full, and the earlier set stood"
+
+
+def run_all(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=20, help="random moments for each command")
+    parser.add_argument("--pairs", type=int, default=25, help="of each of two kinds")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    dice = random.Random(given.seed)
+    load_all()
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name).resolve()
+        print("tmpfs:", on_disks_that_fill_up(top / "small"), flush=True)
+        for command in COMMAND_LINES:
+            print(f"{command}:", killed_at_each_step(command, top / command), flush=True)
+            told = killed_at_random(command, top / command, given.kills, dice)
+            print(f"{command}: {told}", flush=True)
+        for number, commands in enumerate([("diag", "diag"), ("trace", "check")]):
+            told = in_pairs(commands, top / f"pairs{number}", given.pairs)
+            print(f"{' and '.join(commands)}: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    run_all(sys.argv[1:])

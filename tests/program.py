@@ -18,6 +18,13 @@ HESSCLI = [sys.executable, "-m", "hesscli"]
 SUNSPOTS = Path(hesscli.__file__).parent.parent / "samples" / "sunspots" / "model.pt"
 SPEC = ("--spec", str(SUNSPOTS.parent / "hesscli.toml"))
 """Tests run elsewhere, from where a spec that merely lies beside a checkpoint is not used."""
+FEW = {
+    "trace": ("--method", "hutchinson", "--probes", 4),
+    "diag": ("--method", "hutchinson", "--probes", 4),
+    "ihvp": ("--window", 32),
+    "spectrum": ("--steps", 8, "--probes", 2),
+}
+"""Little work, of the kind that each does."""
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from program import SUNSPOTS, hesscli_warm, three_lines
+from program import FEW, SUNSPOTS, hesscli_warm, three_lines
 from toy import TOY
 
 import hesscli
@@ -26,15 +26,6 @@ from hesscli.render.document import schema
 
 LAYERS = {"hidden1", "hidden2", "head"}
 MEASURED = [*(name for name, command in COMMANDS.items() if command.figures), "toy"]
-FEW = {
-    "trace": ("--method", "hutchinson", "--probes", 4),
-    "diag": ("--method", "hutchinson", "--probes", 4),
-    "ihvp": ("--window", 32),
-    "spectrum": ("--steps", 8, "--probes", 2),
-}
-"""Little work, of the kind that each does."""
-
-
 _ENDLESS = ("--budget", "none", "--rtol", "0.0001%")
 STOPPED = {
     "trace": ("±", "--method", "hutchinson", *_ENDLESS),

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import faults
 import pytest
-from faults import SET, count_steps, finish, forked, names, save, saved_as, seed_in, start, steps
+from faults import (
+    SET,
+    count_steps,
+    finish,
+    forked,
+    largest_file,
+    names,
+    save,
+    saved_as,
+    seed_in,
+    start,
+    steps,
+)
 
 from hesscli.errors import ExitCode, InputError
 from hesscli.locks import LOCK_NAME
@@ -87,18 +97,6 @@ def test_a_first_set_that_fails_leaves_nothing(tmp_path: Path) -> None:
             failed = save(folder, 1).error is not None
         left = names(folder) - {LOCK_NAME}
         assert left == (set() if failed else SET)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.mark.parametrize("too_large", ["diag.safetensors", "diag.json"])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import resource
 import shutil
-import signal
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from faults import largest_file
 
 from hesscli.errors import ExitCode, UsageError
 from hesscli.storage import map_scratch, prepare_folder, write_atomically
@@ -44,14 +43,8 @@ def closed_folder() -> Iterator[Path]:
 @pytest.fixture
 def small_files() -> Iterator[int]:
     """Files may hold no more than so many bytes, as on a disk that fills up."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
+    with largest_file(4096):
         yield 4096
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
