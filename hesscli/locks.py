@@ -84,7 +84,7 @@ def _take(path: Path, note: Callable[[str], None]) -> SoftFileLease:
         lease.acquire(2 * LEASE_SECONDS, cancel_check=_Contest(path, lease, note).is_lost)
         with path.open("a", encoding="ascii") as lock:  # its readers pass over further lines
             lock.write(f"since={datetime.now().astimezone().isoformat(' ', 'seconds')}\n")
-            lock.write(f"command={_command()}\n")
+            lock.write(f"command={_command()}\nprocesses={_processes()}\n")
     except (Timeout, LeaseSettingsMismatch):
         raise _refusal(path) from None
     except OSError as error:
@@ -109,7 +109,8 @@ class _Contest:
             self._discard_unsigned()
             return False
         self._unsigned = None
-        if owner.hostname == socket.gethostname() or _silence(self._path) < LEASE_SECONDS:
+        here = _told(self._path).get("processes") == _processes()
+        if here or _silence(self._path) < LEASE_SECONDS:
             return True
         if not self._waiting:
             self._waiting = True
@@ -139,10 +140,7 @@ def _silence(path: Path) -> float:
 
 def _refusal(path: Path) -> UsageError:
     """Who holds a lock, as far as it says."""
-    text = ""
-    with suppress(OSError):
-        text = path.read_text(encoding="ascii", errors="replace")
-    told = {key: value for key, _, value in (line.partition("=") for line in text.splitlines())}
+    told = _told(path)
     command, pid, since = (told.get(key, "unknown") for key in ("command", "pid", "since"))
     host = _bare(told.get("host", "unknown"))
     return UsageError(
@@ -153,9 +151,25 @@ def _refusal(path: Path) -> UsageError:
     )
 
 
+def _told(path: Path) -> dict[str, str]:
+    """What a lock says: the lines of the library, and those that were added."""
+    text = ""
+    with suppress(OSError):
+        text = path.read_text(encoding="ascii", errors="replace")
+    return {key: value for key, _, value in (line.partition("=") for line in text.splitlines())}
+
+
 def _bare(hostname: str) -> str:
     """A host's name without what the library adds for a container's processes."""
     return hostname.partition("?")[0]
+
+
+def _processes() -> str:
+    """Names the host, or the container on it, of whose processes a number is one."""
+    namespace = 0
+    with suppress(OSError):  # only Linux has them
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    return f"{socket.gethostname()}/{namespace}".encode("unicode_escape").decode()
 
 
 def _command() -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from faults import finish, forked, start
+from faults import finish, forked, largest_file, start
 from program import SUNSPOTS, hesscli_warm, three_lines
 
 from hesscli import locks
@@ -63,7 +63,7 @@ def killed_holder(folder: Path) -> None:
 def elsewhere(folder: Path) -> Path:
     """Make the lock that is there another host's."""
     path = folder / LOCK_NAME
-    path.write_text(re.sub("host=.*", "host=elsewhere", path.read_text()))
+    path.write_text(re.sub("(host|processes)=.*", r"\1=elsewhere", path.read_text()))
     return path
 
 
@@ -180,6 +180,15 @@ def test_a_folder_that_was_taken_over_is_not_written_to(
         loss(tmp_path / LOCK_NAME)
         with pytest.raises(UsageError, match="another run has taken"):
             held.check()
+
+
+def test_a_disk_too_full_for_a_lock(tmp_path: Path) -> None:
+    """It is told before the long work."""
+    with largest_file(20):
+        error = refused(tmp_path)
+    assert LOCK_NAME in error.what
+    assert "larger than allowed" in error.got
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_in_the_place_of_the_lock(tmp_path: Path) -> None:
