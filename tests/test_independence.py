@@ -20,6 +20,7 @@ import hesscli
 from hesscli.errors import InputError
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
+from hesscli.results import Snapshot
 
 ROUNDING = 1e-10  # float64, a few thousand terms
 
@@ -404,3 +405,25 @@ def test_a_sum_can_be_asked_for_and_none_is_refused() -> None:
     assert problem.prove().loss == pytest.approx(float(expected.detach()), rel=ROUNDING)
     with pytest.raises(InputError, match="a mean or a sum"):
         Problem(_net(), nn.CrossEntropyLoss(reduction="none"), [(x, y)])
+
+
+def test_a_step_is_called_once_for_each_part_and_whoever_watches_may_end_it() -> None:
+    calls: list[int] = []
+
+    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        calls.append(len(batch[0]))
+        return (model(batch[0]) - batch[1]).square().mean(), len(batch[0])
+
+    loss = StepLoss(step, "step")
+    batch = torch.randn(8, 3), torch.randn(8, 1)
+    assert loss.value_and_mass(nn.Linear(3, 1), batch, 8)[1] == 8
+    assert len(calls) == 1
+    seen: list[str] = []
+
+    def observe(snapshot: Snapshot) -> bool:
+        seen.append(snapshot.phase)
+        return len(seen) > 2 and seen[-1] != "reading data"
+
+    with pytest.raises(KeyboardInterrupt):
+        Problem(nn.Linear(3, 1), loss, [batch] * 9, observe=observe)
+    assert len(seen) == 3

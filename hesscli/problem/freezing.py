@@ -30,7 +30,7 @@ from hesscli.problem.batches import (
 )
 from hesscli.problem.independence import MIN_GROUPS, Part, sliced
 from hesscli.problem.sources import Examples, as_source, seeded
-from hesscli.results import Observe, Snapshot
+from hesscli.results import Observe, Snapshot, tell
 from hesscli.vocabulary import Selection
 
 # -- What was kept ---------------------------------------------------------------------------------
@@ -462,6 +462,4 @@ class _Reporter:
         self.observe = observe
 
     def __call__(self, done: int, total: int | None) -> None:
-        snapshot = Snapshot(phase="reading data", done=done, total=total)
-        if self.observe is not None and self.observe(snapshot):
-            raise KeyboardInterrupt
+        tell(self.observe, Snapshot(phase="reading data", done=done, total=total))

@@ -27,7 +27,7 @@ from hesscli.problem.forward import moved, retyped, undisturbed
 from hesscli.problem.losses import Loss, StepLoss, UserLoss, require_number
 from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.problem.precision import Narrowing, Widened, tolerance
-from hesscli.results import Reduction
+from hesscli.results import Observe, Reduction, Snapshot, tell
 
 MIN_GROUPS = 16
 """Random batches at least, so that error bars from data have degrees of freedom."""
@@ -99,6 +99,7 @@ class IndependenceTest:
         device: where to compute.
         dtype: the type that is analysed; float64 is tried first.
         hint: what to try where the model or its loss raises.
+        observe: told of each batch that was compared; may end it.
     """
 
     def __init__(
@@ -108,8 +109,10 @@ class IndependenceTest:
         device: torch.device,
         dtype: torch.dtype,
         hint: str = MUST_FIT,
+        observe: Observe | None = None,
     ) -> None:
         self.model, self.loss, self.device, self.hint = model, loss, device, hint
+        self.observe = observe
         self._own = self._dtype = dtype
         self._bound = tolerance(dtype)
         self._batches = self._tried = 0
@@ -174,6 +177,7 @@ class IndependenceTest:
                 with moved(weights, _APART):  # of nothing, everything is the mean and the sum
                     self._compare(batch, part, count)
         self._tried += 1
+        tell(self.observe, Snapshot(phase="comparing batches with their parts"))
 
     def see_frozen(self, batches: Iterable[Batch]) -> None:
         """Compare batches that were frozen elsewhere."""
@@ -299,16 +303,16 @@ class IndependenceTest:
         return whole.value
 
     def _run(self, batch: Batch, count: int) -> _Piece:
-        outputs = self._outputs(batch, count)
-        return _Piece(range(count), batch, outputs, self._value(batch, outputs))
+        whole = _Piece(range(count), batch, self._outputs(batch, count))
+        self._weigh(whole, whole.outputs)
+        return whole
 
     def _change_alone(self, whole: _Piece, piece: _Piece, *, runs_model: bool) -> float:
         """How much a part's rows change by themselves; its loss and mass are noted."""
         try:
             rows = None if whole.outputs is None else _take(whole.outputs, piece.places)
             mine = self._outputs(piece.batch, len(piece.places)) if runs_model else rows
-            piece.value = self._value(piece.batch, mine)
-            piece.mass = self.loss.mass(self.model, piece.batch, len(piece.places))
+            self._weigh(piece, mine)
             if rows is None or mine is None or mine is rows:
                 return 0.0
             if rows.shape == mine.shape:
@@ -331,12 +335,16 @@ class IndependenceTest:
             return None
         return outputs if outputs.dim() and len(outputs) == count else None
 
-    def _value(self, batch: Batch, outputs: Tensor | None) -> float:
-        if not self._reads_loss:
-            return 0.0
-        if outputs is None or self.loss.is_claim:
-            return float(self.loss.evaluate(self.model, batch).detach())
-        return float(self.loss.mean(outputs, batch).detach())
+    def _weigh(self, piece: _Piece, outputs: Tensor | None) -> None:
+        """Note the loss of a piece with such outputs, where that is asked, and its mass."""
+        count = len(piece.places)
+        if self._reads_loss and (outputs is None or self.loss.is_claim):
+            value, piece.mass = self.loss.value_and_mass(self.model, piece.batch, count)
+            piece.value = float(value.detach())
+            return
+        piece.mass = self.loss.mass(self.model, piece.batch, count)
+        if self._reads_loss and outputs is not None:
+            piece.value = float(self.loss.mean(outputs, piece.batch).detach())
 
     def _add_up(self, whole: _Piece, splits: list[list[_Piece]]) -> None:
         """Strike out the reductions by which the parts' losses do not make the whole's."""

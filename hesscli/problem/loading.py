@@ -105,7 +105,13 @@ def _until(budget: float | None, observe: Observe | None) -> Observe | None:
 
 
 def _not_read(snapshot: Snapshot, budget: float) -> HesscliError:
-    read = f"{snapshot.done or 0:.0f}"
+    if snapshot.done is None:
+        return BudgetError(
+            "the budget ended before the data were looked through",
+            f"{budget:.3g} s that start-up had left, then still {snapshot.phase}",
+            "a larger --budget, or fewer --examples",
+        )
+    read = f"{snapshot.done:.0f}"
     if snapshot.total is None:
         return InputError(
             "the data did not end within the budget",

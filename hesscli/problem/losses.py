@@ -136,6 +136,10 @@ class Loss(ABC):
         """
         return float(self.masses(batch).sum())
 
+    def value_and_mass(self, model: nn.Module, batch: Batch, count: int) -> tuple[Tensor, float]:
+        """The loss and its mass, of which a step gives both at once."""
+        return self.evaluate(model, batch), self.mass(model, batch, count)
+
     def reduced(self, reduction: Reduction) -> Self:
         """The same loss with its reduction settled, where it did not say."""
         if self.reduction is not None:
@@ -168,14 +172,24 @@ class StepLoss(Loss):
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
         """The user's own mean, or sum over the batch's weight."""
-        value, weight = self._call(model, batch)
-        if self.reduction != "sum":
-            return value
-        return value / (size_of(batch) if weight is None else weight)
+        return self._mean(batch, *self._call(model, batch))
 
     def mass(self, model: nn.Module, batch: Batch, count: int | None = None) -> float:
         """The weight that the step returns, else the number of examples."""
         weight = self._call(model, batch)[1]  # with gradients on, for the step may take some
+        return self._weight(batch, weight, count)
+
+    def value_and_mass(self, model: nn.Module, batch: Batch, count: int) -> tuple[Tensor, float]:
+        """Both, of one call."""
+        value, weight = self._call(model, batch)
+        return self._mean(batch, value, weight), self._weight(batch, weight, count)
+
+    def _mean(self, batch: Batch, value: Tensor, weight: Any) -> Tensor:
+        if self.reduction != "sum":
+            return value
+        return value / (size_of(batch) if weight is None else weight)
+
+    def _weight(self, batch: Batch, weight: Any, count: int | None) -> float:
         if weight is not None:
             return float(torch.as_tensor(weight).detach())
         return float(size_of(batch) if self.reduction == "sum" or count is None else count)

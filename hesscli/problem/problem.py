@@ -55,7 +55,7 @@ class Problem(Objective):
         seed: of the draw of examples.
         checkpoint: which file the model came from.
         warnings: what its reader should be told besides.
-        observe: told of examples read.
+        observe: told of examples read, and of batches that were compared with their parts.
 
     Raises:
         HesscliError: empty or unusable data, nothing to analyse, non-finite weights.
@@ -95,7 +95,7 @@ class Problem(Objective):
         where = parameters[0].tensor.device, parameters[0].tensor.dtype
         _require_finite_weights(twin)
         hint = must_fit(data)
-        test = IndependenceTest(twin, given, *where, hint)
+        test = IndependenceTest(twin, given, *where, hint, observe)
         if isinstance(data, FrozenData):
             frozen = data
             test.see_frozen(data.batches)

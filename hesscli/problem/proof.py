@@ -18,7 +18,7 @@ from hesscli.problem.independence import MODEL_RAISED
 from hesscli.problem.losses import require_number, same_mean
 from hesscli.problem.objective import Objective, WeightedBatch
 from hesscli.problem.outputs import HiddenOutputsError
-from hesscli.results import Observe, Snapshot
+from hesscli.results import Observe, Snapshot, tell
 from hesscli.sums import weighted_sum
 
 
@@ -83,11 +83,8 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
             yield (found.to_dense() if found.is_sparse else found).reshape(-1)
         yield value.reshape(1)
         work.add(1 + FORWARD * seen.has_run, batch.count / problem.data.count)
-        snapshot = Snapshot(
-            phase="loss and gradient", done=batch.index + 1, total=problem.num_batches
-        )
-        if observe is not None and observe(snapshot):
-            raise KeyboardInterrupt
+        done, total = batch.index + 1, problem.num_batches
+        tell(observe, Snapshot(phase="loss and gradient", done=done, total=total))
 
     total = torch.zeros(parameters.size + 1, dtype=torch.float64, device=problem.device)
     weighted_sum(problem.batches(), total, gradient_and_loss)

@@ -40,6 +40,7 @@ from hesscli.results.header import (
     Snapshot,
     Status,
     documented,
+    tell,
 )
 from hesscli.results.ihvp import (
     HOLDS_WITHIN,

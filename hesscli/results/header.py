@@ -52,6 +52,16 @@ Observe = Callable[[Snapshot], bool]
 """Called with each snapshot; returning True stops the run at its result so far."""
 
 
+def tell(observe: Observe | None, snapshot: Snapshot) -> None:
+    """Call an observer, if there is one, where there is no result so far.
+
+    Raises:
+        KeyboardInterrupt: it wants no more.
+    """
+    if observe is not None and observe(snapshot):
+        raise KeyboardInterrupt
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointReport:
     """Which file was analysed."""
