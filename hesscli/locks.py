@@ -80,13 +80,14 @@ def _take(path: Path, note: Callable[[str], None]) -> SoftFileLease:
     from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
     lease = SoftFileLease(path, lease_duration=LEASE_SECONDS, thread_local=False)
+    contest = _Contest(path, lease, note)
     try:
-        lease.acquire(2 * LEASE_SECONDS, cancel_check=_Contest(path, lease, note).is_lost)
+        lease.acquire(2 * LEASE_SECONDS, cancel_check=contest.is_lost)
         with path.open("a", encoding="ascii") as lock:  # its readers pass over further lines
             lock.write(f"since={datetime.now().astimezone().isoformat(' ', 'seconds')}\n")
             lock.write(f"command={_command()}\nprocesses={_processes()}\n")
     except (Timeout, LeaseSettingsMismatch):
-        raise _refusal(path) from None
+        raise contest.refusal() from None
     except OSError as error:
         with suppress(OSError):
             lease.release()
@@ -99,6 +100,7 @@ class _Contest:
 
     def __init__(self, path: Path, lease: SoftFileLease, note: Callable[[str], None]) -> None:
         self._path, self._lease, self._note = path, lease, note
+        self._told: dict[str, str] = {}
         self._unsigned: float | None = None
         self._waiting = False
 
@@ -109,7 +111,8 @@ class _Contest:
             self._discard_unsigned()
             return False
         self._unsigned = None
-        here = _told(self._path).get("processes") == _processes()
+        self._told = _told(self._path) or self._told  # it may be gone by now
+        here = self._told.get("processes") == _processes()
         if here or _silence(self._path) < LEASE_SECONDS:
             return True
         if not self._waiting:
@@ -128,6 +131,18 @@ class _Contest:
         elif time.monotonic() - self._unsigned > _UNSIGNED_SECONDS:
             self._lease.force_break()
 
+    def refusal(self) -> UsageError:
+        """Who holds the lock, as far as it says."""
+        told = self._told or _told(self._path)
+        command, pid, since = (told.get(key, "unknown") for key in ("command", "pid", "since"))
+        host = _bare(told.get("host", "unknown"))
+        return UsageError(
+            f"another run writes to {self._path.parent}",
+            f"{command} (process {pid} on {host} since {since})",
+            f"again when it has ended, or a folder of its own by --dir FOLDER; "
+            f"if there is no such run, remove {self._path}",
+        )
+
 
 def _silence(path: Path) -> float:
     """Seconds since the last sign of life, by the clock of the folder that both are in."""
@@ -136,19 +151,6 @@ def _silence(path: Path) -> float:
             return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
     except OSError:  # it may be gone
         return math.inf
-
-
-def _refusal(path: Path) -> UsageError:
-    """Who holds a lock, as far as it says."""
-    told = _told(path)
-    command, pid, since = (told.get(key, "unknown") for key in ("command", "pid", "since"))
-    host = _bare(told.get("host", "unknown"))
-    return UsageError(
-        f"another run writes to {path.parent}",
-        f"{command} (process {pid} on {host} since {since})",
-        f"again when it has ended, or a folder of its own by --dir FOLDER; "
-        f"if there is no such run, remove {path}",
-    )
 
 
 def _told(path: Path) -> dict[str, str]:
