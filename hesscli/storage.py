@@ -152,9 +152,8 @@ def sweep(folder: Path) -> None:
     ``hesscli init`` does without holding it, is left alone, and so is whatever has another name.
     """
     for path in folder.iterdir():
-        if _UNFINISHED.fullmatch(path.name) and not _is_being_written(path):
-            with suppress(OSError):
-                path.unlink()
+        if _UNFINISHED.fullmatch(path.name) and path.is_file() and not _is_being_written(path):
+            _remove([path])
 
 
 def prepare_folder(path: Path) -> Path:

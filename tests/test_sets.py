@@ -26,6 +26,7 @@ from faults import (
     steps,
 )
 
+import hesscli
 from hesscli.errors import ExitCode, InputError
 from hesscli.locks import LOCK_NAME
 from hesscli.results.saved import belonging, read
@@ -333,5 +334,5 @@ def test_a_document_alone_is_a_set(tmp_path: Path) -> None:
     save(tmp_path, 1)
     document = json.loads((tmp_path / "diag.json").read_text()) | {"files": {}, "sha256": {}}
     (tmp_path / "printed.json").write_text(json.dumps(document))
-    assert read(tmp_path / "printed.json").arrays == {}
-    assert read(str(tmp_path / "printed.json")).document == document
+    assert hesscli.read(tmp_path / "printed.json").arrays == {}
+    assert hesscli.read(str(tmp_path / "printed.json")).document == document
