@@ -55,8 +55,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> Path:
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
-        with suppress(OSError):
-            unfinished.unlink()
+        _remove([unfinished])
     return path
 
 

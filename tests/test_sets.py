@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
+import select
 import shutil
 import signal
 from collections.abc import Callable
@@ -58,6 +61,30 @@ def test_killed_at_any_step_the_set_is_the_old_or_the_new_or_none(tmp_path: Path
     assert found == sorted(found, key=lambda seed: {1: 0, None: 1, 2: 2}[seed])
     assert found.count(None) <= 6
     assert {found[0], found[-1]} == {1, 2}
+
+
+def test_killed_at_moments_of_chance_no_set_is_mixed(tmp_path: Path) -> None:
+    """A process that writes one set after the other."""
+    dice = random.Random(0)
+    for _ in range(10):
+        told, tell = os.pipe()
+
+        def write(tell: int = tell) -> None:
+            for seed in itertools.count(1):
+                assert save(tmp_path, seed).error is None
+                os.write(tell, b"x")
+
+        child = start(write)
+        os.close(tell)
+        written = sum(len(os.read(told, 1)) for _ in range(dice.randint(1, 3)))
+        select.select([], [], [], dice.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        assert finish(child) == -signal.SIGKILL
+        os.close(told)
+        seed = seed_in(tmp_path)
+        assert seed is None or seed >= written
+    assert save(tmp_path, 0).error is None
+    assert names(tmp_path) == SET
 
 
 @pytest.mark.parametrize("strike", [faults.fill_the_disk, faults.lose_the_disk, faults.interrupt])
