@@ -7,7 +7,9 @@ tries out what a model's own code does lets no other exception but hesscli's thr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 OnStep = Callable[[], object]
@@ -80,3 +82,16 @@ class Spent:
             self.gradients + other.gradients,
             self.seconds + other.seconds,
         )
+
+
+@contextmanager
+def watched(meter: Meter) -> Iterator[Spent]:
+    """What is done within, once it is done."""
+    spent, products, gradients = Spent(), meter.products, meter.gradients
+    began = time.perf_counter()
+    try:
+        yield spent
+    finally:
+        spent.products += meter.products - products
+        spent.gradients += meter.gradients - gradients
+        spent.seconds += time.perf_counter() - began

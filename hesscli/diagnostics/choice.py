@@ -222,11 +222,13 @@ class Better:
         draw: as of the plain probes.
         on_step: called after each product that is made to find out.
         fits: whether there is time for so many products.
+        designs: whether other designs of probes are looked for, which takes some.
     """
 
     draw: Draw
     on_step: OnStep
     fits: Callable[[int], bool] = lambda _: True
+    designs: bool = True
 
     def decide(self, estimator: Estimator, needed: float) -> Turn | None:
         """Its kind, if there is any.
@@ -236,19 +238,22 @@ class Better:
         size, probes = estimator.parameters.size, estimator.probes
         if size < needed < math.inf and self.fits(size):
             return Turn("unit vectors", _foretold(needed, "the unit vectors are fewer"))
-        if probes is None or needed <= _MANY_PROBES:
+        if probes is None or needed <= _MANY_PROBES or not self.designs:
             return None
         operator, seed = probes.operator, self.draw.seed
         if 1 < len(operator.parameters.layers) <= _MANY_PROBES:
             ratio = stratified_ratio(operator, seed, self.on_step)
             if ratio < 0.5:
                 why = f"probes by layer, which take {ratio:.0%} of the work"
-                return Turn("stratified", _foretold(needed, why))
+                return Turn("stratified", _foretold(needed, why), work=ratio)
         steps = min(DEFLATION_STEPS, BASIS_BYTES // (8 * operator.parameters.size))
-        if steps < 2 or common_share(operator, seed, self.on_step) < COMMON_SHARE:
+        if steps < 2:
+            return None
+        common = common_share(operator, seed, self.on_step)
+        if common < COMMON_SHARE:
             return None
         why = f"the top {steps} Krylov directions exactly, probes for the rest"
-        return Turn("deflated", _foretold(needed, why), steps)
+        return Turn("deflated", _foretold(needed, why), steps, work=1 - common)
 
     def take(self, turn: Turn, estimator: Estimator) -> Estimator:
         """All by unit vectors, or another design for what is probed."""

@@ -18,7 +18,7 @@ from hesscli.engines.estimator import Engine, Estimator, Reading, Rounding, read
 from hesscli.engines.hutchinson.table import Sharing
 from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.errors import BudgetError
-from hesscli.meter import Spent
+from hesscli.meter import Spent, watched
 from hesscli.results import Snapshot, Status
 from hesscli.state import State
 
@@ -197,12 +197,14 @@ Goal = Callable[[Estimator, Reading], Standing]
 class Turn:
     """A better estimator for the way that is left: its kind, and why it was chosen.
 
-    ``steps`` are Lanczos', where it has some.
+    ``steps`` are Lanczos', where it has some; ``work`` is how much of the plain probes' is
+    expected to be left.
     """
 
     kind: Literal["unit vectors", "stratified", "deflated"]
     why: str
     steps: int = 0
+    work: float = 1.0
 
 
 class Rethink(Protocol):
@@ -289,15 +291,29 @@ class Estimation:
 
     def expected(self, pace: Pace) -> tuple[Work, ...]:
         """Probes up to the look that will be the last; unit vectors where those are fewer."""
-        estimator, size = self.estimator, self.estimator.parameters.size
+        estimator = self.estimator
         if not estimator.coverage():
             first = self._first_look() if self.probes is None else self.probes
             return (Work(phase=estimator.phase, spent=pace.products(first), note="a first look"),)
-        probes, note = self._ahead()
-        if self.rethink is not None and self.probes is None and probes >= size:
-            units = f"{size} unit vectors, which are fewer than its probes"
-            return (Work(phase=UnitVectors.phase, spent=pace.products(size), note=units),)
-        return (Work(phase=estimator.phase, spent=estimator.foreseen(probes), note=note),)
+        probes, note, needed = self._ahead()
+        work = Work(phase=estimator.phase, spent=estimator.foreseen(probes), note=note)
+        if self.probes is not None or self.rethink is None or probes == self._first_look():
+            return (work,)
+        with watched(estimator.operator.meter) as deciding:
+            turn = self.rethink.decide(estimator, needed)
+        if turn is None:
+            return (Work(phase=work.phase, spent=work.spent + deciding, note=note),)
+        return self._after(turn, probes, deciding, pace)
+
+    def _after(self, turn: Turn, probes: int, deciding: Spent, pace: Pace) -> tuple[Work, ...]:
+        """A first look, and what comes of the turn in place of so many probes."""
+        size, first = self.estimator.parameters.size, self._first_look()
+        if turn.kind == "unit vectors":
+            return (Work(phase=UnitVectors.phase, spent=pace.products(size), note=turn.why),)
+        looks = math.ceil(math.log2(max(probes * turn.work / first, 1.0)))
+        ahead = pace.products(first * 2**looks) + pace.products(turn.steps, turn.steps)
+        spent = self.estimator.foreseen(first) + deciding + ahead
+        return (Work(phase=self.estimator.phase, spent=spent, note=turn.why),)
 
     def outcome(self, cut: Status | None) -> Outcome:
         """What there is.
@@ -374,33 +390,36 @@ class Estimation:
     def _first_look(self) -> int:
         return first_look(self.estimator.sharing, len(self.estimator.operator.indices))
 
-    def _ahead(self) -> tuple[int, str]:
-        """Probes of each batch at the end, and what ends it."""
+    def _ahead(self) -> tuple[int, str, float]:
+        """Probes of each batch at the end, what ends it, and how many would reach the goal."""
         if self.probes is not None:
             exact = self.estimator.exact
-            return self.probes, "one pass" if exact else f"{self.probes} probes a batch"
-        probes, end = self._last_look(self._miss_at(1))
-        looks = 1 + round(math.log2(probes / self._first_look()))
-        probes, end = self._last_look(self._miss_at(looks))
-        return probes, end.format(probes)
+            end = "one pass" if exact else f"{self.probes} probes a batch"
+            return self.probes, end, self.probes
+        looks = self._looks_ahead(self._miss_at(1))[0]
+        looks, there = self._looks_ahead(self._miss_at(looks))
+        probes = self._first_look() * 2 ** (looks - 1)
+        if there.reached:
+            return probes, f"its tolerance is expected after {probes} probes a batch", probes
+        if there.hopeless:
+            why = f"data noise is most of its error after {probes} probes a batch"
+            return probes, why, math.inf
+        return probes, f"not even {probes} probes a batch are expected to do", math.inf
 
-    def _last_look(self, miss: float) -> tuple[int, str]:
-        """Its probes where the standing does not change its mind, if each look may spend so much.
+    def _looks_ahead(self, miss: float) -> tuple[int, Standing]:
+        """As many as it takes if each may spend so much, and where they lead.
 
         The estimator may be a pilot's, of a few batches only.
         """
-        estimator = self.estimator
+        estimator, first = self.estimator, self._first_look()
         counts, every = estimator.operator.counts, estimator.operator.indices
         data = sum(counts[i] for i in every) / sum(counts[i] for i in estimator.indices)
-        standing, probes = self._standing(self._read(miss)), self._first_look()
-        for _ in range(_MOST_LOOKS):
-            there = standing.after(probes / estimator.draws, data)
-            if there.reached:
-                return probes, "its tolerance is expected after {} probes a batch"
-            if there.hopeless:
-                return probes, "data noise is most of its error after {} probes a batch"
-            probes *= 2
-        return probes, "not even {} probes a batch are expected to do"
+        now, looks = self._standing(self._read(miss)), 1
+        while True:
+            there = now.after(first * 2 ** (looks - 1) / estimator.draws, data)
+            if there.reached or there.hopeless or looks == _MOST_LOOKS:
+                return looks, there
+            looks += 1
 
     def _miss_at(self, look: int) -> float:
         """What a look may spend: all of it where there is but one."""

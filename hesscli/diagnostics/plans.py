@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -19,7 +19,7 @@ from hesscli.diagnostics.reporting import chosen, expected
 from hesscli.diagnostics.run import Run, peak_bytes
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.engines.entries import Entries
-from hesscli.engines.hutchinson.designs import Probes
+from hesscli.engines.hutchinson.designs import REGIME_PROBES, Probes
 from hesscli.errors import UsageError
 from hesscli.meter import Spent
 from hesscli.operators.base import Operator
@@ -163,17 +163,31 @@ class Pilot:
                 on_step()
                 if choice.estimator.exact and choice.estimator.coverage():
                     break
+            if choice.rethink is not None:
+                layers = len(problem.parameters.layers)
+                designs = self._affordable(REGIME_PROBES * (layers + 2)) >= 1
+                rethink = replace(choice.rethink, fits=self._fits, designs=designs)
+                choice = replace(choice, rethink=rethink)
             self._choices[method] = choice
         return self._choices[method]
 
     @cached_property
     def _extent(self) -> tuple[int, int]:
         """Batches, and probes of each, for which there is time."""
-        budget, total = self.run.clock.budget, len(self.run.problem.indices)
-        limit = min(_LONGEST, _LONGEST if budget is None else _SHARE * budget)
-        affordable = int(limit * total / max(self.pace.products(2).seconds, 1e-9))
-        batches = min(total, PILOT_BATCHES, max(affordable, 2))
+        affordable = self._affordable(2)
+        batches = min(len(self.run.problem.indices), PILOT_BATCHES, max(affordable, 2))
         return batches, max(2, min(-(-PILOT_CELLS // batches), 2 * affordable // batches))
+
+    def _affordable(self, products: int) -> int:
+        """Batches for each of which so many products may be made."""
+        budget, batches = self.run.clock.budget, len(self.run.problem.indices)
+        limit = _LONGEST if budget is None else min(_LONGEST, _SHARE * budget)
+        return int(limit * batches / max(self.pace.products(products).seconds, 1e-9))
+
+    def _fits(self, products: int) -> bool:
+        """Whether the run has time for so many."""
+        seconds, budget = self.pace.products(products).seconds, self.run.clock.budget
+        return budget is None or self.run.before.seconds + seconds <= budget
 
 
 # -- A command's plan, as it is reported -----------------------------------------------------------

@@ -444,18 +444,22 @@ _WAY = 0.5
 
 
 def perturbing(problem: Problem, pace: Pace) -> Work:
-    """All layers' changes on every batch, at most."""
+    """All layers' changes on as many batches as are likely.
+
+    A sample is seen to its end, and batches of all the data from a first look on, until all
+    predictions are known: halfway, by the number of looks.
+    """
     layers, changes = len(problem.layer_names), _count(problem)
+    batches = len(problem.indices)
+    first = min(FEWEST_BATCHES, batches)
     spent = pace.products(changes, layers)
     spent.seconds *= _WAY
     if problem.sampling_fraction != 1:
+        first = batches
         spent += pace.gradient
-    return Work(
-        phase="perturbing",
-        spent=spent,
-        note=f"{changes} changes of {layers} layers, at most: batches are seen until all "
-        "predictions are known",
-    )
+    seen = math.sqrt(first * batches) / batches
+    note = f"{changes} changes of {layers} layers, on {first} to {batches} batches"
+    return Work(phase="perturbing", spent=spent.times(seen), note=note)
 
 
 def verifying(problem: Problem, pace: Pace) -> Work:

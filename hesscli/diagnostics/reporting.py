@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -22,7 +21,7 @@ from hesscli.diagnostics.measurement import (
 from hesscli.diagnostics.run import Run
 from hesscli.engines.estimator import Reading, Rounding
 from hesscli.engines.per_example import PerExample
-from hesscli.meter import Spent
+from hesscli.meter import watched
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound
 from hesscli.problem.problem import Problem
@@ -59,13 +58,9 @@ _CHOOSING = "choosing a method"
 
 def chosen(run: Run, method: str, draw: Draw) -> Choice:
     """The estimator of a run's matrix, chosen within its time, and how it rounds."""
-    meter, began = run.operator.meter, time.perf_counter()
-    products, gradients = meter.products, meter.gradients
-    choice = choose(run.operator, method, draw, run.clock.watch(_CHOOSING))
-    rounding = rounding_of(run, choice)
-    took = Spent(
-        meter.products - products, meter.gradients - gradients, time.perf_counter() - began
-    )
+    with watched(run.operator.meter) as took:
+        choice = choose(run.operator, method, draw, run.clock.watch(_CHOOSING))
+        rounding = rounding_of(run, choice)
     return replace(choice, took=took, rounding=rounding)
 
 
@@ -110,7 +105,9 @@ def expected(
         probes: as for :func:`estimation`.
     """
     yield Work(phase=_CHOOSING, spent=choice.took, note=f"{choice.name}: {choice.note}")
-    yield from estimation(run, choice, goal, miss, probes).expected(pace)
+    rounding = choice.rounding or rounding_of(run, choice)
+    ahead = Estimation(choice.estimator, goal, miss, rounding, choice.rethink, probes)
+    yield from ahead.expected(pace)
 
 
 def method_report(

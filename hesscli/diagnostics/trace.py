@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -107,10 +108,12 @@ def plan(pilot: Pilot) -> Iterator[Work]:
 
 def _foreseen(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:
     """As :func:`standing`, with the many degrees of freedom that a pilot does not have."""
-    error = float(reading.variance.value[-1]) ** 0.5 * float(ndtri(1 - reading.miss / 2))
+    probed = float(reading.table.within.value[-1]) ** 0.5 * float(ndtri(1 - reading.miss / 2))
+    floor = reading.data_half_width()
+    error = math.hypot(probed, floor)
     return Standing(
         error=error,
         wanted=tolerance.half_width(float(reading.estimate[-1])),
-        floor=error * (1 - reading.random_share) ** 0.5,
-        share=reading.random_share,
+        floor=floor,
+        share=(probed / error) ** 2 if error else 0.0,
     )

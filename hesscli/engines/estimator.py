@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Array, MeanSquare, Sharing, Table, reduce_table
 from hesscli.engines.per_example import PerExample
 from hesscli.engines.unit_vectors import UnitVectors
-from hesscli.meter import Meter, Spent
+from hesscli.meter import Meter, Spent, watched
 from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
 from hesscli.state import State
@@ -265,11 +264,8 @@ def _watched(
     """The steps; what they take is added up, once what there is of them is ``whole``."""
     over, pending = False, Spent()
     while not over:
-        began, products, gradients = time.perf_counter(), meter.products, meter.gradients
-        over = next(steps, steps) is steps
-        step = Spent(
-            meter.products - products, meter.gradients - gradients, time.perf_counter() - began
-        )
+        with watched(meter) as step:
+            over = next(steps, steps) is steps
         if over or whole():
             spent.add(pending + step if over else pending)
             pending = Spent()

@@ -67,8 +67,8 @@ def _contiguous_runs(parameters: Parameters) -> list[tuple[int, int]]:
 # -- From a block of probes to unbiased estimates of a batch's diagonal ----------------------------
 
 
-_REGIME, _REGIME_PROBES = 0x4E61, 8
-"""The regime test's own probes."""
+_REGIME, REGIME_PROBES = 0x4E61, 8
+"""The regime test's own probes, and how many each of its products with a batch takes."""
 
 
 class Design(ABC):
@@ -162,7 +162,7 @@ def stratified_ratio(operator: Source, seed: int, on_step: OnStep = go_on) -> fl
     """
     design = Stratified(operator)
     term = next(iter(operator.batches()))
-    block = Probes(operator, key(_REGIME, seed), "fresh", "rademacher").block(0, 0, _REGIME_PROBES)
+    block = Probes(operator, key(_REGIME, seed), "fresh", "rademacher").block(0, 0, REGIME_PROBES)
     whole = torch.zeros(len(block), dtype=torch.float64, device=block.device)
     own = 0.0
     for stratum, products in design.pushed(term, block):
@@ -185,7 +185,7 @@ def common_share(operator: Source, seed: int, on_step: OnStep = go_on) -> float:
     if len(terms) == 1:
         return 1.0
     probes = Probes(operator, key(_REGIME, seed), "shared", "rademacher")
-    block = probes.block(0, 0, _REGIME_PROBES)
+    block = probes.block(0, 0, REGIME_PROBES)
     forms = []
     for term in terms:
         forms.append((block * term.apply(block)).sum(1, dtype=torch.float64))
