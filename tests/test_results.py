@@ -34,5 +34,5 @@ def test_no_choice_is_all_layers_and_an_empty_one_is_none(answer: Answer) -> Non
 def test_documents_open_and_close_alike(answer: Answer) -> None:
     names = documented(type(answer))
     assert names[:4] == ["schema_version", "command", "hesscli_version", "status"]
-    assert names[-4:] == ["layers", "environment", "files", "warnings"]
+    assert names[-5:] == ["layers", "environment", "files", "sha256", "warnings"]
     assert set(names) < {field.name for field in fields(answer)}

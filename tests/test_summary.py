@@ -13,20 +13,19 @@ from noisy_diagonals import at_least, estimates, matrix
 from hesscli.diagnostics.summary import (
     BINS,
     LEVELS,
-    Summary,
     histogram_edges,
     summarise,
     total_histogram,
 )
 from hesscli.engines.diagonal import Diagonal, student
-from hesscli.results import ParameterReport
+from hesscli.results import EntrySummary, ParameterReport
 
 
 def parameters(*shapes: tuple[int, ...]) -> list[ParameterReport]:
     return [ParameterReport(name=f"p{i}", shape=shape) for i, shape in enumerate(shapes)]
 
 
-def exact(values: np.ndarray, *shapes: tuple[int, ...]) -> Summary:
+def exact(values: np.ndarray, *shapes: tuple[int, ...]) -> EntrySummary:
     tensor = torch.from_numpy(values)
     edges = histogram_edges(tensor)
     return summarise(Diagonal(tensor, None, math.inf), parameters(*shapes), edges)

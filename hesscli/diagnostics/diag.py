@@ -24,7 +24,7 @@ from hesscli.diagnostics.reporting import (
     warnings,
 )
 from hesscli.diagnostics.run import Clock, Run, started
-from hesscli.diagnostics.summary import Summary, histogram_edges, summarise, total_histogram
+from hesscli.diagnostics.summary import histogram_edges, summarise, total_histogram
 from hesscli.engines.diagonal import Diagonal, shrunk
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.estimator import Estimator, Reading
@@ -37,6 +37,7 @@ from hesscli.results import (
     BlockReport,
     DiagonalReport,
     DiagResult,
+    EntrySummary,
     LayerDiagonal,
     MethodReport,
     Observe,
@@ -121,7 +122,7 @@ class FoundDiagonal:
             yield LayerDiagonal(**shared, **facts, block=self._block(layer, place))
 
     @cached_property
-    def _summaries(self) -> list[Summary]:
+    def _summaries(self) -> list[EntrySummary]:
         edges = histogram_edges(self.best.values)
         return [
             summarise(self.best.part(place), self._reports(layer), edges)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hesscli.engines.diagonal import Diagonal, SquaredNorm
-from hesscli.results import Entry, Histogram, ParameterReport, Quantile
+from hesscli.results import Entry, EntrySummary, Histogram, ParameterReport, Quantile
 
 Array = NDArray[np.float64]
 
@@ -36,24 +35,9 @@ _SMALL_SHARE, _MOST, _LEAST = 0.01, 1e10, 10.0
 _HALF_SHIFT = 0.5 / (np.sqrt(2) - 1)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A layer's entries, in the fields of :class:`hesscli.results.LayerDiagonal`."""
-
-    mean: float
-    mean_stderr: float
-    std: float
-    std_stderr: float
-    negative_fraction: float
-    negative_stderr: float
-    quantiles: tuple[Quantile, ...]
-    histogram: Histogram
-    largest: tuple[Entry, ...]
-
-
 def summarise(
     diagonal: Diagonal, parameters: Sequence[ParameterReport], edges: Sequence[float]
-) -> Summary:
+) -> EntrySummary:
     """Summarise a layer.
 
     Args:
@@ -68,7 +52,7 @@ def summarise(
     spread, shift = _spread_and_shift([noisy.statistics - plain for noisy in again], plain)
     variance = diagonal.squared_norm(_centred)
     unknown = 0.0 if diagonal.freedom else math.inf
-    return Summary(
+    return EntrySummary(
         mean=float(values.mean()),
         mean_stderr=_root_mean_square([noisy.shift for noisy in again]) + unknown,
         std=variance.estimate**0.5,

@@ -14,6 +14,8 @@ Batch = Any
 """A tensor, or a tuple, list or mapping of batches; other leaves stay as they are."""
 
 _TARGET_KEYS = ("targets", "labels", "target", "label", "y")
+BATCH_SIZE = 128
+"""Examples a batch at most, where the user does not say."""
 
 
 def map_leaves(function: Callable[[Any], Any], batch: Batch) -> Batch:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hesscli.errors import InputError
 from hesscli.problem.batches import (
+    BATCH_SIZE,
     Batch,
     is_sliceable,
     leaves_of,
@@ -109,8 +110,6 @@ class Reservoir:
 # -- From whatever gives examples to kept batches --------------------------------------------------
 
 
-BATCH_SIZE = 128
-"""Examples a batch at most, where the user does not say."""
 SAMPLED_GROUPS = 64
 """Groups at least, where some of the examples were left out and examples are independent: heavy
 tails, which the rest may have too, do not show in 16."""

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from hesscli.errors import InputError
-from hesscli.problem.batches import Batch, is_sliceable, split_batch
+from hesscli.problem.batches import BATCH_SIZE, Batch, is_sliceable, split_batch
 
 
 class Examples:
@@ -181,11 +181,9 @@ def _columns(arrays: tuple[Any, ...]) -> TensorRows:
     return TensorRows(*tensors)
 
 
-def _batched(
-    rows: Iterable[Any], collate: Callable[[list[Any]], Batch], size: int = 128
-) -> Iterator[Batch]:
+def _batched(rows: Iterable[Any], collate: Callable[[list[Any]], Batch]) -> Iterator[Batch]:
     iterator = iter(rows)
-    while group := list(itertools.islice(iterator, size)):
+    while group := list(itertools.islice(iterator, BATCH_SIZE)):
         yield collate(group)
 
 

@@ -17,6 +17,7 @@ from hesscli.results.diag import (
     DiagonalReport,
     DiagResult,
     Entry,
+    EntrySummary,
     Histogram,
     LayerDiagonal,
     Quantile,

@@ -60,11 +60,8 @@ class BlockReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerDiagonal(LayerTrace):
-    """One layer's diagonal entries: ``estimate`` is their sum, the rest is of single entries.
-
-    ``largest`` are the entries of largest size, at most a few.
-    """
+class EntrySummary:
+    """A layer's entries in a few numbers; ``largest`` are those of largest size, at most a few."""
 
     mean: float
     mean_stderr: float
@@ -75,6 +72,15 @@ class LayerDiagonal(LayerTrace):
     quantiles: tuple[Quantile, ...]
     histogram: Histogram
     largest: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDiagonal(EntrySummary, LayerTrace):
+    """One layer's diagonal entries: ``estimate`` is their sum, the rest is of single entries.
+
+    ``largest`` are the entries of largest size, at most a few.
+    """
+
     block: BlockReport
 
 

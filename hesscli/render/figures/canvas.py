@@ -73,6 +73,10 @@ def page(height: float, title: str, subtitle: Iterable[str]) -> Figure:
     return figure
 
 
+_BELOW = 1.05
+"""Inches below the panels, for the labels of their x axis and the note."""
+
+
 def panels(
     title: str,
     subtitle: Iterable[str],
@@ -82,7 +86,6 @@ def panels(
     right: float = 0.0,
     between: float = 0.5,
     above: float = 0.0,
-    below: float = 1.05,
 ) -> tuple[Figure, list[Axes]]:
     """A page with panels one below the other, all with the x axis of the first.
 
@@ -94,12 +97,11 @@ def panels(
         right: for what is written beside them.
         between: from one panel to the next.
         above: between the headings and the panels.
-        below: for the labels of the x axis and the note.
     """
     tall = sum(heights) + between * (len(heights) - 1)
-    figure = page(TOP + above + tall + below, title, subtitle)
+    figure = page(TOP + above + tall + _BELOW, title, subtitle)
     drawn: list[Axes] = []
-    top = below + tall
+    top = _BELOW + tall
     for height in heights:
         axes = figure.add_axes((0.1, 0.1, 0.8, 0.8), sharex=drawn[0] if drawn else None)
         width = WIDTH - 2 * SIDE - left - right
