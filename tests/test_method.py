@@ -252,6 +252,20 @@ def test_train_mode_batch_norm_is_refused_by_name() -> None:
     assert "1 (BatchNorm1d)" in caught.value.got
 
 
+def test_sources_go_through_the_batches_side_by_side(bent: Problem) -> None:
+    estimator = choose(Hessian(bent), "split", Draw()).estimator
+    known, probes = estimator.gauss_newton, estimator.probes
+    assert known is not None
+    assert probes is not None
+    ready = None  # batches that were known at the first result
+    for _ in estimator.extend(4):
+        assert len(probes.seen) <= len(known.seen) <= len(probes.seen) + 1
+        if ready is None and estimator.table() is not None:
+            ready = len(known.seen)
+    assert ready == 2
+    assert len(known.seen) == len(probes.seen) == bent.num_batches > 2
+
+
 def test_exact_names_what_stands_in_its_way(bent: Problem) -> None:
     with pytest.raises(UsageError, match="not the Gauss-Newton") as caught:
         hesscli.trace(bent, method="exact")

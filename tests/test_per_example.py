@@ -412,10 +412,10 @@ def test_a_large_vocabulary_is_drawn_and_never_enumerated() -> None:
 def test_a_stopped_run_speaks_for_its_batches_and_goes_on(sunspots: Problem) -> None:
     engine = PerExample(GaussNewton(sunspots))
     steps = engine.extend()
-    for _ in range(5):
+    for _ in range(2 * 4 + 1):  # before each of four batches, in them, and before the fifth
         next(steps)
     steps.close()
-    assert len(engine.seen) == 4  # the fifth was added to only after its step
+    assert len(engine.seen) == 4
     whole = _run(sunspots)
     for batch in engine.seen:
         np.testing.assert_array_equal(engine.cells[batch], whole.engine.cells[batch])

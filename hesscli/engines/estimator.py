@@ -112,14 +112,27 @@ class Estimator:
         return {id(source.meter): source.meter for source in self.sources}.values()
 
     def extend(self, count: int) -> Iterator[None]:
-        """Bring every batch to so many probes, and to its share of random columns."""
+        """Bring every batch to so many probes, and to its share of random columns.
+
+        The sources go through the batches side by side, so that a run that is cut short has all
+        of the batches that it has seen.
+        """
         known, probes = self.gauss_newton, self.probes
+        under_way = []
         if known is not None:
-            steps, spent = known.extend(self._draws(count)), self._spent[known]
-            yield from _watched(steps, known.meter, spent, _batch_by_batch(known))
+            draws, whole = self._draws(count), _batch_by_batch(known)
+            steps = _watched(known.extend(draws), known.meter, self._spent[known], whole)
+            under_way.append(_Passage(known, draws if known.least > 1 else 1, steps))
         if probes is not None:
             yield from _watched(probes.design.prepare(), probes.meter, self._prepared)
-            yield from _watched(probes.extend(count), probes.meter, self._spent[probes])
+            steps = _watched(probes.extend(count), probes.meter, self._spent[probes])
+            under_way.append(_Passage(probes, count, steps))
+        while under_way:
+            passage = min(under_way, key=lambda each: each.done)  # the first of those behind
+            if next(passage.steps, passage) is passage:
+                under_way.remove(passage)
+            else:
+                yield
 
     def foreseen(self, count: int) -> Spent:
         """What so many probes of every batch that there is take in all, at the pace so far.
@@ -256,6 +269,22 @@ class Estimator:
     def _seen(self) -> list[int]:
         """Batches that every source has seen."""
         return sorted(set[int].intersection(*(set(s.seen) for s in self.sources)))
+
+
+class _Passage:
+    """A source on its way through the batches; between two of them it holds no graph."""
+
+    def __init__(self, source: Engine, wanted: int, steps: Iterator[None]) -> None:
+        self.steps = steps
+        self._source, self._wanted, self._done = source, wanted, 0
+
+    @property
+    def done(self) -> int:
+        """Batches from the first on that have as many estimates as wanted."""
+        indices, cells = self._source.indices, self._source.cells
+        while self._done < len(indices) and len(cells[indices[self._done]]) >= self._wanted:
+            self._done += 1
+        return self._done
 
 
 def _watched(

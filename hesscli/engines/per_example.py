@@ -70,7 +70,8 @@ class PerExample(Cells):
     def extend(self, draws: int = 1) -> Iterator[None]:
         """Bring every batch to so many random columns, or to its exact diagonal.
 
-        Yields after each block of columns; stopping within a batch loses that batch.
+        Yields before each batch and after each block of columns; stopping within a batch loses
+        that one.
         """
         wanted = draws if self.sampled else 1
         if self._bounds[-1:] != [wanted]:
@@ -79,6 +80,7 @@ class PerExample(Cells):
             start, stop = self._bounds[:2]
             for index in self.indices:
                 if len(self.cells[index]) < stop:
+                    yield
                     yield from self._visit(index, len(self.cells[index]), stop)
             if self.stream is not None:
                 self.stream.close_round(stop - start)

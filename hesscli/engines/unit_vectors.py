@@ -28,9 +28,13 @@ class UnitVectors(Cells):
         super().__init__(operator, stream=stream)
 
     def extend(self, _draws: int = 1) -> Iterator[None]:
-        """All batches, yielding after each block of products; one that is cut short is lost."""
+        """All batches, yielding before each and after each block of products.
+
+        One that is cut short is lost.
+        """
         for term in self.operator.batches():
             if not len(self.cells[term.index]):
+                yield
                 yield from self._visit(term)
         if self.stream is not None:
             self.stream.close_round(1)

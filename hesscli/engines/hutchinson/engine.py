@@ -66,7 +66,7 @@ class Hutchinson(Cells):
         self.design = Plain() if design is None else design
 
     def extend(self, num_probes: int) -> Iterator[None]:
-        """Bring every batch to ``num_probes``, yielding after each block of products.
+        """Bring every batch to ``num_probes``, yielding before it and after each block of products.
 
         A batch's graph is made once and serves all its probes of this round. Stopping between
         blocks loses only the batch at hand.
@@ -78,6 +78,7 @@ class Hutchinson(Cells):
                 break
             done = len(self.cells[term.index])
             if done < num_probes:
+                yield
                 yield from self._visit(term, done, num_probes)
         if self.stream is not None and num_probes > began:
             self.stream.close_round(num_probes - began)
