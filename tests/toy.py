@@ -77,18 +77,14 @@ def measure(
     with started(problem, matrix, mode, Clock(budget, observe)) as run:
         found, parameters, layers = Gradients(run), problem.parameters, []
         status = drive(run.clock, found) or "exact"
+        gradient = found.total / found.seen
         for name, place in zip(parameters.layers, parameters.layer_places(), strict=True):
-            size, count = (
-                float((found.total / found.seen)[place].abs().mean()),
-                place.stop - place.start,
-            )
-            tensors = described(parameters.in_layer(name))
+            count, tensors = place.stop - place.start, described(parameters.in_layer(name))
+            size = float(gradient[place].abs().mean())
             layers += [ToyLayer(name=name, num_parameters=count, parameters=tensors, size=size)]
-        method = MethodReport(
-            name="backward", seed=seed, mode=run.flight.mode, attention_kernel="own"
-        )
+        how = MethodReport(name="backward", seed=seed, mode=run.flight.mode, attention_kernel="own")
         return ToyResult(
-            status=status, method=method, cost=run.cost(), layers=tuple(layers), **run.header()
+            status=status, method=how, cost=run.cost(), layers=tuple(layers), **run.header()
         )
 
 

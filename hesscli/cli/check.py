@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,7 @@ Examples:
 """,
     options=(
         *options.PROBLEM,
-        replace(options.RTOL, usual=None),  # each planned command has its own
+        options.RTOL_OF_PLANS,
         options.ATOL,
         options.CONFIDENCE,
         options.BUDGET,

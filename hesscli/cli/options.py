@@ -104,6 +104,12 @@ RTOL = _tolerance(
     f"Default: {USUAL_RTOL['trace']:.0%}, and no exit 5.",
     usual=USUAL_RTOL["trace"],
 )
+RTOL_OF_PLANS = _tolerance(
+    ("5%", "0.05"),
+    "Plan trace and diag to this tolerance. Default: the usual one of each, "
+    f"{USUAL_RTOL['trace']:.0%} and {USUAL_RTOL['diag']:.0%}.",
+    usual=None,
+)
 RTOL_OF_DIAGONAL = _tolerance(
     ("10%", "0.1"),
     "Stop once the norm of the error is this small beside that of the diagonal; exit 5 if that "
@@ -178,7 +184,7 @@ STEPS = _ACCURACY.value(
     "--steps 64",
     metavar="N",
     help="Products from the first start vector; each keeps a vector of 8 bytes a parameter. "
-    "Default: 64, or as many as --rtol takes.",
+    "Default: 64, fewer where memory or --budget has no room for them; or as many as --rtol takes.",
 )
 START_VECTORS = _ACCURACY.value(
     "--probes",

@@ -20,7 +20,7 @@ from hesscli.diagnostics.run import Run, peak_bytes
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.engines.entries import Entries
 from hesscli.engines.hutchinson.designs import REGIME_PROBES, Probes
-from hesscli.errors import UsageError
+from hesscli.errors import BudgetError, UsageError
 from hesscli.meter import Spent
 from hesscli.operators.base import Operator
 from hesscli.operators.products import flatten, gradient
@@ -209,14 +209,9 @@ def planned(command: str, plan: Planner, pilot: Pilot) -> PlannedCommand:
     try:
         stages = tuple(plan(pilot))
     except UsageError as error:
-        return PlannedCommand(
-            command=command,
-            products=0.0,
-            gradients=0.0,
-            seconds=0.0,
-            peak_bytes=held,
-            note=f"refused: {error.what}, {error.got}; {error.hint}",
-        )
+        return _nothing(command, held, f"refused: {error.what}, {error.got}; {error.hint}")
+    except BudgetError as error:
+        return _nothing(command, held, f"no time to plan it: {error.got}; {error.hint}")
     total = sum((stage.spent for stage in stages), before)
     notes = [*(stage.note for stage in stages), _cut(stages, before, pilot.run.clock.budget)]
     return PlannedCommand(
@@ -226,6 +221,12 @@ def planned(command: str, plan: Planner, pilot: Pilot) -> PlannedCommand:
         seconds=total.seconds,
         peak_bytes=held + sum(stage.num_bytes for stage in stages),
         note="; ".join(filter(None, notes)),
+    )
+
+
+def _nothing(command: str, held: int, why: str) -> PlannedCommand:
+    return PlannedCommand(
+        command=command, products=0.0, gradients=0.0, seconds=0.0, peak_bytes=held, note=why
     )
 
 
