@@ -34,13 +34,13 @@ from hesscli.diagnostics.reporting import (
 from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.diagnostics.saliency import (
     GROUPS,
-    QUANTILES,
     Repeats,
-    quantiles,
     rank_correlation,
     repeats,
     require_rows,
     saliencies,
+    saliency_edges,
+    saliency_report,
 )
 from hesscli.diagnostics.solve import RELATIVE, Solved, Solving, sweep, sweeps
 from hesscli.diagnostics.trace import standing
@@ -62,15 +62,12 @@ from hesscli.results import (
     LARGE_RESIDUAL,
     LOW_LEVERAGE,
     DampingPoint,
-    Histogram,
     IhvpResult,
     LayerSensitivity,
     MethodReport,
     Observe,
     Perturbation,
-    Quantile,
     RankingReport,
-    SaliencyReport,
     ScaledChange,
     Snapshot,
     SolveReport,
@@ -290,10 +287,6 @@ class SensitivityStudy:
 # -- What a study found, as its result -------------------------------------------------------------
 
 
-_BINS_A_DECADE = 2
-_MOST_DECADES = 16
-
-
 def report(study: SensitivityStudy, source: str) -> IhvpResult:
     """All that is known, in numbers.
 
@@ -340,7 +333,7 @@ class _Layers:
         self.saliency, self.repeats = ranked.saliency, ranked.repeats
         self.sizes = study.weights.abs()
         self.leverage = study.collected.fisher.leverage()
-        self.edges = _edges(self.saliency)
+        self.edges = saliency_edges(self.saliency)
         self.means = np.array([float(self.saliency[place].mean()) for place in self.places])
         self.order = [int(i) for i in np.argsort(-self.means, kind="stable")]
         self.above = self.repeats.above(self.means)
@@ -366,7 +359,9 @@ class _Layers:
                 name=name,
                 num_parameters=place.stop - place.start,
                 parameters=described(owned),
-                saliency=self._saliency(i, self.saliency[place]),
+                saliency=saliency_report(
+                    self.saliency[place], self.errors[i], self.level_errors[i], self.edges
+                ),
                 leverage=float(self.leverage[place].median()),
                 magnitude_correlation=rank_correlation(self.saliency[place], self.sizes[place]),
                 half_correlation=rank_correlation(
@@ -376,35 +371,6 @@ class _Layers:
                 above_next=float(self.above[i, after[0]]) if after else None,
                 perturbations=tuple(_perturbations(self.study, i)),
             )
-
-    def _saliency(self, i: int, values: Tensor) -> SaliencyReport:
-        levels = zip(QUANTILES, quantiles(values).tolist(), self.level_errors[i], strict=True)
-        counts = np.histogram(values.cpu().numpy(), self.edges)[0]
-        return SaliencyReport(
-            mean=float(self.means[i]),
-            stderr=_finite(self.means[i] * self.errors[i]),
-            quantiles=tuple(
-                Quantile(level=level, value=value, stderr=_finite(value * error))
-                for level, value, error in levels
-            ),
-            histogram=Histogram(
-                edges=tuple(self.edges.tolist()), counts=tuple(int(n) for n in counts)
-            ),
-        )
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _edges(saliency: Tensor) -> Array:
-    """Edges at equal ratios, over all saliencies that are not zero and not absurdly small."""
-    positive = saliency[saliency > 0]
-    if not len(positive):
-        return np.array([1e-1, 1.0])
-    top = math.floor(math.log10(float(positive.max()))) + 1
-    bottom = max(math.floor(math.log10(float(positive.min()))), top - _MOST_DECADES)
-    return np.logspace(bottom, top, _BINS_A_DECADE * (top - bottom) + 1)
 
 
 def _perturbations(study: SensitivityStudy, position: int) -> Iterator[Perturbation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from hesscli.diagnostics.window import Collected
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.errors import UsageError
-from hesscli.results import Snapshot
+from hesscli.results import Histogram, Quantile, SaliencyReport, Snapshot
 
 Array = NDArray[np.float64]
 
@@ -181,3 +182,49 @@ def _chunks(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, tuple[int, .
         run.append(size)
         width += size
     yield start, tuple(run)
+
+
+# -- A layer's saliencies in its report ------------------------------------------------------------
+
+
+_BINS_A_DECADE = 2
+_MOST_DECADES = 16
+
+
+def saliency_edges(saliency: Tensor) -> Array:
+    """Edges at equal ratios, over all saliencies that are not zero and not absurdly small."""
+    positive = saliency[saliency > 0]
+    if not len(positive):
+        return np.array([1e-1, 1.0])
+    top = math.floor(math.log10(float(positive.max()))) + 1
+    bottom = max(math.floor(math.log10(float(positive.min()))), top - _MOST_DECADES)
+    return np.logspace(bottom, top, _BINS_A_DECADE * (top - bottom) + 1)
+
+
+def saliency_report(
+    values: Tensor, error: float, level_errors: Array, edges: Array
+) -> SaliencyReport:
+    """A layer's saliencies in a few numbers.
+
+    Args:
+        values: of its weights.
+        error: of their mean, relative.
+        level_errors: of their quantiles, relative.
+        edges: of the histogram.
+    """
+    mean = float(values.mean())
+    levels = zip(QUANTILES, quantiles(values).tolist(), level_errors, strict=True)
+    counts = np.histogram(values.cpu().numpy(), edges)[0]
+    return SaliencyReport(
+        mean=mean,
+        stderr=_finite(mean * error),
+        quantiles=tuple(
+            Quantile(level=level, value=value, stderr=_finite(value * off))
+            for level, value, off in levels
+        ),
+        histogram=Histogram(edges=tuple(edges.tolist()), counts=tuple(int(n) for n in counts)),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
