@@ -34,6 +34,24 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+_MORE_WORK = 4.0
+"""Times as long as what was done: checks and proofs come before the first two probes."""
+
+
+def larger_budget(spent: float, done: float = 1.0) -> str:
+    """What would do where a time was spent and there is no result.
+
+    Args:
+        spent: seconds.
+        done: share of what was being done.
+    """
+    wanted = max(_MORE_WORK * spent / min(max(done, 0.01), 1.0), 1.0)
+    scale = 10.0 ** math.floor(math.log10(wanted))
+    # To one digit that people would choose: 1, 2 or 5, and zeros.
+    rounded = next(math.ceil(step * scale) for step in (1, 2, 5, 10) if step * scale >= wanted)
+    return f"a --budget that is {rounded} s larger, or fewer --examples"
+
+
 def _two_digits(value: float) -> str:
     return f"{value:#.2g}".rstrip(".") if value else "0"
 

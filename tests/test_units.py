@@ -9,7 +9,7 @@ import pytest
 
 import hesscli
 from hesscli.cli import parsing
-from hesscli.units import duration, human_bytes, human_seconds
+from hesscli.units import duration, human_bytes, human_seconds, larger_budget
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,16 @@ def test_nobody_else_writes_units_of_memory() -> None:
             if isinstance(part, ast.Constant)
         ]
         assert path.name == "units.py" or not any("iB" in text for text in written), path
+
+
+@pytest.mark.parametrize(
+    ("spent", "done", "wanted"),
+    [(0.001, 1.0, 1), (0.3, 1.0, 2), (2.6, 1.0, 20), (5.0, 0.5, 50), (3.0, 0.0, 2000)],
+)
+def test_a_larger_budget_is_a_round_number_that_would_do(
+    spent: float, done: float, wanted: int
+) -> None:
+    assert (
+        larger_budget(spent, done) == f"a --budget that is {wanted} s larger, or fewer --examples"
+    )
+    assert wanted >= 4 * spent / max(done, 0.01)

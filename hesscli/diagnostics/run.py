@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import resource
 import sys
@@ -24,16 +23,13 @@ from hesscli.operators.preflight import checked
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
 from hesscli.results import Cost, Environment, Observe, Preflight, ProblemReport, Snapshot
+from hesscli.units import larger_budget
 
 # -- A run's time: its limit, and the observer's line ----------------------------------------------
 
 
 class Stopped(KeyboardInterrupt):
     """The observer wants no more: to everyone else, as if Ctrl-C had been pressed."""
-
-
-_MORE_WORK = 4.0
-"""Times as long as what was done: checks and proofs come before the first two probes."""
 
 
 @dataclass
@@ -81,18 +77,11 @@ class Clock:
     def _no_time_for(self, snapshot: Snapshot) -> BudgetError:
         """What is said where there is no result by then."""
         done = snapshot.done / snapshot.total if snapshot.done and snapshot.total else 1.0
-        wanted = _round_up(_MORE_WORK * self.seconds / min(max(done, 0.01), 1.0))
         return BudgetError(
             "the budget ended before there was a result",
             f"{self.seconds:.1f} s, then still at {snapshot.phase}",
-            f"a --budget that is {wanted} s larger, or fewer --examples",
+            larger_budget(self.seconds, done),
         )
-
-
-def _round_up(seconds: float) -> int:
-    """To one digit that people would choose: 1, 2 or 5, and zeros."""
-    scale = 10.0 ** math.floor(math.log10(max(seconds, 1.0)))
-    return next(math.ceil(step * scale) for step in (1, 2, 5, 10) if step * scale >= seconds)
 
 
 # -- Where a run happens, and the most memory that it took -----------------------------------------

@@ -22,6 +22,7 @@ from hesscli.problem.sources import TensorRows
 from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec
 from hesscli.problem.state_dict import load_state
 from hesscli.results import CheckpointReport, Observe, Snapshot
+from hesscli.units import larger_budget
 from hesscli.vocabulary import Selection
 
 
@@ -97,31 +98,32 @@ def _until(budget: float | None, observe: Observe | None) -> Observe | None:
     began = time.monotonic()
 
     def watch(snapshot: Snapshot) -> bool:
-        if time.monotonic() - began > budget:
-            raise _not_read(snapshot, budget)
+        seconds = time.monotonic() - began
+        if seconds > budget:
+            raise _not_read(snapshot, budget, seconds)
         return observe is not None and observe(snapshot)
 
     return watch
 
 
-def _not_read(snapshot: Snapshot, budget: float) -> HesscliError:
+def _not_read(snapshot: Snapshot, budget: float, seconds: float) -> HesscliError:
+    had = f"{budget:.2g} s that start-up had left"
     if snapshot.done is None:
         return BudgetError(
             "the budget ended before the data were looked through",
-            f"{budget:.3g} s that start-up had left, then still {snapshot.phase}",
-            "a larger --budget, or fewer --examples",
+            f"{had}, then still {snapshot.phase}",
+            larger_budget(seconds),
         )
-    read = f"{snapshot.done:.0f}"
     if snapshot.total is None:
         return InputError(
             "the data did not end within the budget",
-            f"{read} examples read in {budget:.3g} s",
+            f"{snapshot.done:.0f} examples read in {budget:.3g} s",
             f"--examples first:{Selection.usual}, which reads no more than those",
         )
     return BudgetError(
         "the budget ended before the data were read",
-        f"{read} of {snapshot.total:.0f} examples, in the {budget:.3g} s that start-up had left",
-        "a larger --budget: 10 s and more leave room for torch to start",
+        f"{snapshot.done:.0f} of {snapshot.total:.0f} examples, in the {had}",
+        larger_budget(seconds, snapshot.done / snapshot.total),
     )
 
 
