@@ -30,7 +30,7 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        """Number of entries."""
+        """Number of its entries."""
         return self.tensor.numel()
 
 

@@ -23,7 +23,7 @@ class Weighted(Protocol):
 
     @property
     def weight(self) -> float:
-        """Its share of the whole weight mass."""
+        """The batch's share of the whole weight mass."""
 
 
 T = TypeVar("T", bound=Weighted)

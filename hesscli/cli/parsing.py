@@ -82,7 +82,7 @@ def whole(text: str) -> int:
 
 
 def probes(text: str) -> ProbeRange:
-    """``N`` or ``a:b``."""
+    """Which probes of the stream, ``N`` or ``a:b``."""
     first, colon, last = text.rpartition(":")
     probes = ProbeRange(whole(first) if colon else 0, whole(last))
     if probes.start >= probes.stop:

@@ -71,7 +71,7 @@ class FoundDiagonal:
 
     @cached_property
     def unbiased(self) -> Diagonal:
-        """The estimator's own entries."""
+        """The estimator's own entries, not shrunk."""
         return self.outcome.estimator.diagonal(self.problem.sampling_fraction or 1.0)
 
     @property
@@ -96,7 +96,7 @@ class FoundDiagonal:
         return replace(found, values=found.values + moved, moved=moved), tuple(kept)
 
     def report(self) -> DiagonalReport:
-        """Of the whole diagonal."""
+        """The whole diagonal as results have it."""
         found = self.unbiased
         whole = total_histogram([s.histogram for s in self._summaries])
         entries = sum(whole.counts)

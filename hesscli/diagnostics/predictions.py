@@ -152,7 +152,7 @@ def applied(parameters: Sequence[Parameter], delta: Tensor, scale: float) -> Ite
 def _pruned(
     weights: Sequence[Tensor], saliency: Tensor, chosen: Sequence[bool], share: float
 ) -> Tensor:
-    """Of a layer, ranked over all the tensors that are chosen."""
+    """The pruning of a layer, ranked over all the tensors that are chosen."""
     flat = _flat(weights)
     where = _flat(
         torch.full_like(w, c, dtype=torch.bool) for w, c in zip(weights, chosen, strict=True)
@@ -163,7 +163,7 @@ def _pruned(
 
 
 def _rounded(weights: Sequence[Tensor], chosen: Sequence[bool], bits: int, grid: Grid) -> Tensor:
-    """Of a layer, each of the tensors that are chosen on grids of its own."""
+    """The rounding of a layer, each of the chosen tensors on grids of its own."""
     return _flat(
         round_to(w, bits, grid) if c else torch.zeros_like(w)
         for w, c in zip(weights, chosen, strict=True)

@@ -40,7 +40,7 @@ _FEW_BATCHES = 16
 
 
 def rounding_of(run: Run, choice: Choice) -> Rounding:
-    """Of a table's cells: measured on a few examples against float64, or else allowed for."""
+    """Rounding of a table's cells: measured on a few examples against float64, or allowed for."""
     estimator, errors = choice.estimator, []
     if estimator.probes is not None:
         errors.append(run.flight.relative_rounding)
@@ -176,7 +176,7 @@ def layers(problem: Problem, outcome: Outcome, tolerance: Tolerance) -> Iterator
 
 
 def described(parameters: Iterable[Parameter]) -> tuple[ParameterReport, ...]:
-    """Names and shapes."""
+    """Names and shapes of parameters."""
     return tuple(ParameterReport(name=p.name, shape=tuple(p.tensor.shape)) for p in parameters)
 
 

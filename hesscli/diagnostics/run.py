@@ -47,7 +47,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._began
 
     @property
@@ -92,7 +92,7 @@ _RESIDENT_GRAIN = 1 << 26
 
 
 def environment(device: torch.device) -> Environment:
-    """Versions, device and threads."""
+    """Where it runs: versions, device and threads."""
     cuda = device.type == "cuda"
     return Environment(
         python=platform.python_version(),
@@ -149,7 +149,7 @@ class Run:
 
     @property
     def problem(self) -> Problem:
-        """What is measured."""
+        """The problem that is measured."""
         return self.operator.problem
 
     def header(self, warnings: Iterable[str] = ()) -> dict[str, Any]:

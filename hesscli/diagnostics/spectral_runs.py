@@ -165,7 +165,7 @@ class Exploration:
 
     @property
     def ritz(self) -> Ritz:
-        """Of the first run."""
+        """The Ritz values of the first run."""
         return self.runs[0].ritz
 
     @property
@@ -189,7 +189,7 @@ class Exploration:
         return Snapshot(phase="iterating", estimate=top, interval=(top - bar, top + bar))
 
     def _first(self) -> Iterator[Snapshot]:
-        """The long run."""
+        """Steps of the long run."""
         lanczos, plan = self.lanczos, self.plan
         while lanczos.count < plan.steps and not lanczos.done:
             lanczos.step()
@@ -296,7 +296,7 @@ def _within(complement: Complement, product: Product) -> Product:
 
 
 def _light(ritz: Ritz) -> Ritz:
-    """Without its vectors."""
+    """A reading of Ritz values without their vectors."""
     return replace(ritz, coordinates=np.empty((0, len(ritz.values))))
 
 
@@ -344,7 +344,7 @@ class SpectralStudy:
 
     @cached_property
     def whole(self) -> Exploration:
-        """Of the whole matrix; made when it is needed, since it takes memory."""
+        """The exploration of the whole matrix; made when it is needed, since it takes memory."""
         fits, measured = self.run.pace(), _MEASURED
 
         def enough(steps: int) -> bool:
@@ -355,7 +355,7 @@ class SpectralStudy:
 
     @property
     def products(self) -> float:
-        """So far."""
+        """Products that were made so far."""
         return self.operator.meter.products
 
     @property
@@ -443,7 +443,7 @@ class SpectralStudy:
 
     @property
     def status(self) -> Status:
-        """Of all of it."""
+        """How the whole study ended."""
         missing = len(self.found) < len(self.blocks) or (self.exact and self.dense is None)
         if self.cut is not None and missing:
             return self.cut
@@ -451,7 +451,7 @@ class SpectralStudy:
         return max((self.status_of(found) for found in every), key=_WORSE.index)
 
     def status_of(self, found: Exploration) -> Status:
-        """Of one matrix: exact only on every example, with rounding that was measured."""
+        """How one matrix was left: exact only on every example, with rounding that was measured."""
         whole = self.operator.problem.sampling_fraction == 1
         if found.status == "exact" and not (whole and self.run.flight.product_rounding):
             return "converged"

@@ -127,7 +127,7 @@ def _function(found: Exploration, function: Function) -> SpectralFunction:
 
 
 def _values(measures: list[Measure], function: Function, size: int) -> Array | None:
-    """Of each measure; None where one of them has none."""
+    """A function of each measure; None where one of them has none."""
     values = [evaluate(function, measure, size) for measure in measures]
     known = [value for value in values if value is not None]
     return np.array(known) if len(known) == len(values) else None
@@ -154,7 +154,7 @@ def _stairs(found: Exploration) -> Array:
 
 
 def condition(found: Exploration, relative: float, decay: float) -> Condition | None:
-    """Of a matrix plus damping; None where it is zero, or not positive semidefinite."""
+    """Condition number of matrix plus damping; None if it is zero, or not positive semidefinite."""
     ritz = found.ritz
     mean = float(found.measure.weights @ found.measure.values)
     if not mean > 0 or float((ritz.values + ritz.residuals).min()) < 0:
@@ -320,7 +320,7 @@ def _result(
 
 
 def _note(found: Exploration) -> str:
-    """What was run."""
+    """Which Lanczos runs were made, in words."""
     first = f"{found.lanczos.count} steps"
     if found.runs[0].complete:
         return f"{first}: all eigenvalues there are"

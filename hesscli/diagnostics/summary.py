@@ -38,7 +38,7 @@ _HALF_SHIFT = 0.5 / (np.sqrt(2) - 1)
 def summarise(
     diagonal: Diagonal, parameters: Sequence[ParameterReport], edges: Sequence[float]
 ) -> EntrySummary:
-    """Summarise a layer.
+    """Summarise a layer's diagonal entries.
 
     Args:
         diagonal: the layer's entries alone.
@@ -136,7 +136,7 @@ def _counts(ordered: Array, edges: Sequence[float]) -> tuple[int, ...]:
 
 
 def _spread_and_shift(differences: Sequence[Array], like: Array) -> tuple[Array, Array]:
-    """Of order statistics: their standard deviation, and half of what noise may have shifted.
+    """The standard deviation of order statistics, and half of what noise may have shifted them.
 
     They add up, for a shift is no spread: noise of another seed shifts the same way.
     """

@@ -112,7 +112,7 @@ class Collected:
         return any(bool(tile.any()) for _, tile in self.window.tiles(place))
 
     def report(self) -> WindowReport:
-        """What the window is."""
+        """What the window is, as results have it."""
         file = self.options.file
         return WindowReport(
             rows=self.window.count,
@@ -164,7 +164,7 @@ def collect(
 
 
 def rows_to_be_had(problem: Problem, options: WindowOptions) -> int:
-    """As many as the window has room for, or as the data give.
+    """As many rows as the window has room for, or as the data give.
 
     Raises:
         UsageError: rows that cannot be.
@@ -239,7 +239,7 @@ def _kind(problem: Problem, rows: str) -> tuple[RowKind, str]:
 
 
 def _damping(window: GradientWindow, options: WindowOptions) -> float:
-    """λ itself.
+    """λ itself, from what was typed of it.
 
     Raises:
         UnsoundError: all gradients are zero, so that there is nothing to measure it by.

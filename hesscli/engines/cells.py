@@ -49,12 +49,12 @@ class Cells:
 
     @property
     def meter(self) -> Meter:
-        """The operator's."""
+        """The meter of the operator."""
         return self.operator.meter
 
     @property
     def streams(self) -> list[Stream]:
-        """Where single entries are kept, if they are."""
+        """The streams that keep single entries, if any do."""
         return [] if self.stream is None else [self.stream]
 
     @property
@@ -64,7 +64,7 @@ class Cells:
 
     @property
     def seen(self) -> list[int]:
-        """Batches that count."""
+        """Batches that count in the table."""
         return [i for i in self.indices if len(self.cells[i]) >= self.least]
 
     def aligned(self, indices: Sequence[int]) -> list[Array]:

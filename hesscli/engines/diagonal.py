@@ -140,7 +140,7 @@ def _covariance(one: SquaredNorm, other: SquaredNorm) -> float:
 
 
 def _floor(one: Array, other: Array, norm: SquaredNorm) -> float:
-    """Of T(e) itself, and of its estimated mean."""
+    """Variance of T(e) itself, and of its estimated mean, together."""
     product = (one - one.mean()) @ (other - other.mean())
     return float(product) / (len(one) - 1) * (1 + 1 / norm.freedom)
 
@@ -178,7 +178,7 @@ class Diagonal:
         return Diagonal(self.values[entries], noise, self.freedom, moved)
 
     def variance(self) -> Tensor:
-        """Of each unbiased entry, ``(d,)`` float64: the mean square over replicates."""
+        """Variance of each unbiased entry, ``(d,)`` float64: the mean square over replicates."""
         if not self.freedom:
             return torch.full_like(self.values, math.inf)
         total = torch.zeros_like(self.values)

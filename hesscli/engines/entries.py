@@ -227,7 +227,7 @@ class Stream:
         )
 
     def _signs(self, words: tuple[int, ...], count: int) -> Tensor:
-        """Signs ``(G, count)``."""
+        """Signs ``(G, count)``: a row for each replicate."""
         size = self.replicates * count
         flat = randomness.rademacher(
             randomness.key(*words), 0, size, dtype=torch.float32, device=self.device

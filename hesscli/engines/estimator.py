@@ -349,12 +349,12 @@ class Reading:
     miss: float
 
     def interval(self, column: int = -1) -> tuple[float, float]:
-        """Of a layer, or of the total; without ends where nothing is known."""
+        """Interval of a layer, or of the total; without ends where nothing is known."""
         value, width = float(self.estimate[column]), float(self.half_width[column])
         return value - width, value + width
 
     def population_interval(self) -> tuple[float, float] | None:
-        """Of the total, for unseen examples of the same kind."""
+        """Interval of the total, for unseen examples of the same kind."""
         if self.table.between is None:
             return None
         width = self.table.half_width(0.0, self.miss)[-1] + self.rounding[-1]

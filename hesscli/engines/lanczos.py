@@ -70,7 +70,7 @@ class Lanczos:
 
     @property
     def count(self) -> int:
-        """Steps made."""
+        """Lanczos steps made."""
         return len(self._diagonal)
 
     @property
@@ -206,7 +206,7 @@ class Lanczos:
         return vector.div_(torch.linalg.vector_norm(vector))
 
     def _segments(self) -> Iterator[tuple[int, int]]:
-        """Where each begins and ends, of the steps that have been made."""
+        """Where each segment of the basis begins and ends, of the steps that have been made."""
         starts = [start for start in self._starts if start < self.count]
         return itertools.pairwise([*starts, self.count])
 
@@ -240,11 +240,11 @@ class Complement:
 
     @property
     def size(self) -> int:
-        """D − s."""
+        """Dimension of the complement, d − s."""
         return self._length - self._count
 
     def embed(self, coordinates: Tensor) -> Tensor:
-        """From coordinates ``(d − s,)`` to the vector ``(d,)``."""
+        """From coordinates in the complement, ``(d − s,)``, to the vector ``(d,)``."""
         padded = coordinates.new_zeros(self._length, 1)
         padded[self._count :, 0] = coordinates
         return torch.ormqr(self._reflectors, self._scales, padded)[:, 0]

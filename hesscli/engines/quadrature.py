@@ -154,7 +154,7 @@ def _grid(places: Array, width: float, scale: float) -> Array:
 
 
 def _spikes(measure: Measure, scale: float) -> tuple[Array, Array, Array]:
-    """Where they stand, half of their width, and their weight; what would overlap is one."""
+    """Where the spikes of isolated eigenvalues stand, half of their width, and their weight."""
     values, weights = (part[measure.isolated] for part in (measure.values, measure.weights))
     halves = _SPIKE * np.sqrt(values**2 + scale**2)
     first = np.flatnonzero(np.diff(values, prepend=-np.inf) > 3 * halves)
@@ -185,7 +185,7 @@ Function = Callable[[Array, Array], float | None]
 
 
 def trace(values: Array, counts: Array) -> float | None:
-    """Σλ."""
+    """The trace Σλ."""
     return float(counts @ values)
 
 
@@ -195,13 +195,13 @@ def squared_norm(values: Array, counts: Array) -> float | None:
 
 
 def negative_mass(values: Array, counts: Array) -> float | None:
-    """Σ_{λ<0} |λ| / Σ|λ|."""
+    """The negative mass Σ_{λ<0} |λ| / Σ|λ|."""
     shares = _shares(values, counts)
     return None if shares is None else float(shares[values < 0].sum())
 
 
 def stable_rank(values: Array, counts: Array) -> float | None:
-    """Σλ² / max λ²."""
+    """The stable rank Σλ² / max λ²."""
     largest = float(np.abs(values).max(initial=0.0))
     return float(counts @ (values / largest) ** 2) if largest else None
 

@@ -45,7 +45,7 @@ class Group:
 
     @property
     def copies(self) -> int:
-        """How many they are."""
+        """How many Ritz values they are."""
         return self.last - self.first + 1
 
     @property

@@ -51,7 +51,7 @@ class UnitVectors(Cells):
         self._add(term.index, self._sums(found[None]).cpu().numpy())
 
     def _entries(self, term: Term, start: int, stop: int) -> Tensor:
-        """Of the rows from ``start`` to ``stop``."""
+        """Diagonal entries of the rows from ``start`` to ``stop``."""
         operator, count = self.operator, stop - start
         block = torch.zeros(
             count, operator.parameters.size, dtype=operator.dtype, device=operator.device

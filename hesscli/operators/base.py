@@ -98,27 +98,27 @@ class Operator(Curvature):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The problem's present one."""
+        """The problem's present type."""
         return self.problem.dtype
 
     @property
     def device(self) -> torch.device:
-        """The problem's."""
+        """The device of the problem."""
         return self.problem.device
 
     @property
     def masses(self) -> Sequence[float]:
-        """Of all batches."""
+        """Weight masses of all batches."""
         return self.problem.masses
 
     @property
     def counts(self) -> Sequence[int]:
-        """Of all batches."""
+        """Examples in each of all batches."""
         return self.problem.data.counts
 
     @property
     def indices(self) -> Sequence[int]:
-        """Of the batches that weigh something."""
+        """The batches that weigh something."""
         return self.problem.indices
 
     @property
@@ -133,7 +133,7 @@ class Operator(Curvature):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d, d)."""
+        """Its rows and columns, (d, d)."""
         return self.parameters.size, self.parameters.size
 
     def batches(self) -> Iterator[LiveTerm]:
@@ -286,7 +286,7 @@ class Retained:
         return relative * sum(self._parts.values())
 
     def _relative_error(self, index: int, vectors: Tensor) -> float:
-        """Of a batch's products with some vectors, beside the largest of them."""
+        """Error of a batch's products with some vectors, beside the largest of them."""
         problem, operator = self.operator.problem, self.operator
         kept = self._kept.get(index) or LiveTerm(problem.batch(index), operator)
         own = kept.apply(vectors.to(problem.device, problem.dtype))

@@ -52,7 +52,7 @@ class Exactness:
 
     @property
     def exact(self) -> bool:
-        """Whether it is proven."""
+        """Whether it is proven that the diagonal is exact there."""
         return self.reason is None
 
 
@@ -193,7 +193,7 @@ def _found(residual: Residual, claims: Parameters, on_step: OnStep) -> dict[str,
 def _above(
     bound: float, indices: Sequence[int], forms: Iterator[float], on_step: OnStep
 ) -> dict[int, float]:
-    """Those whose form is above a bound, NaN included."""
+    """Parameters whose quadratic form is above a bound, NaN included."""
     found = {}
     for index, form in zip(indices, forms, strict=True):
         if not form <= bound:

@@ -77,7 +77,7 @@ class GaussNewton(Sandwich):
         return function, self.parameters.tensors, middle
 
     def columns(self, loss: Loss, outputs: Tensor, batch: Batch) -> Columns:
-        """Of the loss's Hessian in the outputs."""
+        """Columns of the loss's Hessian in the outputs."""
         return columns_at(loss, outputs, batch)
 
 

@@ -33,7 +33,7 @@ class Hessian(Operator):
     kind = "hessian"
 
     def parts(self, batch: WeightedBatch) -> tuple[Function, Tensors]:
-        """The batch's mean loss."""
+        """A batch's mean loss as a function of the parameters."""
 
         def loss(theta: Tensors | None) -> Tensor:
             return self.problem.evaluate(batch.data, self.named(theta))

@@ -36,15 +36,15 @@ class Source(Protocol):
 
     @property
     def parameters(self) -> Parameters:
-        """The rows and columns."""
+        """The parameters whose rows and columns these are."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of vectors and products."""
+        """The type of vectors and products."""
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Where vectors and products are."""
 
     @property
     def decay(self) -> float:
@@ -91,7 +91,7 @@ class Columns(Protocol):
 
     @property
     def most(self) -> int:
-        """As many of them may be asked for one by one."""
+        """How many columns may be asked for one by one, at most."""
 
     def column(self, index: int) -> tuple[float, Tensor]:
         """The sign and one column of every example, in the outputs' shape."""
@@ -105,7 +105,7 @@ class Pass(Protocol):
 
     @property
     def columns(self) -> Columns:
-        """Of A at their outputs."""
+        """Columns of A at the examples' outputs."""
 
     @property
     def block_size(self) -> int:
@@ -120,7 +120,7 @@ class Passes(Protocol):
 
     @property
     def columns(self) -> Columns:
-        """Of a few examples, which say how many there are."""
+        """Columns of A for a few examples, which say how many there are."""
 
     def relative_rounding(self) -> float | None:
         """Error of a layer's traces relative to their size, at most; None where nobody knows."""
@@ -133,7 +133,7 @@ class ByExample(Source, Protocol):
     """A matrix Jᵀ A J whose single examples can be told apart."""
 
     def passes(self) -> Passes:
-        """Its examples.
+        """Passes over its examples.
 
         Raises:
             UsageError: they have no gradient of their own, or A is not known.

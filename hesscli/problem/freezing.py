@@ -198,7 +198,7 @@ class _Kept:
 
     @classmethod
     def of(cls, batches: list[Batch], available: int | None) -> _Kept:
-        """Of batches of which nothing else is known."""
+        """Kept batches of which nothing else is known."""
         counts = [size_of(batch) for batch in batches]
         return cls(batches, counts, available, all(map(is_sliceable, batches)))
 
@@ -218,7 +218,7 @@ def _from_examples(
     trial: Trial,
     report: _Reporter,
 ) -> _Kept:
-    """As the user batches them, until they are found to be independent."""
+    """Batches as the user makes them, until examples are found to be independent."""
     available = len(examples)
     count = min(selection.count or available, available)
     chosen = np.arange(count) if selection.first else generator.permutation(available)[:count]

@@ -322,7 +322,7 @@ class UserLoss(Loss):
         return self._mean(returned(model, batch), batch)
 
     def masses(self, batch: Batch) -> Tensor:
-        """One an example."""
+        """Mass 1 for each example."""
         return torch.ones(size_of(batch), dtype=torch.float64)
 
     def mean(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -416,11 +416,11 @@ class Summed(Loss):
         self.is_likelihood, self.warnings = loss.is_likelihood, loss.warnings
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """As the loss reads them."""
+        """The outputs as the loss of one batch reads them."""
         return self.loss.outputs(model, batch)
 
     def targets(self, batch: Batch) -> Tensor:
-        """As the loss reads them."""
+        """The targets as the loss of one batch reads them."""
         return self.loss.targets(batch)
 
     def masses(self, batch: Batch) -> Tensor:
@@ -436,16 +436,16 @@ class Summed(Loss):
         return self.loss.mass(model, batch, count)
 
     def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Multiplied."""
+        """The loss's numerators, multiplied."""
         return self.multiple * self.loss.numerators(outputs, batch)
 
     def mean(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Multiplied."""
+        """The loss's mean, multiplied."""
         share = self._share(batch)
         return share * self.loss.mean(outputs, batch) if share else 0.0 * outputs.sum()
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Multiplied."""
+        """Forward pass and mean loss, multiplied."""
         share = self._share(batch)
         if not share:
             return 0.0 * self.outputs(model, batch).sum()
@@ -459,18 +459,18 @@ class Summed(Loss):
 
     @property
     def unscaled(self) -> Loss:
-        """The mean."""
+        """The mean loss that was multiplied."""
         return self.loss
 
     @property
     def natural(self) -> Loss:
-        """Of the mean, multiplied."""
+        """The same in natural parameters: of the mean, multiplied."""
         return Summed(self.loss.natural, self.multiple)
 
     def check(self, outputs: Tensor, batch: Batch) -> None:
-        """As the loss does."""
+        """Check outputs and targets as the loss does."""
         self.loss.check(outputs, batch)
 
     def correct(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """As the loss does."""
+        """Count what is correct as the loss does."""
         return self.loss.correct(outputs, batch)

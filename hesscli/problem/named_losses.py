@@ -227,7 +227,7 @@ class LanguageModel(CrossEntropy):
         )
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """``(N, V, T)``."""
+        """Scores of tokens ``(N, V, T)``."""
         if outputs.dim() != 3:
             raise InputError(
                 f"{self.name} needs outputs (N, T, V)",
@@ -237,7 +237,7 @@ class LanguageModel(CrossEntropy):
         return outputs.transpose(1, 2)
 
     def class_dim(self, outputs: Tensor) -> int:
-        """The last one."""
+        """The last dimension of the outputs."""
         return 2
 
     def weights(self, batch: Batch) -> Tensor | None:
@@ -320,11 +320,11 @@ class MeanSquaredError(Entrywise):
     is_likelihood = True
 
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each entry."""
+        """Squared error of each entry."""
         return (outputs - targets).square()
 
     def curvature(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """2 everywhere."""
+        """Second derivative of the squared error: 2 everywhere."""
         return torch.full_like(outputs, 2.0)
 
 
@@ -382,14 +382,14 @@ class BinaryCrossEntropy(_Binary):
         self.pos_weight = doubles(pos_weight)
 
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each entry."""
+        """Cross-entropy of each entry, from logits."""
         pos_weight = None if self.pos_weight is None else self.pos_weight.to(outputs)
         return functional.binary_cross_entropy_with_logits(
             outputs, targets, self.entry_weight(outputs), pos_weight=pos_weight, reduction="none"
         )
 
     def curvature(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Of the sigmoid: p (1 − p), weighed, without cancellation where p is near 0 or 1."""
+        """Slope of the sigmoid: p (1 − p), weighed, without cancellation where p is near 0 or 1."""
         curvature = outputs.sigmoid() * (-outputs).sigmoid()
         if self.weight is not None:
             curvature = curvature * self.weight.to(outputs)
@@ -406,7 +406,7 @@ class BinaryCrossEntropyOfProbabilities(_Binary):
     boundary = 0.5
 
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each entry."""
+        """Cross-entropy of each entry, from probabilities."""
         return functional.binary_cross_entropy(
             outputs, targets, self.entry_weight(outputs), reduction="none"
         )

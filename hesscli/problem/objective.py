@@ -275,12 +275,12 @@ class Sample:
 
     @property
     def count(self) -> int:
-        """Examples."""
+        """Examples in the sample."""
         return sum(map(size_of, self.parts))
 
     @property
     def share(self) -> float:
-        """Of all kept examples."""
+        """The sample as a share of all kept examples."""
         return self.count / self.problem.data.count
 
     def batches(self) -> Iterator[WeightedBatch]:
@@ -371,7 +371,7 @@ def _joined(group: list[Batch]) -> Batch:
 
 
 def _mass(problem: Objective, batch: Batch) -> float:
-    """Of examples; a step is asked for it, which runs the model."""
+    """Weight mass of examples; a step is asked for it, which runs the model."""
     with problem.forward_context():
         placed = place(batch, problem.device, problem.dtype)
         return problem.loss.mass(problem.model, placed, size_of(batch))

@@ -107,11 +107,11 @@ class NoFactor(Factor):
         self._outputs = outputs
 
     def column(self, index: int) -> Tensor:
-        """Zero."""
+        """Zero, as A is."""
         return torch.zeros_like(self._outputs)
 
     def draw(self, stream: int, first: int = 0) -> Tensor:
-        """Zero."""
+        """Zero, as A is."""
         return torch.zeros_like(self._outputs)
 
 
@@ -188,11 +188,11 @@ class MultipliedFactor(Factor):
         self.num_columns = factor.num_columns
 
     def column(self, index: int) -> Tensor:
-        """Multiplied by the root."""
+        """A column of the factor, times the root of the multiple."""
         return self._root * self._factor.column(index)
 
     def draw(self, stream: int, first: int = 0) -> Tensor:
-        """Multiplied by the root."""
+        """A draw from the factor, times the root of the multiple."""
         return self._root * self._factor.draw(stream, first)
 
 
@@ -317,15 +317,15 @@ class FactorColumns(Columns):
 
     @property
     def num_columns(self) -> int:
-        """Those of S."""
+        """How many columns the factor S has."""
         return self._factor.num_columns
 
     def column(self, index: int) -> Signed:
-        """One of S."""
+        """One column of the factor S."""
         return 1.0, self._factor.column(index)
 
     def draw(self, stream: int, first: int = 0) -> list[Signed]:
-        """S r."""
+        """One random column, S r."""
         return [(1.0, self._factor.draw(stream, first))]
 
 

@@ -169,7 +169,7 @@ def _of_loader(
 
 
 def _columns(arrays: tuple[Any, ...]) -> TensorRows:
-    """``(X, y)`` as rows."""
+    """A pair of arrays ``(X, y)`` as rows."""
     tensors = [torch.as_tensor(array) for array in arrays]
     if len({len(tensor) for tensor in tensors}) > 1:
         shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)

@@ -43,7 +43,7 @@ def is_archive(path: Path) -> bool:
 
 
 def names_in(path: Path) -> list[str]:
-    """Names of all members.
+    """Names of all members of a zip archive.
 
     Raises:
         InputError: the archive's directory cannot be read.

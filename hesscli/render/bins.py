@@ -40,7 +40,7 @@ def side(edges: tuple[float, ...], wanted: int) -> range:
 
 
 def quantile(histogram: Histogram, level: float) -> float:
-    """Where a share of the entries lies below, as far as the bins tell."""
+    """The value below which a share of the entries lies, as far as the bins tell."""
     wanted = level * sum(histogram.counts)
     for bin, count in enumerate(histogram.counts):
         if count and wanted <= count:

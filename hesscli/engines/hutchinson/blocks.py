@@ -80,12 +80,12 @@ class Blocks:
 
     @property
     def per_row(self) -> int:
-        """Blocks in a row."""
+        """Blocks in a row of the tensor."""
         return -(-self._length // self.size)
 
     @property
     def count(self) -> int:
-        """Number of blocks."""
+        """Number of blocks in the tensor."""
         return self.rows * self.per_row
 
     def sizes(self) -> Tensor:

@@ -109,7 +109,7 @@ class Plain(Design):
     name = "hutchinson"
 
     def estimates(self, term: Term, block: Tensor) -> Tensor:
-        """One product a probe."""
+        """Plain Hutchinson estimates, one product a probe."""
         return block * term.apply(block)
 
 
@@ -285,7 +285,7 @@ class Deflated(Design):
         )
 
     def estimates(self, term: Term, block: Tensor) -> Tensor:
-        """One product a probe."""
+        """Estimates outside the deflated directions, one product a probe."""
         assert self._basis is not None  # prepared
         basis = self._basis.to(block.dtype)
         return block * term.apply(block - (block @ basis.T) @ basis)

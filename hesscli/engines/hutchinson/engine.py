@@ -128,7 +128,7 @@ class Hutchinson(Cells):
 
     @property
     def streams(self) -> list[Stream]:
-        """The design's among them."""
+        """The streams of single entries, the design's among them."""
         return [s for s in (self.stream, self.design.stream) if s is not None]
 
     @property

@@ -65,7 +65,7 @@ class Tails:
 
 
 def tails_of(means: Array, share: Array, examples: float = 1.0) -> Tails:
-    """Describe batches.
+    """How heavy the tails of the batches are.
 
     Args:
         means: one of each batch and column ``(B, C)``, the total in the last.
@@ -202,7 +202,7 @@ class Table:
         )
 
     def half_width(self, fraction: float, miss: float) -> Array:
-        """Of intervals that miss with probability ``miss``, infinite where nothing is known.
+        """Half the width of intervals that miss with probability ``miss``; infinite if unknown.
 
         Student's, widened by the skewness of the batches as far as these make up the variance.
         """
@@ -221,7 +221,7 @@ class Table:
         return self._widened(MeanSquare((1 - fraction) * data, freedom), 1.0, miss)
 
     def _widened(self, variance: MeanSquare, sampled: Array | float, miss: float) -> Array:
-        """Of a variance of which a part is from how batches differ."""
+        """Half the width from a variance of which a part is from how batches differ."""
         if self.between is None or self.heavy:
             return np.full_like(self.estimate, np.inf)
         quantile = np.broadcast_to(stdtrit(variance.freedom, 1 - miss / 2), self.estimate.shape)
@@ -294,7 +294,7 @@ def variance_between(means: Array, share: Array) -> MeanSquare | None:
 
 
 def _sum(one: MeanSquare, other: MeanSquare) -> MeanSquare:
-    """Of independent sources."""
+    """The variance of a sum of independent estimates."""
     total = one.value + other.value
     parts = [(one.value, one.freedom), (other.value, other.freedom)]
     return MeanSquare(total, _freedom(total, parts))

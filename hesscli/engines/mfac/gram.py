@@ -56,7 +56,7 @@ class Gram:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products within a tile."""
+        """The type of the products within a tile."""
         return torch.float64 if self.exact else torch.float32
 
     @property

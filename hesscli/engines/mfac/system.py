@@ -248,7 +248,7 @@ class DualBlock:
 
     @cached_property
     def diagonal(self) -> tuple[Tensor, Tensor]:
-        """Of the inverse, and bounds of its errors, each ``(size,)``.
+        """The diagonal of the inverse, and bounds of its errors, each ``(size,)``.
 
         The leverage ‖V_q‖² lies within F_qq / (F_qq + λ), as it would if the inverse were
         diagonal, and is not let beyond: what is left of 1 is positive whatever rounding does.
@@ -264,13 +264,13 @@ class DualBlock:
         return remaining / self.damping, leverage * (self._relative / self.damping)
 
     def element(self, row: int, column: int) -> float:
-        """Of the inverse."""
+        """An element of the inverse."""
         table: Tensor = self._table
         product = torch.dot(table[row], table[column]).item()
         return (float(row == column) - product) / self.damping
 
     def submatrix(self, indices: Tensor) -> Tensor:
-        """Of the inverse ``(k, k)``, from these columns alone, in float64."""
+        """A submatrix of the inverse ``(k, k)``, from these columns alone, in float64."""
         right = self.window.gather(indices + self.columns.start).double()
         V: Tensor = torch.linalg.solve_triangular(self.factor.lower, right, upper=False)
         identity = torch.eye(len(indices), dtype=torch.float64, device=V.device)
@@ -278,7 +278,7 @@ class DualBlock:
 
     @cached_property
     def _table(self) -> Tensor:
-        """Vᵀ ``(size, n)``."""
+        """The table Vᵀ ``(size, n)``, of which products with the inverse are made."""
         table = torch.empty(self.size, self.gram.count, dtype=self.dtype, device=self.window.device)
         for place, rows in self._tiles():
             for panel, part in self._roots(rows):
@@ -424,7 +424,7 @@ class PrimalRun:
 
     @cached_property
     def diagonal(self) -> tuple[Tensor, Tensor]:
-        """Of the inverse, and bounds of its errors, each ``(size,)``.
+        """The diagonal of the inverse, and bounds of its errors, each ``(size,)``.
 
         An error of u D_i D_j in A changes (A⁻¹)_qq by u ‖D A⁻¹ e_q‖².
         """
@@ -437,13 +437,13 @@ class PrimalRun:
         return torch.cat(entries).flatten(), torch.cat(errors).flatten()
 
     def element(self, row: int, column: int) -> float:
-        """Of the inverse; zero across blocks."""
+        """An element of the inverse; zero across blocks."""
         if row // self.block != column // self.block:
             return 0.0
         return float(torch.dot(self._table[row], self._table[column]))
 
     def submatrix(self, indices: Tensor) -> Tensor:
-        """Of the inverse ``(k, k)``, zero across blocks."""
+        """A submatrix of the inverse ``(k, k)``, zero across blocks."""
         blocks, places = indices // self.block, indices % self.block
         found = self.matrices.new_zeros(len(indices), len(indices))
         for block in sorted(set(blocks.tolist())):

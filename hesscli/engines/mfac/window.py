@@ -279,7 +279,7 @@ class GradientWindow:
         return copy
 
     def _let_go(self) -> None:
-        """Of a file: keep none of its pages in the process's memory; the system may."""
+        """Keep none of a file's pages in the process's memory; the system may."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)  # shared: the file keeps what was written
 

@@ -64,7 +64,7 @@ class TailFactor:
         self._replaced += 1
 
     def factor(self) -> CholeskyFactor:
-        """As of now.
+        """The Cholesky factor as of now.
 
         Raises:
             NotPositiveError: rounding has made A indefinite.
@@ -186,7 +186,7 @@ class WindowedFisher:
         return self._system
 
     def _factor(self) -> CholeskyFactor:
-        """As of now.
+        """The Cholesky factor as of now.
 
         Raises:
             UnsoundError: λ is too small even for float64.

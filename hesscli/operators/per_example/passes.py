@@ -121,7 +121,7 @@ class Pass:
 
     @property
     def columns(self) -> Columns:
-        """Of the loss's output Hessian."""
+        """Columns of the loss's Hessian in the outputs."""
         problem = self.owner.problem
         return self.owner.make_columns(problem.loss, self.outputs, self.batch.data)
 
@@ -359,7 +359,7 @@ class SquaredJacobian:
 
     @property
     def columns(self) -> Columns:
-        """Of a few examples.
+        """Columns of A at the outputs of a few examples.
 
         Raises:
             UsageError: the loss's output Hessian is not known.

@@ -126,7 +126,7 @@ class Site(ABC):
         return self.totals_of(self.read(self.inputs), self.read_gradients(self.by_example(column)))
 
     def by_example(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Views ``(N, m, ...)``."""
+        """Views ``(N, m, ...)`` of a call's batch, example by example."""
         return [v.reshape(self.count, -1, *v.shape[1:]) for v in values]
 
     def prepare(self, values: Tensor) -> Tensor:
@@ -168,13 +168,13 @@ class Product(Site):
         return numbers + groups * many * outputs * width
 
     def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
-        """Of the weight by the cheaper order of sums, of the bias directly."""
+        """Squared gradients: the weight's by the cheaper order of sums, the bias's directly."""
         gradients = torch.stack(list(columns), 1)
         bias = gradients.sum(4).square_().sum((0, 1))
         return {"weight": squared_products(gradients, inputs), "bias": bias}
 
     def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
-        """As autograd makes them."""
+        """Gradients summed over examples, as autograd makes them."""
         weight = torch.einsum("ngop,ngpj->goj", gradients, inputs)
         return {"weight": weight, "bias": gradients.sum((0, 3))}
 
@@ -183,11 +183,11 @@ class LinearSite(Product):
     """``nn.Linear``; whatever stands between examples and features is a position."""
 
     def read(self, inputs: Sequence[Tensor]) -> Tensor:
-        """(n, 1, P, J)."""
+        """Inputs as (n, 1, P, J)."""
         return _joined([x.flatten(1, -2)[:, None] for x in inputs], 2)
 
     def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
-        """(n, 1, O, P)."""
+        """Gradients in the outputs as (n, 1, O, P)."""
         return self.read(gradients).transpose(2, 3)
 
 
@@ -195,16 +195,16 @@ class ConvolutionSite(Product):
     """``nn.Conv1d``, ``2d`` and ``3d``: a product with every window of the padded input."""
 
     def prepare(self, values: Tensor) -> Tensor:
-        """The padded input."""
+        """The padded input of a convolution."""
         mode = "constant" if self.module.padding_mode == "zeros" else self.module.padding_mode
         return functional.pad(values, _padding(self.module), mode)
 
     def read(self, inputs: Sequence[Tensor]) -> Tensor:
-        """(n, G, P, J)."""
+        """Windows of the input as (n, G, P, J)."""
         return _joined([self._grouped(self._windows(x)) for x in inputs], 3).transpose(2, 3)
 
     def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
-        """(n, G, O, P)."""
+        """Gradients in the outputs as (n, G, O, P)."""
         return _joined([self._grouped(g.flatten(3)) for g in gradients], 3)
 
     def _grouped(self, values: Tensor) -> Tensor:
@@ -237,21 +237,21 @@ class ScaleSite(Site):
         return 3 * sum(x[0].numel() for x in self.inputs)
 
     def read(self, inputs: Sequence[Tensor]) -> Tensor:
-        """(n, P, W)."""
+        """Normalised inputs as (n, P, W)."""
         return _joined([self._by_position(x) for x in inputs], 1)
 
     def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
-        """(n, P, W)."""
+        """Gradients in the outputs as (n, P, W)."""
         return self.read(gradients)
 
     def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
-        """Sums over positions, squared."""
+        """Gradients summed over positions, squared."""
         weight = torch.stack([(column * inputs).sum(1) for column in columns])
         bias = torch.stack([column.sum(1) for column in columns])
         return {"weight": weight.square_().sum((0, 1)), "bias": bias.square_().sum((0, 1))}
 
     def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
-        """As autograd makes them."""
+        """Gradients summed over examples, as autograd makes them."""
         return {"weight": (gradients * inputs).sum((0, 1)), "bias": gradients.sum((0, 1))}
 
     def _by_position(self, values: Tensor) -> Tensor:
@@ -271,11 +271,11 @@ class LookupSite(Site):
         return 2 * sum(g[0].numel() for g in columns[0])
 
     def read(self, inputs: Sequence[Tensor]) -> Tensor:
-        """(n, P)."""
+        """Numbers of the rows that are looked up, (n, P)."""
         return _joined([x.flatten(1) for x in inputs], 1).long()
 
     def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
-        """(n, P, D)."""
+        """Gradients in the outputs as (n, P, D)."""
         return _joined([g.flatten(1, -2) for g in gradients], 1)
 
     def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
@@ -292,7 +292,7 @@ class LookupSite(Site):
         return {"weight": total}
 
     def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
-        """As autograd makes them."""
+        """Gradients summed over examples, as autograd makes them."""
         counted = self._counted(inputs)
         total = torch.zeros_like(self.module.weight, requires_grad=False)
         return {"weight": total.index_add_(0, inputs[counted], gradients[counted])}

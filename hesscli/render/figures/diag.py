@@ -118,7 +118,7 @@ def _draw_layers(rows: Rows, layers: list[LayerDiagonal], spectra: list[Histogra
 
 
 def _spread(quantiles: tuple[Quantile, ...]) -> tuple[Interval, float]:
-    """From the 5% to the 95% quantile, and the one nearest to the median."""
+    """Where a layer's entries lie: the 5% and 95% quantiles, and the one nearest to the median."""
     inner = [quantile.value for quantile in quantiles if 0.05 <= quantile.level <= 0.95]
     median = min(quantiles, key=lambda quantile: abs(quantile.level - 0.5)).value
     return (min(inner, default=median), max(inner, default=median)), median

@@ -157,7 +157,7 @@ class _Group:
 
     @property
     def text(self) -> str:
-        """Bits, or percentages."""
+        """The bits or percentages that a disc bears."""
         change = self.changes[0]
         factor = 100 if change.kind == "prune" else 1
         return " ".join(f"{factor * change.level:.0f}" for change in self.changes)

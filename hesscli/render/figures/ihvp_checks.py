@@ -51,7 +51,7 @@ class _Point:
 
     @property
     def size(self) -> float:
-        """|linear| + |quadratic|."""
+        """|linear| + |quadratic| of the change at its scale."""
         return self.change.size(self.scaled.scale)
 
     @property
@@ -61,7 +61,7 @@ class _Point:
 
     @property
     def holds(self) -> bool:
-        """Whether that is small."""
+        """Whether the miss is small."""
         return self.miss <= HOLDS_WITHIN
 
 

@@ -104,7 +104,7 @@ def _panels(result: SpectrumResult) -> list[_Panel]:
 
 
 def _edges(densities: list[SpectralDensity]) -> tuple[float, ...]:
-    """From where to where, and around zero the size below which an axis tells nothing apart."""
+    """Ends of an axis of eigenvalues, and the size below which it tells nothing apart."""
     nodes = np.concatenate([density.nodes for density in densities])
     largest = float(np.abs(nodes).max(initial=0.0)) or 1.0
     least = max(min(density.scale for density in densities), largest * 10.0**-_MOST_DECADES)

@@ -211,7 +211,7 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
 
 
 def _magnitude_warning(layers: list[LayerSensitivity]) -> Iterator[Text]:
-    """Where the ranking says no more than the weights themselves."""
+    """Say where the ranking says no more than the weights themselves."""
     names = [layer.name for layer in layers if layer.ranked_by == "magnitude"]
     if names:
         which, limit = words.few(names, [x.name for x in layers]), words.percent(LOW_LEVERAGE)
