@@ -217,7 +217,11 @@ def load_all() -> None:
 def program(command: str, folder: Path, seed: int) -> int:
     """Run a command line here; its exit code."""
     more = (*COMMAND_LINES[command], "--seed", seed, "--dir", folder, "--out", "json", "-q")
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         return main(words((command, SUNSPOTS, *more)))
 
 
