@@ -9,6 +9,7 @@ differences are 2 gradients a probe, for operations that no autodiff mode gets t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -116,9 +117,7 @@ def hessian_finite_difference(function: Function, tensors: Tensors, step: float 
     def at_current() -> Tensor:
         return flatten(gradient(function(None), tensors)).detach()
 
-    def product(vector: Tensor) -> Tensor:
-        return central_difference(at_current, tensors, vector, step)
-
+    product = partial(central_difference, at_current, tensors, step=step)
     return lambda block: torch.stack([*map(product, block)])
 
 
