@@ -14,6 +14,7 @@ from hesscli.engines.entries import Entries
 from hesscli.engines.estimator import Estimator
 from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.operators.hessian import Hessian
+from hesscli.problem.losses import StepLoss
 from hesscli.results import Snapshot
 
 if TYPE_CHECKING:
@@ -74,6 +75,32 @@ def test_no_more_products_than_parameters_after_a_first_look(command: str) -> No
     assert result.cost.products <= size + 4
     assert "unit vectors" in result.method.note
     assert result.trace.gauss_newton is None
+
+
+@pytest.mark.parametrize("batches", [1, 2, 8])
+def test_nor_where_noise_hides_all_that_the_first_look_could_say(batches: int) -> None:
+    """Probes of nine entries: a bound that is unknown foretells nothing, and is no reason for more.
+
+    At most the probes of one look are made besides, which are no more than the unit vectors.
+    """
+
+    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        mixed = batch[0] - batch[0].mean(0)  # the batch is the unit
+        return nn.functional.smooth_l1_loss(model(mixed), batch[1])
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    data = [(torch.randn(5, 2).double(), torch.randn(5, 1).double()) for _ in range(batches)]
+    problem = hesscli.Problem(model, StepLoss(step, "step"), data)
+    size, truth = problem.parameters.size, dense(problem).diagonal()
+    result = hesscli.diagonal(problem, budget=None)
+    found = torch.cat([torch.from_numpy(array).flatten() for array in result.entries.values()])
+    allowed = 1e3 * torch.finfo(torch.float64).eps * float(truth.abs().sum())
+    torch.testing.assert_close(found, truth, rtol=0, atol=allowed)
+    assert result.status == "exact"
+    assert result.cost.products <= 2 * size
+    (plan,) = (p for p in hesscli.check(problem).plan.commands if p.command == "diag")
+    assert result.cost.products / 2 <= plan.products <= size
 
 
 def test_cut_short_the_first_look_stands(time_is_up_when: TimeIsUp) -> None:

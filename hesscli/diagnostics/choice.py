@@ -230,11 +230,19 @@ class Better:
     fits: Callable[[int], bool] = lambda _: True
     designs: bool = True
 
-    def decide(self, estimator: Estimator, needed: float) -> Turn | None:
-        """Its kind, if there is any.
+    def units(self, estimator: Estimator, probes: int) -> Turn | None:
+        """Unit vectors, where they are fewer than so many probes.
 
-        Unit vectors say nothing before the last of them, so that there must be time for all.
+        They say nothing before the last of them, so that there must be time for all.
         """
+        size = estimator.parameters.size
+        if size >= probes or not self.fits(size):
+            return None
+        why = f"{size} unit vectors, since they are fewer than {probes} probes"
+        return Turn("unit vectors", why)
+
+    def decide(self, estimator: Estimator, needed: float) -> Turn | None:
+        """Its kind, if there is any."""
         size, probes = estimator.parameters.size, estimator.probes
         if size < needed < math.inf and self.fits(size):
             return Turn("unit vectors", _foretold(needed, "the unit vectors are fewer"))

@@ -208,7 +208,10 @@ class Turn:
 
 
 class Rethink(Protocol):
-    """Looks for a better estimator, once, and makes it."""
+    """Looks for a better estimator, and makes it."""
+
+    def units(self, estimator: Estimator, probes: int) -> Turn | None:
+        """Unit vectors, where they are better than so many probes."""
 
     def decide(self, estimator: Estimator, needed: float) -> Turn | None:
         """What would be better than so many probes of an estimator, if anything."""
@@ -278,7 +281,9 @@ class Estimation:
         if self.probes is not None:
             yield from self._through(self.probes)
             return
-        self._target = self._target or self._first_look()
+        if not self._target:
+            self._target = self._first_look()
+            self._turn_to(self._units(self._target))
         while self._status is None:
             yield from self._extend(self._target)
             reading = self._look()
@@ -297,10 +302,13 @@ class Estimation:
             return (Work(phase=estimator.phase, spent=pace.products(first), note="a first look"),)
         probes, note, needed = self._ahead()
         work = Work(phase=estimator.phase, spent=estimator.foreseen(probes), note=note)
-        if self.probes is not None or self.rethink is None or probes == self._first_look():
+        if self.probes is not None or self.rethink is None:
             return (work,)
+        first, turn = self._first_look(), None
         with watched(estimator.operator.meter) as deciding:
-            turn = self.rethink.decide(estimator, needed)
+            if first <= estimator.parameters.size and probes > first:
+                turn = self.rethink.decide(estimator, needed)
+        turn = turn or self.rethink.units(estimator, probes)
         if turn is None:
             return (Work(phase=work.phase, spent=work.spent + deciding, note=note),)
         return self._after(turn, probes, deciding, pace)
@@ -430,16 +438,30 @@ class Estimation:
         return Outcome(status, self.estimator, reading, self._looks, self.rounding, turn)
 
     def _turns(self, reading: Reading) -> bool:
-        """Whether there is a better estimator for the way that is left; asked once."""
-        if self._asked or self.rethink is None:
+        """Whether there is a better estimator for the way that is left.
+
+        Designs of probes are looked for once, unit vectors before each look that takes more.
+        """
+        if self._turn is not None or self.rethink is None:
             return False
-        needed = (self._standing(reading).factor() or math.inf) * self.estimator.num_probes
-        turn = self.rethink.decide(self.estimator, needed)
-        self._asked, self._turn = True, turn
-        if turn is None:
+        turn = None
+        if not self._asked:
+            needed = (self._standing(reading).factor() or math.inf) * self.estimator.num_probes
+            turn, self._asked = self.rethink.decide(self.estimator, needed), True
+        before = self.estimator
+        if self._turn_to(turn or self._units(2 * self._target)):
+            self._left = before, reading.miss
+        return self._turn is not None
+
+    def _units(self, probes: int) -> Turn | None:
+        """Unit vectors, where they are better than so many probes."""
+        return None if self.rethink is None else self.rethink.units(self.estimator, probes)
+
+    def _turn_to(self, turn: Turn | None) -> bool:
+        """Go on with what is better, if anything is."""
+        if turn is None or self.rethink is None:
             return False
-        self._left = self.estimator, reading.miss
-        self.estimator = self.rethink.take(turn, self.estimator)
+        self._turn, self.estimator = turn, self.rethink.take(turn, self.estimator)
         return True
 
     def _settled(self, reading: Reading) -> Status | None:

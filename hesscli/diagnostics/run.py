@@ -175,8 +175,11 @@ class Run:
         began, before = clock.seconds, meter.products
 
         def fits(products: int) -> bool:
-            each = (clock.seconds - began) / (meter.products - before)
-            return clock.budget is None or clock.seconds + each * products <= clock.budget
+            made = meter.products - before
+            if clock.budget is None or not made:  # nobody knows yet
+                return True
+            each = (clock.seconds - began) / made
+            return clock.seconds + each * products <= clock.budget
 
         return fits
 
