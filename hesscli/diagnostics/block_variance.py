@@ -54,7 +54,7 @@ class LayerBlocks:
     def entries(self, vectors: Tensor) -> Tensor:
         """The entries that the blocks cover."""
         parts = [part.reshape(*vectors.shape[:-1], -1) for _, part in self._parts(vectors)]
-        return torch.cat(parts, dim=-1) / math.sqrt(self.size)
+        return torch.cat(parts, dim=-1).div_(math.sqrt(self.size))
 
     def means(self, vectors: Tensor) -> Tensor:
         """The block means, each block counting once."""
@@ -71,7 +71,7 @@ class LayerBlocks:
             (part - block.average(part)).reshape(*vectors.shape[:-1], -1)
             for block, part in self._parts(vectors)
         ]
-        return torch.cat(parts, dim=-1) / math.sqrt(self.size)
+        return _in_a_row(parts).div_(math.sqrt(self.size))
 
     def _means(self, vectors: Tensor) -> Tensor:
         return torch.cat([block.means(part) for block, part in self._parts(vectors)], dim=-1)
@@ -80,6 +80,11 @@ class LayerBlocks:
         parts = torch.split(vectors, self._numels, dim=-1)
         lead = vectors.shape[:-1]
         return [(block, parts[i].reshape((*lead, *block.shape))) for i, block in self._covered]
+
+
+def _in_a_row(parts: list[Tensor]) -> Tensor:
+    """Side by side, a single one without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def block_report(
@@ -118,8 +123,8 @@ def block_report(
         explained, kept = share(between, within), share_interval(between, within, confidence)
         removed = None
         if probed.noise is not None and num_probes is not None:
-            biases = num_probes * probed.squared_norm(blocks.within).biases
-            removed = _mean_interval(biases, confidence)
+            around = within if probe_noise is None else probed.squared_norm(blocks.within)
+            removed = _mean_interval(num_probes * around.biases, confidence)
         verdict = _verdict(explained, kept, lost, removed)
     return BlockReport(
         rule=blocks.rule,

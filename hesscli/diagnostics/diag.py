@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -31,6 +32,7 @@ from hesscli.engines.estimator import Estimator, Reading
 from hesscli.engines.hutchinson.designs import Plain
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.errors import UsageError
+from hesscli.meter import Spent
 from hesscli.operators.base import Operator
 from hesscli.problem.problem import Problem
 from hesscli.results import (
@@ -83,9 +85,10 @@ class FoundDiagonal:
     def _shrunk(self) -> tuple[Diagonal, tuple[float, ...] | None]:
         """The entries, and what was kept of each layer's noisy part."""
         found, estimator = self.unbiased, self.outcome.estimator
+        if (known := estimator.known_diagonal()) is None:
+            return found, None
         probed = estimator.probed_diagonal(self.problem.sampling_fraction or 1.0)
-        known = estimator.known_diagonal()
-        if probed is None or probed.noise is None or known is None:
+        if probed is None or probed.noise is None:
             return found, None
         moved, kept = torch.zeros_like(found.values), []
         for _, place in self._slices():
@@ -102,7 +105,7 @@ class FoundDiagonal:
         entries = sum(whole.counts)
         negative = float((self.best.values < 0).sum())
         return DiagonalReport(
-            norm=found.squared_norm().estimate ** 0.5,
+            norm=found.norm.estimate**0.5,
             relative_error=_finite(found.relative_error()),
             relative_error_bound=_finite(found.relative_error_bound(1 - self.outcome.reading.miss)),
             confidence=self.confidence,
@@ -225,7 +228,8 @@ def diagonal(
         draw = Draw(seed, first=first, entries=Entries(problem.parameters, problem.device))
         choice = chosen(run, method, draw)
         goal = partial(_standing, tolerance=tolerance)
-        outcome = estimated(run, choice, goal, 1 - confidence, fixed)
+        ending = _reading_off(choice.estimator)
+        outcome = estimated(run, choice, goal, 1 - confidence, fixed, ending)
         faced = None
         if fixed is not None and outcome.status == "exact":
             faced = _probe_noise(run, replace(draw, entries=None), fixed)
@@ -241,6 +245,22 @@ def diagonal(
         stderr=found.by_name(found.best.bars()),
         **run.header(warnings(problem, outcome, tolerance)),
     )
+
+
+_READING = 15
+"""Times as long as the norm of a replicate takes, for each, to say all that is said of a diagonal:
+seen at half a million entries, at six and at seventeen."""
+
+
+def _reading_off(estimator: Estimator) -> float:
+    """Seconds that it will take to say what there is in a diagonal, on this machine."""
+    assert estimator.entries is not None  # a diagonal is kept in them
+    size, many = estimator.parameters.size, estimator.entries.replicates
+    one = Diagonal(torch.ones(size, dtype=torch.float64), torch.ones(1, size), freedom=1.0)
+    began = time.perf_counter()
+    one.squared_norm()
+    noisy = not estimator.exact or (estimator.operator.sampling_fraction or 0.0) < 1
+    return _READING * (many if noisy else 1) * (time.perf_counter() - began)
 
 
 def _require_heads(rule: BlockRule, problem: Problem) -> None:
@@ -260,7 +280,7 @@ def _standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -
     fraction = estimator.operator.sampling_fraction or 1.0
     found, random = estimator.diagonal(fraction), estimator.diagonal(1.0)
     error, drawn = found.relative_error(), random.relative_error()
-    norm = found.squared_norm().estimate ** 0.5
+    norm = found.norm.estimate**0.5
     wanted = max(tolerance.relative or 0.0, (tolerance.absolute or 0.0) / norm if norm else 0.0)
     return Standing(
         error=found.relative_error_bound(1 - reading.miss),
@@ -325,6 +345,8 @@ def plan(pilot: Pilot) -> Iterator[Work]:
     *before, last = pilot.estimated(goal)
     yield from before
     yield replace(last, num_bytes=held)
+    ending = Spent(seconds=_reading_off(pilot.choice(pilot.asked.method).estimator))
+    yield Work(phase="reading off", spent=ending)
 
 
 def _foreseen(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:

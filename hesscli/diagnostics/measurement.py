@@ -118,8 +118,13 @@ class Measurement(Protocol):
         """
 
 
-def drive(clock: Clock, measurement: Measurement) -> Status | None:
+def drive(clock: Clock, measurement: Measurement, ending: float = 0.0) -> Status | None:
     """Let a measurement take its steps until it ends, time is up, or nobody wants more.
+
+    Args:
+        clock: that says when.
+        measurement: the work.
+        ending: seconds that reading its result off will take.
 
     Returns:
         None where it came to its own end; else ``budget`` or ``interrupted``.
@@ -128,6 +133,7 @@ def drive(clock: Clock, measurement: Measurement) -> Status | None:
         BudgetError: time was up before there was any result.
         KeyboardInterrupt: nor was there one when nobody wanted more.
     """
+    clock.ending = ending
     try:
         for snapshot in measurement.steps():
             clock.within_budget(snapshot)

@@ -74,16 +74,21 @@ def estimation(
 
 
 def estimated(
-    run: Run, choice: Choice, goal: Goal, miss: float, probes: int | None = None
+    run: Run,
+    choice: Choice,
+    goal: Goal,
+    miss: float,
+    probes: int | None = None,
+    ending: float = 0.0,
 ) -> Outcome:
-    """What it comes to.
+    """What it comes to; ``ending`` is for :func:`drive`.
 
     Raises:
         BudgetError: the time was not enough for any estimate.
         KeyboardInterrupt: stopped before there was any.
     """
     measurement = estimation(run, choice, goal, miss, probes)
-    return measurement.outcome(drive(run.clock, measurement))
+    return measurement.outcome(drive(run.clock, measurement, ending))
 
 
 def expected(

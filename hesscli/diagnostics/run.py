@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import sys
@@ -39,10 +40,13 @@ class Clock:
     Args:
         budget: seconds, or None for no limit.
         observer: called with each snapshot.
+        ending: seconds before the budget's end at which work ends, since reading off what it has
+            come to will take them.
     """
 
     budget: float | None
     observer: Observe | None
+    ending: float = 0.0
     _began: float = field(default_factory=lambda: time.monotonic())
 
     @property
@@ -55,6 +59,11 @@ class Clock:
         """Share of the budget that is spent."""
         return self.seconds / self.budget if self.budget else 0.0
 
+    @property
+    def left(self) -> float:
+        """Seconds for more work."""
+        return math.inf if self.budget is None else self.budget - self.ending - self.seconds
+
     def within_budget(self, snapshot: Snapshot) -> bool:
         """Tell the observer, and look at the time; itself an observer that never wants to stop.
 
@@ -64,7 +73,7 @@ class Clock:
         """
         if self.observer is not None and self.observer(replace(snapshot, seconds=self.seconds)):
             raise Stopped
-        if self.spent > 1:
+        if self.left < 0:
             raise self._no_time_for(snapshot)
         return False
 
@@ -176,10 +185,9 @@ class Run:
 
         def fits(products: int) -> bool:
             made = meter.products - before
-            if clock.budget is None or not made:  # nobody knows yet
+            if not made:  # nobody knows yet
                 return True
-            each = (clock.seconds - began) / made
-            return clock.seconds + each * products <= clock.budget
+            return (clock.seconds - began) / made * products <= clock.left
 
         return fits
 

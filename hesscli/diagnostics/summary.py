@@ -101,14 +101,27 @@ class _Again:
     def __init__(self, values: Array, error: NDArray[np.float32]) -> None:
         noisy = values + error
         self.shift = float(error.mean(dtype=np.float64))
-        self.turned = float(np.mean((values < 0) != (noisy < 0)))
-        noisy.sort()
-        self.negative = _negative(noisy)
+        below = noisy < 0
+        self.turned = float(np.mean((values < 0) != below))
+        self.negative = float(np.mean(below))
+        noisy.partition(_places(len(noisy)))
         self.statistics = _order_statistics(noisy)
 
 
+def _places(count: int) -> NDArray[np.int_]:
+    """Of the entries that :func:`_order_statistics` reads, in ascending order."""
+    below = (np.array(LEVELS) * (count - 1)).astype(int)
+    ends = np.arange(min(LARGEST, count))
+    places = np.concatenate([below, below + 1, ends, count - 1 - ends])
+    return np.unique(np.minimum(places, count - 1))
+
+
 def _order_statistics(ordered: Array) -> Array:
-    """The quantiles at LEVELS, and the sizes of the largest entries."""
+    """The quantiles at LEVELS, and the sizes of the largest entries.
+
+    Args:
+        ordered: entries, of which those at :func:`_places` stand where sorting would put them.
+    """
     place = np.array(LEVELS) * (len(ordered) - 1)
     below = place.astype(int)
     above = np.minimum(below + 1, len(ordered) - 1)
@@ -121,7 +134,7 @@ def _order_statistics(ordered: Array) -> Array:
 
 def _centred(vectors: Tensor) -> Tensor:
     """The map whose squared norm is the variance of the entries."""
-    return (vectors - vectors.mean(-1, keepdim=True)) / math.sqrt(vectors.shape[-1])
+    return (vectors - vectors.mean(-1, keepdim=True)).div_(math.sqrt(vectors.shape[-1]))
 
 
 def _negative(ordered: Array) -> float:

@@ -208,8 +208,8 @@ class Diagonal:
         slopes, biases = [mapped.new_zeros(0)], [mapped.new_zeros(0)]
         for errors in self._errors():
             images = linear(errors)
-            slopes.append(2 * images @ mapped)
-            biases.append(images.square().sum(-1))
+            slopes.append(2 * (images @ mapped))
+            biases.append(torch.linalg.vector_norm(images, dim=-1).square())
         return SquaredNorm(
             plain=float(mapped @ mapped),
             slopes=torch.cat(slopes).numpy(),
@@ -225,7 +225,7 @@ class Diagonal:
 
     def relative_error(self) -> float:
         """Expected ‖error‖ / ‖t‖, with noise taken out of the norm; infinite where it is all."""
-        norm = self._norm
+        norm = self.norm
         if not self.freedom:
             return math.inf
         if norm.bias == 0:
@@ -242,7 +242,7 @@ class Diagonal:
         ‖e‖² ≤ ρ‖t‖² is (1 + ρ)‖e‖² + 2ρ⟨t, e⟩ ≤ ρ‖x‖², and the bound is the smallest ρ for which
         the left side's mean and spread leave room. Infinite where noise hides the diagonal.
         """
-        norm = self._norm
+        norm = self.norm
         if not self.freedom:
             return math.inf
         if norm.bias == 0:
@@ -259,7 +259,8 @@ class Diagonal:
         return math.sqrt((b + math.sqrt(max(b**2 - a * c, 0.0))) / a)
 
     @cached_property
-    def _norm(self) -> SquaredNorm:
+    def norm(self) -> SquaredNorm:
+        """‖t‖² of the true diagonal t."""
         return self.squared_norm()
 
 
