@@ -67,9 +67,8 @@ def changes_of(parameters: Sequence[Parameter], saliency: Tensor) -> list[Change
         parameters: of one layer.
         saliency: flat, over all of them.
     """
-    matrices = any(p.tensor.dim() >= 2 for p in parameters)
-    chosen = [p.tensor.dim() >= 2 or not matrices for p in parameters]
-    grids: tuple[Grid, ...] = ("tensor", "channel") if matrices else ("tensor",)
+    grids = _grids(parameters)
+    chosen = [p.tensor.dim() >= 2 or "channel" not in grids for p in parameters]
     weights = [p.tensor.detach().to(torch.float64) for p in parameters]
     pruned = [
         Change("prune", share, "weight", _pruned(weights, saliency, chosen, share))
@@ -81,6 +80,12 @@ def changes_of(parameters: Sequence[Parameter], saliency: Tensor) -> list[Change
         for grid in grids
     ]
     return pruned + rounded
+
+
+def _grids(parameters: Sequence[Parameter]) -> tuple[Grid, ...]:
+    """On which a layer is rounded: by channel where it has matrices or kernels."""
+    matrices = any(p.tensor.dim() >= 2 for p in parameters)
+    return ("tensor", "channel") if matrices else ("tensor",)
 
 
 def prune(weights: Tensor, saliency: Tensor, share: float) -> Tensor:
@@ -471,8 +476,4 @@ def verifying(problem: Problem, pace: Pace) -> Work:
 def _count(problem: Problem) -> int:
     """Changes of all layers."""
     layers = map(problem.parameters.in_layer, problem.layer_names)
-    return sum(len(changes_of(layer, torch.zeros(_numel(layer)))) for layer in layers)
-
-
-def _numel(layer: Sequence[Parameter]) -> int:
-    return sum(parameter.numel for parameter in layer)
+    return sum(len(PRUNED) + len(BITS) * len(_grids(layer)) for layer in layers)
