@@ -463,7 +463,8 @@ def perturbing(problem: Problem, pace: Pace) -> Work:
         first = batches
         spent += pace.gradient
     seen = math.sqrt(first * batches) / batches
-    note = f"{changes} changes of {layers} layers, on {first} to {batches} batches"
+    span = f"{first} to {batches}" if first < batches else f"all {batches}"
+    note = f"{changes} changes of {layers} layers, on {span} batches"
     return Work(phase="perturbing", spent=spent.times(seen), note=note)
 
 
