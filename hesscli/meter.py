@@ -32,11 +32,13 @@ class Meter:
         gradients: all work, in gradients over all kept examples.
         kept: both, when a state last changed that could be saved: what was done since would have
             to be done again.
+        earlier: products that were made before this process.
     """
 
     products: float = 0.0
     gradients: float = 0.0
     kept: tuple[float, float] = (0.0, 0.0)
+    earlier: float = 0.0
 
     def add(self, gradients: float, share: float = 1.0, *, products: float = 0.0) -> None:
         """Count work on some of the data.
@@ -53,8 +55,16 @@ class Meter:
         """Take note that what all this work was for is in a state now."""
         self.kept = self.products, self.gradients
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Work that was counted when another process did it."""
+        before = self.products, self.gradients
+        yield
+        self.products, self.gradients = before
+
     def go_back(self, kept: tuple[float, float]) -> None:
         """Count on from where a state was saved."""
+        self.earlier += kept[0] - self.products
         self.products, self.gradients = self.kept = kept
 
 

@@ -199,6 +199,7 @@ def test_trace_as_a_person_runs_it(tmp_path: Path) -> None:
     assert wrote == [f"wrote {folder / name}" for name in ("trace.json", "trace.png", "trace.svg")]
     assert sorted(path.name for path in (tmp_path / folder).iterdir()) == [
         "trace.json",
+        "trace.ledger",
         "trace.png",
         "trace.svg",
     ]

@@ -22,7 +22,7 @@ FLOORS = [
     {"vocabulary", "state"},
     {"results"},
     {"parameters", "randomness", "storage", "memory", "meter", "pairing", "sums", "torch_private"},
-    {"locks"},
+    {"locks", "ledger"},
     {"problem"},
     {"operators"},
     {"engines"},

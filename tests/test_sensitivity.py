@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli.diagnostics.predictions import sampled_mean
-from hesscli.diagnostics.saliency import GROUPS, rank_correlation, repeats, saliencies
+from hesscli.diagnostics.saliency import GROUPS, Repeated, rank_correlation, repeats, saliencies
 from hesscli.diagnostics.window import block_sizes
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.mfac import GradientWindow, StaticFisher
@@ -240,7 +240,7 @@ def test_standard_errors_of_saliencies_hold(relative: float) -> None:
             window.extend(scale * torch.randn(rows, size, dtype=torch.float64) @ root.T)
             fisher = StaticFisher(window, damping, blocks=sizes)
             collected: Any = SimpleNamespace(window=window, fisher=fisher, sizes=sizes)
-            found = end_of(repeats(collected, weights, layers))
+            found = end_of(repeats(collected, weights, layers, Repeated()))
             saliency = saliencies(weights, fisher.diagonal())
             means = np.array([float(saliency[layer].mean()) for layer in layers])
         logs.append(np.log(means))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from rich.table import Table
 from hesscli.cli import options
 from hesscli.cli.usage import Usage
 from hesscli.commands import Command
+from hesscli.diagnostics.keeping import Kept
 from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import described
@@ -25,7 +27,7 @@ TOY = Command(figures="toy:figures", **{part: f"toy:{name}" for part, name in _P
 USAGE = Usage(
     help="Find the mean size of each layer's gradient.",
     examples="Examples:\n\n  hesscli toy model.pt",
-    options=(*options.PROBLEM, options.BUDGET, *options.COMPUTE, options.LAYERS, *options.OUTPUT),
+    options=(*options.PROBLEM, options.BUDGET, *options.COMPUTE, options.LAYERS, *options.RESULT),
 )
 
 
@@ -44,26 +46,27 @@ class ToyResult(Answer):
     layers: tuple[ToyLayer, ...]
 
 
-class Gradients:
+class Gradients(Kept):
     """The mean gradient over the batches seen so far."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.total, self.seen = run, 0.0, 0.0
+    kept = ("total", "seen", "batches")
 
-    @property
-    def ready(self) -> bool:
-        return self.seen > 0
+    def __init__(self, run: Run) -> None:
+        self.run, self.total, self.seen, self.batches = run, 0.0, 0.0, 0
+
+    ready = property(lambda self: self.seen > 0)
 
     def expected(self, pace: Pace) -> tuple[Work, ...]:
         return (Work(phase="taking gradients", spent=pace.gradient),)
 
     def steps(self) -> Iterator[Snapshot]:
         problem, parameters = self.run.problem, self.run.problem.parameters
-        for batch in problem.batches():
+        for batch in islice(problem.batches(), self.batches, None):
             parts = torch.autograd.grad(problem.evaluate(batch.data), parameters.tensors)
             self.total = self.total + batch.weight * parameters.flatten(parts)
-            self.seen += batch.weight
+            self.seen, self.batches = self.seen + batch.weight, self.batches + 1
             self.run.operator.meter.add(1.0, batch.weight)
+            self.run.operator.meter.keep()
             yield Snapshot(phase="taking gradients", done=self.seen, total=1.0)
 
 
@@ -72,11 +75,11 @@ def plan(pilot: Pilot) -> tuple[Work, ...]:
 
 
 def measure(
-    problem: Problem, *, matrix: str, budget: float, seed: int, mode: str, observe: Observe
+    problem: Problem, *, matrix: str, budget: float, seed: int, mode: str, observe: Observe, **kept
 ) -> ToyResult:
-    with started(problem, matrix, mode, Clock(budget, observe)) as run:
+    with started(problem, matrix, mode, Clock(budget, observe), **kept) as run:
         found, parameters, layers = Gradients(run), problem.parameters, []
-        status = drive(run.clock, found) or "exact"
+        status = drive(run.clock, found, run.ledger) or "exact"
         gradient = found.total / found.seen
         for name, place in zip(parameters.layers, parameters.layer_places(), strict=True):
             count, tensors = place.stop - place.start, described(parameters.in_layer(name))

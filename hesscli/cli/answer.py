@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hesscli.cli import options
 from hesscli.cli.console import Console
+from hesscli.cli.ledgers import ledger_in
 from hesscli.cli.usage import EVERY_LAYER, Given, Layers, Measure, Usage
 from hesscli.commands import Command
 from hesscli.errors import ExitCode, InputError, UsageError
 from hesscli.results import Answer, CheckpointReport, Header, Status
 
 if TYPE_CHECKING:
+    from hesscli.ledger import FileLedger
     from hesscli.locks import Hold
     from hesscli.problem.problem import Problem
 
@@ -50,16 +52,34 @@ def answer(
             held = until_delivered.enter_context(
                 output(given["directory"], problem.checkpoint, console)
             )
-            if issubclass(resolve_name(command.result), Answer):  # all else only plans with it
+            kept, ledger = dict[str, Any](), None
+            if issubclass(resolve_name(command.result), Answer):  # all else only plans
                 given = {**given, "budget": console.left(budget)}
+                ledger = _ledger(command, usage, console, problem, given, held)
+                kept = {"ledger": ledger} if ledger else {}
             measure = prepared(command, usage, problem, given, shown)
-            result = measure(observe=observe)
+            result = measure(observe=observe, **kept)
         console.warn(*(text for text in result.warnings if text not in problem.warnings))
         if not isinstance(result, Answer):
             deliver(command, result, console, given, held)
             return ExitCode.OK
         deliver(command, result.only(shown), console, given, held)
+        if ledger is not None:
+            ledger.delivered()
         return exit_code(result.status, asked=any(given.get(name) for name in _TOLERANCES))
+
+
+def _ledger(
+    command: Command,
+    usage: Usage,
+    console: Console,
+    problem: Problem,
+    given: Given,
+    held: Hold | None,
+) -> FileLedger | None:
+    asked = what_is_asked(usage, given)
+    name = file_name(resolve_name(command.result).command, given["matrix"])
+    return ledger_in(held, name, console, problem, asked, given["resume"])
 
 
 _TOLERANCES = ("rtol", "atol", "refine")
@@ -167,19 +187,20 @@ def _save(command: Command, result: Header, console: Console, given: Given, held
     from hesscli.results.saved import belonging
     from hesscli.storage import FileSet
 
-    document = held.folder / f"{_file_name(result, result.command)}.json"
+    matrix = result.problem.matrix
+    document = held.folder / f"{file_name(result.command, matrix)}.json"
     paths = {"json": document}
     with FileSet(held.folder) as files:
         for name, arrays in result.tensors().items():
             kind = _kind(result, name, "tensors") if "tensors" in paths else "tensors"
-            file = f"{_file_name(result, name)}.safetensors"
+            file = f"{file_name(name, matrix)}.safetensors"
             paths[kind] = files.write(file, partial(_put_arrays, arrays))
         if command.figures:
             from hesscli.render.figures.canvas import encoders
 
             for name, figure in resolve_name(command.figures)(result, given):
                 for kind, encode in encoders(figure).items():
-                    file = f"{_file_name(result, name)}.{kind}"
+                    file = f"{file_name(name, matrix)}.{kind}"
                     paths[_kind(result, name, kind)] = files.write(file, encode)
         result = replace(
             result,
@@ -199,9 +220,8 @@ def _kind(result: Header, name: str, kind: str) -> str:
     return f"{kind}_{extra}" if extra else kind
 
 
-def _file_name(result: Header, name: str) -> str:
+def file_name(name: str, matrix: str) -> str:
     """A file's name without its ending; it carries the matrix where that is not the Hessian."""
-    matrix = result.problem.matrix
     return name if matrix == "hessian" else f"{name}-{matrix}"
 
 

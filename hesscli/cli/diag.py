@@ -60,7 +60,7 @@ Examples:
         *options.COMPUTE,
         options.LAYERS,
         options.HEATMAP,
-        *options.OUTPUT,
+        *options.RESULT,
     ),
     prepare=prepare,
 )

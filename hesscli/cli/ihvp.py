@@ -81,7 +81,7 @@ Examples:
         options.REFINE,
         *options.COMPUTE,
         options.LAYERS,
-        *options.OUTPUT,
+        *options.RESULT,
     ),
     prepare=prepare,
 )

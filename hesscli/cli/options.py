@@ -386,6 +386,11 @@ DIRECTORY = _OUTPUT.text(
     help="Where files go, of one run at a time; - writes none. Default: a folder for the "
     "checkpoint under hesscli-out.",
 )
+RESUME = _OUTPUT.switch(
+    "--resume",
+    help="Go on with the run that was cut off, or finish one to a smaller tolerance, from its "
+    "ledger in FOLDER; begin anew where there is none.",
+)
 QUIET = _OUTPUT.switch("--quiet", "-q", help="Say nothing but results and errors.")
 VERBOSE = _OUTPUT.switch("--verbose", "-v", help="Say each step; show tracebacks of bugs.")
 
@@ -395,8 +400,10 @@ VERBOSE = _OUTPUT.switch("--verbose", "-v", help="Say each step; show tracebacks
 
 LOADED = (SPEC, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST, SEED, DEVICE, DTYPE, BUDGET)
 """How a problem is loaded; seed and budget are of its measurement as well."""
-SHOWN = (LAYERS, OUT, DIRECTORY, QUIET, VERBOSE)
+SHOWN = (LAYERS, OUT, DIRECTORY, RESUME, QUIET, VERBOSE)
 """What happens to a result."""
 PROBLEM = (CHECKPOINT, SPEC, MATRIX, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST)
 COMPUTE = (SEED, DEVICE, DTYPE, MODE)
 OUTPUT = (OUT, DIRECTORY, QUIET, VERBOSE)
+RESULT = (*OUTPUT, RESUME)
+"""Of what takes work that may be cut off."""

@@ -50,7 +50,7 @@ Examples:
         *options.COMPUTE,
         options.LAYERS,
         options.VECTORS,
-        *options.OUTPUT,
+        *options.RESULT,
     ),
     prepare=prepare,
 )

@@ -31,6 +31,6 @@ Examples:
         options.METHOD,
         *options.COMPUTE,
         options.LAYERS,
-        *options.OUTPUT,
+        *options.RESULT,
     ),
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
+from hesscli.diagnostics.keeping import UNKEPT
 from hesscli.diagnostics.measurement import Turn
 from hesscli.engines.entries import Entries, Stream
 from hesscli.engines.estimator import Estimator, Rounding
@@ -36,6 +38,9 @@ from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
 from hesscli.randomness import Distribution, key
 from hesscli.vocabulary import METHODS
+
+Decided = Callable[[str, Callable[[], Any]], Any]
+"""Of a ledger: what was decided before by some name, or else is decided now."""
 
 AFFORDABLE_COLUMNS = 32
 """Backward passes that the exact diagonal may take where it was not asked for."""
@@ -102,7 +107,13 @@ def probe_range(probes: int | tuple[int, int] | None) -> tuple[int, int | None]:
     return first, fixed
 
 
-def choose(operator: Operator, method: str, draw: Draw, on_step: OnStep = go_on) -> Choice:
+def choose(
+    operator: Operator,
+    method: str,
+    draw: Draw,
+    on_step: OnStep = go_on,
+    decided: Decided = UNKEPT.decided,
+) -> Choice:
     """The estimator of a matrix.
 
     Args:
@@ -111,6 +122,7 @@ def choose(operator: Operator, method: str, draw: Draw, on_step: OnStep = go_on)
             output Hessian is known, and probes for the rest.
         draw: of the probes.
         on_step: called after each product of a proof; may raise to end it.
+        decided: knows what proofs have found before, if they were made.
 
     Raises:
         UsageError: no such method, or one that this problem does not allow.
@@ -120,7 +132,7 @@ def choose(operator: Operator, method: str, draw: Draw, on_step: OnStep = go_on)
     if method in ("deflated", "stratified", "hutchinson"):
         return _probed(operator, method, draw, on_step)
     try:
-        return _split(operator, method, draw, on_step)
+        return _split(operator, method, draw, on_step, decided)
     except HesscliError as error:
         if method != "auto":
             raise
@@ -128,7 +140,9 @@ def choose(operator: Operator, method: str, draw: Draw, on_step: OnStep = go_on)
         return _probed(operator, "auto", draw, on_step, reason)
 
 
-def _split(operator: Operator, method: str, draw: Draw, on_step: OnStep) -> Choice:
+def _split(
+    operator: Operator, method: str, draw: Draw, on_step: OnStep, decided: Decided
+) -> Choice:
     """The Gauss-Newton part from gradients, the rest of the Hessian from probes.
 
     Raises:
@@ -162,7 +176,12 @@ def _split(operator: Operator, method: str, draw: Draw, on_step: OnStep) -> Choi
     if not isinstance(operator, Hessian):
         note = "random columns of the output Hessian" if sampled else f"{passes}, no probes"
         return Choice(make(), "split" if sampled else "exact", note)
-    exactness = exact_parameters(problem, mode=operator.mode, meter=operator.meter, on_step=on_step)
+
+    def proven() -> list[dict[str, str | None]]:
+        found = exact_parameters(problem, mode=operator.mode, meter=operator.meter, on_step=on_step)
+        return [asdict(one) for one in found]
+
+    exactness = tuple(Exactness(**one) for one in decided("exactness", proven))
     curved = [e for e in exactness if not e.exact]
     left = Parameters(p for p, e in zip(problem.parameters, exactness, strict=True) if not e.exact)
     if curved and method == "exact":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hesscli.diagnostics.block_variance import block_report
 from hesscli.diagnostics.choice import Draw, probe_range
+from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Outcome, Pace, Standing, Tolerance, Work, drive
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import (
@@ -46,6 +47,7 @@ from hesscli.results import (
     ParameterReport,
     Snapshot,
 )
+from hesscli.state import State
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_CONFIDENCE, USUAL_RTOL, BlockRule
 
 
@@ -195,6 +197,7 @@ def diagonal(
     seed: int = 0,
     mode: str = "auto",
     observe: Observe | None = None,
+    ledger: Ledger = UNKEPT,
 ) -> DiagResult:
     """Diagonal of a curvature matrix, exact where that is possible, with an error bar an entry.
 
@@ -213,6 +216,7 @@ def diagonal(
         seed: of the probes.
         mode: autodiff mode; ``auto`` takes the cheapest that passes the preflight.
         observe: told how far the run is; returning True ends it at its result so far.
+        ledger: keeps the run, so that it can go on from there.
 
     Raises:
         UsageError: fewer than two probes, or a matrix, method or block that there is not.
@@ -224,7 +228,7 @@ def diagonal(
     rule = BlockRule.parse(block)
     _require_heads(rule, problem)
     clock, tolerance = Clock(budget, observe), Tolerance(rtol, atol)
-    with started(problem, matrix, mode, clock) as run:
+    with started(problem, matrix, mode, clock, ledger) as run:
         draw = Draw(seed, first=first, entries=Entries(problem.parameters, problem.device))
         choice = chosen(run, method, draw)
         goal = partial(_standing, tolerance=tolerance)
@@ -294,6 +298,7 @@ class _ProbeNoise:
     """Plain probes of the whole matrix, for the noise that AdaHessian would face."""
 
     ready = True  # an exact diagonal is a result without them
+    lasting = False
 
     def __init__(self, operator: Operator, draw: Draw, probes: int) -> None:
         parameters = operator.problem.parameters
@@ -314,11 +319,19 @@ class _ProbeNoise:
         for _ in self.engine.extend(self.probes):
             yield Snapshot(phase="probing", done=meter.products, total=float(self.probes))
 
+    def state_dict(self) -> State:
+        """The table and the entries."""
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from there."""
+        self.engine.load_state_dict(state)
+
 
 def _probe_noise(run: Run, draw: Draw, probes: int) -> Faced | None:
     """None where the run was stopped before the probes were done."""
     noise = _ProbeNoise(run.operator, draw, probes)
-    if drive(run.clock, noise) is not None:
+    if drive(run.clock, noise, run.ledger) is not None:
         return None
     found = noise.entries.diagonal([Part(noise.stream, 1.0, probes)], 0.0).noise
     assert found is not None  # probes have some

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hesscli.diagnostics.choice import Choice, Draw
-from hesscli.diagnostics.measurement import Goal, Pace, Tolerance, Work, drive
+from hesscli.diagnostics.keeping import UNKEPT, Ledger
+from hesscli.diagnostics.measurement import Estimation, Goal, Pace, Tolerance, Work, drive
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.predictions import (
     SCALES,
@@ -34,6 +36,7 @@ from hesscli.diagnostics.reporting import (
 from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.diagnostics.saliency import (
     GROUPS,
+    Repeated,
     Repeats,
     rank_correlation,
     repeats,
@@ -42,7 +45,14 @@ from hesscli.diagnostics.saliency import (
     saliency_edges,
     saliency_report,
 )
-from hesscli.diagnostics.solve import RELATIVE, Solved, Solving, sweep, sweeps
+from hesscli.diagnostics.solve import (
+    RELATIVE,
+    DampedSolution,
+    Solved,
+    Solving,
+    sweep,
+    sweeps,
+)
 from hesscli.diagnostics.trace import standing
 from hesscli.diagnostics.window import (
     FEWEST_ROWS,
@@ -73,6 +83,7 @@ from hesscli.results import (
     SolveReport,
     Status,
 )
+from hesscli.state import Rows, State
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_RTOL
 
 # -- The steps of a sensitivity study, each of which may be the last -------------------------------
@@ -143,6 +154,11 @@ class SensitivityStudy:
         self.measured: list[Array] | None = None
         self.rounding = 0.0
         self.status: Status = "converged"
+        self._repeated, self._damped = Repeated(), list[DampedSolution]()
+        self._traces: Estimation | None = None
+        self._measuring: Measured | None = None
+        self._predicted_all = self._swept = False
+        self._saved: State = {}
 
     @property
     def problem(self) -> Problem:
@@ -175,6 +191,8 @@ class SensitivityStudy:
             start = place.stop
         return found
 
+    lasting = False
+
     @property
     def ready(self) -> bool:
         """Whether there is a solution."""
@@ -189,16 +207,65 @@ class SensitivityStudy:
             self.seed,
             self._is_enough,
             self.run.clock.watch,
+            self._saved.get("cut_short", False),
         )
         self.solving = Solving(self.run.operator, self.collected.fisher, self.right, self.refine)
+        self._restore("solving", self.solving)
         yield from self.solving.steps()
         if self.rank is not None:
             yield from self._ranked()
             yield from self._traced()
             yield from self._predicted(self.rank)
-        self.sweep = yield from sweep(self.run.operator, self.collected, self.mattering, self.right)
+        if not self._swept:
+            self.sweep = yield from sweep(
+                self.run.operator, self.collected, self.mattering, self.right, self._damped
+            )
+            self._swept, self._damped = True, []
         if self.rank is not None and self.rank.verify:
             yield from self._verified()
+
+    def state_dict(self) -> State:
+        """The rows, and what each stage has found; what can be made of the rows is not in it."""
+        ranked, damped = self.ranked, [one.direction[None] for one in self._damped]
+        vectors = ranked and (ranked.saliency, ranked.repeats.one, ranked.repeats.other)
+        return {
+            "window": self.empty.state_dict(),
+            "cut_short": self.solving is not None and self.collected.cut_short,
+            "solving": _state_of(self.solving),
+            "repeated": asdict(self._repeated),
+            "ranked": vectors and Rows(*(each[None] for each in vectors)),
+            "traces": _state_of(self._traces),
+            "status": self.status,
+            "predictions": _state_of(self.predictions),
+            "predicted_all": self._predicted_all,
+            "damped": [asdict(one.point) for one in self._damped],
+            "directions": Rows(*damped) if damped else None,
+            "sweep": [asdict(point) for point in self.sweep],
+            "swept": self._swept,
+            "measuring": _state_of(self._measuring),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where another was: each stage takes its own when it comes to it."""
+        self._saved = state
+        self.empty.load_state_dict(state["window"])
+        self._repeated = Repeated(**state["repeated"])
+        if state["ranked"] is not None:
+            saliency, one, other = _vectors(state["ranked"], self.problem.device)
+            means, levels = np.array(self._repeated.means), np.array(self._repeated.quantiles)
+            self.ranked = Ranked(saliency, Repeats(means, levels, one, other))
+        self.status, self._predicted_all = state["status"], state["predicted_all"]
+        if state["directions"] is not None:
+            points = [DampingPoint(**point) for point in state["damped"]]
+            directions = _vectors(state["directions"], self.problem.device)
+            self._damped = list(map(DampedSolution, points, directions))
+        self.sweep = tuple(DampingPoint(**point) for point in state["sweep"])
+        self._swept = state["swept"]
+
+    def _restore(self, name: str, stage: _Stage) -> None:
+        """Let a stage go on from where it was kept, if it had begun."""
+        if self._saved.get(name) is not None:
+            stage.load_state_dict(self._saved[name])
 
     def finish(self, cut: Status | None) -> None:
         """Let there be no more.
@@ -252,15 +319,20 @@ class SensitivityStudy:
         return rows >= FEWEST_ROWS and self.run.clock.spent > _COLLECTING
 
     def _ranked(self) -> Iterator[Snapshot]:
+        if self.ranked is not None:
+            return
         places = self.problem.parameters.layer_places()
         saliency = saliencies(self.mattering, self.collected.fisher.diagonal())
-        again = yield from repeats(self.collected, self.mattering, places)
+        again = yield from repeats(self.collected, self.mattering, places, self._repeated)
         self.ranked = Ranked(saliency, again)
 
     def _traced(self) -> Iterator[Snapshot]:
         """Traces of all layers, without probes where that is possible."""
-        self.choice = chosen(self.run, "auto", Draw(self.seed))
-        traces = estimation(self.run, self.choice, *self._tracing)
+        kept = self._saved.get("traces") is not None
+        with self.run.operator.meter.uncounted() if kept else nullcontext():
+            self.choice = chosen(self.run, "auto", Draw(self.seed))
+        traces = self._traces = estimation(self.run, self.choice, *self._tracing)
+        self._restore("traces", traces)
         yield from traces.steps()
         self.reading = traces.outcome(None).reading
 
@@ -273,15 +345,38 @@ class SensitivityStudy:
     def _predicted(self, rank: Ranking) -> Iterator[Snapshot]:
         assert self.ranked is not None  # it comes before
         self.predictions = Predictions(self.run.operator, self.ranked.saliency)
-        self.status = yield from self.predictions.to_tolerance(rank.rtol)
+        self._restore("predictions", self.predictions)
+        if not self._predicted_all:
+            self.status = yield from self.predictions.to_tolerance(rank.rtol)
+            self._predicted_all = True
 
     def _verified(self) -> Iterator[Snapshot]:
         """In float64 where the preflight has seen the model run in it."""
         assert self.predictions is not None  # they come before
-        measured = Measured(self.run.operator)
+        measured = self._measuring = Measured(self.run.operator)
+        self._restore("measuring", measured)
         exact = self.problem.precision.is_float64
         self.measured = yield from measured.changes(self.predictions.layers, exact)
         self.rounding = measured.rounding
+
+
+class _Stage(Protocol):
+    """A part of a study that has a state of its own."""
+
+    def state_dict(self) -> State:
+        """Where it is."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where another was."""
+
+
+def _state_of(stage: _Stage | None) -> State | None:
+    return None if stage is None else stage.state_dict()
+
+
+def _vectors(rows: Rows, device: torch.device) -> list[Tensor]:
+    """A copy of each."""
+    return [row.to(device, copy=True) for part in rows.since(0) for row in part]
 
 
 # -- What a study found, as its result -------------------------------------------------------------
@@ -485,6 +580,7 @@ def sensitivity(
     seed: int = 0,
     mode: str = "auto",
     observe: Observe | None = None,
+    ledger: Ledger = UNKEPT,
 ) -> IhvpResult:
     """Which weights and layers matter, and what pruning or rounding a layer does to the loss.
 
@@ -501,6 +597,7 @@ def sensitivity(
         seed: of sampled rows.
         mode: autodiff mode; ``auto`` takes the cheapest that passes the preflight.
         observe: told how far the run is; returning True ends it at its result so far.
+        ledger: keeps the run, so that it can go on from there.
 
     Raises:
         UsageError: rows, blocks or a window that cannot be, or a matrix that there is not.
@@ -508,13 +605,14 @@ def sensitivity(
         BudgetError: the time was not enough for a solution.
         KeyboardInterrupt: stopped before there was a result.
     """
-    options, rank = window or WindowOptions(), Ranking(rtol, verify)
+    options, rank = _sized(window, problem, ledger), Ranking(rtol, verify)
+    ledger.recognise({"--rtol": rtol})
     with (
         options.empty(problem) as empty,
-        started(problem, matrix, mode, Clock(budget, observe)) as run,
+        started(problem, matrix, mode, Clock(budget, observe), ledger) as run,
     ):
         study = SensitivityStudy(run, options, empty, None, refine, seed, rank)
-        study.finish(drive(run.clock, study))
+        study.finish(drive(run.clock, study, run.ledger))
         return report(study, "gradient")
 
 
@@ -530,6 +628,7 @@ def ihvp(
     mode: str = "auto",
     source: str = "vector",
     observe: Observe | None = None,
+    ledger: Ledger = UNKEPT,
 ) -> IhvpResult:
     """Y with (F̂ + λI) y = x, and its residuals against F̂ and against the matrix itself.
 
@@ -544,6 +643,7 @@ def ihvp(
         seed: of sampled rows.
         mode: autodiff mode.
         observe: told how far the run is.
+        ledger: keeps the run.
 
     Returns:
         A result without layers; ``direction`` holds y by parameter.
@@ -553,15 +653,21 @@ def ihvp(
         UnsoundError: as for :func:`sensitivity`; so is BudgetError.
         KeyboardInterrupt: the observer wanted no more.
     """
-    options = window or WindowOptions()
+    options = _sized(window, problem, ledger)
     given = None if vector is None else _checked(problem, vector)
     with (
         options.empty(problem) as empty,
-        started(problem, matrix, mode, Clock(budget, observe)) as run,
+        started(problem, matrix, mode, Clock(budget, observe), ledger) as run,
     ):
         study = SensitivityStudy(run, options, empty, given, refine, seed)
-        study.finish(drive(run.clock, study))
+        study.finish(drive(run.clock, study, run.ledger))
         return report(study, "gradient" if given is None else source)
+
+
+def _sized(window: WindowOptions | None, problem: Problem, ledger: Ledger) -> WindowOptions:
+    """With as many rows as there was memory for when the run began."""
+    options = window or WindowOptions()
+    return replace(options, size=ledger.decided("rows", lambda: options.count(problem)))
 
 
 def _checked(problem: Problem, vector: Tensor | Array) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
+from hesscli.diagnostics.keeping import UNKEPT, Ledger, Stateful
 from hesscli.diagnostics.run import Clock
 from hesscli.engines.estimator import Engine, Estimator, Reading, Rounding, read
 from hesscli.engines.hutchinson.table import Sharing
@@ -100,7 +101,7 @@ class Work:
     note: str = ""
 
 
-class Measurement(Protocol):
+class Measurement(Stateful, Protocol):
     """Work that is done step by step, and whose result so far can be read off between two steps."""
 
     def steps(self) -> Iterator[Snapshot]:
@@ -118,12 +119,15 @@ class Measurement(Protocol):
         """
 
 
-def drive(clock: Clock, measurement: Measurement, ending: float = 0.0) -> Status | None:
+def drive(
+    clock: Clock, measurement: Measurement, ledger: Ledger = UNKEPT, ending: float = 0.0
+) -> Status | None:
     """Let a measurement take its steps until it ends, time is up, or nobody wants more.
 
     Args:
-        clock: that says when.
-        measurement: the work.
+        clock: knows what time there is, and whom to tell.
+        measurement: goes on from where it was, if it was kept.
+        ledger: is told whenever its state is whole. Where Ctrl-C comes within a step, it is not.
         ending: seconds that reading its result off will take.
 
     Returns:
@@ -134,13 +138,21 @@ def drive(clock: Clock, measurement: Measurement, ending: float = 0.0) -> Status
         KeyboardInterrupt: nor was there one when nobody wanted more.
     """
     clock.ending = ending
+    ledger.begin(measurement)
+    whole = False
     try:
         for snapshot in measurement.steps():
+            whole = True
+            ledger.step()
             clock.within_budget(snapshot)
+            whole = False
     except (BudgetError, KeyboardInterrupt) as end:
+        if whole:
+            ledger.cut()
         if not measurement.ready:
             raise
         return "budget" if isinstance(end, BudgetError) else "interrupted"
+    ledger.end()
     return None
 
 
@@ -276,6 +288,11 @@ class Estimation:
         self._shown: Reading | None = None
         self._shown_at = -math.inf
         self._start = estimator.products
+
+    @property
+    def lasting(self) -> bool:
+        """Whether a smaller error takes more probes, and nobody has said how many."""
+        return self.probes is None
 
     @property
     def ready(self) -> bool:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
 from hesscli.results import Snapshot, Status
+from hesscli.state import State
 from hesscli.sums import weighted_sum
 
 # -- Changes that people make to trained weights: pruning them, and rounding them to few bits ------
@@ -278,12 +280,28 @@ class Predictions:
         batches = self.problem.indices
         look = min(FEWEST_BATCHES, len(batches))
         for number, index in enumerate(batches, 1):
-            yield from self._see(self.problem.batch(index), number, len(batches))
+            if number > self.seen:
+                yield from self._see(self.problem.batch(index), number, len(batches))
             if number == look:
-                if self._known_within(rtol):
+                if number == self.seen and self._known_within(rtol):
                     return "converged"
                 look = min(2 * look, len(batches))
         return "data-limited"
+
+    def state_dict(self) -> State:
+        """Of each layer what is known of it, batch by batch."""
+        return {
+            "layers": [
+                {"weights": layer.weights, "forms": layer.forms, "slopes": layer.slopes}
+                for layer in self.layers
+            ]
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Have seen what another of the same matrix and saliencies had."""
+        for layer, its in zip(self.layers, state["layers"], strict=True):
+            layer.weights = list(its["weights"])
+            layer.forms, layer.slopes = list(its["forms"]), list(its["slopes"])
 
     def of(self, layer: Layer) -> Prediction:
         """What is predicted of a layer's changes; two batches at least must have been seen."""
@@ -326,6 +344,7 @@ class Predictions:
             layer.forms.append(form)
         for layer, row in zip(self.layers, slopes, strict=slope is not None):
             layer.slopes.append(row)
+        self._meter.keep()
         yield Snapshot(phase="perturbing", done=float(number), total=float(total))
 
     def _slope(self, batch: WeightedBatch) -> Tensor:
@@ -397,22 +416,31 @@ class Measured:
 
     def __init__(self, operator: Operator) -> None:
         self.problem, self.meter, self.rounding = operator.problem, operator.meter, 0.0
+        self._before: float | None = None
+        self._rows: list[list[float]] = []
+
+    def state_dict(self) -> State:
+        """The loss without a change, and its differences so far."""
+        return {"before": self._before, "rows": self._rows}
+
+    def load_state_dict(self, state: State) -> None:
+        """Have measured what another had."""
+        self._before, self._rows = state["before"], list(state["rows"])
 
     def changes(self, layers: list[Layer], exact: bool) -> Generator[Snapshot, None, list[Array]]:
         """Loss differences ``(k, scales)`` of each layer."""
-        found = []
-        total = float(sum(len(layer.changes()) for layer in layers))
+        counts = [len(layer.changes()) for layer in layers]
         with doubled(self.problem) if exact else nullcontext():
-            before, done = self._loss(), 0.0
+            before = self._before = self._loss() if self._before is None else self._before
             self.rounding = ROUNDING * torch.finfo(self.problem.dtype).eps * abs(before)
-            for layer in layers:
-                rows = []
-                for change in layer.changes():
-                    rows.append([self._after(layer, change, scale) - before for scale in SCALES])
-                    done += 1
-                    yield Snapshot(phase="verifying", done=done, total=total)
-                found.append(np.array(rows))
-        return found
+            each = ((layer, change) for layer in layers for change in layer.changes())
+            for layer, change in islice(each, len(self._rows), None):
+                row = [self._after(layer, change, scale) - before for scale in SCALES]
+                self._rows.append(row)
+                self.meter.keep()
+                done, total = float(len(self._rows)), float(sum(counts))
+                yield Snapshot(phase="verifying", done=done, total=total)
+        return np.split(np.array(self._rows), np.cumsum(counts)[:-1])
 
     def _after(self, layer: Layer, change: Change, scale: float) -> float:
         with applied(layer.parameters, change.delta, scale):

@@ -59,7 +59,7 @@ _CHOOSING = "choosing a method"
 def chosen(run: Run, method: str, draw: Draw) -> Choice:
     """The estimator of a run's matrix, chosen within its time, and how it rounds."""
     with watched(run.operator.meter) as took:
-        choice = choose(run.operator, method, draw, run.clock.watch(_CHOOSING))
+        choice = choose(run.operator, method, draw, run.clock.watch(_CHOOSING), run.ledger.decided)
         rounding = rounding_of(run, choice)
     return replace(choice, took=took, rounding=rounding)
 
@@ -88,7 +88,7 @@ def estimated(
         KeyboardInterrupt: stopped before there was any.
     """
     measurement = estimation(run, choice, goal, miss, probes)
-    return measurement.outcome(drive(run.clock, measurement, ending))
+    return measurement.outcome(drive(run.clock, measurement, run.ledger, ending))
 
 
 def expected(

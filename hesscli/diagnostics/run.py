@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import resource
@@ -9,21 +10,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.errors import BudgetError, UsageError
 from hesscli.meter import Meter, OnStep, Spent
 from hesscli.operators.base import Operator
 from hesscli.operators.gauss_newton import EmpiricalFisher, Fisher, GaussNewton
 from hesscli.operators.hessian import Hessian
-from hesscli.operators.preflight import checked
+from hesscli.operators.preflight import checked, recall
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
-from hesscli.results import Cost, Environment, Observe, Preflight, ProblemReport, Snapshot
+from hesscli.results import Check, Cost, Environment, Observe, Preflight, ProblemReport, Snapshot
 from hesscli.units import larger_budget
 
 # -- A run's time: its limit, and the observer's line ----------------------------------------------
@@ -42,27 +44,35 @@ class Clock:
         observer: called with each snapshot.
         ending: seconds before the budget's end at which work ends, since reading off what it has
             come to will take them.
+        earlier: seconds that the run had taken in other processes, which no budget of this one
+            pays for.
     """
 
     budget: float | None
     observer: Observe | None
     ending: float = 0.0
+    earlier: float = 0.0
     _began: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
+        """Seconds since the start, those before this process included."""
+        return self.earlier + self.elapsed
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds in this process."""
         return time.monotonic() - self._began
 
     @property
     def spent(self) -> float:
         """Share of the budget that is spent."""
-        return self.seconds / self.budget if self.budget else 0.0
+        return self.elapsed / self.budget if self.budget else 0.0
 
     @property
     def left(self) -> float:
         """Seconds for more work."""
-        return math.inf if self.budget is None else self.budget - self.ending - self.seconds
+        return math.inf if self.budget is None else self.budget - self.ending - self.elapsed
 
     def within_budget(self, snapshot: Snapshot) -> bool:
         """Tell the observer, and look at the time; itself an observer that never wants to stop.
@@ -155,6 +165,7 @@ class Run:
     flight: Preflight
     clock: Clock
     before: Spent
+    ledger: Ledger = UNKEPT
 
     @property
     def problem(self) -> Problem:
@@ -181,13 +192,13 @@ class Run:
     def pace(self) -> Callable[[int], bool]:
         """Whether so many products more fit into the budget, at their pace from now on."""
         clock, meter = self.clock, self.operator.meter
-        began, before = clock.seconds, meter.products
+        began, before = clock.elapsed, meter.products - meter.earlier
 
         def fits(products: int) -> bool:
-            made = meter.products - before
+            made = meter.products - meter.earlier - before
             if not made:  # nobody knows yet
                 return True
-            return (clock.seconds - began) / made * products <= clock.left
+            return (clock.elapsed - began) / made * products <= clock.left
 
         return fits
 
@@ -203,22 +214,71 @@ class Run:
 
 
 @contextmanager
-def started(problem: Problem, matrix: str, mode: str, clock: Clock) -> Iterator[Run]:
+def started(
+    problem: Problem, matrix: str, mode: str, clock: Clock, ledger: Ledger = UNKEPT
+) -> Iterator[Run]:
     """Prove the problem, check its products, and make the matrix.
 
+    The proof is made anew in every process: that loss and gradient are the same to the last bit
+    shows that a ledger is of this problem. The checks are not.
+
     Raises:
-        UsageError: a matrix that this problem does not have.
+        UsageError: a matrix that this problem does not have, or a ledger of another run.
         UnsoundError: the problem's curvature would mean nothing.
         BudgetError: there is no time for that.
         KeyboardInterrupt: the observer wanted no more.
     """
     build, meter = matrix_named(matrix), Meter()
     problem.prove(clock.within_budget, meter)
-    flight = checked(problem, build, mode, meter, clock.watch("preflight"))
     report = problem.report(build.name)  # of the user's own type, whatever differences are in
+    ledger.attach(clock, meter)
+    if ledger is not UNKEPT:
+        ledger.recognise(_facts(problem, report))
+    flight = _checked(problem, build, mode, meter, clock, ledger)
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
-        before = Spent(meter.products, meter.gradients, clock.seconds)
-        yield Run(build(problem, mode=flight.mode, meter=meter), report, flight, clock, before)
+        before = Spent(meter.products, meter.gradients, clock.elapsed)
+        operator = build(problem, mode=flight.mode, meter=meter)
+        yield Run(operator, report, flight, clock, before, ledger)
+    ledger.close()
+
+
+def _facts(problem: Problem, report: ProblemReport) -> dict[str, Any]:
+    """What tells runs apart: all that is said of a problem but its place, and where it runs."""
+    facts = asdict(report) | asdict(environment(problem.device))
+    facts["gradient"] = _hash([problem.prove().gradient])
+    if report.checkpoint is None:
+        facts["weights"] = _hash((*problem.model.parameters(), *problem.model.buffers()))
+    else:
+        facts["checkpoint"] = report.checkpoint.sha256
+    facts["examples"] = facts.pop("manifest_sha256")
+    return facts
+
+
+def _hash(tensors: Iterable[Any]) -> str:
+    hashed = hashlib.sha256()
+    for tensor in tensors:
+        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def _checked(
+    problem: Problem,
+    build: type[Operator],
+    mode: str,
+    meter: Meter,
+    clock: Clock,
+    ledger: Ledger,
+) -> Preflight:
+    """The preflight as it was, or as it is found now."""
+
+    def found() -> dict[str, Any]:
+        return asdict(checked(problem, build, mode, meter, clock.watch("preflight")))
+
+    kept = ledger.decided("preflight", found)
+    checks = [{k: v for k, v in one.items() if k != "passed"} for one in kept["checks"]]
+    flight = Preflight(**kept | {"checks": tuple(Check(**one) for one in checks)})
+    recall(problem, build, mode, flight)
+    return flight
 
 
 def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:

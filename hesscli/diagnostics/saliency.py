@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -109,8 +109,16 @@ def require_rows(count: int, capacity: int) -> None:
     )
 
 
+@dataclass
+class Repeated:
+    """Layers' mean saliencies and their quantiles, without one group of rows after the other."""
+
+    means: list[list[float]] = field(default_factory=list)
+    quantiles: list[list[list[float]]] = field(default_factory=list)
+
+
 def repeats(
-    collected: Collected, weights: Tensor, layers: Sequence[slice]
+    collected: Collected, weights: Tensor, layers: Sequence[slice], found: Repeated
 ) -> Generator[Snapshot, None, Repeats]:
     """Saliencies from fewer rows, an inversion a step.
 
@@ -118,6 +126,7 @@ def repeats(
         collected: the window and its blocks.
         weights: ``(d,)``.
         layers: where each layer lies in them.
+        found: without the first groups, as far as that is done; the others are added.
 
     Raises:
         UsageError: there are not two rows for each group.
@@ -129,14 +138,14 @@ def repeats(
     def from_rows(chosen: Tensor) -> Tensor:
         return saliencies(weights, _inverse_diagonal(collected, chosen))
 
-    means, levels = [], []
-    for left_out in range(GROUPS):
+    for left_out in range(len(found.means), GROUPS):
         saliency = from_rows(group != left_out)
-        means.append([float(saliency[layer].mean()) for layer in layers])
-        levels.append([quantiles(saliency[layer]).tolist() for layer in layers])
+        means = [float(saliency[layer].mean()) for layer in layers]
+        found.quantiles.append([quantiles(saliency[layer]).tolist() for layer in layers])
+        found.means.append(means)
         yield Snapshot(phase="ranking", done=float(left_out + 1), total=float(GROUPS + 2))
     one, other = (from_rows(group % 2 == half) for half in range(2))
-    return Repeats(np.array(means), np.array(levels), one, other)
+    return Repeats(np.array(found.means), np.array(found.quantiles), one, other)
 
 
 def quantiles(values: Tensor) -> Tensor:

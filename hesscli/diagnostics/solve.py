@@ -16,6 +16,7 @@ from hesscli.engines.conjugate_gradients import ConjugateGradients
 from hesscli.engines.mfac import Gram, StaticFisher
 from hesscli.operators.base import Operator
 from hesscli.results import DampingPoint, Refinement, ResidualReport, Snapshot
+from hesscli.state import State
 
 # -- (F̂ + λI) y = x, how well y solves it, and conjugate gradients where that is not enough -------
 
@@ -66,9 +67,19 @@ class Solving:
             return
         while not (solver.done or solver.residual <= refine):
             solver.step()
+            self.operator.meter.keep()
             yield Snapshot(
                 phase="refining", done=float(solver.iterations), estimate=solver.residual
             )
+
+    def state_dict(self) -> State:
+        """Of conjugate gradients; a solve with the window is as soon made again."""
+        return {} if self._solver is None else self._solver.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where another solve of the same system was."""
+        if self._solver is not None:
+            self._solver.load_state_dict(state)
 
     @cached_property
     def solved(self) -> Solved:
@@ -117,13 +128,19 @@ _MOST_DIRECTIONS = 1 << 28
 
 
 @dataclass(frozen=True)
-class _Solution:
+class DampedSolution:
+    """What one damping makes of a window."""
+
     point: DampingPoint
     direction: Tensor
 
 
 def sweep(
-    operator: Operator, collected: Collected, weights: Tensor, right: Tensor
+    operator: Operator,
+    collected: Collected,
+    weights: Tensor,
+    right: Tensor,
+    found: list[DampedSolution],
 ) -> Generator[Snapshot, None, tuple[DampingPoint, ...]]:
     """One point for each damping, the largest first; none where the gradients are all zero.
 
@@ -132,12 +149,12 @@ def sweep(
         collected: the window.
         weights: ``(d,)``, for their saliencies.
         right: x ``(d,)``.
+        found: solutions so far, to which the others are added.
     """
     if not collected.damping_unit or not sweeps(len(weights)):
         return ()
     own = saliencies(weights, collected.fisher.diagonal())
-    found: list[_Solution] = []
-    for relative in RELATIVE:
+    for relative in RELATIVE[len(found) :]:
         found.append(_at(relative, collected, weights, right.double(), own))
         yield Snapshot(phase="inverting", done=float(len(found)), total=float(len(RELATIVE)))
     directions = torch.stack([one.direction for one in found])
@@ -164,7 +181,7 @@ def sweeps(size: int) -> bool:
 
 def _at(
     relative: float, collected: Collected, weights: Tensor, right: Tensor, own: Tensor
-) -> _Solution:
+) -> DampedSolution:
     damping = relative * collected.damping_unit
     fisher = collected.fisher.with_damping(damping)
     diagonal = fisher.diagonal()
@@ -177,7 +194,7 @@ def _at(
         rank_correlation=rank_correlation(saliencies(weights, diagonal), own),
         operator_residual=None,
     )
-    return _Solution(point, fisher.ihvp(right).vector.double())
+    return DampedSolution(point, fisher.ihvp(right).vector.double())
 
 
 def _span_shares(collected: Collected, directions: Tensor) -> Sequence[float | None]:

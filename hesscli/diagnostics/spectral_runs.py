@@ -8,8 +8,8 @@ eigenvalue has copies, which one start vector cannot see.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -39,6 +39,7 @@ from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem
 from hesscli.randomness import key
 from hesscli.results import ConvergencePoint, Snapshot, Status
+from hesscli.state import Rows, State
 from hesscli.units import human_bytes
 
 # -- Lanczos runs under a clock: a long one for the eigenvalues, short ones for the rest -----------
@@ -129,6 +130,12 @@ class Exploration:
         self.known: tuple[Counted, ...] = ()
         self.convergence: list[ConvergencePoint] = []
         self.rounding_measured, self.finished = False, False
+        self._first_over = False
+        self._number = 1  # of the later run that is made, or comes next
+        self._later: Lanczos | None = None
+        self._half: Ritz | None = None
+        self._begun: State | None = None
+        self._copies: list[Tensor] = []
 
     def steps(self) -> Iterator[Snapshot]:
         """Steps of all runs.
@@ -136,8 +143,10 @@ class Exploration:
         Raises:
             UnsoundError: a product is not finite.
         """
-        yield from self._first()
-        self._allow_for_rounding(_MEASURED)
+        if not self._first_over:
+            yield from self._first()
+            self._allow_for_rounding(_MEASURED)
+            self._first_over = True
         yield from self._others()
         if reached(self):
             self.status = "converged"
@@ -190,20 +199,28 @@ class Exploration:
 
     def _first(self) -> Iterator[Snapshot]:
         """Steps of the long run."""
-        lanczos, plan = self.lanczos, self.plan
-        while lanczos.count < plan.steps and not lanczos.done:
+        lanczos = self.lanczos
+        while not self._is_enough():
             lanczos.step()
             if lanczos.count <= STEPS or lanczos.count % _READ_EVERY == 0:
                 self._read()
             if lanczos.count == _FIRST_MEASURED:
                 self._allow_for_rounding(1)
+            self.operator.meter.keep()
             yield self._snapshot()
-            if plan.early and reached(self):
-                break
-            if self.enough is not None and self.enough(lanczos.count):
-                self.shortened = lanczos.count < plan.steps
-                break
         self._read()
+
+    def _is_enough(self) -> bool:
+        """Whether the long run has all its steps, or reached its goal, or has no more time."""
+        lanczos, plan = self.lanczos, self.plan
+        if lanczos.count >= plan.steps or lanczos.done:
+            return True
+        if not lanczos.count:
+            return False
+        if plan.early and reached(self):
+            return True
+        self.shortened = self.enough is not None and self.enough(lanczos.count)
+        return self.shortened
 
     def _allow_for_rounding(self, count: int) -> None:
         """Measure the rounding of products with so many Ritz vectors; all bars count it."""
@@ -233,34 +250,85 @@ class Exploration:
 
     def _others(self) -> Iterator[Snapshot]:
         """The short runs, each in the complement of all eigenvectors that were counted before."""
-        if self.plan.probes < 2:
+        if self._number >= self.plan.probes:
             return
         steps = shorter(self.lanczos.count)
         rows = self.lanczos.vectors(self.ritz, _taken(standing_alone(self.ritz)))
-        complement = Complement(rows)
-        for number in range(1, self.plan.probes):
-            if not complement.size:
-                return
-            seed = key(_NEXT_START, self.plan.seed, number)
+        complement = Complement(torch.cat([rows, *self._copies]) if self._copies else rows)
+        while self._number < self.plan.probes and complement.size:
+            seed = key(_NEXT_START, self.plan.seed, self._number)
             within, size = _within(complement, self.product), complement.size
             lanczos = _lanczos(self.operator, within, size, self.plan, seed, steps)
-            half = yield from self._to(lanczos, max(min(steps, size) // 2, 1))
-            whole = yield from self._to(lanczos, min(steps, size))
-            before = self.known
-            self.halves.append(KrylovRun(_light(half), size, before))
+            if self._begun is not None:
+                lanczos.load_state_dict(self._begun)
+            self._later, self._begun = lanczos, None
+            if self._half is None:
+                yield from self._to(lanczos, max(min(steps, size) // 2, 1))
+                self._half = _light(lanczos.ritz())
+            yield from self._to(lanczos, min(steps, size))
+            whole, before = lanczos.ritz(), self.known
+            self.halves.append(KrylovRun(self._half, size, before))
             self.runs.append(KrylovRun(_light(whole), size, before))
+            self._number, self._later, self._half = self._number + 1, None, None
             if again := copies(before, whole):
                 self.known = with_copies(before, whole)
                 vectors = lanczos.vectors(whole, _taken(again))
-                rows = torch.cat([rows, torch.stack([complement.embed(v) for v in vectors])])
-                complement = Complement(rows)
+                self._copies.append(torch.stack([complement.embed(v) for v in vectors]))
+                complement = Complement(torch.cat([rows, *self._copies]))
 
-    def _to(self, lanczos: Lanczos, count: int) -> Generator[Snapshot, None, Ritz]:
-        """A reading once there are so many steps."""
+    def _to(self, lanczos: Lanczos, count: int) -> Iterator[Snapshot]:
+        """So many steps in all."""
         while lanczos.count < count:
             lanczos.step()
+            self.operator.meter.keep()
             yield self._snapshot()
-        return lanczos.ritz()
+
+    def state_dict(self) -> State:
+        """All runs: of those that are over the readings, of those that are not the bases."""
+        later = None if self._later is None else self._later.state_dict()
+        return {
+            "status": self.status,
+            "finished": self.finished,
+            "shortened": self.shortened,
+            "rounding_measured": self.rounding_measured,
+            "first_over": self._first_over,
+            "lanczos": self.lanczos.state_dict(),
+            "product": self.product.state_dict(),
+            "runs": [_told(run) for run in self.runs],
+            "halves": [_told(run) for run in self.halves],
+            "known": [asdict(one) for one in self.known],
+            "convergence": [asdict(point) for point in self.convergence],
+            "number": self._number,
+            "half": None if self._half is None else asdict(self._half),
+            "later": {str(self._number): later},
+            "copies": Rows(*self._copies) if self._copies else None,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where another of the same matrix and plan was."""
+        self.status, self.finished = state["status"], state["finished"]
+        self.shortened, self._first_over = state["shortened"], state["first_over"]
+        self.rounding_measured = state["rounding_measured"]
+        self.lanczos.load_state_dict(state["lanczos"])
+        self.product.load_state_dict(state["product"])
+        self.runs = [_run(told) for told in state["runs"]]
+        self.halves = [_run(told) for told in state["halves"]]
+        if self.runs and len(self.ritz.values) == self.lanczos.count:
+            self.runs[0] = KrylovRun(self.lanczos.ritz(), self.size)
+        self.known = tuple(Counted(**one) for one in state["known"])
+        self.convergence = [
+            ConvergencePoint(
+                steps=point["steps"],
+                values=tuple(point["values"]),
+                residuals=tuple(point["residuals"]),
+            )
+            for point in state["convergence"]
+        ]
+        self._number = state["number"]
+        self._half = None if state["half"] is None else Ritz(**state["half"])
+        self._begun = state["later"][str(self._number)]
+        copies = state["copies"]
+        self._copies = [] if copies is None else [part.clone() for part in copies.since(0)]
 
 
 def shorter(steps: int) -> int:
@@ -289,6 +357,16 @@ def reached(found: Exploration) -> bool:
 
 def _taken(groups: Sequence[Group]) -> list[int]:
     return [index for group in groups for index in group.indices]
+
+
+def _told(run: KrylovRun) -> State:
+    """Without vectors."""
+    return asdict(replace(run, ritz=_light(run.ritz)))
+
+
+def _run(told: State) -> KrylovRun:
+    deflated = tuple(Counted(**one) for one in told["deflated"])
+    return KrylovRun(Ritz(**told["ritz"]), told["dimension"], deflated)
 
 
 def _within(complement: Complement, product: Product) -> Product:
@@ -339,8 +417,11 @@ class SpectralStudy:
         }
         self.exact = exact
         self.dense: Tensor | None = None
+        self._columns, self._formed_columns = torch.empty(0, 0), 0
         self.found: dict[str, Exploration] = {}
         self.cut: Status | None = None
+
+    lasting = False
 
     @cached_property
     def whole(self) -> Exploration:
@@ -366,14 +447,44 @@ class SpectralStudy:
     def steps(self) -> Iterator[Snapshot]:
         """The whole matrix, its dense form, and then the blocks of layers."""
         yield from self._explored(self.whole)
-        if self.exact:
+        if self.exact and self.dense is None:
             yield from self._formed()
-        plan, count = self.plan, self.whole.lanczos.count
-        if self.whole.shortened:
-            plan = replace(plan, steps=count)
-        for layer, block in self.blocks.items():
-            self.found[layer] = Exploration(block, plan)
+        for layer in self.blocks:
+            if layer not in self.found:
+                self.found[layer] = self._of_block(layer)
             yield from self._explored(self.found[layer])
+
+    def _of_block(self, layer: str) -> Exploration:
+        """As many steps as were made with the whole, where there was no time for more."""
+        plan = self.plan
+        if self.whole.shortened:
+            plan = replace(plan, steps=self.whole.lanczos.count)
+        return Exploration(self.blocks[layer], plan)
+
+    def state_dict(self) -> State:
+        """Of all explorations so far, and the dense matrix as far as it is formed."""
+        formed = self._formed_columns
+        return {
+            "whole": self.whole.state_dict(),
+            "columns": Rows(self._columns[:formed]) if formed else None,
+            "dense": None if self.dense is None else Rows(self.dense),
+            "found": {layer: found.state_dict() for layer, found in self.found.items()},
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where another of the same matrices was."""
+        self.whole.load_state_dict(state["whole"])
+        size = self.operator.parameters.size
+        if state["dense"] is not None:
+            self.dense = torch.empty(size, size, dtype=torch.float64)
+            state["dense"].copy_to(self.dense)
+        elif state["columns"] is not None:
+            self._formed_columns = len(state["columns"])
+            self._columns = torch.empty(size, size, dtype=torch.float64)
+            state["columns"].copy_to(self._columns)
+        for layer, found in state["found"].items():
+            self.found[layer] = self._of_block(layer)
+            self.found[layer].load_state_dict(found)
 
     def finish(self, cut: Status | None) -> None:
         """Read off what there is.
@@ -459,6 +570,8 @@ class SpectralStudy:
 
     def _explored(self, found: Exploration) -> Iterator[Snapshot]:
         """One matrix, with the progress of all."""
+        if found.finished:
+            return
         for snapshot in found.steps():
             steps = self.whole.lanczos.count if self.whole.shortened else self.plan.steps
             total = float(self._products(steps))
@@ -474,14 +587,18 @@ class SpectralStudy:
     def _formed(self) -> Iterator[Snapshot]:
         """The dense matrix, a few columns at a time."""
         size = self.operator.parameters.size
-        dense = torch.empty(size, size, dtype=torch.float64)
-        for start in range(0, size, _COLUMNS):
+        if not self._formed_columns:
+            self._columns = torch.empty(size, size, dtype=torch.float64)
+        for start in range(self._formed_columns, size, _COLUMNS):
             stop = min(start + _COLUMNS, size)
             unit = torch.zeros(stop - start, size, dtype=torch.float64)
             unit[:, start:stop].fill_diagonal_(1.0)
-            dense[start:stop] = self.operator.apply(unit).cpu()
+            self._columns[start:stop] = self.operator.apply(unit).cpu()
+            self._formed_columns = stop
+            self.operator.meter.keep()
             yield Snapshot(phase=_FORMING, done=float(stop), total=float(size))
-        self.dense = dense.add_(dense.T.clone()).div_(2)
+        self.dense = self._columns.add_(self._columns.T.clone()).div_(2)
+        self._columns, self._formed_columns = torch.empty(0, 0), 0
 
 
 # -- What ``hesscli spectrum`` will take, and whether it fits --------------------------------------

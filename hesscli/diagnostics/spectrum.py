@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Work, drive
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import described
@@ -220,6 +222,7 @@ def spectrum(
     seed: int = 0,
     mode: str = "auto",
     observe: Observe | None = None,
+    ledger: Ledger = UNKEPT,
 ) -> SpectrumResult:
     """Largest and smallest eigenvalues with error bars, and the density of all of them.
 
@@ -242,6 +245,7 @@ def spectrum(
         seed: of the start vectors.
         mode: autodiff mode; ``auto`` takes the cheapest that passes the preflight.
         observe: told how far the run is; returning True ends it at its result so far.
+        ledger: keeps the run, so that it can go on from there.
 
     Raises:
         UsageError: what does not fit into memory, or a matrix that this problem does not have.
@@ -253,9 +257,11 @@ def spectrum(
     require_room(problem, plan)
     if exact:
         require_dense(problem, exact_limit)
-    with started(problem, matrix, mode, Clock(budget, observe)) as run:
+    plan = replace(plan, steps=ledger.decided("steps", lambda: plan.steps))
+    ledger.recognise({"--layer": list(layers), "--rtol": rtol})
+    with started(problem, matrix, mode, Clock(budget, observe), ledger) as run:
         study = SpectralStudy(run, plan, tuple(layers), exact)
-        study.finish(drive(run.clock, study))
+        study.finish(drive(run.clock, study, run.ledger))
         return _result(study, bandwidth, damping, vectors)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from scipy.special import ndtri
 
 from hesscli.diagnostics.choice import Draw, probe_range
+from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Standing, Tolerance, Work
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import (
@@ -43,6 +44,7 @@ def trace(
     seed: int = 0,
     mode: str = "auto",
     observe: Observe | None = None,
+    ledger: Ledger = UNKEPT,
 ) -> TraceResult:
     """Trace of a curvature matrix, exact where that is possible, with error bars by source.
 
@@ -63,6 +65,7 @@ def trace(
         seed: of the probes.
         mode: autodiff mode; ``auto`` takes the cheapest that passes the preflight.
         observe: told how far the run is; returning True ends it at its result so far.
+        ledger: keeps the run, so that it can go on from there.
 
     Raises:
         UsageError: fewer than two probes, or a matrix or method that this problem does not have.
@@ -72,7 +75,7 @@ def trace(
     """
     first, fixed = probe_range(probes)
     clock, tolerance = Clock(budget, observe), Tolerance(rtol, atol)
-    with started(problem, matrix, mode, clock) as run:
+    with started(problem, matrix, mode, clock, ledger) as run:
         draw = Draw(seed, probe_design, probe_distribution, first)
         choice = chosen(run, method, draw)
         goal = partial(standing, tolerance=tolerance)

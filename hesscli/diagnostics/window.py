@@ -134,26 +134,29 @@ def collect(
     seed: int,
     enough: Callable[[int], bool],
     watch: Callable[[str], OnStep],
+    cut_short: bool = False,
 ) -> Generator[Snapshot, None, Collected]:
-    """Fill an empty window with a problem's gradients, and make it the matrix that it stands for.
+    """Fill a window with a problem's gradients, and make it the matrix that it stands for.
 
     Args:
         operator: of the problem whose gradients they are; its meter counts them.
-        window: with room for them.
+        window: with room for them, and the first of them where they were collected before.
         options: which and how many.
         seed: of sampled rows.
         enough: whether so many rows must do, for want of time.
         watch: of a phase makes what looks at the time between its steps.
+        cut_short: no more rows are to be collected, since there was no time for them.
 
     Raises:
         UsageError: rows or blocks that cannot be.
         UnsoundError: all gradients are zero, or examples depend on each other.
     """
     problem = operator.problem
-    (kind, reason), cut_short = _kind(problem, options.rows), False
+    kind, reason = _kind(problem, options.rows)
     source, wanted = Rows(problem, kind, seed, operator.meter), window.capacity
-    for block in source.take(wanted):
+    for block in source.take(window.count if cut_short else wanted, window.count):
         window.extend(block)
+        operator.meter.keep()
         yield Snapshot(phase="collecting gradients", done=float(window.count), total=float(wanted))
         if cut_short := window.count < wanted and enough(window.count):
             break

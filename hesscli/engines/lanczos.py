@@ -162,7 +162,7 @@ class Lanczos:
             self._rows = self._rows.new_empty(self._more_than(len(self._rows)), self.size)
         if count < self.size:
             *_, last = rows.parts
-            self._next.copy_(last[-1])
+            self._next = last[-1].to(self._rows, copy=True)
             rows = Rows(*rows.parts[:-1], last[:-1])
         rows.copy_to(self._rows)
         self._starts = list(state["starts"])
@@ -203,7 +203,7 @@ class Lanczos:
         )
         _orthogonalise(vector, self.basis)
         self._starts.append(self.count)
-        return vector.div_(torch.linalg.vector_norm(vector))
+        return vector.div_(torch.linalg.vector_norm(vector)).contiguous()
 
     def _segments(self) -> Iterator[tuple[int, int]]:
         """Where each segment of the basis begins and ends, of the steps that have been made."""

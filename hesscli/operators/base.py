@@ -19,6 +19,7 @@ from hesscli.parameters import Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.results import Preflight
+from hesscli.state import State
 from hesscli.sums import weighted_sum
 from hesscli.torch_private import stored_parts
 from hesscli.vocabulary import Mode
@@ -43,6 +44,9 @@ class LiveTerm:
 
     batch: WeightedBatch
     operator: Operator
+    counted: int | None = None
+    """How often the problem had changed its type when its graph, which another process had made
+    and counted, was still good."""
     _apply: Apply | None = field(default=None, repr=False)
     _made: int = field(default=0, repr=False)
 
@@ -56,6 +60,10 @@ class LiveTerm:
         """The batch's share of the weight mass."""
         return self.batch.weight
 
+    def is_made_at(self, retypings: int) -> bool:
+        """Whether its graph serves, or will where it is counted, after so many changes of type."""
+        return retypings == (self.counted if self._apply is None else self._made)
+
     def apply(self, block: Tensor) -> Tensor:
         """Products with a block of vectors: ``(k, d)`` to ``(k, d)``, in the problem's dtype.
 
@@ -67,7 +75,9 @@ class LiveTerm:
             is_first = self._apply is None
             if self._apply is None or self._made != operator.problem.retypings:
                 self._apply, self._made = operator.live(self.batch), operator.problem.retypings
-                operator.meter.add(operator.cost[0], share)
+                if self.counted != self._made:
+                    operator.meter.add(operator.cost[0], share)
+                self.counted = None
             product = self._apply(block)
         if is_first and not _is_finite(product):
             raise _not_finite(operator, self.batch, block)
@@ -294,6 +304,27 @@ class Retained:
             exact = LiveTerm(problem.batch(index), operator).apply(vectors.to(problem.device))
         size = float(exact.norm(dim=1).max())
         return float((own.double() - exact).norm(dim=1).max()) / size if size else 0.0
+
+    def state_dict(self) -> State:
+        """Whose graphs are kept, of which some are to be made anew, and how large products were."""
+        made = self.operator.problem.retypings
+        return {
+            "kept": list(self._kept),
+            "fresh": [term.is_made_at(made) for term in self._kept.values()],
+            "batches": list(self._parts),
+            "parts": list(self._parts.values()),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Keep the graphs that another kept: they are made anew, but not counted again."""
+        problem, made = self.operator.problem, self.operator.problem.retypings
+        self._kept = {
+            index: LiveTerm(problem.batch(index), self.operator, made if fresh else None)
+            for index, fresh in zip(state["kept"], state["fresh"], strict=True)
+        }
+        self._parts = dict(zip(state["batches"], state["parts"], strict=True))
+        if self._parts:  # all that fit have been kept by then
+            self._room = 0
 
     def forget(self) -> None:
         """Give the graphs back; the next product makes new ones."""

@@ -71,7 +71,7 @@ def load(
     model, notes = _build_model(document, weights, place, chosen)
     where = f"[data] {document.data.factory or document.data.file}"
     with blamed_on_user(f"{where} failed", "data that can be read in full, in one type of batch"):
-        return Problem(
+        problem = Problem(
             model,
             _build_loss(document.loss, document.path.parent),
             _build_data(document.data, document.path.parent),
@@ -89,6 +89,8 @@ def load(
             warnings=(*weights.notes, *notes),
             observe=_until(budget, observe),
         )
+    problem.spec_sha256 = document.sha256
+    return problem
 
 
 def _until(budget: float | None, observe: Observe | None) -> Observe | None:

@@ -138,6 +138,7 @@ class Problem(Objective):
             must_fit=hint,
         )
         self.checkpoint, self.unseen = checkpoint, unseen
+        self.spec_sha256: str | None = None
         self._proof: Proof | None = None
         self.warnings = (*warnings, *self.loss.warnings, *self._warnings(batch_size))
         says_nothing = isinstance(given, UserLoss) and given.reduction is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 import shlex
@@ -201,6 +203,8 @@ class Spec(_Document):
     """
 
     path: Path
+    sha256: str
+    """Of what it says, wherever it lies and however it is written."""
 
 
 _TABLES: Tables = {
@@ -309,7 +313,8 @@ def read_spec(path: Path) -> Spec:
         raise explain(error, path, _TABLES, describe_example()) from None
     except RecursionError:
         raise _too_deep(path) from None
-    return Spec(path=path, **dict(content))
+    said = json.dumps(document, sort_keys=True, default=str).encode()
+    return Spec(path=path, sha256=hashlib.sha256(said).hexdigest(), **dict(content))
 
 
 def _parse(path: Path) -> dict[str, Any]:

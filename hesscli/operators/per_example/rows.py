@@ -14,7 +14,8 @@ sample of all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -91,15 +92,22 @@ class Rows:
             return len(counts)
         return sum(-(-count // self.kind.size) for count in counts)
 
-    def take(self, count: int) -> Iterator[Tensor]:
-        """The first ``count`` rows, or as many as there are, in blocks ``(k, d)``."""
-        left, draw = int(min(count, self.available)), 0
-        while left:
+    def take(self, count: int, first: int = 0) -> Iterator[Tensor]:
+        """Rows ``first`` to ``count``, or as many as there are, in blocks ``(k, d)``.
+
+        Args:
+            count: of all rows.
+            first: where a block began when it was as many rows.
+        """
+        end, row, draw = int(min(count, self.available)), 0, 0
+        self._verified = self._verified or first > 0
+        while row < end:
             for index in self.problem.indices:
-                for block in self._of_batch(self.problem.batch(index), draw, left):
-                    left -= len(block)
-                    yield block
-                if not left:
+                for size, block in self._of_batch(self.problem.batch(index), draw, end - row):
+                    if row >= first:
+                        yield block()
+                    row += size
+                if row >= end:
                     return
             draw += 1
 
@@ -108,24 +116,27 @@ class Rows:
         """Whether a batch is the smallest unit whose loss is known."""
         return not (self.problem.separable and self.problem.loss.shows_examples)
 
-    def _of_batch(self, batch: WeightedBatch, draw: int, wanted: int) -> Iterator[Tensor]:
+    def _of_batch(
+        self, batch: WeightedBatch, draw: int, wanted: int
+    ) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """Blocks of rows: how many, and what makes them."""
         if self.kind.name == "microbatch":
-            yield from self._means(batch, wanted)
+            size = batch.count if self._whole_batches else self.kind.size
+            for start in list(range(0, batch.count, size))[:wanted]:
+                yield 1, partial(self._mean, batch, start, size)
             return
         for start in range(0, min(wanted, batch.count), _PART):
             stop = min(start + _PART, wanted, batch.count)
-            yield self._examples(batch, start, stop, draw)
+            yield stop - start, partial(self._examples, batch, start, stop, draw)
 
-    def _means(self, batch: WeightedBatch, wanted: int) -> Iterator[Tensor]:
-        """Gradients of the mean loss of a few examples, one at a time."""
-        size = batch.count if self._whole_batches else self.kind.size
-        for start in list(range(0, batch.count, size))[:wanted]:
-            data = batch.data
-            if size < batch.count:
-                data = rows_of_batch(data, start, start + size)
-            self.meter.add(1.0, min(size, batch.count - start) / self.problem.data.count)
-            parts = gradient(self.problem.evaluate(data), self.problem.parameters.tensors)
-            yield flatten(parts).detach()[None]
+    def _mean(self, batch: WeightedBatch, start: int, size: int) -> Tensor:
+        """The gradient of the mean loss of a few examples."""
+        data = batch.data
+        if size < batch.count:
+            data = rows_of_batch(data, start, start + size)
+        self.meter.add(1.0, min(size, batch.count - start) / self.problem.data.count)
+        parts = gradient(self.problem.evaluate(data), self.problem.parameters.tensors)
+        return flatten(parts).detach()[None]
 
     def _examples(self, batch: WeightedBatch, start: int, stop: int, draw: int) -> Tensor:
         """Gradients of some of a batch's examples, each pulled back from its outputs."""

@@ -1,0 +1,503 @@
+"""A run's ledger: the file from which it goes on after it was cut off, by whatever it was.
+
+``trace.ledger`` is a safetensors file. Its metadata hold, as JSON, what the run is of, what it has
+decided and where it is; its tensors are the sums and tables. It is replaced as a whole, so that
+there is always one that can be read, and it has the hash of all its own bytes. Rows that stay as
+they are once they are there, as the vectors of a Lanczos basis do, are written once each: to files
+``trace.ledger.1``, ``trace.ledger.2`` and so on, whose hashes the ledger has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hesscli.errors import HesscliError, UsageError
+from hesscli.meter import Meter
+from hesscli.state import Rows, State
+from hesscli.storage import write_atomically
+
+FORMAT = 1
+"""Changes where a ledger can no longer be read by what wrote those before."""
+
+_OFTEN = 0.5
+"""Seconds between two writes, at least."""
+_SHARE, _SHARE_OF_ROWS = 1 / 150, 1 / 10
+"""Of the time, that writing may take; rows are written but once each."""
+_RATE = 3e8
+"""Bytes that are written in a second, until it is known."""
+_QUICK = 3.0
+"""Seconds that a run which is told to end may still write for."""
+
+_UNHASHED = "0" * 64
+_CHUNK = 1 << 24
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+# -- A file of tensors that has the hash of all its bytes ------------------------------------------
+
+
+def chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes: of one on the CPU where they are, else copied a few at a time."""
+    flat = tensor.detach().contiguous().flatten()
+    step = max(1, _CHUNK // flat.element_size())
+    for start in range(0, len(flat), step):
+        yield flat[start : start + step].cpu().view(torch.uint8).numpy().data
+
+
+def write_tensors(stream: BinaryIO, blocks: Mapping[str, list[Tensor]], told: str = "") -> str:
+    """Write tensors as safetensors does, without a copy of them in memory.
+
+    Args:
+        stream: of a new file, which can be written anywhere.
+        blocks: by name, the blocks of rows that make a tensor up.
+        told: what the metadata say besides.
+
+    Returns:
+        The SHA-256 of the file, with zeros in the place where it has it itself.
+    """
+    header: dict[str, Any] = {"__metadata__": {"sha256": _UNHASHED, "told": told}}
+    end = 0
+    for name, parts in blocks.items():
+        begin, end = end, end + sum(part.nbytes for part in parts)
+        header[name] = {
+            "dtype": _DTYPES[parts[0].dtype],
+            "shape": [sum(map(len, parts)), *parts[0].shape[1:]],
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    hashed = hashlib.sha256()
+    for piece in (len(text).to_bytes(8, "little"), text):
+        stream.write(piece)
+        hashed.update(piece)
+    for parts in blocks.values():
+        for part in parts:
+            for chunk in chunks(part):
+                stream.write(chunk)
+                hashed.update(chunk)
+    digest = hashed.hexdigest()
+    stream.seek(8 + text.index(_UNHASHED.encode()))
+    stream.write(digest.encode())
+    return digest
+
+
+def read_tensors(path: Path, digest: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file, and what is told besides, once its bytes are seen to be right.
+
+    Args:
+        path: the file.
+        digest: what another file has of its hash.
+
+    Raises:
+        DamagedError: they are not.
+    """
+    try:
+        with path.open("rb") as stream:
+            length = stream.read(8)
+            text = stream.read(min(int.from_bytes(length, "little"), path.stat().st_size))
+            told = json.loads(text)["__metadata__"]
+            hashed = hashlib.sha256(length + text.replace(told["sha256"].encode(), b"0" * 64, 1))
+            while chunk := stream.read(_CHUNK):
+                hashed.update(chunk)
+        if not hashed.hexdigest() == told["sha256"] == (digest or told["sha256"]):
+            raise DamagedError(path, "its bytes are not those that were written")
+        with safe_open(path, framework="pt") as tensors:
+            names = tensors.keys()
+            return {name: tensors.get_tensor(name) for name in names}, told["told"]
+    except FileNotFoundError:
+        raise DamagedError(path, "there is no such file") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise DamagedError(path, f"it is no whole file of tensors ({error})") from None
+
+
+class DamagedError(UsageError):
+    """A ledger, or a file that belongs to it, that nobody has written so."""
+
+    def __init__(self, path: Path, got: str) -> None:
+        super().__init__(
+            f"the ledger cannot be read: {path}",
+            got,
+            "the same command without --resume, which begins anew",
+        )
+
+
+# -- A state as plain values, with its arrays apart ------------------------------------------------
+
+
+@dataclass
+class _Parted:
+    """A state's plain values, and its arrays and rows by their places in it."""
+
+    plain: Any = None
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: Any) -> _Parted:
+        """Take a state apart, by reference."""
+        found = cls()
+        found.plain = found._part(state, "")
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def _part(self, value: Any, place: str) -> Any:
+        match value:
+            case dict():
+                return {name: self._part(each, f"{place}/{name}") for name, each in value.items()}
+            case list() | tuple():
+                return [self._part(each, f"{place}/{i}") for i, each in enumerate(value)]
+            case Rows():
+                self.rows[place] = value
+                return {"@rows": place}
+            case Tensor():
+                self.arrays[place] = value
+                return {"@tensor": place}
+            case np.ndarray():
+                self.arrays[place] = torch.from_numpy(np.ascontiguousarray(value))
+                return {"@array": place}
+            case np.generic():
+                return value.item()
+        return value
+
+
+def _joined(plain: Any, arrays: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> Any:
+    """The state that was taken apart."""
+    match plain:
+        case {"@rows": place}:
+            return rows[place]
+        case {"@tensor": place}:
+            return arrays[place]
+        case {"@array": place}:
+            return arrays[place].numpy()
+        case dict():
+            return {name: _joined(each, arrays, rows) for name, each in plain.items()}
+        case list():
+            return [_joined(each, arrays, rows) for each in plain]
+    return plain
+
+
+# -- The ledger of a run ---------------------------------------------------------------------------
+
+
+class Stateful(Protocol):
+    """What is kept: as diagnostics have it."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether more can be asked of it once it has ended."""
+
+    def state_dict(self) -> State:
+        """All there is to go on from."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where another was."""
+
+
+class Timed(Protocol):
+    """A clock that knows of time before it."""
+
+    earlier: float
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+
+
+@dataclass
+class _Kept:
+    """Work that is under way or has ended, and what it had been counted when it did."""
+
+    work: Stateful
+    counted: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class _RowFile:
+    name: str
+    rows: int
+    sha256: str
+
+
+class FileLedger:
+    """A run that is kept in a file.
+
+    Args:
+        path: of the file.
+        facts: what the run is of, by names that people know.
+        resume: go on from what the file has, if there is one.
+        say: tells people.
+        check: sees that the folder is still this run's, and raises where it is not.
+
+    Raises:
+        UsageError: a ledger of another run to go on from; or one that is not finished where none
+            was to be gone on from, or that cannot be read where one was.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        facts: Mapping[str, Any],
+        *,
+        resume: bool,
+        say: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path, self._say, self._check = path, say, check
+        self._facts: dict[str, Any] = {}
+        self._decisions: dict[str, Any] = {}
+        self._work: list[_Kept] = []
+        self._files: dict[str, list[_RowFile]] = {}
+        self._saved: dict[str, Any] = {}
+        self._over = self._failed = False
+        self._ended = time.monotonic()
+        self._rate, self._last, self._seconds = _RATE, 0.0, 0.0
+        self._next = 1 + max((int(file.suffix[1:]) for file in self._row_files()), default=0)
+        if resume and not path.exists():
+            say(f"there is no {path} to go on from: begun anew")
+        elif resume:
+            self._saved = _read(path)
+            files = self._saved["rows"].items()
+            self._files = {place: [_RowFile(*file) for file in each] for place, each in files}
+            self._decisions = self._saved["decisions"]
+        elif path.exists():
+            self._refuse_unfinished()
+        self.recognise(facts)
+
+    # -- what a run tells ----------------------------------------------------------------------
+
+    def attach(self, clock: Timed, meter: Meter) -> None:
+        """Keep what these say as well; the clock goes on from what was kept."""
+        self._clock, self._meter = clock, meter
+        clock.earlier = self._saved.get("seconds", 0.0)
+
+    def recognise(self, facts: Mapping[str, Any]) -> None:
+        """Take note of what the run is of.
+
+        Raises:
+            UsageError: what was kept is of another.
+        """
+        now = json.loads(json.dumps(dict(facts), default=str))
+        self._facts |= now
+        if self._saved:
+            then = self._saved["facts"]
+            if apart := [name for name in now if now[name] != then.get(name)]:
+                self._refuse_another(apart, then, now)
+
+    def decided(self, name: str, decide: Callable[[], Any]) -> Any:
+        """What was decided before; or it is decided now, as plain values, and kept."""
+        if name not in self._decisions:
+            self._decisions[name] = decide()
+        return self._decisions[name]
+
+    def begin(self, work: Stateful) -> None:
+        """Keep this work too, and let it go on from what was kept."""
+        number = len(self._work)
+        self._work.append(_Kept(work))
+        if number < len(self._saved.get("work", ())):
+            saved = self._saved["work"][number]
+            self._meter.go_back(tuple(saved["counted"]))
+            work.load_state_dict(saved["state"])
+        else:
+            self._meter.keep()
+        self._ended = time.monotonic()
+
+    def step(self) -> None:
+        """Write what there is, if the time that takes is a small part of the time it has been."""
+        since = time.monotonic() - self._ended
+        if since >= _OFTEN:
+            parted = self._parted()
+            if since >= max(self._expected(parted)):
+                self._write(parted)
+
+    def cut(self) -> None:
+        """The work ends here, with more to do: write what there is."""
+        if self._seconds <= _QUICK:
+            self._write(self._parted())
+
+    def end(self) -> None:
+        """The work has come to its own end."""
+        self._meter.keep()
+        self._work[-1].counted = self._meter.kept
+
+    def close(self) -> None:
+        """The run's work is over; write that, where more can be asked of it."""
+        self._over = all(kept.counted is not None for kept in self._work)
+        if self._over and all(kept.work.lasting for kept in self._work):
+            self._write(self._parted())
+            self._work.clear()
+
+    def delivered(self) -> None:
+        """The result is where it belongs: what nobody can go on from is not needed any more."""
+        if self._over and self._work:
+            self._work.clear()
+            self.path.unlink(missing_ok=True)
+            self._sweep(set())
+
+    # -- how it is written ---------------------------------------------------------------------
+
+    def _parted(self) -> _Parted:
+        """All there is to write."""
+        return _Parted.of(
+            {
+                "format": FORMAT,
+                "finished": self._over,
+                "facts": self._facts,
+                "decisions": self._decisions,
+                "seconds": self._clock.seconds,
+                "work": [
+                    {"counted": kept.counted or self._meter.kept, "state": kept.work.state_dict()}
+                    for kept in self._work
+                ],
+            }
+        )
+
+    def _expected(self, parted: _Parted) -> tuple[float, float]:
+        """Seconds that should pass before so much is written: for its sums, and for its rows."""
+        sums = max(parted.nbytes / self._rate, self._last)
+        new = (block for place in parted.rows for block in self._new(parted, place))
+        rows = sum(block.nbytes for block in new)
+        return sums / _SHARE, rows / self._rate / _SHARE_OF_ROWS
+
+    def _new(self, parted: _Parted, place: str) -> Iterator[Tensor]:
+        """Rows that are in no file yet."""
+        yield from parted.rows[place].since(sum(file.rows for file in self._files.get(place, ())))
+
+    def _write(self, parted: _Parted) -> None:
+        """Rows first, then what names them; a disk that is full does not end the run."""
+        began = after_rows = time.monotonic()
+        try:
+            self._check()
+            for place in parted.rows:
+                self._write_rows(place, list(self._new(parted, place)))
+            after_rows = time.monotonic()
+            self._files = {place: self._files[place] for place in parted.rows}
+            rows = {
+                place: [[file.name, file.rows, file.sha256] for file in files]
+                for place, files in self._files.items()
+            }
+            told = json.dumps(parted.plain | {"rows": rows})
+            blocks = {place: [array] for place, array in parted.arrays.items()}
+            self._put(self.path, blocks, told)
+            self._sweep({file.name for files in self._files.values() for file in files})
+        except HesscliError as error:
+            if not self._failed:
+                self._say(f"the run goes on, but is not kept: {error.what}, {error.got}")
+            self._failed = True
+        self._ended = time.monotonic()
+        self._seconds, self._last = self._ended - began, self._ended - after_rows
+        if self._last and parted.nbytes > _CHUNK:
+            self._rate = parted.nbytes / self._last
+
+    def _write_rows(self, place: str, blocks: list[Tensor]) -> None:
+        files = self._files.setdefault(place, [])
+        if not (count := sum(map(len, blocks))):
+            return
+        path = self.path.with_name(f"{self.path.name}.{self._next}")
+        self._next += 1
+        digest = self._put(path, {"rows": [block for block in blocks if len(block)]})
+        files.append(_RowFile(path.name, count, digest))
+
+    def _put(self, path: Path, blocks: Mapping[str, list[Tensor]], told: str = "") -> str:
+        digests = list[str]()
+        write_atomically(path, lambda stream: digests.append(write_tensors(stream, blocks, told)))
+        return digests[0]
+
+    def _row_files(self) -> Iterator[Path]:
+        """Those that there are, of this run or one before."""
+        if self.path.parent.is_dir():
+            pattern = re.compile(re.escape(self.path.name) + r"\.\d+")
+            for file in self.path.parent.iterdir():
+                if pattern.fullmatch(file.name):
+                    yield file
+
+    def _sweep(self, named: set[str]) -> None:
+        """Remove files of rows that the ledger does not name."""
+        for file in self._row_files():
+            if file.name not in named:
+                file.unlink(missing_ok=True)
+
+    # -- what is refused -----------------------------------------------------------------------
+
+    def _refuse_unfinished(self) -> None:
+        try:
+            saved = _read(self.path)
+        except DamagedError as damaged:
+            self._say(f"a ledger that cannot be read is replaced: {self.path}, {damaged.got}")
+            return
+        if not saved["finished"]:
+            raise UsageError(
+                f"a run that was not finished is kept in {self.path}",
+                f"{saved['seconds']:.0f} s of work",
+                f"--resume to go on with it, another --dir, or rm {self.path}",
+            )
+
+    def _refuse_another(
+        self, apart: list[str], then: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> NoReturn:
+        told = [f"{name} was {_short(then.get(name))} and is {_short(now[name])}" for name in apart]
+        more = f" ({len(told)} differences)" if len(told) > 3 else ""
+        first = apart[0]
+        cure = "what it was begun with"
+        if first.startswith("--"):
+            cure = f"{first} {then[first]}" if then.get(first) is not None else f"no {first}"
+        elif first == "threads":
+            cure = f"OMP_NUM_THREADS={then[first]}"
+        raise UsageError(
+            f"the ledger is of another run: {self.path}",
+            "; ".join(told[:3]) + more,
+            f"{cure}, or another --dir for a run of its own",
+        )
+
+
+def _short(value: Any) -> str:
+    """A hash by its first letters."""
+    text = str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a ledger has, with the state of its work as it was given.
+
+    Raises:
+        DamagedError: it, or a file of rows, is not what was written.
+        UsageError: it is of another format.
+    """
+    arrays, told = read_tensors(path)
+    found: dict[str, Any] = json.loads(told)
+    if found["format"] != FORMAT:
+        raise UsageError(
+            f"the ledger has another format: {path}",
+            f"{found['format']}, written by hesscli {found['facts'].get('hesscli')}",
+            f"the hesscli that wrote it, or rm {path}",
+        )
+    rows = {}
+    for place, files in found["rows"].items():
+        parts = [read_tensors(path.with_name(name), sha256) for name, _, sha256 in files]
+        rows[place] = Rows(*(tensors["rows"] for tensors, _ in parts))
+    found["work"] = _joined(found["work"], arrays, rows)
+    return found

@@ -1,0 +1,429 @@
+"""A run goes on from its ledger to the bits of one that was never cut off, or says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hesscli
+from hesscli import ledger as ledgers
+from hesscli.diagnostics.window import WindowOptions
+from hesscli.errors import UsageError
+from hesscli.ledger import DamagedError, FileLedger, read_tensors, write_tensors
+from hesscli.problem.freezing import FrozenData
+from hesscli.problem.problem import Problem
+from hesscli.render.document import to_json
+from hesscli.results import Answer, Snapshot
+from hesscli.state import Rows, State
+
+# -- From every step to the same bits --------------------------------------------------------------
+
+
+BATCHES = (7, 4, 6)
+Measure = Callable[..., Answer]
+
+
+def problem(outputs: int = 3) -> Problem:
+    """Made anew, as another process makes it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs))
+    pairs = tuple((torch.randn(n, 3), torch.randn(n, outputs)) for n in BATCHES)
+    return Problem(model, "mse", FrozenData(pairs, BATCHES, sum(BATCHES), True, "by hand"))
+
+
+def wide() -> Problem:
+    """Columns of its output Hessian are drawn."""
+    return problem(40)
+
+
+RUNS: dict[str, tuple[Callable[[], Problem], Measure]] = {
+    "a trace": (problem, partial(hesscli.trace, rtol=0.05)),
+    "a trace to its unit vectors": (problem, partial(hesscli.trace, rtol=0.001)),
+    "a trace in rounds": (problem, partial(hesscli.trace, method="hutchinson", probes=40)),
+    "shared probes": (
+        problem,
+        partial(hesscli.trace, method="hutchinson", probes=4, probe_design="shared"),
+    ),
+    "probes by layer": (problem, partial(hesscli.trace, method="stratified", probes=4)),
+    "a diagonal": (problem, partial(hesscli.diagonal, rtol=0.5)),
+    "a deflated diagonal": (problem, partial(hesscli.diagonal, method="deflated", probes=4)),
+    "columns and probes": (wide, partial(hesscli.diagonal, method="split", rtol=0.7)),
+    "an exact diagonal and its noise": (
+        problem,
+        partial(hesscli.diagonal, matrix="ggn", probes=4),
+    ),
+    "a spectrum": (problem, partial(hesscli.spectrum, steps=12, probes=3)),
+    "a spectrum of layers": (
+        problem,
+        partial(hesscli.spectrum, steps=5, probes=2, layers=["0"], exact=True, vectors=True),
+    ),
+    "a spectrum to a tolerance": (problem, partial(hesscli.spectrum, rtol=0.5, k=2, probes=1)),
+    "a spectrum of differences": (
+        problem,
+        partial(hesscli.spectrum, steps=4, probes=2, mode="finite-difference"),
+    ),
+    "sensitivities": (
+        problem,
+        partial(hesscli.sensitivity, window=WindowOptions(size=34), rtol=0.01),
+    ),
+    "sensitivities, measured": (
+        problem,
+        partial(
+            hesscli.sensitivity, window=WindowOptions(rows="example", dtype="bfloat16"), verify=True
+        ),
+    ),
+    "a solve": (
+        problem,
+        partial(hesscli.ihvp, window=WindowOptions(size=34), refine=0.1, matrix="ggn"),
+    ),
+}
+CUTS = 16
+"""In about so many places a run is cut off, those before its first step included."""
+
+
+def said(result: Answer) -> tuple[str, dict[str, Any]]:
+    """All of a result but what was measured of the machine."""
+    document = json.loads(to_json(result))
+    del document["cost"]["seconds"], document["cost"]["peak_bytes"]
+    arrays = {
+        f"{file}/{name}": array.tobytes()
+        for file, named in result.tensors().items()
+        for name, array in named.items()
+    }
+    return json.dumps(document), arrays
+
+
+def cut_off(measure: Measure, given: Problem, at: int, ledger: FileLedger) -> int:
+    """Stop a run at a snapshot; how many there were."""
+    seen = 0
+
+    def observe(_: Snapshot) -> bool:
+        nonlocal seen
+        seen += 1
+        return seen == at
+
+    with suppress(KeyboardInterrupt):  # before there was a result
+        measure(given, observe=observe, budget=None, ledger=ledger)
+    return seen
+
+
+def kept_in(path: Path, *, resume: bool = False, facts: State | None = None) -> FileLedger:
+    return FileLedger(path, facts or {}, resume=resume, say=pytest.fail)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_from_any_step_a_run_goes_on_to_the_same_result(name: str, tmp_path: Path) -> None:
+    make, measure = RUNS[name]
+    expected = said(measure(make(), budget=None))
+    path, at = tmp_path / "run.ledger", 10**9
+    at = cut_off(measure, make(), at, kept_in(path))
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    resumed = 0
+    for step in range(at, 0, -max(1, at // CUTS)):
+        cut_off(measure, make(), step, kept_in(path))
+        if not path.exists():  # nothing is kept of proofs and preflight
+            break
+        resumed += 1
+        ledger = kept_in(path, resume=True)
+        assert said(measure(make(), budget=None, ledger=ledger)) == expected, step
+        ledger.delivered()
+        for file in tmp_path.iterdir():
+            file.unlink()
+    assert resumed > 2
+
+
+def test_a_run_that_is_cut_off_again_and_again_ends_where_one_does(tmp_path: Path) -> None:
+    for name in ("a deflated diagonal", "a spectrum", "sensitivities"):
+        make, measure = RUNS[name]
+        expected = said(measure(make(), budget=None))
+        path = tmp_path / f"{name}.ledger"
+        for step in (20, 16, 22, 18):
+            cut_off(measure, make(), step, kept_in(path, resume=path.exists()))
+        assert said(measure(make(), budget=None, ledger=kept_in(path, resume=True))) == expected
+
+
+@cache
+def outcome(rtol: float) -> Answer:
+    return hesscli.trace(problem(), method="hutchinson", rtol=rtol, budget=None)
+
+
+def test_a_finished_run_goes_on_to_a_smaller_tolerance(tmp_path: Path) -> None:
+    """Its probes are kept, and the looks that it has made stay made."""
+    path = tmp_path / "trace.ledger"
+    measure = partial(hesscli.trace, method="hutchinson", budget=None)
+    measure(problem(), rtol=0.3, ledger=kept_in(path))
+    ledger = kept_in(path, resume=True)
+    meter_before = outcome(0.3).cost.products
+    tighter = measure(problem(), rtol=0.1, ledger=ledger)
+    assert tighter.method.looks > outcome(0.3).method.looks
+    assert said(tighter) == said(outcome(0.1))
+    assert tighter.cost.products > meter_before
+    again = measure(problem(), rtol=0.2, ledger=kept_in(path, resume=True))
+    assert said(again)[0].count('"status"') == said(tighter)[0].count('"status"')
+    assert again.trace == tighter.trace  # nothing is forgotten
+
+
+# -- What is refused -------------------------------------------------------------------------------
+
+
+def begun(tmp_path: Path, **facts: Any) -> Path:
+    path = tmp_path / "trace.ledger"
+    measure = partial(hesscli.trace, method="hutchinson", probes=4)
+    cut_off(measure, problem(), 14, kept_in(path, facts=facts))
+    assert path.exists()
+    return path
+
+
+def test_an_unfinished_run_is_not_overwritten_in_silence(tmp_path: Path) -> None:
+    path = begun(tmp_path)
+    with pytest.raises(UsageError) as refused:
+        kept_in(path)
+    assert "not finished" in refused.value.what
+    assert "--resume" in refused.value.hint
+    assert f"rm {path}" in refused.value.hint
+
+
+def test_a_finished_run_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "trace.ledger"
+    hesscli.trace(problem(), rtol=0.5, budget=None, ledger=kept_in(path))
+    assert path.exists()
+    kept_in(path)
+
+
+@pytest.mark.parametrize("fact", ["hesscli", "--seed", "spec", "--method"])
+def test_a_ledger_of_another_run_is_refused_by_name(fact: str, tmp_path: Path) -> None:
+    facts = {"hesscli": "1.0", "--seed": 0, "spec": "ab" * 32, "--method": None}
+    path = begun(tmp_path, **facts)
+    kept_in(path, resume=True, facts=facts)
+    with pytest.raises(UsageError) as refused:
+        kept_in(path, resume=True, facts=facts | {fact: "another"})
+    assert "another run" in refused.value.what
+    assert refused.value.got.startswith(f"{fact} was ")
+    assert "--dir" in refused.value.hint
+
+
+def test_another_function_is_refused_by_what_it_gives(tmp_path: Path) -> None:
+    """One weight that is another in its last digits, and one example more."""
+    path = begun(tmp_path)
+    other = problem()
+    with torch.no_grad():
+        other.parameters[0].tensor[0, 0] *= 1 + 1e-6
+    with pytest.raises(UsageError) as refused:
+        hesscli.trace(other, ledger=kept_in(path, resume=True))
+    assert "weights was" in refused.value.got
+    torch.manual_seed(0)
+    pairs = tuple((torch.randn(n, 3), torch.randn(n, 3)) for n in (*BATCHES, 1))
+    data = FrozenData(pairs, (*BATCHES, 1), sum(BATCHES) + 1, True, "by hand, and one more")
+    more = Problem(problem().model, "mse", data)
+    with pytest.raises(UsageError) as refused:
+        hesscli.trace(more, ledger=kept_in(path, resume=True))
+    assert "num_examples was 17 and is 18" in refused.value.got
+
+
+def test_another_number_of_threads_is_refused_with_what_sets_it(tmp_path: Path) -> None:
+    path, before = begun(tmp_path), torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        with pytest.raises(UsageError) as refused:
+            hesscli.trace(problem(), ledger=kept_in(path, resume=True))
+    finally:
+        torch.set_num_threads(before)
+    assert f"threads was {before} and is {before + 1}" in refused.value.got
+    assert f"OMP_NUM_THREADS={before}" in refused.value.hint
+
+
+# -- Files that are damaged, and disks that take no more -------------------------------------------
+
+
+def written(path: Path) -> Path:
+    blocks = {
+        "a": [torch.arange(6.0).view(2, 3), torch.ones(1, 3)],
+        "empty": [torch.empty(0, 2, dtype=torch.int64)],
+        "b": [torch.ones(2, dtype=torch.bfloat16)],
+    }
+    with path.open("wb") as stream:
+        write_tensors(stream, blocks, "told")
+    return path
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    tensors, told = read_tensors(written(tmp_path / "file"))
+    assert told == "told"
+    assert torch.equal(tensors["a"], torch.cat([torch.arange(6.0).view(2, 3), torch.ones(1, 3)]))
+    assert tensors["empty"].shape == (0, 2)
+    assert tensors["b"].dtype == torch.bfloat16
+
+
+def test_one_bit_anywhere_is_seen(tmp_path: Path) -> None:
+    path = written(tmp_path / "file")
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in (0, 7):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            with pytest.raises(DamagedError):
+                read_tensors(path)
+
+
+def test_a_file_that_ends_early_is_seen(tmp_path: Path) -> None:
+    path = written(tmp_path / "file")
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedError):
+            read_tensors(path)
+    path.unlink()
+    with pytest.raises(DamagedError, match="no such file"):
+        read_tensors(path)
+
+
+def test_rows_that_are_damaged_or_missing_are_seen(tmp_path: Path) -> None:
+    path = tmp_path / "spectrum.ledger"
+    measure = partial(hesscli.spectrum, steps=6, probes=1)
+    cut_off(measure, problem(), 15, kept_in(path))
+    rows = tmp_path / "spectrum.ledger.1"
+    content = bytearray(rows.read_bytes())
+    content[-1] ^= 1
+    rows.write_bytes(content)
+    with pytest.raises(DamagedError):
+        kept_in(path, resume=True)
+    rows.unlink()
+    with pytest.raises(DamagedError):
+        kept_in(path, resume=True)
+
+
+class Vectors:
+    """Work that only grows."""
+
+    lasting = False
+
+    def __init__(self) -> None:
+        self.rows = torch.empty(0, 4)
+
+    def grow(self) -> None:
+        self.rows = torch.cat([self.rows, torch.randn(1, 4)])
+
+    def state_dict(self) -> State:
+        return {"rows": Rows(self.rows), "sum": self.rows.sum(0)}
+
+    def load_state_dict(self, state: State) -> None:
+        self.rows = torch.cat(list(state["rows"].since(0)))
+
+
+class Still:
+    """A clock that stands."""
+
+    earlier = seconds = 0.0
+
+
+def driven(path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Vectors, FileLedger]:
+    monkeypatch.setattr(ledgers, "_OFTEN", 0.0)
+    monkeypatch.setattr(FileLedger, "_expected", lambda *_: (0.0, 0.0))
+    work, ledger = Vectors(), kept_in(path, resume=resume)
+    ledger.attach(Still(), hesscli.meter.Meter())
+    ledger.begin(work)
+    return work, ledger
+
+
+def test_rows_are_written_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.ledger"
+    work, ledger = driven(path, False, monkeypatch)
+    seen: dict[str, bytes] = {}
+    for _ in range(3):
+        work.grow()
+        ledger.step()
+        files = {file.name: file.read_bytes() for file in tmp_path.glob("run.ledger.*")}
+        assert files.items() >= seen.items()
+        assert len(files) == len(seen) + 1
+        seen = files
+    again, later = driven(path, True, monkeypatch)
+    assert torch.equal(again.rows, work.rows)
+    again.grow()
+    later.step()
+    assert {file.name for file in tmp_path.glob("run.ledger.*")} > seen.keys()
+    later.end()
+    later.close()
+    later.delivered()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_rows_that_nothing_names_are_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.ledger.7").write_bytes(b"of a run that was killed")
+    (tmp_path / "run.ledger.mine").write_bytes(b"not ours")
+    work, ledger = driven(tmp_path / "run.ledger", False, monkeypatch)
+    work.grow()
+    ledger.step()
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"run.ledger", "run.ledger.8", "run.ledger.mine"}
+
+
+def test_a_disk_that_takes_no_more_is_said_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    work, ledger = driven(tmp_path / "run.ledger", False, monkeypatch)
+    monkeypatch.setattr(ledger, "_say", heard.append)
+    work.grow()
+    ledger.step()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_: object) -> None:
+        raise UsageError("cannot write run.ledger", "the disk is full", "another folder")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledgers, "write_atomically", full)
+        for _ in range(2):
+            work.grow()
+            ledger.step()
+    assert len(heard) == 1
+    assert "the disk is full" in heard[0]
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    ledger.step()
+    again, _ = driven(tmp_path / "run.ledger", True, monkeypatch)
+    assert torch.equal(again.rows, work.rows)
+
+
+def test_writing_waits_until_it_is_a_small_part_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes on by what a write takes, and by a step."""
+    now, writes = [0.0], list[float]()
+    write = ledgers.write_atomically
+
+    def slow(path: Path, put: Callable[[Any], None]) -> Path:
+        now[0] += 0.02
+        writes.append(now[0])
+        return write(path, put)
+
+    monkeypatch.setattr(ledgers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ledgers, "write_atomically", slow)
+    ledger = kept_in(tmp_path / "run.ledger")
+    ledger.attach(Still(), hesscli.meter.Meter())
+
+    class Sums(Vectors):
+        def state_dict(self) -> State:
+            return {"sum": torch.zeros(5)}
+
+    ledger.begin(Sums())
+    while now[0] < 100:
+        now[0] += 0.01
+        ledger.step()
+    assert 0 < 0.02 * len(writes) < 0.01 * now[0]
+
+
+def test_bytes_are_those_of_the_tensor_whatever_its_strides() -> None:
+    rows: Tensor = torch.arange(12.0).view(3, 4).T
+    assert b"".join(ledgers.chunks(rows)) == rows.contiguous().numpy().tobytes()
