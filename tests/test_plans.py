@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -21,6 +21,9 @@ from hesscli.diagnostics.window import WindowOptions
 from hesscli.errors import BudgetError, UsageError
 from hesscli.meter import Spent
 from hesscli.results import PlannedCommand
+
+if TYPE_CHECKING:
+    from conftest import TimeIsUp
 
 PACE = Pace(
     gradient=Spent(gradients=1.0, seconds=500.0),
@@ -187,10 +190,12 @@ def test_a_pilot_is_shorter_where_products_are_slow() -> None:
         assert run.operator.meter.products - before == 4 / 16
 
 
-def test_check_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_keeps_to_its_budget(time_is_up_when: TimeIsUp) -> None:
+    """Without time for its checks there is nothing; a pilot without time costs its plans alone."""
     with pytest.raises(BudgetError):
         hesscli.check(smooth(), budget=1e-9)
-    seconds = (1000.0 * n for n in count())
-    monkeypatch.setattr(Clock, "seconds", property(lambda _: next(seconds)))
-    plan = hesscli.check(smooth(), budget=60_000.0).plan
-    assert [p.command for p in plan.commands if p.note.startswith("no time")]
+    late = time_is_up_when(lambda snapshot: snapshot.phase == "pilot")
+    plan = hesscli.check(smooth(), budget=60_000.0, observe=late).plan
+    notes = {planned.command: planned.note for planned in plan.commands}
+    assert notes["trace"].startswith("no time to plan it")
+    assert not notes["spectrum"].startswith("no time")
