@@ -18,12 +18,20 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli.diagnostics.predictions import sampled_mean
-from hesscli.diagnostics.saliency import GROUPS, Repeated, rank_correlation, repeats, saliencies
+from hesscli.diagnostics.saliency import (
+    GROUPS,
+    Repeated,
+    _chunks,
+    rank_correlation,
+    repeats,
+    saliencies,
+)
 from hesscli.diagnostics.window import block_sizes
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.per_example.rows import Rows
+from hesscli.parameters import Parameters
 from hesscli.problem.losses import StepLoss
 from hesscli.results import IhvpResult, Snapshot
 from hesscli.vocabulary import RowKind
@@ -75,7 +83,7 @@ def test_saliency_and_leverage_are_those_of_the_dense_blocks(
     damping = 1e-3 * float(fisher.trace()) / len(fisher)
     inverse = torch.zeros_like(fisher)
     start = 0
-    for size in block_sizes(problem.parameters, "auto", 512) or ():
+    for size in block_sizes(problem.parameters, "auto", 512).tolist():
         place = slice(start, start + size)
         damped = fisher[place, place] + damping * torch.eye(size, dtype=torch.float64)
         inverse[place, place] = torch.linalg.inv(damped)
@@ -542,3 +550,24 @@ def test_rank_correlation_is_spearmans(kinds: int) -> None:
     found = rank_correlation(one, other)
     assert found == pytest.approx(float(spearmanr(one, other).statistic), rel=1e-12)
     assert rank_correlation(one, torch.ones(50)) is None
+
+
+def test_blocks_make_up_the_layers_whatever_their_sizes() -> None:
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))  # 40 and 18 weights
+    parameters = Parameters.of(model)
+    assert block_sizes(parameters, "auto", 64).tolist() == [16, 16, 8, 16, 2]  # a quarter of them
+    assert block_sizes(parameters, "auto", 3).tolist() == [1] * 58
+    assert block_sizes(parameters, "layer", 64).tolist() == [40, 18]
+    assert block_sizes(parameters, "20", 64).tolist() == [20, 20, 18]
+    assert block_sizes(parameters, "whole", 64) is None
+
+
+def test_blocks_are_inverted_in_runs_of_a_bounded_width() -> None:
+    window = GradientWindow(4, 4_300_000)
+    window.extend(torch.randn(4, 4_300_000, generator=torch.Generator().manual_seed(0)))
+    sizes = np.append(np.full(4_300_000 // 3, 3), 4_300_000 % 3)
+    runs = list(_chunks(sizes, window))
+    assert [columns.start for columns, _ in runs[1:]] == [columns.stop for columns, _ in runs[:-1]]
+    assert all(columns.stop - columns.start == own.sum() for columns, own in runs)
+    assert max(columns.stop - columns.start for columns, _ in runs) * 4 <= 1 << 25
+    np.testing.assert_array_equal(np.concatenate([own for _, own in runs]), sizes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hesscli.diagnostics.window import Collected
 from hesscli.engines.mfac import GradientWindow, StaticFisher
+from hesscli.engines.mfac.static import Sizes
 from hesscli.errors import UsageError
 from hesscli.results import Histogram, Quantile, SaliencyReport, Snapshot
 
@@ -173,24 +174,24 @@ def _inverse_diagonal(collected: Collected, chosen: Tensor) -> Tensor:
     """Diag (F̂ + λI)⁻¹ from some of the rows, a few blocks at a time."""
     window, damping = collected.window, collected.fisher.damping
     parts = []
-    for start, sizes in _chunks(collected.sizes or (window.size,), window.count):
-        rows = window.tile(start, start + sum(sizes))[chosen]
-        fewer = GradientWindow(len(rows), sum(sizes), dtype=rows.dtype, device=rows.device)
+    for columns, sizes in _chunks(collected.sizes, window):
+        rows = window.tile(columns.start, columns.stop)[chosen]
+        fewer = GradientWindow(*rows.shape, dtype=rows.dtype, device=rows.device)
         fewer.extend(rows)
         parts.append(StaticFisher(fewer, damping, blocks=sizes).diagonal())
     return torch.cat(parts)
 
 
-def _chunks(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Runs of blocks of a bounded number of columns, each with its first column."""
-    start, width, run = 0, 0, list[int]()
-    for size in sizes:
-        if run and (width + size) * rows > _TILE_NUMBERS:
-            yield start, tuple(run)
-            start, width, run = start + width, 0, []
-        run.append(size)
-        width += size
-    yield start, tuple(run)
+def _chunks(sizes: Sizes | None, window: GradientWindow) -> Iterator[tuple[slice, Sizes | None]]:
+    """Runs of blocks of a bounded number of columns, unless one has more, and their sizes."""
+    if sizes is None:
+        yield slice(0, window.size), None
+        return
+    ends, most, first, start = np.cumsum(sizes), _TILE_NUMBERS // window.count, 0, 0
+    while first < len(sizes):
+        stop = max(first + 1, int(np.searchsorted(ends, start + most, side="right")))
+        yield slice(start, int(ends[stop - 1])), sizes[first:stop]
+        first, start = stop, int(ends[stop - 1])
 
 
 # -- A layer's saliencies in its report ------------------------------------------------------------

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.engines.mfac import GradientWindow, StaticFisher
+from hesscli.engines.mfac.static import Sizes
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
 from hesscli.meter import FORWARD, OnStep, Spent
@@ -96,7 +98,7 @@ class Collected:
 
     window: GradientWindow
     fisher: StaticFisher
-    sizes: tuple[int, ...] | None
+    sizes: Sizes | None
     kind: RowKind
     reason: str
     options: WindowOptions
@@ -120,7 +122,7 @@ class Collected:
             damping=self.fisher.damping,
             relative_damping=self.fisher.damping / self.damping_unit if self.damping_unit else 0.0,
             blocks=self.options.blocks,
-            largest_block=max(self.sizes or (self.window.size,)),
+            largest_block=self.window.size if self.sizes is None else int(self.sizes.max()),
             dtype=self.options.dtype,
             num_bytes=self.window.nbytes,
             file=None if file is None else str(file),
@@ -199,10 +201,11 @@ def collecting(problem: Problem, options: WindowOptions, rows: int, pace: Pace) 
 def inverting(problem: Problem, options: WindowOptions, rows: int) -> Work:
     """The inverse of so many rows' matrix, as a part of it is timed."""
     size = problem.parameters.size
-    sizes = block_sizes(problem.parameters, options.blocks, rows) or (size,)
-    held = size * min(8 * max(sizes), 4 * rows)
-    columns = min(size, max(_TIMED_NUMBERS // rows, min(max(sizes), rows)))
-    own = [min(max(sizes), columns)] * (columns // min(max(sizes), columns))
+    sizes = block_sizes(problem.parameters, options.blocks, rows)
+    largest = size if sizes is None else int(sizes.max())
+    held = size * min(8 * largest, 4 * rows)
+    columns = min(size, max(_TIMED_NUMBERS // rows, min(largest, rows)))
+    own = [min(largest, columns)] * (columns // min(largest, columns))
     window = GradientWindow(rows, sum(own), dtype=options.torch_dtype, device=problem.device)
     window.extend(torch.randn(rows, sum(own)).to(problem.device))
     began = time.perf_counter()
@@ -215,7 +218,7 @@ def inverting(problem: Problem, options: WindowOptions, rows: int) -> Work:
     return Work(phase="inverting", spent=Spent(seconds=seconds), num_bytes=held, note=note)
 
 
-def block_sizes(parameters: Parameters, rule: str, rows: int) -> tuple[int, ...] | None:
+def block_sizes(parameters: Parameters, rule: str, rows: int) -> Sizes | None:
     """Sizes of consecutive blocks, none of which reaches beyond a layer; None for a whole one.
 
     Raises:
@@ -226,15 +229,14 @@ def block_sizes(parameters: Parameters, rule: str, rows: int) -> tuple[int, ...]
         return None
     layers = [place.stop - place.start for place in parameters.layer_places()]
     if asked.kind == "layer":
-        return tuple(layers)
+        return np.array(layers)
     most = max(1, rows // _BLOCKS_IN_WINDOW) if asked.kind == "auto" else asked.number
-    return tuple(size for layer in layers for size in _cut(layer, most))
+    return np.concatenate([_cut(layer, most) for layer in layers])
 
 
-def _cut(total: int, most: int) -> Iterator[int]:
-    yield from (most for _ in range(total // most))
-    if rest := total % most:
-        yield rest
+def _cut(total: int, most: int) -> Sizes:
+    """Blocks of one size, and what is left over."""
+    return np.append(np.full(total // most, most), [total % most] if total % most else [])
 
 
 def _kind(problem: Problem, rows: str) -> tuple[RowKind, str]:

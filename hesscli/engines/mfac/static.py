@@ -7,9 +7,10 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hesscli.engines.mfac.system import DualBlock, PrimalRun, Solved
@@ -97,6 +98,10 @@ def only(slot: int, window: GradientWindow) -> Tensor:
 # -- The inverse of a window's Fisher matrix, whole or block by block, for a window that stays -----
 
 
+Sizes = NDArray[np.int64]
+"""Of consecutive blocks of columns, of which there may be millions."""
+
+
 class StaticFisher:
     """(F̂ + λI)⁻¹ with F̂ = (1/n) GᵀG, or its block diagonal.
 
@@ -122,17 +127,17 @@ class StaticFisher:
         window: GradientWindow,
         damping: float,
         *,
-        blocks: Sequence[int] | None = None,
+        blocks: Sequence[int] | Sizes | None = None,
         precise: bool | None = None,
         on_step: OnStep = go_on,
     ) -> None:
         self.damping = checked_damping(damping)
         window.require_rows()
-        sizes = (window.size,) if blocks is None else tuple(blocks)
-        if min(sizes, default=0) < 1 or sum(sizes) != window.size:
+        sizes = np.asarray((window.size,) if blocks is None else blocks, dtype=np.int64)
+        if sizes.min(initial=1) < 1 or sizes.sum() != window.size:
             raise UsageError(
                 "blocks do not make up the gradient",
-                f"sizes that sum to {sum(sizes)}, for {window.size} columns",
+                f"sizes that sum to {sizes.sum()}, for {window.size} columns",
                 "sizes above 0 of all consecutive blocks",
             )
         _require_room(_matrix_bytes(sizes, window.count), window)
@@ -288,19 +293,21 @@ def _joined(solved: Sequence[Solved]) -> Solved:
     return torch.cat(vectors, dim=1), torch.stack(errors).square().sum(0).sqrt()
 
 
-def _runs(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, slice]]:
+def _runs(sizes: Sizes, rows: int) -> Iterator[tuple[int, slice]]:
     """Columns that are inverted together: runs of equal blocks, and each block above n alone."""
-    start = 0
-    for size, equal in groupby(sizes):
-        width = size * len(list(equal))
+    ends = np.append(np.flatnonzero(np.diff(sizes)) + 1, len(sizes))
+    start = first = 0
+    for end in ends.tolist():
+        size = int(sizes[first])
+        width = size * (end - first)
         step = width if size <= rows else size
         yield from ((size, slice(i, i + step)) for i in range(start, start + width, step))
-        start += width
+        start, first = start + width, end
 
 
-def _matrix_bytes(sizes: Sequence[int], rows: int) -> int:
+def _matrix_bytes(sizes: Sizes, rows: int) -> int:
     """Memory for the matrices and their factors."""
-    return 2 * torch.float64.itemsize * sum(min(size, rows) ** 2 for size in sizes)
+    return 2 * torch.float64.itemsize * int(np.square(np.minimum(sizes, rows)).sum())
 
 
 def _require_room(nbytes: int, window: GradientWindow) -> None:
