@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli.errors import UnsoundError, UsageError
+from hesscli.meter import Meter
 from hesscli.operators.per_example.rows import Rows, fitting_kind
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
@@ -89,6 +91,27 @@ def test_the_first_rows_are_the_same_however_many_are_taken() -> None:
         torch.testing.assert_close(rows(problem, kind, 7), rows(problem, kind, 20)[:7])
 
 
+@pytest.mark.parametrize("kind", ["sampled", "example", "microbatch:3"])
+def test_blocks_are_small_and_rows_go_on_from_any_of_them(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = classifier(batch_size=24)
+    bytes_each = 8 * problem.parameters.size
+    monkeypatch.setattr("hesscli.operators.per_example.rows.BLOCK_BYTES", 6 * bytes_each)
+    whole, end = Meter(), 90
+    blocks = list(Rows(problem, RowKind.parse(kind), meter=whole).take(end))
+    assert max(block.nbytes for block in blocks) <= 6 * bytes_each
+    starts = [0, *itertools.accumulate(map(len, blocks))]
+    for start in starts[1:]:
+        before, after = Meter(), Meter()
+        list(Rows(problem, RowKind.parse(kind), meter=before).take(start))
+        rest = list(Rows(problem, RowKind.parse(kind), meter=after).take(end, start))
+        assert before.gradients + after.gradients == pytest.approx(whole.gradients)
+        torch.testing.assert_close(
+            torch.cat([blocks[0][:0], *rest]), torch.cat(blocks)[start:], rtol=1e-12, atol=1e-14
+        )
+
+
 def test_seeds_draw_other_columns_and_passes_other_rows() -> None:
     problem = classifier()
     one = rows(problem, "sampled", 128)
@@ -125,8 +148,9 @@ def test_secretly_mixed_examples_are_found_out() -> None:
     problem = hesscli.Problem(Mixer(), "cross_entropy", data)
     assert problem.independence.proven
     assert problem.data.counts == (4,) * 16
-    with pytest.raises(UnsoundError, match="do not add up"):
+    with pytest.raises(UnsoundError, match="do not add up") as caught:
         list(Rows(problem, RowKind("example")).take(8))
+    assert "--rows microbatch:N" in caught.value.hint
 
 
 def test_a_loss_without_a_known_hessian_falls_back_to_examples() -> None:

@@ -20,6 +20,8 @@ from hesscli.engines.entries import Entries, Part
 from hesscli.engines.per_example import PerExample
 from hesscli.errors import UsageError
 from hesscli.operators.per_example.sites import _by_gradients, _by_pairs
+from hesscli.operators.products import flatten, gradient
+from hesscli.problem.batches import rows
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 
@@ -195,6 +197,20 @@ class Recurrent(nn.Module):
         return result
 
 
+class Partly(Base):
+    """A frozen bias, a module that is never called, and a table that examples look up twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.bias.requires_grad_(False)
+        self.unused, self.table = nn.Linear(2, 2).double(), nn.Embedding(3, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x) + self.table((x[:, :2] > 0).long()).sum(1)
+        result: Tensor = self.last(torch.tanh(y))
+        return result
+
+
 def _weighted() -> nn.Module:
     return nn.CrossEntropyLoss(_draw(4).abs(), label_smoothing=0.1, ignore_index=2)
 
@@ -267,6 +283,7 @@ CASES: dict[str, Case] = {
         {f"first.parametrizations.weight.original{i}" for i in (0, 1)},
     ),
     "subclass": (Subclassed, "cross_entropy", SMALL, {"first.weight", "first.bias"}),
+    "partly": (Partly, "cross_entropy", SMALL, set()),
     "no vmap": (Bare, "cross_entropy", SMALL, {"scale"}),
     "recurrent": (
         Recurrent,
@@ -300,6 +317,28 @@ def test_every_parameter_by_single_examples_gives_the_same(
     assert set(alone.engine.passes.generic) == set(problem.parameter_names)
     assert set(by_module.engine.passes.generic) < set(alone.engine.passes.generic)
     torch.testing.assert_close(alone.diagonal, by_module.diagonal, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_gradient_is_that_of_an_example_alone(name: str) -> None:
+    build, loss, data, generic = CASES[name]
+    torch.manual_seed(0)
+    problem = Problem(build().double(), loss, _cut(data, [10, 1, 8, 4]))
+    tensors, passes = problem.parameters.tensors, GaussNewton(problem).passes()
+    for index in problem.indices:
+        batch = problem.batch(index)
+        outputs = problem.outputs(batch.data)
+        column = _draw(*outputs.shape, seed=index)
+        parts = passes.of(index)
+        found = torch.cat([live.each(column[i : i + live.batch.count]) for i, live in parts])
+        assert not found.requires_grad
+        for i, row in enumerate(found):
+            alone = problem.outputs(rows(batch.data, i, i + 1))[0]
+            expected = flatten(gradient((alone * column[i]).sum(), tensors))
+            assert float((row - expected).abs().max()) <= ROUNDING * float(expected.norm())
+        whole = flatten(gradient((outputs * column).sum(), tensors))
+        assert float((found.sum(0) - whole).abs().max()) <= ROUNDING * float(found.norm())
+    assert set(passes.generic) == generic
 
 
 def test_both_orders_of_sums_agree() -> None:

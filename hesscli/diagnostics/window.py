@@ -16,7 +16,7 @@ from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.static import Sizes
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
-from hesscli.meter import FORWARD, OnStep, Spent
+from hesscli.meter import OnStep, Spent
 from hesscli.operators.base import Operator
 from hesscli.operators.per_example.rows import Rows, fitting_kind
 from hesscli.parameters import Parameters
@@ -178,8 +178,6 @@ def rows_to_be_had(problem: Problem, options: WindowOptions) -> int:
     return int(min(options.count(problem), Rows(problem, kind).available))
 
 
-_ROW_GRADIENTS = 1 + FORWARD
-"""Work of a row, beside that of a gradient of its examples."""
 _TIMED_NUMBERS = 1 << 20
 """Numbers of a window whose inversion is timed, at least a block of them."""
 
@@ -188,11 +186,10 @@ def collecting(problem: Problem, options: WindowOptions, rows: int, pace: Pace) 
     """So many rows of a window."""
     kind, _ = _kind(problem, options.rows)
     examples = rows * (kind.size if kind.name == "microbatch" else 1)
-    each = 1.0 if kind.name == "microbatch" else _ROW_GRADIENTS
     held = rows * problem.parameters.size * options.torch_dtype.itemsize
     return Work(
         phase="collecting gradients",
-        spent=pace.gradient.times(each * examples / problem.data.count),
+        spent=pace.gradient.times(examples / problem.data.count),
         num_bytes=0 if options.file else held,
         note=f"{rows} rows take {human_bytes(held)}",
     )

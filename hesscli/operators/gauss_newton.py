@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
-from hesscli.operators.per_example.passes import SquaredJacobian
+from hesscli.operators.per_example.passes import ExampleGradients
 from hesscli.operators.products import Apply, Function, Tensors, gradient, vector_jacobian
 from hesscli.problem.batches import Batch
 from hesscli.problem.losses import Loss
@@ -36,14 +36,16 @@ class Sandwich(Operator):
             UsageError: A is not known.
         """
 
-    def passes(self) -> SquaredJacobian:
+    def passes(self) -> ExampleGradients:
         """The matrix example by example, for its diagonal; counted with this operator's work.
 
         Raises:
             UsageError: an example's gradient does not exist.
         """
         require_examples(self.problem, self.name)
-        return SquaredJacobian(self.problem, self.parameters, self.columns, self.meter)
+        return ExampleGradients(
+            self.problem, self.parameters, self.columns, self.meter, "--method hutchinson"
+        )
 
 
 class GaussNewton(Sandwich):

@@ -1,4 +1,4 @@
-"""Squared per-example gradients: one forward pass, the backward passes on its graph, their checks.
+"""Per-example gradients: one forward pass, the backward passes on its graph, and their checks.
 
 One backward pass gives every module's output gradients for all examples; each known module
 turns them and its inputs into its parameters' per-example gradients.
@@ -110,7 +110,7 @@ _CHECK = 0xC4EC
 class Pass:
     """Some examples on one retained graph."""
 
-    def __init__(self, owner: SquaredJacobian, batch: WeightedBatch) -> None:
+    def __init__(self, owner: ExampleGradients, batch: WeightedBatch) -> None:
         self.owner, self.batch = owner, batch
         self.share = batch.count / owner.problem.data.count
         with captured(owner.known, owner.shared, batch.count) as calls:
@@ -165,6 +165,21 @@ class Pass:
         for position, (_, square) in self._generic(columns).items():
             parts[position] = square
         return self.owner.parameters.flatten(parts)
+
+    def each(self, column: Tensor) -> Tensor:
+        """Rows J_iᵀ s_i ``(N, d)``, s_i the example's part of one column."""
+        pulled, made = self._pulled(column), self._generic_each(column)
+        for module, names in self.owner.known.items():
+            if self.calls[module]:
+                each = self._site(module).each(pulled.pop(module))
+                made |= {position: each[name] for name, position in names.items()}
+        parts = [
+            made.pop(i).reshape(self.batch.count, t.numel())
+            if i in made
+            else t.new_zeros(self.batch.count, t.numel())
+            for i, t in enumerate(self.owner.parameters.tensors)
+        ]
+        return torch.cat(parts, 1)
 
     # -- verification --------------------------------------------------------------------------
 
@@ -223,7 +238,8 @@ class Pass:
                 raise UnsoundError(
                     "per-example gradients do not add up to the gradient of the batch",
                     f"{self.owner.parameters[position].name} on batch {self.batch.index}",
-                    "a model whose output for an example depends on nothing but that example",
+                    f"a model whose output for an example depends on nothing but that example, "
+                    f"or {self.owner.instead}",
                 )
 
     def _some_examples(self) -> tuple[Tensor, Tensor]:
@@ -273,6 +289,16 @@ class Pass:
         sums = self.owner.mapper.sums(self.batch, torch.stack(list(columns), 1), chosen)
         return dict(zip(positions, zip(*sums, strict=True), strict=True))
 
+    def _generic_each(self, column: Tensor) -> dict[int, Tensor]:
+        """Gradients ``(N, *shape)`` for the parameters that no site speaks for."""
+        positions = sorted(self.owner.unspoken_for)
+        if not positions:
+            return {}
+        self.owner.meter.add(FORWARD + BACKWARD, self.share)
+        chosen = [self.owner.parameters[position] for position in positions]
+        chunks = self.owner.mapper.each(self.batch, column[:, None], chosen)
+        return dict(zip(positions, map(torch.cat, zip(*chunks, strict=True)), strict=True))
+
     def _site(self, module: nn.Module) -> Site:
         if module not in self._sites:
             kind = site_class(module)
@@ -313,7 +339,7 @@ def _size_of_terms(inputs: Sequence[Tensor], pulled: Sequence[Tensor]) -> Tensor
     return size
 
 
-# -- Σ_i (J_iᵀ s_i)², entry by entry, over the examples of a batch ---------------------------------
+# -- J_iᵀ s_i of a batch's examples: each one, or Σ_i (J_iᵀ s_i)², entry by entry ------------------
 # One backward pass gives every module's output gradients for all examples; each known module turns
 # them and its inputs into its parameters' per-example gradients. That a parameter acts through its
 # module alone, and that rows of the module are examples, is not assumed: on the first batch of
@@ -329,21 +355,29 @@ _SAMPLE = 16
 MakeColumns = Callable[[Loss, Tensor, Batch], Columns]
 
 
-class SquaredJacobian:
-    """Per-example vector-Jacobian products of a problem, squared.
+class ExampleGradients:
+    """Vector-Jacobian products J_iᵀ s_i of single examples, one by one or squared and summed.
 
     Args:
         problem: its examples must not depend on each other.
         parameters: what to differentiate by.
         make_columns: those of A at a batch's outputs.
         meter: counts the passes.
+        instead: what a user may ask for where examples turn out to depend on each other.
+        most: examples on one graph, default as many as make a good part of a batch.
     """
 
     def __init__(
-        self, problem: Problem, parameters: Parameters, make_columns: MakeColumns, meter: Meter
+        self,
+        problem: Problem,
+        parameters: Parameters,
+        make_columns: MakeColumns,
+        meter: Meter,
+        instead: str,
+        most: int | None = None,
     ) -> None:
         self.problem, self.parameters, self.meter = problem, parameters, meter
-        self.make_columns = make_columns
+        self.make_columns, self.instead, self._most = make_columns, instead, most
         self.known = known_modules(problem.model, parameters)
         spoken_for = {i for names in self.known.values() for i in names.values()}
         self.unspoken_for = set(range(len(parameters))) - spoken_for
@@ -392,21 +426,38 @@ class SquaredJacobian:
         squares = [sign * live.squares([column]) for sign, column in live.columns.draw(0)]
         return LayerSums(self.parameters)(torch.stack(squares).sum(0, keepdim=True))[0].cpu()
 
-    def of(self, batch: int) -> Iterator[tuple[int, Pass]]:
-        """Forward passes over parts of a batch, each with the place of its first example.
-
-        A part is as large as a CPU's cache likes the activations, or as a GPU likes its work.
+    def prepare(self) -> None:
+        """Verify a few examples, which also say how many make a good part of a batch.
 
         Raises:
             UnsoundError: examples depend on each other.
         """
-        whole = self.problem.batch(batch)
         if self._part is None:
-            self._part = self._verified(_cut(whole, 0, _SAMPLE)).fitting
-        count = -(-whole.count // self._part)
+            sample = _cut(self.problem.batch(self.problem.indices[0]), 0, _SAMPLE)
+            fitting = self._verified(sample).fitting
+            self._part = fitting if self._most is None else min(fitting, self._most)
+
+    def of(self, batch: int, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Pass]]:
+        """Forward passes over parts of a batch, each with the place of its first example.
+
+        A part is as large as a CPU's cache likes the activations, or as a GPU likes its work.
+
+        Args:
+            batch: its number.
+            first: parts that begin before this example are left out.
+            last: examples from this one on are left out, default none.
+
+        Raises:
+            UnsoundError: examples depend on each other.
+        """
+        self.prepare()
+        assert self._part is not None  # it is prepared
+        whole = self.problem.batch(batch)
+        last, count = whole.count if last is None else last, -(-whole.count // self._part)
         bounds = [part * whole.count // count for part in range(count + 1)]
         for start, stop in itertools.pairwise(bounds):
-            yield start, self._verified(_cut(whole, start, stop))
+            if first <= start < last:
+                yield start, self._verified(_cut(whole, start, min(stop, last)))
 
     def _verified(self, batch: WeightedBatch) -> Pass:
         """A forward pass; where its structure is new, a few of its examples are verified."""

@@ -13,28 +13,24 @@ sample of all.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from hesscli import randomness
-from hesscli.errors import HesscliError, UnsoundError, UsageError
-from hesscli.meter import FORWARD, Meter
+from hesscli.errors import HesscliError, UsageError
+from hesscli.meter import Meter
 from hesscli.operators.gauss_newton import require_examples
-from hesscli.operators.per_example.generic import Generic
-from hesscli.operators.per_example.passes import is_close
+from hesscli.operators.per_example.passes import ExampleGradients
+from hesscli.operators.per_example.sites import DEVICE_BYTES
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
-from hesscli.problem.objective import WeightedBatch
-from hesscli.problem.output_hessian import Factor, ScoreFactor, factor_of, has_factor
+from hesscli.problem.output_hessian import columns_at, has_factor, scores_at
 from hesscli.problem.problem import Problem
 from hesscli.vocabulary import RowKind
 
-_PART = 32
-"""Examples whose gradients are made at once."""
+BLOCK_BYTES = 1 << 24
+"""Bytes of rows that are made at once on a CPU; one row may be larger."""
 _DRAWS = 0xF15E2
 """Separates label streams from other uses of a seed."""
 
@@ -72,7 +68,17 @@ class Rows:
     ) -> None:
         self.problem, self.kind, self.seed = problem, kind, seed
         self.meter = Meter() if meter is None else meter
-        self._mapper, self._verified = Generic(problem), False
+        columns = columns_at if kind.name == "sampled" else scores_at
+        room = BLOCK_BYTES if problem.device.type == "cpu" else DEVICE_BYTES
+        each = sum(tensor.nbytes for tensor in problem.parameters.tensors)
+        self._passes = ExampleGradients(
+            problem,
+            problem.parameters,
+            columns,
+            self.meter,
+            instead="--rows microbatch:N",
+            most=max(1, room // max(1, each)),
+        )
         if kind.name != "microbatch":
             require_examples(problem, "ggn")
         if kind.name == "sampled" and not has_factor(problem.loss):
@@ -85,96 +91,57 @@ class Rows:
     @property
     def available(self) -> float:
         """How many different rows there are; sampled ones do not end."""
-        counts = [self.problem.data.counts[i] for i in self.problem.indices]
         if self.kind.name == "sampled":
             return float("inf")
-        if self._whole_batches:
-            return len(counts)
-        return sum(-(-count // self.kind.size) for count in counts)
+        return sum(map(self._rows_of, self.problem.indices))
 
     def take(self, count: int, first: int = 0) -> Iterator[Tensor]:
         """Rows ``first`` to ``count``, or as many as there are, in blocks ``(k, d)``.
 
         Args:
             count: of all rows.
-            first: where a block began when it was as many rows.
+            first: where a block began when it was as many rows; what is repeated for the sake of
+                the others is not counted again.
         """
         end, row, draw = int(min(count, self.available)), 0, 0
-        self._verified = self._verified or first > 0
+        make = self._means if self.kind.name == "microbatch" else self._examples
+        if 0 < first < end and make == self._examples:
+            with self.meter.uncounted():
+                self._passes.prepare()
         while row < end:
             for index in self.problem.indices:
-                for size, block in self._of_batch(self.problem.batch(index), draw, end - row):
-                    if row >= first:
-                        yield block()
-                    row += size
-                if row >= end:
-                    return
+                had, wanted = max(0, first - row), min(self._rows_of(index), end - row)
+                if had < wanted:
+                    yield from make(index, draw, had, wanted)
+                row += wanted
             draw += 1
 
-    @property
-    def _whole_batches(self) -> bool:
-        """Whether a batch is the smallest unit whose loss is known."""
-        return not (self.problem.separable and self.problem.loss.shows_examples)
+    def _size(self, index: int) -> int:
+        """Examples in a row: all of a batch where that is the smallest unit whose loss is known."""
+        known = self.problem.separable and self.problem.loss.shows_examples
+        if self.kind.name == "microbatch" and not known:
+            return self.problem.data.counts[index]
+        return self.kind.size
 
-    def _of_batch(
-        self, batch: WeightedBatch, draw: int, wanted: int
-    ) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        """Blocks of rows: how many, and what makes them."""
-        if self.kind.name == "microbatch":
-            size = batch.count if self._whole_batches else self.kind.size
-            for start in list(range(0, batch.count, size))[:wanted]:
-                yield 1, partial(self._mean, batch, start, size)
-            return
-        for start in range(0, min(wanted, batch.count), _PART):
-            stop = min(start + _PART, wanted, batch.count)
-            yield stop - start, partial(self._examples, batch, start, stop, draw)
+    def _rows_of(self, index: int) -> int:
+        """How many a batch gives, before it is drawn from again."""
+        return -(-self.problem.data.counts[index] // self._size(index))
 
-    def _mean(self, batch: WeightedBatch, start: int, size: int) -> Tensor:
-        """The gradient of the mean loss of a few examples."""
-        data = batch.data
-        if size < batch.count:
-            data = rows_of_batch(data, start, start + size)
-        self.meter.add(1.0, min(size, batch.count - start) / self.problem.data.count)
-        parts = gradient(self.problem.evaluate(data), self.problem.parameters.tensors)
-        return flatten(parts).detach()[None]
-
-    def _examples(self, batch: WeightedBatch, start: int, stop: int, draw: int) -> Tensor:
+    def _examples(self, index: int, draw: int, first: int, last: int) -> Iterator[Tensor]:
         """Gradients of some of a batch's examples, each pulled back from its outputs."""
-        data, problem = rows_of_batch(batch.data, start, stop), self.problem
-        part = WeightedBatch(batch.index, data, batch.weight, stop - start)
-        outputs = problem.fixed_outputs(data)
-        stream = randomness.key(_DRAWS, self.seed, batch.index, draw)
-        column = self._factor(outputs, data).draw(stream, start)
-        column = column * (problem.data.count / problem.total_weight) ** 0.5
-        self.meter.add(1 + FORWARD, (stop - start) / problem.data.count)
-        pulled = self._mapper.each(part, column[:, None], list(problem.parameters))
-        block = torch.cat([torch.cat([_by_example(g) for g in chunk], 1) for chunk in pulled])
-        if not self._verified:
-            self._verify(block, data, column)
-        return block
+        stream = randomness.key(_DRAWS, self.seed, index, draw)
+        scale = (self.problem.data.count / self.problem.total_weight) ** 0.5
+        for start, live in self._passes.of(index, first, last):
+            ((_, column),) = live.columns.draw(stream, start)  # a factor's, and so with a plus
+            yield live.each(scale * column)
 
-    def _factor(self, outputs: Tensor, data: object) -> Factor:
-        make = factor_of if self.kind.name == "sampled" else ScoreFactor
-        return make(self.problem.loss, outputs, data)
-
-    def _verify(self, block: Tensor, data: object, column: Tensor) -> None:
-        """Raise unless the rows of some examples add up to the gradient of all of them.
-
-        Raises:
-            UnsoundError: they do not, so that examples depend on each other.
-        """
-        value = (self.problem.outputs(data) * column).sum()
-        expected = flatten(gradient(value, self.problem.parameters.tensors))
-        if not is_close(block.sum(0), expected, block.norm()):
-            raise UnsoundError(
-                "per-example gradients do not add up to the gradient of the batch",
-                f"{len(block)} examples of batch 0",
-                "a model whose output for an example depends on nothing but that example, or "
-                "--rows microbatch:N",
-            )
-        self._verified = True
-
-
-def _by_example(gradients: Tensor) -> Tensor:
-    """``(N, ...)`` as ``(N, numel)``, where a parameter has no dimension or no entry too."""
-    return gradients.reshape(len(gradients), math.prod(gradients.shape[1:]))
+    def _means(self, index: int, draw: int, first: int, last: int) -> Iterator[Tensor]:
+        """Gradients of the mean loss of a few examples, one at a time."""
+        batch, size = self.problem.batch(index), self._size(index)
+        for start in range(first * size, last * size, size):
+            data = batch.data
+            if size < batch.count:
+                data = rows_of_batch(data, start, start + size)
+            self.meter.add(1.0, min(size, batch.count - start) / self.problem.data.count)
+            parts = gradient(self.problem.evaluate(data), self.problem.parameters.tensors)
+            yield flatten(parts).detach()[None]

@@ -1,4 +1,4 @@
-"""Per-example parameter gradients of known modules, and sums of their squares.
+"""Per-example parameter gradients of known modules, one by one and as sums of their squares.
 
 A site stands for a module on one batch. A module that is called several times has the
 positions of all its calls in a row, since an example's gradient sums over them. Whether a site
@@ -87,8 +87,8 @@ def _by_pairs(gradients: Tensor, inputs: Tensor) -> Tensor:
 # -- Per-example parameter gradients of known modules, from their inputs and output gradients ------
 
 
-Sums = dict[str, Tensor]
-"""Float64 sums for a module's parameters, by their names in it."""
+Named = dict[str, Tensor]
+"""A tensor for each of a module's parameters, by their names in it."""
 
 
 class Site(ABC):
@@ -104,14 +104,14 @@ class Site(ABC):
         self.module, self.count = module, count
         self.inputs = self.by_example([self.prepare(x) for x in inputs])
 
-    def squares(self, columns: Sequence[Sequence[Tensor]]) -> Sums:
+    def squares(self, columns: Sequence[Sequence[Tensor]]) -> Named:
         """Σ over examples and columns of squared gradients, a few examples at a time.
 
         Args:
             columns: for each the gradients of every call's output, in the output's shape.
         """
         split = [self.by_example(column) for column in columns]
-        sums: Sums = {}
+        sums: Named = {}
         size = max(1, room(columns[0][0]) // self.numbers_each(split))
         for start in range(0, self.count, size):
             part = slice(start, start + size)
@@ -121,9 +121,26 @@ class Site(ABC):
                 sums[name] = sums[name] + value if name in sums else value.double()
         return sums
 
-    def totals(self, column: Sequence[Tensor]) -> Sums:
-        """Σ over examples of gradients: what autograd makes of a batch."""
-        return self.totals_of(self.read(self.inputs), self.read_gradients(self.by_example(column)))
+    def each(self, column: Sequence[Tensor], part: slice = slice(None)) -> Named:
+        """Gradients ``(n, *shape)`` of single examples.
+
+        Args:
+            column: the gradients of every call's output, in the output's shape.
+            part: which examples, default all.
+        """
+        inputs = self.read([x[part] for x in self.inputs])
+        return self.each_of(inputs, self.read_gradients([g[part] for g in self.by_example(column)]))
+
+    def totals(self, column: Sequence[Tensor]) -> Named:
+        """Σ over examples of gradients, a few at a time: what autograd makes of a batch."""
+        sums: Named = {}
+        numbers = sum(p.numel() for p in self.module.parameters())
+        size = max(1, room(column[0]) // max(1, numbers))
+        for start in range(0, self.count, size):
+            for name, value in self.each(column, slice(start, start + size)).items():
+                total = value.sum(0, dtype=torch.float64)
+                sums[name] = sums[name] + total if name in sums else total
+        return sums
 
     def by_example(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Views ``(N, m, ...)`` of a call's batch, example by example."""
@@ -146,12 +163,12 @@ class Site(ABC):
         """Output gradients of all calls, each ``(n, m, ...)``, in that layout."""
 
     @abstractmethod
-    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
-        """Σ over some examples, and over columns, of squared gradients."""
+    def each_of(self, inputs: Tensor, gradients: Tensor) -> Named:
+        """Gradients ``(n, *shape)`` of some examples."""
 
     @abstractmethod
-    def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
-        """Σ over some examples of gradients."""
+    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
+        """Σ over some examples, and over columns, of squared gradients."""
 
 
 class Product(Site):
@@ -167,16 +184,19 @@ class Product(Site):
             return positions * numbers
         return numbers + groups * many * outputs * width
 
-    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
+    def each_of(self, inputs: Tensor, gradients: Tensor) -> Named:
+        """Gradients summed over positions."""
+        made = torch.matmul(gradients, inputs)
+        return {
+            "weight": made.view(len(made), *self.module.weight.shape),
+            "bias": gradients.sum(3).flatten(1),
+        }
+
+    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
         """Squared gradients: the weight's by the cheaper order of sums, the bias's directly."""
         gradients = torch.stack(list(columns), 1)
         bias = gradients.sum(4).square_().sum((0, 1))
         return {"weight": squared_products(gradients, inputs), "bias": bias}
-
-    def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
-        """Gradients summed over examples, as autograd makes them."""
-        weight = torch.einsum("ngop,ngpj->goj", gradients, inputs)
-        return {"weight": weight, "bias": gradients.sum((0, 3))}
 
 
 class LinearSite(Product):
@@ -244,15 +264,14 @@ class ScaleSite(Site):
         """Gradients in the outputs as (n, P, W)."""
         return self.read(gradients)
 
-    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
-        """Gradients summed over positions, squared."""
-        weight = torch.stack([(column * inputs).sum(1) for column in columns])
-        bias = torch.stack([column.sum(1) for column in columns])
-        return {"weight": weight.square_().sum((0, 1)), "bias": bias.square_().sum((0, 1))}
+    def each_of(self, inputs: Tensor, gradients: Tensor) -> Named:
+        """Gradients summed over positions."""
+        return {"weight": (gradients * inputs).sum(1), "bias": gradients.sum(1)}
 
-    def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
-        """Gradients summed over examples, as autograd makes them."""
-        return {"weight": (gradients * inputs).sum((0, 1)), "bias": gradients.sum((0, 1))}
+    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
+        """Gradients summed over positions, squared."""
+        made = [self.each_of(inputs, column) for column in columns]
+        return {n: torch.stack([m[n] for m in made]).square_().sum((0, 1)) for n in made[0]}
 
     def _by_position(self, values: Tensor) -> Tensor:
         """From (n, m, ...) to (n, P, W)."""
@@ -278,12 +297,17 @@ class LookupSite(Site):
         """Gradients in the outputs as (n, P, D)."""
         return _joined([g.flatten(1, -2) for g in gradients], 1)
 
-    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Sums:
+    def each_of(self, inputs: Tensor, gradients: Tensor) -> Named:
+        """Gradients of a table each, in whose rows positions that look them up are summed."""
+        table, counted = self.module.weight, self._counted(inputs)
+        sums = gradients.new_zeros(len(inputs) * len(table), table.shape[1])
+        sums.index_add_(0, self._places(inputs)[counted], gradients[counted])
+        return {"weight": sums.view(len(inputs), *table.shape)}
+
+    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
         """Positions of one example that look up one row are summed before they are squared."""
         table, counted = self.module.weight, self._counted(inputs)
-        example = torch.arange(len(inputs), device=inputs.device)[:, None]
-        places = (example * len(table) + inputs)[counted]
-        found, owner = torch.unique(places, return_inverse=True)
+        found, owner = torch.unique(self._places(inputs)[counted], return_inverse=True)
         total = torch.zeros_like(table, requires_grad=False)
         for column in columns:
             sums = column.new_zeros(len(found), table.shape[1])
@@ -291,11 +315,10 @@ class LookupSite(Site):
             total.index_add_(0, found % len(table), sums.square_())
         return {"weight": total}
 
-    def totals_of(self, inputs: Tensor, gradients: Tensor) -> Sums:
-        """Gradients summed over examples, as autograd makes them."""
-        counted = self._counted(inputs)
-        total = torch.zeros_like(self.module.weight, requires_grad=False)
-        return {"weight": total.index_add_(0, inputs[counted], gradients[counted])}
+    def _places(self, inputs: Tensor) -> Tensor:
+        """Rows that are looked up, in a table of each example's own, one below the other."""
+        example = torch.arange(len(inputs), device=inputs.device)[:, None]
+        return example * len(self.module.weight) + inputs
 
     def _counted(self, inputs: Tensor) -> Tensor:
         """Positions that do not look up the padding row, whose gradient is zero by decree."""
