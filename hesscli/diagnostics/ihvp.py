@@ -323,7 +323,8 @@ class SensitivityStudy:
             return
         places = self.problem.parameters.layer_places()
         saliency = saliencies(self.mattering, self.collected.fisher.diagonal())
-        again = yield from repeats(self.collected, self.mattering, places, self._repeated)
+        watch = self.run.clock.watch("ranking")
+        again = yield from repeats(self.collected, self.mattering, places, self._repeated, watch)
         self.ranked = Ranked(saliency, again)
 
     def _traced(self) -> Iterator[Snapshot]:

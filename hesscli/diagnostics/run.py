@@ -83,9 +83,17 @@ class Clock:
         """
         if self.observer is not None and self.observer(replace(snapshot, seconds=self.seconds)):
             raise Stopped
+        self.look(snapshot)
+        return False
+
+    def look(self, snapshot: Snapshot) -> None:
+        """Look at the time, where there is nothing new to tell.
+
+        Raises:
+            BudgetError: the time is up.
+        """
         if self.left < 0:
             raise self._no_time_for(snapshot)
-        return False
 
     def watch(self, phase: str) -> OnStep:
         """What work of unknown length calls between its steps; raises as :meth:`within_budget`."""

@@ -16,6 +16,7 @@ from hesscli.diagnostics.window import Collected
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.static import Sizes
 from hesscli.errors import UsageError
+from hesscli.meter import OnStep, go_on
 from hesscli.results import Histogram, Quantile, SaliencyReport, Snapshot
 
 Array = NDArray[np.float64]
@@ -119,7 +120,11 @@ class Repeated:
 
 
 def repeats(
-    collected: Collected, weights: Tensor, layers: Sequence[slice], found: Repeated
+    collected: Collected,
+    weights: Tensor,
+    layers: Sequence[slice],
+    found: Repeated,
+    on_step: OnStep = go_on,
 ) -> Generator[Snapshot, None, Repeats]:
     """Saliencies from fewer rows, an inversion a step.
 
@@ -128,6 +133,7 @@ def repeats(
         weights: ``(d,)``.
         layers: where each layer lies in them.
         found: without the first groups, as far as that is done; the others are added.
+        on_step: called within an inversion, which can be made again; may end it.
 
     Raises:
         UsageError: there are not two rows for each group.
@@ -137,7 +143,7 @@ def repeats(
     group = torch.arange(window.count, device=window.device) % GROUPS
 
     def from_rows(chosen: Tensor) -> Tensor:
-        return saliencies(weights, _inverse_diagonal(collected, chosen))
+        return saliencies(weights, _inverse_diagonal(collected, chosen, on_step))
 
     for left_out in range(len(found.means), GROUPS):
         saliency = from_rows(group != left_out)
@@ -170,7 +176,7 @@ def _logs(values: Array) -> Array:
         return np.asarray(np.log(values))
 
 
-def _inverse_diagonal(collected: Collected, chosen: Tensor) -> Tensor:
+def _inverse_diagonal(collected: Collected, chosen: Tensor, on_step: OnStep) -> Tensor:
     """Diag (F̂ + λI)⁻¹ from some of the rows, a few blocks at a time."""
     window, damping = collected.window, collected.fisher.damping
     parts = []
@@ -178,7 +184,7 @@ def _inverse_diagonal(collected: Collected, chosen: Tensor) -> Tensor:
         rows = window.tile(columns.start, columns.stop)[chosen]
         fewer = GradientWindow(*rows.shape, dtype=rows.dtype, device=rows.device)
         fewer.extend(rows)
-        parts.append(StaticFisher(fewer, damping, blocks=sizes).diagonal())
+        parts.append(StaticFisher(fewer, damping, blocks=sizes, on_step=on_step).diagonal())
     return torch.cat(parts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -47,6 +47,7 @@ class Solving:
         self.operator, self.fisher, self.refine = operator, fisher, refine
         self.right = right.double()
         self._from_window = self._precondition(self.right)
+        self._residual: ResidualReport | None = None
         self._solver: ConjugateGradients | None = None
         if refine is not None:
             self._solver = ConjugateGradients(
@@ -57,46 +58,52 @@ class Solving:
             )
 
     def steps(self) -> Iterator[Snapshot]:
-        """Iterations of conjugate gradients; none where they are not asked for.
+        """Iterations of conjugate gradients where they are asked for, and the residual.
 
         Raises:
             UnsoundError: a product is not finite.
         """
         solver, refine = self._solver, self.refine
-        if solver is None or refine is None:
-            return
-        while not (solver.done or solver.residual <= refine):
+        while solver and refine and not (solver.done or solver.residual <= refine):
             solver.step()
             self.operator.meter.keep()
             yield Snapshot(
                 phase="refining", done=float(solver.iterations), estimate=solver.residual
             )
+        if self._residual is None:
+            self._measure()
+            yield Snapshot(phase="refining", estimate=self.solved.residual.operator)
 
     def state_dict(self) -> State:
-        """Of conjugate gradients; a solve with the window is as soon made again."""
-        return {} if self._solver is None else self._solver.state_dict()
+        """Of conjugate gradients, and the residual; the window's solve is as soon made again."""
+        return {
+            "solver": None if self._solver is None else self._solver.state_dict(),
+            "residual": None if self._residual is None else asdict(self._residual),
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Go on from where another solve of the same system was."""
         if self._solver is not None:
-            self._solver.load_state_dict(state)
+            self._solver.load_state_dict(state["solver"])
+        if state["residual"] is not None:
+            self._residual = ResidualReport(**state["residual"])
+
+    @property
+    def direction(self) -> Tensor:
+        """The solution so far ``(d,)``."""
+        if self._solver is not None and self._solver.residual < 1:
+            # Where the matrix curves down, no step may have come nearer than y = 0: no answer.
+            return self._solver.solution
+        return self._from_window
 
     @cached_property
     def solved(self) -> Solved:
-        """The solution so far, and what a product says of it."""
-        solver, refine, direction = self._solver, self.refine, self._from_window
-        if solver is not None and solver.residual < 1:
-            # Where the matrix curves down, no step may have come nearer than y = 0: no answer.
-            direction = solver.solution
-        left = relative_residual(self._damped(direction), self.right)
-        residual = ResidualReport(
-            window=relative_residual(self.fisher.multiply(direction), self.right),
-            operator=left,
-            operator_name=self.operator.name,
-        )
+        """The solution, and what a product says of it."""
+        solver, refine, direction = self._solver, self.refine, self.direction
+        residual = self._residual or self._measure()
         if solver is None or refine is None:
             return Solved(direction, residual, None)
-        found = left or 0.0
+        found = residual.operator or 0.0
         refinement = Refinement(
             tolerance=refine,
             iterations=solver.iterations,
@@ -105,6 +112,17 @@ class Solving:
             negative_curvature=solver.negative_curvature,
         )
         return Solved(direction, residual, refinement)
+
+    def _measure(self) -> ResidualReport:
+        """Make the product that says how good the solution is."""
+        direction = self.direction
+        self._residual = ResidualReport(
+            window=relative_residual(self.fisher.multiply(direction), self.right),
+            operator=relative_residual(self._damped(direction), self.right),
+            operator_name=self.operator.name,
+        )
+        self.operator.meter.keep()
+        return self._residual
 
     def _damped(self, vector: Tensor) -> Tensor:
         return self.operator.apply(vector[None])[0] + self.fisher.damping * vector

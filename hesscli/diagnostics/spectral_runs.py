@@ -32,7 +32,7 @@ from hesscli.engines.ritz import (
 )
 from hesscli.errors import UsageError
 from hesscli.memory import available_bytes
-from hesscli.meter import Spent
+from hesscli.meter import OnStep, Spent, go_on
 from hesscli.operators.base import Operator, Retained
 from hesscli.parameters import Parameters
 from hesscli.problem.precision import tolerance
@@ -114,14 +114,19 @@ class Exploration:
         operator: the matrix.
         plan: how long.
         enough: whether so many steps of the first run must do, for want of time.
+        on_step: called after each batch of a product; may end it.
     """
 
     def __init__(
-        self, operator: Operator, plan: SpectralPlan, enough: Callable[[int], bool] | None = None
+        self,
+        operator: Operator,
+        plan: SpectralPlan,
+        enough: Callable[[int], bool] | None = None,
+        on_step: OnStep = go_on,
     ) -> None:
         self.operator, self.plan, self.size = operator, plan, operator.parameters.size
         self.enough, self.shortened = enough, False
-        self.product = Retained(operator, _room_for_graphs(operator, plan))
+        self.product = Retained(operator, _room_for_graphs(operator, plan), on_step)
         reserve = min(plan.steps, STEPS) if plan.early else plan.steps
         self.lanczos = _lanczos(operator, self.product, self.size, plan, plan.seed, reserve)
         self.status: Status = "budget"
@@ -432,7 +437,9 @@ class SpectralStudy:
             ahead = self._products(steps + 1) - steps + measured
             return steps >= _SHORTEST and not fits(ahead)
 
-        return Exploration(self.operator, self.plan, enough if self.plan.shorter else None)
+        return Exploration(
+            self.operator, self.plan, enough if self.plan.shorter else None, self._look
+        )
 
     @property
     def products(self) -> float:
@@ -454,12 +461,16 @@ class SpectralStudy:
                 self.found[layer] = self._of_block(layer)
             yield from self._explored(self.found[layer])
 
+    def _look(self) -> None:
+        """Look at the time within a product, which can be made again."""
+        self.run.clock.look(Snapshot(phase="iterating"))
+
     def _of_block(self, layer: str) -> Exploration:
         """As many steps as were made with the whole, where there was no time for more."""
         plan = self.plan
         if self.whole.shortened:
             plan = replace(plan, steps=self.whole.lanczos.count)
-        return Exploration(self.blocks[layer], plan)
+        return Exploration(self.blocks[layer], plan, on_step=self._look)
 
     def state_dict(self) -> State:
         """Of all explorations so far, and the dense matrix as far as it is formed."""

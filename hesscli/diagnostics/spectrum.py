@@ -372,15 +372,19 @@ def _layers(
         )
 
 
+_TILE = 1 << 18
+"""Columns of the basis that are looked at once, so that it is read but once for all vectors."""
+
+
 def _participation(study: SpectralStudy, indices: list[int]) -> Array:
     """Squared lengths of the listed vectors in each layer ``(vectors, layers)``."""
-    parameters = study.operator.parameters
-    index = parameters.layer_index().repeat_interleave(torch.tensor(parameters.sizes))
+    parameters, whole = study.operator.parameters, study.whole
     shares = np.zeros((len(indices), len(parameters.layers)))
-    for row, which in enumerate(indices):
-        vector = study.whole.lanczos.vectors(study.whole.ritz, [which])[0].cpu()
-        sums = torch.zeros(len(parameters.layers), dtype=torch.float64)
-        shares[row] = sums.index_add_(0, index, vector.square()).numpy()
+    for layer, place in enumerate(parameters.layer_places()):
+        for start in range(place.start, place.stop, _TILE):
+            tile = slice(start, min(start + _TILE, place.stop))
+            rows = whole.lanczos.vectors(whole.ritz, indices, tile)
+            shares[:, layer] += torch.linalg.vector_norm(rows, dim=1).square().cpu().numpy()
     return shares
 
 

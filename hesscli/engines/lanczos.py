@@ -137,10 +137,12 @@ class Lanczos:
         """Count an error of products in all bars from now on, where it is more than they have."""
         self._error = max(self._error, error / self._largest if self._largest else 0.0)
 
-    def vectors(self, ritz: Ritz, which: slice | Sequence[int]) -> Tensor:
-        """Some of the Ritz vectors, as orthonormal rows ``(m, d)``."""
+    def vectors(
+        self, ritz: Ritz, which: slice | Sequence[int], columns: slice = slice(None)
+    ) -> Tensor:
+        """Some of the Ritz vectors, as orthonormal rows ``(m, d)``, or some columns of them."""
         chosen = torch.tensor(ritz.coordinates[:, which].T, device=self._rows.device)
-        return chosen @ self._rows[: len(ritz.values)]
+        return chosen @ self._rows[: len(ritz.values), columns]
 
     def state_dict(self) -> State:
         """The basis with the vector that comes next, the tridiagonal matrix, and the errors."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import UnsoundError, UsageError
+from hesscli.meter import OnStep, go_on
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.preflight import checked
 from hesscli.operators.products import Apply
@@ -256,10 +257,11 @@ class Retained:
     Args:
         operator: the matrix.
         room: bytes that the graphs may take.
+        on_step: called after each batch; may end the product, which can be made again.
     """
 
-    def __init__(self, operator: Operator, room: int) -> None:
-        self.operator = operator
+    def __init__(self, operator: Operator, room: int, on_step: OnStep = go_on) -> None:
+        self.operator, self._on_step = operator, on_step
         self._room = room if operator.mode == "double-backward" else 0
         self._kept: dict[int, LiveTerm] = {}
         self._parts: dict[int, float] = {}
@@ -274,6 +276,7 @@ class Retained:
             found = self._apply(term, row)
             part = term.weight * float(found.norm())
             self._parts[term.index] = max(part, self._parts.get(term.index, 0.0))
+            self._on_step()
             yield found
 
         total = self.operator.decay * row.double()
