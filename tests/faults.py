@@ -10,10 +10,12 @@ import argparse
 import contextlib
 import errno
 import io
+import json
 import os
 import random
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import NoReturn
@@ -31,6 +34,7 @@ from example_results import diag_result
 from program import FEW, SUNSPOTS, words
 from rich.console import Console as RichConsole
 
+from hesscli import ledger
 from hesscli.cli.answer import deliver, output
 from hesscli.cli.app import main
 from hesscli.cli.console import Console
@@ -214,9 +218,11 @@ def load_all() -> None:
             resolve_name(part)
 
 
-def program(command: str, folder: Path, seed: int) -> int:
-    """Run a command line here; its exit code."""
-    more = (*COMMAND_LINES[command], "--seed", seed, "--dir", folder, "--out", "json", "-q")
+def program(command: str, folder: Path, seed: int, *more: object) -> int:
+    """Run a command line here, in the place of one that was not finished; its exit code."""
+    if "--resume" not in more:
+        (folder / f"{command}.ledger").unlink(missing_ok=True)
+    more = (*COMMAND_LINES[command], "--seed", seed, "--dir", folder, "--out", "json", "-q", *more)
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
@@ -259,22 +265,100 @@ def killed_at_each_step(command: str, folder: Path) -> str:
     return f"{total} steps: {total - none} times a whole set, {none} times none"
 
 
+def killed_within(seconds: float, work: Callable[[], object]) -> bool:
+    """Kill a fork after so long; whether it had not ended by then."""
+    ended, end = os.pipe()
+    child = start(work)
+    os.close(end)  # the child's own is closed by its end
+    select.select([ended], [], [], seconds)
+    os.kill(child, signal.SIGKILL)
+    os.close(ended)
+    return finish(child) == -signal.SIGKILL
+
+
 def killed_at_random(command: str, folder: Path, kills: int, dice: random.Random) -> str:
     """Killed at moments of chance in as much time as a run takes."""
     began = time.monotonic()
     forked(lambda: program(command, folder, 0))
     lasts, found, died = time.monotonic() - began, 0, 0
     for number in range(kills):
-        ended, end = os.pipe()
-        child = start(lambda number=number: program(command, folder, number))
-        os.close(end)  # the child's own is closed by its end
-        select.select([ended], [], [], dice.uniform(0, lasts))
-        os.kill(child, signal.SIGKILL)
-        died += finish(child) == -signal.SIGKILL
-        os.close(ended)
+        died += killed_within(dice.uniform(0, lasts), partial(program, command, folder, number))
         found += whole(folder, command)
     ends_clean(folder, command)
     return f"{died} killed: {found} times a whole set, {kills - found} times none"
+
+
+LONGER = {
+    "trace": ("--probes", 24),
+    "diag": ("--probes", 24),
+    "ihvp": ("--window", 64),
+    "spectrum": ("--steps", 32),
+}
+"""So much work that there is time to be killed in it."""
+
+
+def kept(command: str, folder: Path, *more: object) -> int:
+    """The same, of more work, which is kept almost at each of its steps."""
+    ledger._OFTEN, ledger._SHARE, ledger._SHARE_OF_ROWS = 0.01, 1.0, 1.0
+    return program(command, folder, 0, *LONGER[command], *more)
+
+
+def answered(folder: Path, command: str) -> tuple[str, dict[str, bytes]]:
+    """What a run came to, but for seconds, memory and where it is."""
+    saved = read(folder / f"{command}.json")
+    document = dict(saved.document)
+    for measured in ("seconds", "peak_bytes"):
+        del document["cost"][measured]
+    files = document.pop("files")
+    tensors = {
+        Path(path).name: Path(path).read_bytes()
+        for path in files.values()
+        if path.endswith(".safetensors")
+    }
+    hashes = {kind: value for kind, value in document.pop("sha256").items() if "tensors" in kind}
+    return json.dumps([document, hashes]), tensors
+
+
+def resumed_after_kills(command: str, folder: Path, kills: int, dice: random.Random) -> str:
+    """Killed at moments of chance and gone on with, up to three times, to the bytes of one run."""
+    began = time.monotonic()
+    assert forked(lambda: kept(command, folder / "whole")) == 0
+    lasts, died, went_on = time.monotonic() - began, 0, 0
+    expected = answered(folder / "whole", command)
+    number = 0
+    while died < kills:
+        into, number = folder / str(number), number + 1
+        again = partial(kept, command, into, "--resume")
+        for _ in range(3):
+            if not killed_within(dice.uniform(0, lasts), again):
+                break
+            died += 1
+            went_on += (into / f"{command}.ledger").exists()
+        assert forked(again) == 0
+        assert answered(into, command) == expected
+        assert names(into) == names(folder / "whole")
+        shutil.rmtree(into)
+    return f"{died} killed, {went_on} of them gone on with: {number} times the same bytes"
+
+
+def resumed_after_each_write(command: str, folder: Path) -> str:
+    """Killed before each step of each write in turn, and gone on with."""
+    assert forked(lambda: kept(command, folder / "whole")) == 0
+    expected, total = answered(folder / "whole", command), 0
+    while True:
+
+        def work(number: int = total + 1) -> int:
+            with steps(number):
+                return kept(command, folder / "cut", "--resume")
+
+        if forked(work) != -signal.SIGKILL:
+            break
+        total += 1
+        assert forked(lambda: kept(command, folder / "cut", "--resume")) == 0
+        assert answered(folder / "cut", command) == expected
+        assert names(folder / "cut") == names(folder / "whole")
+        shutil.rmtree(folder / "cut")
+    return f"{total} times the same bytes"
 
 
 def in_pairs(commands: tuple[str, str], folder: Path, pairs: int) -> str:
@@ -325,6 +409,7 @@ def on_disks_that_fill_up(folder: Path) -> str:
 def run_all(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="random moments for each command")
+    parser.add_argument("--resumed", type=int, default=25, help="kills that runs go on after")
     parser.add_argument("--pairs", type=int, default=25, help="of each of two kinds")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
@@ -337,6 +422,12 @@ def run_all(arguments: list[str]) -> None:
             print(f"{command}:", killed_at_each_step(command, top / command), flush=True)
             told = killed_at_random(command, top / command, given.kills, dice)
             print(f"{command}: {told}", flush=True)
+        for command in LONGER:
+            kept_top = top / f"{command} kept"
+            told = resumed_after_kills(command, kept_top, given.resumed, dice)
+            print(f"{command}: {told}", flush=True)
+            told = resumed_after_each_write(command, kept_top)
+            print(f"{command}: killed before each step of each write, {told}", flush=True)
         for number, commands in enumerate([("diag", "diag"), ("trace", "check")]):
             told = in_pairs(commands, top / f"pairs{number}", given.pairs)
             print(f"{' and '.join(commands)}: {told}", flush=True)

@@ -102,6 +102,45 @@ def test_an_interrupted_run_prints_its_result(command: str, tmp_path: Path) -> N
     jsonschema.validate(document, schema())
 
 
+def answer_in(folder: Path, command: str) -> dict[str, Any]:
+    """The document, without what was measured of the machine, and without pictures."""
+    document: dict[str, Any] = json.loads((folder / f"{command}.json").read_text())
+    del document["cost"]["seconds"], document["cost"]["peak_bytes"]
+    del document["files"], document["sha256"]
+    return document
+
+
+def test_a_run_that_was_cut_off_is_gone_on_with_and_not_overwritten(
+    tmp_path: Path, ran: Ran
+) -> None:
+    command = ran.command
+    word, *_ = STOPPED[command]
+    few = (*FEW.get(command, ()), "--layer", "head", "--dir", ".")
+    line = (command, SUNSPOTS, *few, "-v")
+    word = "probing" if word == "±" else word  # these end before there is a first estimate
+    cut = hesscli_warm(*line, cwd=tmp_path, ctrl_c_at=word)
+    assert cut.returncode == ExitCode.INTERRUPTED, cut.stderr
+    assert (tmp_path / f"{command}.ledger").exists()
+    refused = hesscli_warm(command, SUNSPOTS, *few, cwd=tmp_path)
+    assert refused.returncode == ExitCode.USAGE
+    *_, advice = refused.stderr.splitlines()
+    assert "--resume" in advice
+    resumed = hesscli_warm(*line, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert answer_in(tmp_path, command) == answer_in(ran.folder, command)
+    assert not (tmp_path / f"{command}.ledger").exists()
+
+
+@pytest.mark.parametrize("command", MEASURED)
+def test_nothing_is_kept_where_there_are_no_files(command: str, tmp_path: Path) -> None:
+    run = hesscli_warm(command, SUNSPOTS, "--resume", "--dir", "-", cwd=tmp_path)
+    assert run.returncode == ExitCode.USAGE
+    what, got, advice = three_lines(run.stderr)
+    assert "--resume" in what
+    assert "--dir -" in got
+    assert "--dir" in advice
+
+
 @pytest.mark.parametrize("command", MEASURED)
 def test_a_budget_too_small_exits_5_and_says_what_would_do(command: str, tmp_path: Path) -> None:
     run = hesscli_warm(command, SUNSPOTS, "--budget", "0.001s", "--dir", "-", cwd=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import torch
 from torch import Tensor, nn
@@ -427,3 +429,15 @@ def test_writing_waits_until_it_is_a_small_part_of_the_time(
 def test_bytes_are_those_of_the_tensor_whatever_its_strides() -> None:
     rows: Tensor = torch.arange(12.0).view(3, 4).T
     assert b"".join(ledgers.chunks(rows)) == rows.contiguous().numpy().tobytes()
+
+
+# -- Killed, and gone on with by another process ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "kills"), [("trace", 7), ("diag", 6), ("ihvp", 2), ("spectrum", 5)]
+)
+def test_killed_at_moments_of_chance_it_goes_on_to_the_same_bytes(
+    command: str, kills: int, tmp_path: Path
+) -> None:
+    faults.resumed_after_kills(command, tmp_path, kills, random.Random(0))
