@@ -63,6 +63,28 @@ def test_a_row_that_is_not_finite(bad: float) -> None:
     assert (window.mean_square(), window.pushes) == before[1:]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_long_row_is_squared_to_its_last_entry(dtype: torch.dtype) -> None:
+    """Sums of small whole numbers are exact in float64, in whatever order."""
+    length = 300_007
+    rows = (torch.arange(3 * length) % 13 - 6).view(3, length)
+    window = GradientWindow(3, length, dtype=dtype)
+    window.extend(rows.to(dtype))
+    expected = float(rows.square().sum(1).double().mean())
+    # The root of a part's squares is rounded, and squared again.
+    assert window.mean_square() == pytest.approx(expected, rel=1e-14)
+    poisoned = rows.to(dtype)
+    poisoned[2, -1] = math.nan
+    with pytest.raises(UnsoundError, match="not finite"):
+        window.extend(poisoned)
+
+
+def test_a_row_whose_length_is_beyond_its_dtype_is_finite() -> None:
+    window = GradientWindow(1, 60)
+    window.push(torch.full((60,), 1e38))
+    assert window.mean_square() == pytest.approx(60 * float(torch.tensor(1e38)) ** 2, rel=1e-14)
+
+
 def test_a_row_that_its_dtype_cannot_hold() -> None:
     with pytest.raises(UnsoundError, match="not finite"):
         GradientWindow(4, 1).push(torch.tensor([1e39], dtype=torch.float64))
