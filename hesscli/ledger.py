@@ -35,7 +35,9 @@ _OFTEN = 0.5
 """Seconds between two writes, at least."""
 _SHARE, _SHARE_OF_ROWS = 1 / 150, 1 / 10
 """Of the time, that writing may take; rows are written but once each."""
-_RATE = 3e8
+_SHARE_AT_END, _LITTLE = 1 / 100, 0.02
+"""Of the run's time, or in seconds, that what is kept of a finished run may take to write."""
+_RATE = 1e8
 """Bytes that are written in a second, until it is known."""
 _QUICK = 3.0
 """Seconds that a run which is told to end may still write for."""
@@ -274,8 +276,8 @@ class FileLedger:
         self._files: dict[str, list[_RowFile]] = {}
         self._saved: dict[str, Any] = {}
         self._over = self._failed = False
-        self._ended = time.monotonic()
-        self._rate, self._last, self._seconds = _RATE, 0.0, 0.0
+        self._ended = self._due = time.monotonic()
+        self._rate, self._last = _RATE, 0.0
         self._next = 1 + max((int(file.suffix[1:]) for file in self._row_files()), default=0)
         if resume and not path.exists():
             say(f"there is no {path} to go on from: begun anew")
@@ -325,19 +327,22 @@ class FileLedger:
         else:
             self._meter.keep()
         self._ended = time.monotonic()
+        self._due = self._ended + _OFTEN
 
     def step(self) -> None:
         """Write what there is, if the time that takes is a small part of the time it has been."""
-        since = time.monotonic() - self._ended
-        if since >= _OFTEN:
-            parted = self._parted()
-            if since >= max(self._expected(parted)):
-                self._write(parted)
+        if (now := time.monotonic()) < self._due:
+            return
+        parted = self._parted()
+        self._due = self._ended + self._wait(parted)
+        if now >= self._due:
+            self._write(parted)
 
     def cut(self) -> None:
         """The work ends here, with more to do: write what there is."""
-        if self._seconds <= _QUICK:
-            self._write(self._parted())
+        parted = self._parted()
+        if self._expected(parted) + self._unwritten(parted) <= _QUICK:
+            self._write(parted)
 
     def end(self) -> None:
         """The work has come to its own end."""
@@ -348,8 +353,10 @@ class FileLedger:
         """The run's work is over; write that, where more can be asked of it."""
         self._over = all(kept.counted is not None for kept in self._work)
         if self._over and all(kept.work.lasting for kept in self._work):
-            self._write(self._parted())
-            self._work.clear()
+            parted = self._parted()
+            if self._expected(parted) <= max(_LITTLE, _SHARE_AT_END * self._clock.seconds):
+                self._write(parted)
+                self._work.clear()
 
     def delivered(self) -> None:
         """The result is where it belongs: what nobody can go on from is not needed any more."""
@@ -376,12 +383,19 @@ class FileLedger:
             }
         )
 
-    def _expected(self, parted: _Parted) -> tuple[float, float]:
-        """Seconds that should pass before so much is written: for its sums, and for its rows."""
-        sums = max(parted.nbytes / self._rate, self._last)
+    def _expected(self, parted: _Parted) -> float:
+        """Seconds that it takes to write all but rows."""
+        return max(parted.nbytes / self._rate, self._last)
+
+    def _wait(self, parted: _Parted) -> float:
+        """Seconds that should pass before so much is written again."""
+        sums, rows = self._expected(parted), self._unwritten(parted)
+        return max(_OFTEN, sums / _SHARE, rows / _SHARE_OF_ROWS)
+
+    def _unwritten(self, parted: _Parted) -> float:
+        """Seconds that it takes to write the rows that are in no file yet."""
         new = (block for place in parted.rows for block in self._new(parted, place))
-        rows = sum(block.nbytes for block in new)
-        return sums / _SHARE, rows / self._rate / _SHARE_OF_ROWS
+        return sum(block.nbytes for block in new) / self._rate
 
     def _new(self, parted: _Parted, place: str) -> Iterator[Tensor]:
         """Rows that are in no file yet."""
@@ -389,12 +403,12 @@ class FileLedger:
 
     def _write(self, parted: _Parted) -> None:
         """Rows first, then what names them; a disk that is full does not end the run."""
-        began = after_rows = time.monotonic()
+        began = time.monotonic()
         try:
             self._check()
             for place in parted.rows:
                 self._write_rows(place, list(self._new(parted, place)))
-            after_rows = time.monotonic()
+            began = time.monotonic()
             self._files = {place: self._files[place] for place in parted.rows}
             rows = {
                 place: [[file.name, file.rows, file.sha256] for file in files]
@@ -409,7 +423,8 @@ class FileLedger:
                 self._say(f"the run goes on, but is not kept: {error.what}, {error.got}")
             self._failed = True
         self._ended = time.monotonic()
-        self._seconds, self._last = self._ended - began, self._ended - after_rows
+        self._due = self._ended + _OFTEN
+        self._last = self._ended - began
         if self._last and parted.nbytes > _CHUNK:
             self._rate = parted.nbytes / self._last
 

@@ -331,7 +331,7 @@ class Still:
 
 def driven(path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Vectors, FileLedger]:
     monkeypatch.setattr(ledgers, "_OFTEN", 0.0)
-    monkeypatch.setattr(FileLedger, "_expected", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(FileLedger, "_wait", lambda *_: 0.0)
     work, ledger = Vectors(), kept_in(path, resume=resume)
     ledger.attach(Still(), hesscli.meter.Meter())
     ledger.begin(work)
