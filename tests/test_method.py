@@ -25,7 +25,7 @@ from hesscli.engines.entries import Entries, Part
 from hesscli.engines.estimator import Estimator, Reading, Rounding
 from hesscli.engines.hutchinson.blocks import Blocks
 from hesscli.engines.hutchinson.designs import Deflated, Stratified, stratified_ratio
-from hesscli.errors import HesscliError, UsageError
+from hesscli.errors import BudgetError, HesscliError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.dense import Dense
 from hesscli.operators.hessian import Hessian
@@ -250,6 +250,20 @@ def test_train_mode_batch_norm_is_refused_by_name() -> None:
     with pytest.raises(UsageError) as caught:
         hesscli.trace(problem, matrix="empirical-fisher")
     assert "1 (BatchNorm1d)" in caught.value.got
+
+
+def test_a_choice_that_runs_out_of_time_is_no_choice(bent: Problem) -> None:
+    looks = 0
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            raise BudgetError("the budget ended before there was a result", "", "")
+
+    with pytest.raises(BudgetError):
+        choose(Hessian(bent), "auto", Draw(), look)
+    assert looks == 2
 
 
 def test_sources_go_through_the_batches_side_by_side(bent: Problem) -> None:

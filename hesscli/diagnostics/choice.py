@@ -23,7 +23,7 @@ from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Sharing
 from hesscli.engines.per_example import PerExample
 from hesscli.engines.unit_vectors import UnitVectors
-from hesscli.errors import HesscliError, UsageError
+from hesscli.errors import UnsoundError, UsageError
 from hesscli.meter import OnStep, Spent, go_on
 from hesscli.operators.base import Operator
 from hesscli.operators.exactness import Exactness, exact_parameters, require_output_hessian
@@ -133,7 +133,7 @@ def choose(
         return _probed(operator, method, draw, on_step)
     try:
         return _split(operator, method, draw, on_step, decided)
-    except HesscliError as error:
+    except (UsageError, UnsoundError) as error:
         if method != "auto":
             raise
         reason = f"probes of the whole matrix: {error.what}, {error.got}"
