@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import hesscli
 from hesscli.errors import InputError
 from hesscli.problem.losses import StepLoss
+from hesscli.problem.objective import Sample
 from hesscli.problem.problem import Problem
 from hesscli.results import Snapshot
 
@@ -428,3 +429,65 @@ def test_a_step_is_called_once_for_each_part_and_whoever_watches_may_end_it() ->
     with pytest.raises(KeyboardInterrupt):
         Problem(nn.Linear(3, 1), loss, [batch] * 9, observe=observe)
     assert len(seen) == 3
+
+
+# -- batches that rows cannot be put together from, though their tensors have the same shapes ------
+
+
+def _keyed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    if "labels" in batch:
+        return functional.cross_entropy(model(batch["x"]), batch["labels"])
+    return 2 * functional.cross_entropy(model(-batch["x"]), batch["guessed"])
+
+
+def _ordered(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch["x"]) + model(batch["z"]).square(), batch["y"])
+
+
+def _nested(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+    if len(batch) == 2:
+        (x, z), y = batch
+        return functional.cross_entropy(model(x + z), y)
+    x, z, y = batch
+    return functional.cross_entropy(model(x - z), y)
+
+
+@pytest.mark.parametrize(
+    ("step", "forms"),
+    [
+        (_keyed, [lambda x, y: {"x": x, "labels": y}, lambda x, y: {"x": x, "guessed": y}]),
+        (
+            _ordered,
+            [
+                lambda x, y: {"x": x, "z": 2 * x, "y": y},
+                lambda x, y: {"z": 2 * x, "x": x, "y": y},
+            ],
+        ),
+        (_nested, [lambda x, y: ((x, x.sin()), y), lambda x, y: (x, x.sin(), y)]),
+    ],
+    ids=["keys", "their order", "nesting"],
+)
+@pytest.mark.parametrize("runs", [1, 3])
+def test_batches_of_other_forms_are_not_put_together(
+    step: Callable[..., Tensor], forms: list[Callable[..., Any]], runs: int
+) -> None:
+    x, y = _rows()
+    batches = [forms[i // runs % 2](x[4 * i : 4 * i + 4], y[4 * i : 4 * i + 4]) for i in range(6)]
+    model = _net()
+    problem = Problem(model, StepLoss(step, "step"), batches)
+
+    _agrees(problem, model, lambda twin: torch.stack([step(twin, b) for b in batches]).mean())
+
+
+def test_samples_keep_the_forms_of_their_batches() -> None:
+    """So that what is put to the test is what each of them is of the user's function."""
+    x, y = _rows()
+    batches: list[Any] = [{"x": x[i : i + 4], "y": y[i : i + 4]} for i in (0, 4, 8)]
+    batches += [{"z": x[i : i + 4], "y": y[i : i + 4]} for i in (12, 16, 20)]
+    problem = Problem(_net(), StepLoss(_of_form, "step"), batches)
+    forms = [tuple(batch.data) for batch in Sample.of(problem, 24).batches()]
+    assert forms == [("x", "y"), ("z", "y")]
+
+
+def _of_form(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return functional.cross_entropy(net(batch["x"] if "x" in batch else batch["z"]), batch["y"])

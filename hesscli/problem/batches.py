@@ -72,6 +72,17 @@ def is_sliceable(batch: Batch) -> bool:
     )
 
 
+def form_of(batch: Batch) -> Any:
+    """What rows of two batches must share to be put together: keys in order, shapes and types."""
+    if isinstance(batch, Mapping):
+        return tuple((key, form_of(value)) for key, value in batch.items())
+    if isinstance(batch, (tuple, list)):
+        return tuple(map(form_of, batch))
+    if isinstance(batch, Tensor):
+        return tuple(batch.shape[1:]), str(batch.dtype)
+    return type(batch).__name__
+
+
 def rows(batch: Batch, start: int, stop: int) -> Batch:
     """Examples ``start … stop`` of a sliceable batch."""
     return map_tensors(lambda t: t[start:stop], batch)

@@ -20,6 +20,7 @@ from hesscli.errors import InputError
 from hesscli.problem.batches import (
     BATCH_SIZE,
     Batch,
+    form_of,
     is_sliceable,
     leaves_of,
     map_leaves,
@@ -339,7 +340,7 @@ def _from_stream(
         return _whole(head, stream, selection, generator)
     for batch in head:
         trial.see(batch, sliced(batch))
-    alike = len({_form(batch) for batch in head}) <= 1
+    alike = len({form_of(batch) for batch in head}) <= 1
     if alike and len(head) > 1 and all(size_of(batch) == 1 for batch in head):
         together = _joined(head[:_TOGETHER])
         trial.see(together, sliced(together))
@@ -347,10 +348,10 @@ def _from_stream(
         return _whole(head, stream, selection, generator)
     reservoir = Reservoir(selection.count, selection.first, generator)
     for batch in itertools.chain(head, stream):
-        if _form(batch) != _form(head[0]):
+        if (form := form_of(batch)) != (first := form_of(head[0])):
             raise InputError(
                 "the iterable's batches differ in kind",
-                f"after {reservoir.seen} examples, tensors {_form(batch)}; before {_form(head[0])}",
+                f"after {reservoir.seen} examples, tensors {form}; before {first}",
                 "one row an example in every tensor, padded to one shape",
             )
         for i in range(size_of(batch)):
@@ -385,17 +386,12 @@ def _whole(
     return _Kept.of(reservoir.kept, available)
 
 
-def _form(batch: Batch) -> tuple[Any, ...]:
-    """Shapes and types of a batch's tensors, the number of rows apart."""
-    return tuple((tuple(t.shape[1:]), str(t.dtype)) for t in tensors_of(batch))
-
-
 def _regrouped(
     batches: list[Batch], order: np.ndarray, groups: list[np.ndarray]
 ) -> list[Batch] | None:
     """Rows that were fetched in an order, cut anew; None where they are others or do not fit."""
     places = {int(index): place for place, index in enumerate(order)}
-    if len({_form(batch) for batch in batches}) > 1 or len(order) != sum(map(len, groups)):
+    if len({form_of(batch) for batch in batches}) > 1 or len(order) != sum(map(len, groups)):
         return None
     columns = [torch.cat(column) for column in zip(*map(tensors_of, batches), strict=True)]
     regrouped = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.parameters import Parameters
-from hesscli.problem.batches import Batch, map_tensors, place, rows, size_of, tensors_of
+from hesscli.problem.batches import Batch, form_of, map_tensors, place, rows, size_of, tensors_of
 from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.forward import retyped, standing_in, undisturbed
 from hesscli.problem.freezing import FrozenData
@@ -335,7 +335,7 @@ def _stacked(pieces: Iterator[Batch]) -> list[Batch]:
     """Pieces of equal shape put together: examples of other lengths stay apart."""
     groups: dict[Any, list[Batch]] = {}
     for piece in pieces:
-        groups.setdefault(_form(piece), []).append(piece)
+        groups.setdefault(form_of(piece), []).append(piece)
     return [_joined(group) for group in groups.values()]
 
 
@@ -343,7 +343,7 @@ def _to_be_joined(
     batches: Sequence[Batch], chosen: Iterable[int], most: int
 ) -> Iterator[list[int]]:
     """Runs of batches of equal shape, of so many rows at most where one alone has no more."""
-    for _, run in groupby(chosen, lambda index: _form(batches[index])):
+    for _, run in groupby(chosen, lambda index: form_of(batches[index])):
         group: list[int] = []
         for index in run:
             if group and sum(size_of(batches[i]) for i in (*group, index)) > most:
@@ -351,11 +351,6 @@ def _to_be_joined(
                 group = []
             group.append(index)
         yield group
-
-
-def _form(batch: Batch) -> tuple[Any, ...]:
-    """What rows must share to be put together."""
-    return tuple((tuple(t.shape[1:]), t.dtype) for t in tensors_of(batch))
 
 
 def _pieces(part: Batch, size: int) -> Iterator[Batch]:
