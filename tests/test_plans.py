@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hesscli.diagnostics.plans import Asked, Pilot, measured_pace, planned
 from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.diagnostics.spectral_runs import SpectralPlan, SpectralStudy
 from hesscli.diagnostics.window import WindowOptions
+from hesscli.engines.diagonal import Diagonal, SquaredNorm
 from hesscli.errors import BudgetError, UsageError
 from hesscli.meter import Spent
 from hesscli.results import PlannedCommand
@@ -199,3 +201,17 @@ def test_check_keeps_to_its_budget(time_is_up_when: TimeIsUp) -> None:
     notes = {planned.command: planned.note for planned in plan.commands}
     assert notes["trace"].startswith("no time to plan it")
     assert not notes["spectrum"].startswith("no time")
+
+
+def test_one_slow_moment_is_not_what_reading_off_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock jumps within one norm, as where others have the processor: there is a result."""
+    norm, now, late = Diagonal.squared_norm, time.perf_counter, [0.0]
+
+    def slow_once(self: Diagonal, *through: Any) -> SquaredNorm:
+        late[0] = late[0] or 3600.0
+        return norm(self, *through)
+
+    monkeypatch.setattr(Diagonal, "squared_norm", slow_once)
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + late[0])
+    result = hesscli.diagonal(smooth(), method="hutchinson", probes=4, budget=3600.0)
+    assert result.method.num_probes == 4
