@@ -479,7 +479,7 @@ class FileLedger:
         first = apart[0]
         cure = "what it was begun with"
         if first.startswith("--"):
-            cure = f"{first} {then[first]}" if then.get(first) is not None else f"no {first}"
+            cure = _option(first, then.get(first))
         elif first == "threads":
             cure = f"OMP_NUM_THREADS={then[first]}"
         raise UsageError(
@@ -487,6 +487,15 @@ class FileLedger:
             "; ".join(told[:3]) + more,
             f"{cure}, or another --dir for a run of its own",
         )
+
+
+def _option(name: str, value: Any) -> str:
+    """How an option is typed that has a value or several, or a switch that is on or off."""
+    if value is None or value is False or value == []:
+        return f"no {name}"
+    if isinstance(value, list):
+        return " ".join(f"{name} {one!r}" for one in value)
+    return name if value is True else f"{name} {value}"
 
 
 def _short(value: Any) -> str:

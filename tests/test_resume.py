@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli import ledger as ledgers
+from hesscli.cli.parsing import damping, probes
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.errors import UsageError
 from hesscli.ledger import DamagedError, FileLedger, read_tensors, write_tensors
@@ -212,6 +213,28 @@ def test_a_ledger_of_another_run_is_refused_by_name(fact: str, tmp_path: Path) -
     assert "another run" in refused.value.what
     assert refused.value.got.startswith(f"{fact} was ")
     assert "--dir" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("option", "began", "cure"),
+    [
+        ("--verify", True, "--verify,"),
+        ("--verify", False, "no --verify,"),
+        ("--seed", 0, "--seed 0,"),
+        ("--refine", None, "no --refine,"),
+        ("--layer", [], "no --layer,"),
+        ("--layer", ["conv*", "head"], "--layer 'conv*' --layer 'head',"),
+        ("--probes", str(probes("40")), "--probes 40,"),
+        ("--probes", str(probes("64:128")), "--probes 64:128,"),
+        ("--damping", str(damping("abs:1e-05")), "--damping abs:1e-05,"),
+        ("--damping", str(damping("0.00123456789")), "--damping 0.00123456789,"),
+    ],
+)
+def test_the_cure_is_what_can_be_typed(option: str, began: Any, cure: str, tmp_path: Path) -> None:
+    path = begun(tmp_path, **{option: began})
+    with pytest.raises(UsageError) as refused:
+        kept_in(path, resume=True, facts={option: "another"})
+    assert refused.value.hint.startswith(cure)
 
 
 def test_another_function_is_refused_by_what_it_gives(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def ledger_in(
     facts: dict[str, Any] = {name: version(name) for name in ("hesscli", "numpy", "scipy")}
     facts["spec"] = problem.spec_sha256
     facts |= {
-        f"--{name.replace('_', '-')}": value
+        f"--{name.replace('_', '-')}": str(value) if isinstance(value, tuple) else value
         for name, value in asked.items()
         if name not in MAY_CHANGE
     }

@@ -19,12 +19,20 @@ class ProbeRange(NamedTuple):
     start: int
     stop: int
 
+    def __str__(self) -> str:
+        """As it is typed."""
+        return f"{self.start}:{self.stop}" if self.start else str(self.stop)
+
 
 class DampingValue(NamedTuple):
     """λ in units of the matrix's mean diagonal entry, or absolute."""
 
     value: float
     absolute: bool = False
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return f"abs:{self.value}" if self.absolute else str(self.value)
 
 
 def fraction(text: str) -> float:
