@@ -430,6 +430,17 @@ def test_a_step_is_called_once_for_each_part_and_whoever_watches_may_end_it() ->
         Problem(nn.Linear(3, 1), loss, [batch] * 9, observe=observe)
     assert len(seen) == 3
 
+    def weighed(snapshot: Snapshot) -> bool:
+        if snapshot.phase == "weighing batches":
+            seen.append(snapshot.phase)
+            calls.clear()
+        return len(seen) == 5
+
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        Problem(nn.Linear(3, 1), loss, [batch] * 9, observe=weighed)
+    assert not calls  # no batch more is run through the model
+
 
 # -- batches that rows cannot be put together from, though their tensors have the same shapes ------
 

@@ -22,7 +22,14 @@ from hesscli.problem.independence import MODEL_RAISED, IndependenceTest, must_fi
 from hesscli.problem.losses import Loss, StepLoss, Summed, UserLoss
 from hesscli.problem.objective import Objective
 from hesscli.problem.proof import Proof, prove
-from hesscli.results import CheckpointReport, Observe, ProblemReport, Reduction
+from hesscli.results import (
+    CheckpointReport,
+    Observe,
+    ProblemReport,
+    Reduction,
+    Snapshot,
+    tell,
+)
 from hesscli.torch_private import uncompiled
 from hesscli.vocabulary import Selection
 
@@ -116,10 +123,10 @@ class Problem(Objective):
             settled = settled.settled(twin, few)
             if settled.reduction == "sum":
                 settled = Summed(settled, 1.0)
-            masses = [
-                settled.mass(twin, place(batch, *where), count)
-                for batch, count in zip(frozen.batches, frozen.counts, strict=True)
-            ]
+            masses = list[float]()
+            for batch, count in zip(frozen.batches, frozen.counts, strict=True):
+                masses.append(settled.mass(twin, place(batch, *where), count))
+                tell(observe, Snapshot(phase="weighing batches"))
         if not sum(masses) > 0:
             raise UnsoundError(
                 "the examples weigh nothing", f"weight mass {sum(masses)}", "unmasked targets"
