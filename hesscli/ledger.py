@@ -275,7 +275,7 @@ class FileLedger:
         self._work: list[_Kept] = []
         self._files: dict[str, list[_RowFile]] = {}
         self._saved: dict[str, Any] = {}
-        self._over = self._failed = False
+        self._over = self._failed = self._delivered = False
         self._ended = self._due = time.monotonic()
         self._rate, self._last = _RATE, 0.0
         self._next = 1 + max((int(file.suffix[1:]) for file in self._row_files()), default=0)
@@ -338,8 +338,13 @@ class FileLedger:
         if now >= self._due:
             self._write(parted)
 
-    def cut(self) -> None:
-        """The work ends here, with more to do: write what there is."""
+    def cut(self, at_budget: bool) -> None:
+        """The work ends here, with more to do: write what there is.
+
+        Args:
+            at_budget: as its user has said that it should, and with a result.
+        """
+        self._delivered = at_budget
         parted = self._parted()
         if self._expected(parted) + self._unwritten(parted) <= _QUICK:
             self._write(parted)
@@ -373,6 +378,7 @@ class FileLedger:
             {
                 "format": FORMAT,
                 "finished": self._over,
+                "delivered": self._delivered,
                 "facts": self._facts,
                 "decisions": self._decisions,
                 "seconds": self._clock.seconds,
@@ -464,7 +470,12 @@ class FileLedger:
         except DamagedError as damaged:
             self._say(f"a ledger that cannot be read is replaced: {self.path}, {damaged.got}")
             return
-        if not saved["finished"]:
+        if saved["delivered"]:
+            self._say(
+                f"the ledger of a run that ended at its budget is replaced: {self.path}; "
+                "--resume would have gone on with it"
+            )
+        elif not saved["finished"]:
             raise UsageError(
                 f"a run that was not finished is kept in {self.path}",
                 f"{saved['seconds']:.0f} s of work",
@@ -485,7 +496,7 @@ class FileLedger:
         raise UsageError(
             f"the ledger is of another run: {self.path}",
             "; ".join(told[:3]) + more,
-            f"{cure}, or another --dir for a run of its own",
+            f"{cure}, or for a run of its own another --dir or rm {self.path}",
         )
 
 

@@ -37,6 +37,9 @@ def duration(seconds: float) -> str:
 _MORE_WORK = 4.0
 """Times as long as what was done: checks and proofs come before the first two probes."""
 
+_LEAST_MORE = 10.0
+"""Seconds: whoever has spent none yet knows of none, and torch takes some to start."""
+
 
 def larger_budget(spent: float, done: float = 1.0) -> str:
     """What would do where a time was spent and there is no result.
@@ -45,7 +48,7 @@ def larger_budget(spent: float, done: float = 1.0) -> str:
         spent: seconds.
         done: share of what was being done.
     """
-    wanted = max(_MORE_WORK * spent / min(max(done, 0.01), 1.0), 1.0)
+    wanted = max(_MORE_WORK * spent / min(max(done, 0.01), 1.0), _LEAST_MORE)
     scale = 10.0 ** math.floor(math.log10(wanted))
     # To one digit that people would choose: 1, 2 or 5, and zeros.
     rounded = next(math.ceil(step * scale) for step in (1, 2, 5, 10) if step * scale >= wanted)

@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -530,3 +531,13 @@ def test_init_writes_a_spec_once(tmp_path: Path) -> None:
     spec.write_text("old")
     assert hesscli_warm("init", checkpoint, "--force", "-q", cwd=tmp_path).stderr == ""
     assert spec.read_text() == printed.stdout
+
+
+def test_completion_is_shown_without_a_word_of_its_own() -> None:
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    shown = subprocess.run(
+        [sys.executable, "-m", "hesscli", "--show-completion", "bash"],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "complete " in shown.stdout

@@ -20,7 +20,7 @@ import hesscli
 from hesscli import ledger as ledgers
 from hesscli.cli.parsing import damping, probes
 from hesscli.diagnostics.window import WindowOptions
-from hesscli.errors import UsageError
+from hesscli.errors import BudgetError, UsageError
 from hesscli.ledger import DamagedError, FileLedger, read_tensors, write_tensors
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
@@ -194,6 +194,29 @@ def test_an_unfinished_run_is_not_overwritten_in_silence(tmp_path: Path) -> None
     assert "not finished" in refused.value.what
     assert "--resume" in refused.value.hint
     assert f"rm {path}" in refused.value.hint
+
+
+def test_a_run_that_its_budget_ended_is_replaced_with_a_word(tmp_path: Path) -> None:
+    path, seen = tmp_path / "trace.ledger", 0
+    measure = partial(hesscli.trace, method="hutchinson", probes=4)
+    last = cut_off(measure, problem(), 10**9, kept_in(path)) - 1
+    path.unlink(missing_ok=True)
+
+    def observe(_: Snapshot) -> bool:
+        nonlocal seen
+        seen += 1
+        if seen == last:
+            raise BudgetError("the budget ended before there was a result", "", "")
+        return False
+
+    stopped = measure(problem(), observe=observe, budget=None, ledger=kept_in(path))
+    assert stopped.status == "budget"
+    told: list[str] = []
+    FileLedger(path, {}, resume=False, say=told.append)
+    assert "ended at its budget" in told[0]
+    assert "--resume" in told[0]
+    resumed = measure(problem(), budget=None, ledger=kept_in(path, resume=True))
+    assert said(resumed) == said(measure(problem(), budget=None))
 
 
 def test_a_finished_run_is_overwritten(tmp_path: Path) -> None:

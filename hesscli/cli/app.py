@@ -150,6 +150,8 @@ def _run(commands: Any, args: list[str], console: Console) -> int:
     except BaseException as error:  # SystemExit too, for it can only be the user's code's
         if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
             raise error.__context__ from None  # or rich's, which typer prints help with
+        if isinstance(error, SystemExit) and context is None and not error.code:
+            return int(ExitCode.OK)  # of --show-completion, which has answered
         # A command may have replaced the console by one that is quieter or more verbose.
         code = report(error, context.obj if context else console, args)
     if code == ExitCode.INTERRUPTED and came:

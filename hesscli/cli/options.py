@@ -153,7 +153,8 @@ BUDGET = _ACCURACY.value(
     "--budget 10m, --budget 90s, --budget 1h30m or --budget none",
     metavar="TIME",
     default=USUAL_BUDGET,
-    help=f"Stop after this long with what there is. Default: {USUAL_BUDGET / 60:.0f}m.",
+    help="Stop after this long with what there is, start-up and loading included. "
+    f"Default: {USUAL_BUDGET / 60:.0f}m.",
 )
 PROBES = _ACCURACY.value(
     "--probes",

@@ -527,6 +527,8 @@ def _warnings(study: SensitivityStudy, layers: Sequence[LayerSensitivity]) -> It
         yield "no time for a ranking of layers: more --budget, or a smaller --window"
     elif study.rank is not None and (study.predictions is None or study.predictions.seen < 2):
         yield "no time for predictions of what pruning and rounding do: more --budget"
+    if study.rank is not None and study.rank.verify and study.measured is None:
+        yield "no time to measure the losses that --verify asks for: more --budget"
     yield from _solve_warnings(study)
     ranked = [layer for layer in layers if layer.saliency.mean > 0]
     low = [layer.name for layer in ranked if layer.ranked_by == "magnitude"]

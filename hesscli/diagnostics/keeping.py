@@ -73,8 +73,8 @@ class Ledger(Protocol):
     def step(self) -> None:
         """The work is between two steps."""
 
-    def cut(self) -> None:
-        """It ends here, between two steps, with more to do."""
+    def cut(self, at_budget: bool) -> None:
+        """It ends here, between two steps, with more to do: at its budget, or interrupted."""
 
     def end(self) -> None:
         """It has come to its own end."""
@@ -102,7 +102,10 @@ class Unkept:
     def step(self) -> None:
         """Nothing is to be done."""
 
-    cut = end = close = step
+    end = close = step
+
+    def cut(self, _at_budget: bool) -> None:
+        """Nothing is written."""
 
 
 UNKEPT = Unkept()

@@ -147,11 +147,12 @@ def drive(
             clock.within_budget(snapshot)
             whole = False
     except (BudgetError, KeyboardInterrupt) as end:
-        if whole:
-            ledger.cut()
+        at_budget = isinstance(end, BudgetError)
+        if whole or at_budget:  # the clock is looked at where nothing is torn
+            ledger.cut(at_budget)
         if not measurement.ready:
             raise
-        return "budget" if isinstance(end, BudgetError) else "interrupted"
+        return "budget" if at_budget else "interrupted"
     ledger.end()
     return None
 

@@ -215,7 +215,9 @@ def blamed_on_user(what: str, hint: str) -> Iterator[None]:
         hint = "try a smaller batch_size or another --device"
         raise UnsoundError("out of memory", _one_line(error), hint, user_frames(error)) from error
     except BaseException as error:  # SystemExit and GeneratorExit are no Exceptions
-        raise InputError(what, _one_line(error), hint, user_frames(error)) from error
+        frames = user_frames(error)
+        below = "; its own lines are below" if frames else ""
+        raise InputError(what, _one_line(error), hint + below, frames) from error
 
 
 def user_frames(error: BaseException) -> tuple[str, ...]:
@@ -242,7 +244,7 @@ def is_blamed_on_user(error: BaseException) -> bool:
 
 
 def _import(name: str, folder: Path, where: str) -> ModuleType:
-    hint = "correct the module; its own lines are below"
+    hint = "correct the module"
     with importing_beside(folder), blamed_on_user(f"{where}: importing {name} failed", hint):
         try:
             module = importlib.import_module(name)

@@ -33,7 +33,7 @@ MIN_GROUPS = 16
 """Random batches at least, so that error bars from data have degrees of freedom."""
 
 MODEL_RAISED = "the model or its loss raised an error"
-MUST_FIT = "[model], [data] and [loss] that fit together; its own lines are below"
+MUST_FIT = "[model], [data] and [loss] that fit together"
 
 _MODEL_BATCHES = 3
 """Batches on which the model is run on parts; a loss of one's own is tried on all of them."""

@@ -9,6 +9,7 @@ import ast
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def _describe(name: str, state: Mapping[str, Tensor], sets: Sequence[str]) -> st
     count = sum(value.numel() for value in state.values() if value.is_floating_point())
     return (
         f"# {len(state)} tensors, {count:,} numbers: {shapes}\n"
-        f"# Paths are relative to this file. Try it with: hesscli check\n"
+        f"# Paths are relative to this file. Try it with: hesscli check {shlex.quote(name)}\n"
         f"checkpoint = {_quote(name)}\n{chosen}"
     )
 
@@ -136,8 +137,8 @@ def _loss_block(state: Mapping[str, Tensor], data: _Data | None) -> str:
         "[loss]\n"
         f'name = "{name}"  # a guess: {why}\n'
         "# others: cross_entropy, mse, bce_with_logits, bce, nll, language_model, huggingface;\n"
-        '# or your own: factory = "losses:fn" of (outputs, targets), step = "losses:step" of '
-        "(model, batch)\n"
+        '# or your own: factory = "losses:fn" of (outputs, targets), or step = "losses:step" of\n'
+        "# (model, batch), which returns its mean loss, or (mean loss, what it was divided by)\n"
         "# weight_decay = 0.0    # as trained with, where the curvature should include it\n"
     )
 
