@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,21 @@ def test_a_run_that_was_cut_off_is_gone_on_with_and_not_overwritten(
     assert resumed.returncode == 0, resumed.stderr
     assert answer_in(tmp_path, command) == answer_in(ran.folder, command)
     assert not (tmp_path / f"{command}.ledger").exists()
+
+
+def test_a_run_of_other_code_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Its checks are not made again, so that the code must be what was checked."""
+    shutil.copytree(SUNSPOTS.parent, tmp_path / "mine")
+    line = ("trace", "mine/model.pt", "--method", "hutchinson", "--dir", ".", "-v")
+    cut = hesscli_warm(*line, cwd=tmp_path, ctrl_c_at="probing")
+    assert cut.returncode == ExitCode.INTERRUPTED, cut.stderr
+    code = tmp_path / "mine" / "net.py"
+    code.write_text(code.read_text() + "# nothing else\n")
+    refused = hesscli_warm(*line, "--resume", cwd=tmp_path)
+    assert refused.returncode == ExitCode.USAGE
+    what, got, _ = three_lines(refused.stderr)
+    assert "another run" in what
+    assert code.name in got
 
 
 @pytest.mark.parametrize("command", MEASURED)

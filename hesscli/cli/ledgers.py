@@ -35,6 +35,7 @@ def ledger_in(
         UsageError: there is nothing to go on from, or a run would be lost.
     """
     from hesscli.ledger import FileLedger
+    from hesscli.problem.factory import code_in_use
 
     if held is None:
         if resume:
@@ -46,6 +47,7 @@ def ledger_in(
         return None
     facts: dict[str, Any] = {name: version(name) for name in ("hesscli", "numpy", "scipy")}
     facts["spec"] = problem.spec_sha256
+    facts |= code_in_use()
     facts |= {
         f"--{name.replace('_', '-')}": str(value) if isinstance(value, tuple) else value
         for name, value in asked.items()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import os
 import re
 import site
 import sys
@@ -82,6 +84,22 @@ def importing_beside(folder: Path) -> Iterator[None]:
         _homes.set(folders)
     importlib.invalidate_caches()
     yield
+
+
+def code_in_use() -> dict[str, str]:
+    """The SHA-256 of each file of the user's own that was imported so far, by its path.
+
+    The user's own is what lies in the folders that are looked in, and is not installed.
+    """
+    found: dict[str, str] = {}
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or os.devnull)  # torch has some of no file
+        home = next((folder for folder in _homes.folders if path.is_relative_to(folder)), None)
+        ours = any(path.resolve().is_relative_to(root) for root in (*INSTALLED, OURS))
+        if home is None or ours or not path.is_file():
+            continue
+        found[str(path.relative_to(home))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def search_folders(folder: Path) -> tuple[Path, ...]:
