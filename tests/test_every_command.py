@@ -140,9 +140,9 @@ def test_a_run_of_other_code_is_not_gone_on_with(tmp_path: Path) -> None:
     assert cut.returncode == ExitCode.INTERRUPTED, cut.stderr
     code = tmp_path / "mine" / "net.py"
     code.write_text(code.read_text() + "# nothing else\n")
-    refused = hesscli_warm(*line, "--resume", cwd=tmp_path)
+    refused = hesscli_warm(*line[:-1], "--resume", cwd=tmp_path)
     assert refused.returncode == ExitCode.USAGE
-    what, got, _ = three_lines(refused.stderr)
+    what, got, _ = refused.stderr.splitlines()[-3:]
     assert "another run" in what
     assert code.name in got
 
