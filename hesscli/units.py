@@ -48,7 +48,7 @@ def larger_budget(spent: float, done: float = 1.0) -> str:
         spent: seconds.
         done: share of what was being done.
     """
-    wanted = max(_MORE_WORK * spent / min(max(done, 0.01), 1.0), _LEAST_MORE)
+    wanted = max(_MORE_WORK * spent / min(max(done, 0.1), 1.0), _LEAST_MORE)
     scale = 10.0 ** math.floor(math.log10(wanted))
     # To one digit that people would choose: 1, 2 or 5, and zeros.
     rounded = next(math.ceil(step * scale) for step in (1, 2, 5, 10) if step * scale >= wanted)

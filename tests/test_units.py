@@ -76,7 +76,7 @@ def test_nobody_else_writes_units_of_memory() -> None:
 
 @pytest.mark.parametrize(
     ("spent", "done", "wanted"),
-    [(0.001, 1.0, 10), (0.3, 1.0, 10), (2.6, 1.0, 20), (5.0, 0.5, 50), (3.0, 0.0, 2000)],
+    [(0.001, 1.0, 10), (0.3, 1.0, 10), (2.6, 1.0, 20), (5.0, 0.5, 50), (3.0, 0.0, 200)],
 )
 def test_a_larger_budget_is_a_round_number_that_would_do(
     spent: float, done: float, wanted: int
@@ -84,4 +84,4 @@ def test_a_larger_budget_is_a_round_number_that_would_do(
     assert (
         larger_budget(spent, done) == f"a --budget that is {wanted} s larger, or fewer --examples"
     )
-    assert wanted >= 4 * spent / max(done, 0.01)
+    assert wanted >= 4 * spent / max(done, 0.1)
