@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hesscli.errors import HesscliError, UsageError
 from hesscli.meter import Meter
-from hesscli.state import Rows, State
+from hesscli.state import Rows, Stateful, Timed
 from hesscli.storage import write_atomically
 
 FORMAT = 1
@@ -206,30 +206,6 @@ def _joined(plain: Any, arrays: Mapping[str, Tensor], rows: Mapping[str, Rows]) 
 # -- The ledger of a run ---------------------------------------------------------------------------
 
 
-class Stateful(Protocol):
-    """What is kept: as diagnostics have it."""
-
-    @property
-    def lasting(self) -> bool:
-        """Whether more can be asked of it once it has ended."""
-
-    def state_dict(self) -> State:
-        """All there is to go on from."""
-
-    def load_state_dict(self, state: State) -> None:
-        """Be where another was."""
-
-
-class Timed(Protocol):
-    """A clock that knows of time before it."""
-
-    earlier: float
-
-    @property
-    def seconds(self) -> float:
-        """All of them."""
-
-
 @dataclass
 class _Kept:
     """Work that is under way or has ended, and what it had been counted when it did."""
@@ -275,7 +251,7 @@ class FileLedger:
         self._work: list[_Kept] = []
         self._files: dict[str, list[_RowFile]] = {}
         self._saved: dict[str, Any] = {}
-        self._over = self._failed = self._delivered = False
+        self._over = self._failed = self._at_budget = False
         self._ended = self._due = time.monotonic()
         self._rate, self._last = _RATE, 0.0
         self._next = 1 + max((int(file.suffix[1:]) for file in self._row_files()), default=0)
@@ -342,9 +318,9 @@ class FileLedger:
         """The work ends here, with more to do: write what there is.
 
         Args:
-            at_budget: as its user has said that it should, and with a result.
+            at_budget: as its user has said that it should, so that a new run may replace it.
         """
-        self._delivered = at_budget
+        self._at_budget = at_budget
         parted = self._parted()
         if self._expected(parted) + self._unwritten(parted) <= _QUICK:
             self._write(parted)
@@ -378,7 +354,7 @@ class FileLedger:
             {
                 "format": FORMAT,
                 "finished": self._over,
-                "delivered": self._delivered,
+                "at_budget": self._at_budget,
                 "facts": self._facts,
                 "decisions": self._decisions,
                 "seconds": self._clock.seconds,
@@ -470,7 +446,7 @@ class FileLedger:
         except DamagedError as damaged:
             self._say(f"a ledger that cannot be read is replaced: {self.path}, {damaged.got}")
             return
-        if saved["delivered"]:
+        if saved["at_budget"]:
             self._say(
                 f"the ledger of a run that ended at its budget is replaced: {self.path}; "
                 "--resume would have gone on with it"

@@ -8,7 +8,7 @@ be made before the work goes on. Who loads it makes copies.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 State = dict[str, Any]
 
@@ -39,3 +39,28 @@ class Rows:
         for part in self.parts:
             rows[start : start + len(part)].copy_(part)
             start += len(part)
+
+
+class Stateful(Protocol):
+    """Work whose state can be saved between two of its steps."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether more can be asked of it once it has ended, to a smaller error."""
+
+    def state_dict(self) -> State:
+        """All there is to go on from, by reference, whatever step came last."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where another was that was made in the same way."""
+
+
+class Timed(Protocol):
+    """What knows how long it has been."""
+
+    earlier: float
+    """Seconds that were taken before this process."""
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""

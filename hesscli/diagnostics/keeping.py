@@ -6,21 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from hesscli.meter import Meter
-from hesscli.state import State
-
-
-class Stateful(Protocol):
-    """Work whose state can be saved between two of its steps."""
-
-    @property
-    def lasting(self) -> bool:
-        """Whether more can be asked of it once it has ended, to a smaller error."""
-
-    def state_dict(self) -> State:
-        """All there is to go on from, by reference, whatever step came last."""
-
-    def load_state_dict(self, state: State) -> None:
-        """Be where another was that was made in the same way."""
+from hesscli.state import State, Stateful, Timed
 
 
 class Kept:
@@ -38,17 +24,6 @@ class Kept:
         """Have those of another."""
         for name in self.kept:
             setattr(self, name, state[name])
-
-
-class Timed(Protocol):
-    """What knows how long it has been."""
-
-    earlier: float
-    """Seconds that were taken before this process."""
-
-    @property
-    def seconds(self) -> float:
-        """All of them."""
 
 
 class Ledger(Protocol):

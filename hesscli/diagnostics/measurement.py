@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
-from hesscli.diagnostics.keeping import UNKEPT, Ledger, Stateful
+from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.run import Clock
 from hesscli.engines.estimator import Engine, Estimator, Reading, Rounding, read
 from hesscli.engines.hutchinson.table import Sharing
@@ -21,7 +21,7 @@ from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.errors import BudgetError
 from hesscli.meter import Spent, watched
 from hesscli.results import Snapshot, Status
-from hesscli.state import State
+from hesscli.state import State, Stateful
 
 # -- Stopping at a tolerance with intervals that hold however often one looks ----------------------
 
