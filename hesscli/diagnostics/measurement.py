@@ -162,8 +162,6 @@ def drive(
 
 _SHOW_EVERY = 0.3
 """Seconds between two readings of a growing table for the progress bar."""
-_FEWEST = 2
-"""Probes of each batch, for an error bar."""
 _FIRST_ROUND = 16
 """Probes of a number that was set beforehand, before the first that can be reported."""
 _MOST_LOOKS = 40
