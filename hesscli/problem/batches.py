@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,18 @@ def rows(batch: Batch, start: int, stop: int) -> Batch:
 def first_rows(batch: Batch, count: int) -> Batch:
     """The first examples of a batch, all where it cannot be taken apart."""
     return rows(batch, 0, count) if is_sliceable(batch) else batch
+
+
+def filled(like: Batch, tensors: Iterable[Tensor]) -> Batch:
+    """A batch of a kind, of other tensors in order."""
+    left = iter(tensors)
+    return map_tensors(lambda _: next(left), like)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of batches of one form as one batch."""
+    columns = zip(*map(tensors_of, batches), strict=True)
+    return filled(batches[0], map(torch.cat, columns))
 
 
 def place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:

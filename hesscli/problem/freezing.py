@@ -20,11 +20,12 @@ from hesscli.errors import InputError
 from hesscli.problem.batches import (
     BATCH_SIZE,
     Batch,
+    filled,
     form_of,
     is_sliceable,
+    joined,
     leaves_of,
     map_leaves,
-    map_tensors,
     owned,
     rows,
     size_of,
@@ -342,7 +343,7 @@ def _from_stream(
         trial.see(batch, sliced(batch))
     alike = len({form_of(batch) for batch in head}) <= 1
     if alike and len(head) > 1 and all(size_of(batch) == 1 for batch in head):
-        together = _joined(head[:_TOGETHER])
+        together = joined(head[:_TOGETHER])
         trial.see(together, sliced(together))
     if not alike or not trial.separable:
         return _whole(head, stream, selection, generator)
@@ -368,7 +369,7 @@ def _of_examples(
 ) -> _Kept:
     order = generator.permutation(len(examples))
     groups = _cut(order, batch_size, available)
-    return _Kept.of([_joined([examples[i] for i in group]) for group in groups], available)
+    return _Kept.of([joined([examples[i] for i in group]) for group in groups], available)
 
 
 def _whole(
@@ -399,20 +400,8 @@ def _regrouped(
         if not places.keys() >= set(group.tolist()):
             return None
         rows_of = torch.tensor([places[int(index)] for index in group])
-        regrouped.append(_filled(batches[0], [column[rows_of] for column in columns]))
+        regrouped.append(filled(batches[0], [column[rows_of] for column in columns]))
     return regrouped
-
-
-def _joined(examples: list[Batch]) -> Batch:
-    """Rows of one form as a batch."""
-    columns = zip(*map(tensors_of, examples), strict=True)
-    return _filled(examples[0], [torch.cat(column) for column in columns])
-
-
-def _filled(like: Batch, tensors: list[Tensor]) -> Batch:
-    """A batch of a kind, of other tensors."""
-    left = iter(tensors)
-    return map_tensors(lambda _: next(left), like)
 
 
 def _read(source: Iterable[Batch], report: _Reporter) -> Iterator[Batch]:

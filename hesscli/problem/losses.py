@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from hesscli.errors import InputError
 from hesscli.problem.batches import (
     Batch,
+    filled,
     is_sliceable,
-    map_tensors,
     rows,
     shape_of,
     size_of,
@@ -356,8 +356,7 @@ class UserLoss(Loss):
         """All examples at once, or None where that fails or ends differ from those alone."""
 
         def each(row: Tensor, *leaves: Tensor) -> Tensor:
-            own = iter(leaves)
-            one = map_tensors(lambda _: next(own)[None], targets)
+            one = filled(targets, (leaf[None] for leaf in leaves))
             return self.function(self._as_returned(row[None]), one).reshape(())
 
         try:

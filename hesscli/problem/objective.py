@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.parameters import Parameters
-from hesscli.problem.batches import Batch, form_of, map_tensors, place, rows, size_of, tensors_of
+from hesscli.problem.batches import (
+    Batch,
+    form_of,
+    joined,
+    map_tensors,
+    place,
+    rows,
+    size_of,
+)
 from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.forward import retyped, standing_in, undisturbed
 from hesscli.problem.freezing import FrozenData
@@ -268,7 +276,7 @@ class Sample:
             groups = list(_to_be_joined(problem.data.batches, chosen, together or count))
         return cls(
             problem,
-            tuple(_joined([problem.data.batches[i] for i in group]) for group in groups),
+            tuple(joined([problem.data.batches[i] for i in group]) for group in groups),
             tuple(sum(problem.masses[i] for i in group) for group in groups),
             separable,
         )
@@ -336,7 +344,7 @@ def _stacked(pieces: Iterator[Batch]) -> list[Batch]:
     groups: dict[Any, list[Batch]] = {}
     for piece in pieces:
         groups.setdefault(form_of(piece), []).append(piece)
-    return [_joined(group) for group in groups.values()]
+    return [joined(group) for group in groups.values()]
 
 
 def _to_be_joined(
@@ -357,12 +365,6 @@ def _pieces(part: Batch, size: int) -> Iterator[Batch]:
     """A batch in pieces of at most so many rows."""
     for start in range(0, size_of(part), size):
         yield rows(part, start, min(start + size, size_of(part)))
-
-
-def _joined(group: list[Batch]) -> Batch:
-    columns = zip(*(tensors_of(piece) for piece in group), strict=True)
-    joined = iter([torch.cat(column) for column in columns])
-    return map_tensors(lambda _: next(joined), group[0])
 
 
 def _mass(problem: Objective, batch: Batch) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hesscli.pairing import paired
 from hesscli.parameters import Parameter
-from hesscli.problem.batches import Batch, map_tensors, rows, tensors_of
+from hesscli.problem.batches import Batch, filled, rows, tensors_of
 from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.problem import Problem
@@ -73,8 +73,7 @@ class Generic:
         names = [p.name for p in parameters]
 
         def products(example: tuple[Tensor, ...], wanted: Tensor) -> list[Tensor]:
-            each = iter(example)
-            alone = map_tensors(lambda _: next(each)[None], batch)
+            alone = filled(batch, (tensor[None] for tensor in example))
 
             def outputs(*theta: Tensor) -> Tensor:
                 return self.problem.outputs(alone, dict(zip(names, theta, strict=True)))
