@@ -41,18 +41,22 @@ class Rows:
             start += len(part)
 
 
-class Stateful(Protocol):
-    """Work whose state can be saved between two of its steps."""
-
-    @property
-    def lasting(self) -> bool:
-        """Whether more can be asked of it once it has ended, to a smaller error."""
+class Saved(Protocol):
+    """A part of some work that has a state of its own."""
 
     def state_dict(self) -> State:
         """All there is to go on from, by reference, whatever step came last."""
 
     def load_state_dict(self, state: State) -> None:
         """Be where another was that was made in the same way."""
+
+
+class Stateful(Saved, Protocol):
+    """Work whose state can be saved between two of its steps."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether more can be asked of it once it has ended, to a smaller error."""
 
 
 class Timed(Protocol):

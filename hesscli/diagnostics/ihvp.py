@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ from hesscli.results import (
     SolveReport,
     Status,
 )
-from hesscli.state import Rows, State
+from hesscli.state import Rows, Saved, State
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_RTOL
 
 # -- The steps of a sensitivity study, each of which may be the last -------------------------------
@@ -262,7 +262,7 @@ class SensitivityStudy:
         self.sweep = tuple(DampingPoint(**point) for point in state["sweep"])
         self._swept = state["swept"]
 
-    def _restore(self, name: str, stage: _Stage) -> None:
+    def _restore(self, name: str, stage: Saved) -> None:
         """Let a stage go on from where it was kept, if it had begun."""
         if self._saved.get(name) is not None:
             stage.load_state_dict(self._saved[name])
@@ -361,17 +361,7 @@ class SensitivityStudy:
         self.rounding = measured.rounding
 
 
-class _Stage(Protocol):
-    """A part of a study that has a state of its own."""
-
-    def state_dict(self) -> State:
-        """Where it is."""
-
-    def load_state_dict(self, state: State) -> None:
-        """Be where another was."""
-
-
-def _state_of(stage: _Stage | None) -> State | None:
+def _state_of(stage: Saved | None) -> State | None:
     return None if stage is None else stage.state_dict()
 
 
