@@ -2,76 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from hesscli.diagnostics.choice import Choice, Draw
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
-from hesscli.diagnostics.measurement import Estimation, Goal, Pace, Tolerance, Work, drive
+from hesscli.diagnostics.measurement import Work, drive
 from hesscli.diagnostics.plans import Pilot
-from hesscli.diagnostics.predictions import (
-    SCALES,
-    Measured,
-    Predictions,
-    order_of,
-    perturbing,
-    verifying,
-)
-from hesscli.diagnostics.reporting import (
-    chosen,
-    described,
-    estimation,
-    expected,
-    warnings_of_samples,
-)
-from hesscli.diagnostics.run import Clock, Run, started
-from hesscli.diagnostics.saliency import (
-    GROUPS,
-    Repeated,
-    Repeats,
-    rank_correlation,
-    repeats,
-    require_rows,
-    saliencies,
-    saliency_edges,
-    saliency_report,
-)
-from hesscli.diagnostics.solve import (
-    RELATIVE,
-    DampedSolution,
-    Solved,
-    Solving,
-    sweep,
-    sweeps,
-)
-from hesscli.diagnostics.trace import standing
-from hesscli.diagnostics.window import (
-    FEWEST_ROWS,
-    WindowOptions,
-    collect,
-    collecting,
-    inverting,
-    rows_to_be_had,
-)
-from hesscli.engines.estimator import Reading
-from hesscli.engines.mfac import GradientWindow
+from hesscli.diagnostics.predictions import SCALES, order_of
+from hesscli.diagnostics.reporting import described, warnings_of_samples
+from hesscli.diagnostics.run import Clock, started
+from hesscli.diagnostics.saliency import rank_correlation, saliency_edges, saliency_report
+from hesscli.diagnostics.sensitivity_study import Array, Ranked, Ranking, SensitivityStudy
+from hesscli.diagnostics.window import WindowOptions
 from hesscli.errors import UsageError
-from hesscli.meter import Spent
 from hesscli.problem.problem import Problem
 from hesscli.results import (
     HOLDS_WITHIN,
     LARGE_RESIDUAL,
     LOW_LEVERAGE,
-    DampingPoint,
     IhvpResult,
     LayerSensitivity,
     MethodReport,
@@ -79,296 +32,9 @@ from hesscli.results import (
     Perturbation,
     RankingReport,
     ScaledChange,
-    Snapshot,
     SolveReport,
-    Status,
 )
-from hesscli.state import Rows, Saved, State
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_RTOL
-
-# -- The steps of a sensitivity study, each of which may be the last -------------------------------
-
-
-Array = NDArray[np.float64]
-
-_TRACE_PRODUCTS = 128
-"""Of single batches, for the layers' traces where they are not exact: they serve for comparison."""
-_MOST_PROBES = 8
-_ANY, _MISS = Tolerance(math.inf, None), 0.05
-_COLLECTING = 0.3
-"""Share of the budget after which as many rows as a ranking needs must do."""
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """What is predicted of layers: how surely, and whether losses are measured beside it."""
-
-    rtol: float
-    verify: bool
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """Saliencies of all weights ``(d,)``, and those from fewer rows: no ranking without."""
-
-    saliency: Tensor
-    repeats: Repeats
-
-
-class SensitivityStudy:
-    """What is known so far, step by step; each may be the last.
-
-    Args:
-        run: the matrix that the user cares about.
-        options: of the window.
-        empty: the window, without rows yet.
-        right: x of the solve ``(d,)``; None for the gradient.
-        refine: relative residual to which conjugate gradients solve.
-        seed: of sampled rows.
-        rank: what is predicted of layers, and how surely; None to solve only.
-
-    ``reading`` has the layers' traces, for HAWQ's form, by the estimator of ``choice``, which is
-    made when it is needed; ``measured`` each layer's loss differences ``(changes, scales)``, each
-    off by ``rounding`` at most.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        options: WindowOptions,
-        empty: GradientWindow,
-        right: Tensor | None,
-        refine: float | None,
-        seed: int,
-        rank: Ranking | None = None,
-    ) -> None:
-        self.run, self.options, self.empty = run, options, empty
-        self.right = self.problem.prove().gradient if right is None else right
-        self.refine, self.seed, self.rank = refine, seed, rank
-        self.solving: Solving | None = None
-        self.sweep: tuple[DampingPoint, ...] = ()
-        self.ranked: Ranked | None = None
-        self.choice: Choice | None = None
-        self.reading: Reading | None = None
-        self.predictions: Predictions | None = None
-        self.measured: list[Array] | None = None
-        self.rounding = 0.0
-        self.status: Status = "converged"
-        self._repeated, self._damped = Repeated(), list[DampedSolution]()
-        self._traces: Estimation | None = None
-        self._measuring: Measured | None = None
-        self._predicted_all = self._swept = False
-        self._saved: State = {}
-
-    @property
-    def problem(self) -> Problem:
-        """What is studied."""
-        return self.run.problem
-
-    @property
-    def solved(self) -> Solved:
-        """The solution so far."""
-        assert self.solving is not None  # it is ready
-        return self.solving.solved
-
-    @cached_property
-    def weights(self) -> Tensor:
-        """All weights, flat and float64 ``(d,)``."""
-        parameters = self.problem.parameters
-        return parameters.flatten([t.detach().double() for t in parameters.tensors])
-
-    @cached_property
-    def mattering(self) -> Tensor:
-        """The weights, with zeros for each tensor on which no row of the window depends.
-
-        Damping alone would rank such a tensor, by its size, and the loss does not know of it.
-        """
-        found, start = self.weights.clone(), 0
-        for parameter in self.problem.parameters:
-            place = slice(start, start + parameter.numel)
-            if not self.collected.depends_on(place):
-                found[place] = 0
-            start = place.stop
-        return found
-
-    lasting = False
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is a solution."""
-        return self.solving is not None
-
-    def steps(self) -> Iterator[Snapshot]:
-        """The window, the solve, ranking and predictions, other dampings, and true losses."""
-        self.collected = yield from collect(
-            self.run.operator,
-            self.empty,
-            self.options,
-            self.seed,
-            self._is_enough,
-            self.run.clock.watch,
-            self._saved.get("cut_short", False),
-        )
-        self.solving = Solving(self.run.operator, self.collected.fisher, self.right, self.refine)
-        self._restore("solving", self.solving)
-        yield from self.solving.steps()
-        if self.rank is not None:
-            yield from self._ranked()
-            yield from self._traced()
-            yield from self._predicted(self.rank)
-        if not self._swept:
-            self.sweep = yield from sweep(
-                self.run.operator, self.collected, self.mattering, self.right, self._damped
-            )
-            self._swept, self._damped = True, []
-        if self.rank is not None and self.rank.verify:
-            yield from self._verified()
-
-    def state_dict(self) -> State:
-        """The rows, and what each stage has found; what can be made of the rows is not in it."""
-        ranked, damped = self.ranked, [one.direction[None] for one in self._damped]
-        vectors = ranked and (ranked.saliency, ranked.repeats.one, ranked.repeats.other)
-        return {
-            "window": self.empty.state_dict(),
-            "cut_short": self.solving is not None and self.collected.cut_short,
-            "solving": _state_of(self.solving),
-            "repeated": asdict(self._repeated),
-            "ranked": vectors and Rows(*(each[None] for each in vectors)),
-            "traces": _state_of(self._traces),
-            "status": self.status,
-            "predictions": _state_of(self.predictions),
-            "predicted_all": self._predicted_all,
-            "damped": [asdict(one.point) for one in self._damped],
-            "directions": Rows(*damped) if damped else None,
-            "sweep": [asdict(point) for point in self.sweep],
-            "swept": self._swept,
-            "measuring": _state_of(self._measuring),
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on from where another was: each stage takes its own when it comes to it."""
-        self._saved = state
-        self.empty.load_state_dict(state["window"])
-        self._repeated = Repeated(**state["repeated"])
-        if state["ranked"] is not None:
-            saliency, one, other = _vectors(state["ranked"], self.problem.device)
-            means, levels = np.array(self._repeated.means), np.array(self._repeated.quantiles)
-            self.ranked = Ranked(saliency, Repeats(means, levels, one, other))
-        self.status, self._predicted_all = state["status"], state["predicted_all"]
-        if state["directions"] is not None:
-            points = [DampingPoint(**point) for point in state["damped"]]
-            directions = _vectors(state["directions"], self.problem.device)
-            self._damped = list(map(DampedSolution, points, directions))
-        self.sweep = tuple(DampingPoint(**point) for point in state["sweep"])
-        self._swept = state["swept"]
-
-    def _restore(self, name: str, stage: Saved) -> None:
-        """Let a stage go on from where it was kept, if it had begun."""
-        if self._saved.get(name) is not None:
-            stage.load_state_dict(self._saved[name])
-
-    def finish(self, cut: Status | None) -> None:
-        """Let there be no more.
-
-        Args:
-            cut: what ended it before its own end.
-        """
-        refinement = self.solved.refinement
-        if cut is not None:
-            self.status = cut
-        elif self.status == "converged" and refinement is not None and not refinement.converged:
-            self.status = "budget"
-
-    def expected(self, pace: Pace) -> Iterator[Work]:
-        """Its stages; batches are seen until all predictions are known, at most all of them.
-
-        Raises:
-            UsageError: there are too few rows for a ranking.
-        """
-        problem, rank, options = self.problem, self.rank, self.options
-        rows = rows_to_be_had(problem, options)
-        if rank is not None:
-            require_rows(rows, self.empty.capacity)
-        window = collecting(problem, options, self._rows_in_time(rows, pace), pace)
-        inversion = inverting(problem, options, rows)
-        again = Spent(seconds=inversion.spent.seconds)
-        yield window
-        yield inversion
-        yield Work(phase="refining", spent=pace.products(1))
-        if rank is not None:
-            yield Work(phase="ranking", spent=again.times(GROUPS))
-            goal, miss, probes = self._tracing
-            choice = self.choice or chosen(self.run, "auto", Draw(self.seed))
-            yield from expected(self.run, choice, goal, miss, pace, probes)
-            yield perturbing(problem, pace)
-        if sweeps(problem.parameters.size):
-            count = len(RELATIVE)
-            yield Work(phase="inverting", spent=again.times(count) + pace.products(count))
-        if rank is not None and rank.verify:
-            yield verifying(problem, pace)
-
-    def _rows_in_time(self, rows: int, pace: Pace) -> int:
-        """As many as :meth:`_is_enough` lets be collected."""
-        budget, before = self.run.clock.budget, self.run.before.seconds
-        took = collecting(self.problem, self.options, rows, pace).spent.seconds
-        if budget is None or before + took <= _COLLECTING * budget:
-            return rows
-        return min(rows, max(FEWEST_ROWS, int(rows * (_COLLECTING * budget - before) / took)))
-
-    def _is_enough(self, rows: int) -> bool:
-        return rows >= FEWEST_ROWS and self.run.clock.spent > _COLLECTING
-
-    def _ranked(self) -> Iterator[Snapshot]:
-        if self.ranked is not None:
-            return
-        places = self.problem.parameters.layer_places()
-        saliency = saliencies(self.mattering, self.collected.fisher.diagonal())
-        watch = self.run.clock.watch("ranking")
-        again = yield from repeats(self.collected, self.mattering, places, self._repeated, watch)
-        self.ranked = Ranked(saliency, again)
-
-    def _traced(self) -> Iterator[Snapshot]:
-        """Traces of all layers, without probes where that is possible."""
-        kept = self._saved.get("traces") is not None
-        with self.run.operator.meter.uncounted() if kept else nullcontext():
-            self.choice = chosen(self.run, "auto", Draw(self.seed))
-        traces = self._traces = estimation(self.run, self.choice, *self._tracing)
-        self._restore("traces", traces)
-        yield from traces.steps()
-        self.reading = traces.outcome(None).reading
-
-    @property
-    def _tracing(self) -> tuple[Goal, float, int]:
-        """To what goal traces are estimated, and from how many probes."""
-        probes = min(max(2, _TRACE_PRODUCTS // self.problem.num_batches), _MOST_PROBES)
-        return partial(standing, tolerance=_ANY), _MISS, probes
-
-    def _predicted(self, rank: Ranking) -> Iterator[Snapshot]:
-        assert self.ranked is not None  # it comes before
-        self.predictions = Predictions(self.run.operator, self.ranked.saliency)
-        self._restore("predictions", self.predictions)
-        if not self._predicted_all:
-            self.status = yield from self.predictions.to_tolerance(rank.rtol)
-            self._predicted_all = True
-
-    def _verified(self) -> Iterator[Snapshot]:
-        """In float64 where the preflight has seen the model run in it."""
-        assert self.predictions is not None  # they come before
-        measured = self._measuring = Measured(self.run.operator)
-        self._restore("measuring", measured)
-        exact = self.problem.precision.is_float64
-        self.measured = yield from measured.changes(self.predictions.layers, exact)
-        self.rounding = measured.rounding
-
-
-def _state_of(stage: Saved | None) -> State | None:
-    return None if stage is None else stage.state_dict()
-
-
-def _vectors(rows: Rows, device: torch.device) -> list[Tensor]:
-    """A copy of each."""
-    return [row.to(device, copy=True) for part in rows.since(0) for row in part]
-
 
 # -- What a study found, as its result -------------------------------------------------------------
 
