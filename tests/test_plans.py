@@ -17,7 +17,8 @@ from hesscli.diagnostics import plans
 from hesscli.diagnostics.measurement import Pace, Standing, Work
 from hesscli.diagnostics.plans import Asked, Pilot, measured_pace, planned
 from hesscli.diagnostics.run import Clock, Run, started
-from hesscli.diagnostics.spectral_runs import SpectralPlan, SpectralStudy
+from hesscli.diagnostics.spectral_runs import SpectralPlan
+from hesscli.diagnostics.spectral_study import SpectralStudy
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.engines.diagonal import Diagonal, SquaredNorm
 from hesscli.errors import BudgetError, UsageError

@@ -15,7 +15,7 @@ from scipy.stats import wasserstein_distance
 from torch import nn
 
 import hesscli
-from hesscli.diagnostics import spectral_runs
+from hesscli.diagnostics import spectral_study
 from hesscli.errors import UsageError
 from hesscli.operators.base import Retained
 from hesscli.problem.freezing import FrozenData
@@ -340,7 +340,7 @@ def test_what_does_not_fit_is_refused_with_what_does(
     relu: hesscli.Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = 8 * relu.parameters.size * 30
-    monkeypatch.setattr(spectral_runs, "available_bytes", lambda *_: room)
+    monkeypatch.setattr(spectral_study, "available_bytes", lambda *_: room)
     with pytest.raises(UsageError) as refusal:
         hesscli.spectrum(relu, steps=64)
     assert refusal.value.hint == "--steps 9 or --steps 27 --probes 1"
@@ -354,7 +354,7 @@ def test_steps_that_are_not_asked_for_fit_into_memory(
 ) -> None:
     """Of 30 vectors nine tenths may be taken, and restarts take up to three times the steps."""
     room = 8 * relu.parameters.size * 30
-    monkeypatch.setattr(spectral_runs, "available_bytes", lambda *_: room)
+    monkeypatch.setattr(spectral_study, "available_bytes", lambda *_: room)
     (planned,) = (c for c in hesscli.check(relu).plan.commands if c.command == "spectrum")
     assert "9 steps for want of memory" in planned.note
     result = hesscli.spectrum(relu)

@@ -14,11 +14,8 @@ from hesscli.diagnostics.measurement import Work, drive
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.run import Clock, started
-from hesscli.diagnostics.spectral_runs import (
-    PROBES,
-    STEPS,
-    Exploration,
-    SpectralPlan,
+from hesscli.diagnostics.spectral_runs import PROBES, STEPS, Exploration, SpectralPlan
+from hesscli.diagnostics.spectral_study import (
     SpectralStudy,
     most_steps,
     require_dense,
