@@ -40,7 +40,8 @@ _SHARE_AT_END, _LITTLE = 1 / 100, 0.02
 _RATE = 1e8
 """Bytes that are written in a second, until it is known."""
 _QUICK = 3.0
-"""Seconds that a run which is told to end may still write for."""
+"""Seconds that a run which is told to end may still write for; one that its budget ends may for a
+tenth of its time, since by then it has written such a state before, in less."""
 
 _UNHASHED = "0" * 64
 _CHUNK = 1 << 24
@@ -227,6 +228,8 @@ class FileLedger:
     Args:
         path: of the file.
         facts: what the run is of, by names that people know.
+        loaded: options whose effects are in the facts, as they were typed: what differs in its
+            effects is named by them.
         resume: go on from what the file has, if there is one.
         say: tells people.
         check: sees that the folder is still this run's, and raises where it is not.
@@ -243,10 +246,12 @@ class FileLedger:
         *,
         resume: bool,
         say: Callable[[str], None],
+        loaded: Mapping[str, Any] | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.path, self._say, self._check = path, say, check
         self._facts: dict[str, Any] = {}
+        self._loaded = _plain(loaded or {})
         self._decisions: dict[str, Any] = {}
         self._work: list[_Kept] = []
         self._files: dict[str, list[_RowFile]] = {}
@@ -279,7 +284,7 @@ class FileLedger:
         Raises:
             UsageError: what was kept is of another.
         """
-        now = json.loads(json.dumps(dict(facts), default=str))
+        now = _plain(facts)
         self._facts |= now
         if self._saved:
             then = self._saved["facts"]
@@ -322,7 +327,11 @@ class FileLedger:
         """
         self._at_budget = at_budget
         parted = self._parted()
-        if self._expected(parted) + self._unwritten(parted) <= _QUICK:
+        seconds = self._expected(parted) + self._unwritten(parted)
+        if at_budget and _QUICK < seconds <= _SHARE_OF_ROWS * self._clock.seconds:
+            self._say(f"the budget is over; its ledger takes about {seconds:.0f} s to write")
+            self._write(parted)
+        elif seconds <= _QUICK:
             self._write(parted)
 
     def end(self) -> None:
@@ -356,6 +365,7 @@ class FileLedger:
                 "finished": self._over,
                 "at_budget": self._at_budget,
                 "facts": self._facts,
+                "loaded": self._loaded,
                 "decisions": self._decisions,
                 "seconds": self._clock.seconds,
                 "work": [
@@ -461,6 +471,10 @@ class FileLedger:
     def _refuse_another(
         self, apart: list[str], then: Mapping[str, Any], now: Mapping[str, Any]
     ) -> NoReturn:
+        loaded = self._saved["loaded"]
+        if typed := [name for name in self._loaded if self._loaded[name] != loaded.get(name)]:
+            then, now = {**then, **loaded}, {**now, **self._loaded}
+            apart = [*typed, *apart]
         told = [f"{name} was {_short(then.get(name))} and is {_short(now[name])}" for name in apart]
         more = f" ({len(told)} differences)" if len(told) > 3 else ""
         first = apart[0]
@@ -474,6 +488,12 @@ class FileLedger:
             "; ".join(told[:3]) + more,
             f"{cure}, or for a run of its own another --dir or rm {self.path}",
         )
+
+
+def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are read again."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(facts), default=str))
+    return found
 
 
 def _option(name: str, value: Any) -> str:

@@ -119,8 +119,10 @@ def cut_off(measure: Measure, given: Problem, at: int, ledger: FileLedger) -> in
     return seen
 
 
-def kept_in(path: Path, *, resume: bool = False, facts: State | None = None) -> FileLedger:
-    return FileLedger(path, facts or {}, resume=resume, say=pytest.fail)
+def kept_in(
+    path: Path, *, resume: bool = False, facts: State | None = None, **how: Any
+) -> FileLedger:
+    return FileLedger(path, facts or {}, resume=resume, say=pytest.fail, **how)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -276,6 +278,22 @@ def test_another_function_is_refused_by_what_it_gives(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refused:
         hesscli.trace(more, ledger=kept_in(path, resume=True))
     assert "num_examples was 17 and is 18" in refused.value.got
+
+
+def test_what_another_option_makes_of_a_problem_is_refused_by_the_option(tmp_path: Path) -> None:
+    """As it was typed, and only where it makes another problem."""
+    path, measure = tmp_path / "trace.ledger", partial(hesscli.trace, method="hutchinson", probes=4)
+    began = {"--examples": "all", "--batch-size": 7}
+    cut_off(measure, problem(), 14, kept_in(path, loaded=began))
+    for typed in ({"--batch-size": 7}, {"--batch-size": 6}):
+        ledger = kept_in(path, resume=True, loaded={"--examples": "4096"} | typed)
+        ledger.recognise({"matrix": "hessian"})
+    with pytest.raises(UsageError) as refused:
+        ledger.recognise({"num_batches": 2})
+    assert refused.value.got.startswith(
+        "--examples was all and is 4096; --batch-size was 7 and is 6"
+    )
+    assert refused.value.hint.startswith("--examples all, or")
 
 
 def test_another_number_of_threads_is_refused_with_what_sets_it(tmp_path: Path) -> None:
@@ -470,6 +488,31 @@ def test_writing_waits_until_it_is_a_small_part_of_the_time(
         now[0] += 0.01
         ledger.step()
     assert 0 < 0.02 * len(writes) < 0.01 * now[0]
+
+
+class Aged:
+    """A clock that is past a number of seconds."""
+
+    earlier = 0.0
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+@pytest.mark.parametrize(("at_budget", "seconds"), [(True, 1000.0), (True, 100.0), (False, 1000.0)])
+def test_a_large_state_is_written_at_the_budget_of_a_long_run(
+    at_budget: bool, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of its time may go into that; who interrupts it does not wait so long."""
+    path, said = tmp_path / "run.ledger", list[str]()
+    monkeypatch.setattr(ledgers, "_RATE", 1.0)  # a slow disk: 16 bytes a row, and as many of sums
+    work, ledger = Vectors(), FileLedger(path, {}, resume=False, say=said.append)
+    ledger.attach(Aged(seconds), hesscli.meter.Meter())
+    ledger.begin(work)
+    work.grow()
+    ledger.cut(at_budget)
+    assert path.exists() == (at_budget and seconds == 1000)
+    assert len(said) == path.exists()
 
 
 def test_bytes_are_those_of_the_tensor_whatever_its_strides() -> None:
