@@ -132,6 +132,20 @@ def test_a_run_that_was_cut_off_is_gone_on_with_and_not_overwritten(
     assert not (tmp_path / f"{command}.ledger").exists()
 
 
+def test_a_run_on_other_examples_is_refused_by_the_option(tmp_path: Path) -> None:
+    """Another batch size is none of another run here: examples are batched anew in any case."""
+    line = ("trace", SUNSPOTS, "--method", "hutchinson", "--dir", ".", "-v", "--batch-size")
+    cut = hesscli_warm(*line, 32, "--examples", 99, cwd=tmp_path, ctrl_c_at="probing")
+    assert cut.returncode == ExitCode.INTERRUPTED, cut.stderr
+    refused = hesscli_warm(*line, 32, "--examples", 98, "--resume", cwd=tmp_path)
+    assert refused.returncode == ExitCode.USAGE
+    *_, got, hint = refused.stderr.splitlines()
+    assert got.startswith("  got: --examples was 99 and is 98; num_examples was 99 and is 98")
+    assert hint.startswith("  try: --examples 99,")
+    resumed = hesscli_warm(*line, 16, "--examples", 99, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+
 def test_a_run_of_other_code_is_not_gone_on_with(tmp_path: Path) -> None:
     """Its checks are not made again, so that the code must be what was checked."""
     shutil.copytree(SUNSPOTS.parent, tmp_path / "mine")

@@ -79,7 +79,7 @@ def _ledger(
 ) -> FileLedger | None:
     asked = what_is_asked(usage, given)
     name = file_name(resolve_name(command.result).command, given["matrix"])
-    return ledger_in(held, name, console, problem, asked, given["resume"])
+    return ledger_in(held, name, console, problem, asked, given)
 
 
 _TOLERANCES = ("rtol", "atol", "refine")

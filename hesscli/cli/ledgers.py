@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
 
 MAY_CHANGE = ("budget", "rtol", "atol")
 """Options that may be others when a run goes on: how far it is to come, and by when."""
+LOADED = ("examples", "batch_size", "weight_decay", "device", "dtype")
+"""Options that may be others where that changes nothing: what they make of a problem must not."""
 
 
 def ledger_in(
-    held: Hold | None, name: str, console: Console, problem: Problem, asked: Given, resume: bool
+    held: Hold | None, name: str, console: Console, problem: Problem, asked: Given, given: Given
 ) -> FileLedger | None:
     """The ledger of a run in a folder; None where there are to be no files.
 
@@ -29,7 +32,7 @@ def ledger_in(
         console: to say what becomes of it.
         problem: what is measured.
         asked: what the measurement is told.
-        resume: go on from what there is.
+        given: all that was typed.
 
     Raises:
         UsageError: there is nothing to go on from, or a run would be lost.
@@ -37,6 +40,7 @@ def ledger_in(
     from hesscli.ledger import FileLedger
     from hesscli.problem.factory import code_in_use
 
+    resume = given["resume"]
     if held is None:
         if resume:
             raise UsageError(
@@ -48,10 +52,18 @@ def ledger_in(
     facts: dict[str, Any] = {name: version(name) for name in ("hesscli", "numpy", "scipy")}
     facts["spec"] = problem.spec_sha256
     facts |= code_in_use()
-    facts |= {
-        f"--{name.replace('_', '-')}": str(value) if isinstance(value, tuple) else value
-        for name, value in asked.items()
-        if name not in MAY_CHANGE
-    }
-    path = held.folder / f"{name}.ledger"
-    return FileLedger(path, facts, resume=resume, say=console.warn, check=held.check)
+    facts |= _typed(asked, [name for name in asked if name not in MAY_CHANGE])
+    return FileLedger(
+        held.folder / f"{name}.ledger",
+        facts,
+        resume=resume,
+        say=console.warn,
+        loaded=_typed(given, LOADED),
+        check=held.check,
+    )
+
+
+def _typed(given: Given, names: Iterable[str]) -> dict[str, Any]:
+    """Options by what they are called on a command line."""
+    values = ((f"--{name.replace('_', '-')}", given[name]) for name in names)
+    return {name: str(value) if isinstance(value, tuple) else value for name, value in values}
