@@ -16,7 +16,7 @@ from scipy.stats import binom
 from torch import nn
 
 import hesscli
-from hesscli.diagnostics import measurement
+from hesscli.diagnostics import estimation
 from hesscli.errors import BudgetError, UsageError
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.sources import TensorRows
@@ -260,7 +260,7 @@ def test_progress_tells_the_truth(relu: hesscli.Problem, monkeypatch: pytest.Mon
 
     The table is read at every step, on a fast machine as on a slow one.
     """
-    monkeypatch.setattr(measurement, "_SHOW_EVERY", -1.0)
+    monkeypatch.setattr(estimation, "_SHOW_EVERY", -1.0)
     seen: list[Snapshot] = []
     probed(relu, rtol=0.05, observe=lambda s: bool(seen.append(s)))
     probing = [s for s in seen if s.phase == "probing"]

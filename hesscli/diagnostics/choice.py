@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from hesscli.diagnostics.estimation import Turn
 from hesscli.diagnostics.keeping import UNKEPT
-from hesscli.diagnostics.measurement import Turn
 from hesscli.engines.entries import Entries, Stream
 from hesscli.engines.estimator import Estimator, Rounding
 from hesscli.engines.hutchinson.designs import (

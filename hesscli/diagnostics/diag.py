@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hesscli.diagnostics.block_variance import block_report
 from hesscli.diagnostics.choice import Draw, probe_range
+from hesscli.diagnostics.estimation import Outcome, Standing, Tolerance
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
-from hesscli.diagnostics.measurement import Outcome, Pace, Standing, Tolerance, Work, drive
+from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import (
     chosen,

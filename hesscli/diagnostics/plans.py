@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hesscli.diagnostics.choice import Choice, Draw
-from hesscli.diagnostics.measurement import Goal, Pace, Tolerance, Work
+from hesscli.diagnostics.estimation import Goal, Tolerance
+from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.diagnostics.reporting import chosen, expected
 from hesscli.diagnostics.run import Run, peak_bytes
 from hesscli.diagnostics.window import WindowOptions

@@ -9,15 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from hesscli.diagnostics.choice import Choice, Draw, choose
-from hesscli.diagnostics.measurement import (
-    Estimation,
-    Goal,
-    Outcome,
-    Pace,
-    Tolerance,
-    Work,
-    drive,
-)
+from hesscli.diagnostics.estimation import Estimation, Goal, Outcome, Tolerance
+from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.run import Run
 from hesscli.engines.estimator import Reading, Rounding
 from hesscli.engines.per_example import PerExample

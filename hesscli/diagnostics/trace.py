@@ -9,8 +9,9 @@ from functools import partial
 from scipy.special import ndtri
 
 from hesscli.diagnostics.choice import Draw, probe_range
+from hesscli.diagnostics.estimation import Standing, Tolerance
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
-from hesscli.diagnostics.measurement import Standing, Tolerance, Work
+from hesscli.diagnostics.measurement import Work
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import (
     chosen,

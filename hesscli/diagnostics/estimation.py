@@ -1,0 +1,440 @@
+"""An estimator's way to a tolerance, with intervals that hold however often one looks.
+
+An interval that is looked at again and again until it is narrow misses more often than it says.
+Here the looks are few (each doubles the number of probes) and share one error budget: look j
+spends α/(j(j+1)), which sums to α over any number of looks (union bound).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal, Protocol
+
+from hesscli.diagnostics.measurement import Pace, Work
+from hesscli.engines.estimator import Engine, Estimator, Reading, Rounding, read
+from hesscli.engines.hutchinson.table import Sharing
+from hesscli.engines.unit_vectors import UnitVectors
+from hesscli.meter import Spent, watched
+from hesscli.results import Snapshot, Status
+from hesscli.state import State
+
+# -- Stopping at a tolerance with intervals that hold however often one looks ----------------------
+
+
+FIRST_CELLS = 32
+"""Independent quadratic forms at the first look: they are skewed, and Student's interval is not."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The half-width that is wanted: relative to the true value, or absolute if that is wider."""
+
+    relative: float | None = 0.05
+    absolute: float | None = None
+
+    def half_width(self, estimate: float) -> float:
+        """The widest allowed half-width around ``estimate``.
+
+        The truth may be as small as the interval's near end: h ≤ r(|x| − h), so
+        h ≤ r|x| / (1 + r).
+        """
+        relative = self.relative or 0.0
+        return max(relative * abs(estimate) / (1 + relative), self.absolute or 0.0)
+
+
+def miss_probability(total: float, look: int) -> float:
+    """Share of the error budget ``total`` that look number ``look`` (from 1) spends."""
+    return total / (look * (look + 1))
+
+
+def first_look(sharing: Sharing, num_batches: int) -> int:
+    """Probes for each batch at the first look.
+
+    Fresh probes are independent from batch to batch, so a look at two of each can rest on many.
+    """
+    return FIRST_CELLS if sharing == "shared" else max(2, -(-FIRST_CELLS // num_batches))
+
+
+# -- An estimator's way to a tolerance -------------------------------------------------------------
+
+
+_SHOW_EVERY = 0.3
+"""Seconds between two readings of a growing table for the progress bar."""
+_FIRST_ROUND = 16
+"""Probes of a number that was set beforehand, before the first that can be reported."""
+_MOST_LOOKS = 40
+"""That are planned."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far off the goal is.
+
+    ``error`` is what is to come down to ``wanted``; ``floor`` the part of it that no number of
+    probes takes away; ``share`` the part of its square that probes do take away.
+    """
+
+    error: float
+    wanted: float
+    floor: float
+    share: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether the error is small enough."""
+        return self.error <= self.wanted
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether more probes cannot help, and do not add the most to the error any more."""
+        return self.floor > self.wanted and self.share < 0.5
+
+    def after(self, probes: float, data: float = 1.0) -> Standing:
+        """What is foreseen at so many times the probes, of so many times the data."""
+        if not math.isfinite(self.error):
+            return self
+        drawn, rest = self.share * self.error**2 / probes, (1 - self.share) * self.error**2
+        error = math.sqrt((drawn + rest) / data)
+        share = drawn / (drawn + rest) if error else 0.0
+        return Standing(error, self.wanted, self.floor / math.sqrt(data), share)
+
+    def factor(self) -> float | None:
+        """How many times the probes would do; None where no number would."""
+        if self.error == 0 or not math.isfinite(self.error):
+            return 1.0
+        shrinking = self.share * self.error**2
+        allowed = self.wanted**2 - (self.error**2 - shrinking)
+        return shrinking / allowed if allowed > 0 else None
+
+
+Goal = Callable[[Estimator, Reading], Standing]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A better estimator for the way that is left: its kind, and why it was chosen.
+
+    ``steps`` are Lanczos', where it has some; ``work`` is how much of the plain probes' is
+    expected to be left.
+    """
+
+    kind: Literal["unit vectors", "stratified", "deflated"]
+    why: str
+    steps: int = 0
+    work: float = 1.0
+
+
+class Rethink(Protocol):
+    """Looks for a better estimator, and makes it."""
+
+    def units(self, estimator: Estimator, probes: int) -> Turn | None:
+        """Unit vectors, where they are better than so many probes."""
+
+    def decide(self, estimator: Estimator, needed: float) -> Turn | None:
+        """What would be better than so many probes of an estimator, if anything."""
+
+    def take(self, turn: Turn, estimator: Estimator) -> Estimator:
+        """The one that it came to, in the place of another."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an estimation ended, and with what.
+
+    ``rounding`` is that of the reading; ``turn`` is why its estimator was changed.
+    """
+
+    status: Status
+    estimator: Estimator
+    reading: Reading
+    looks: int
+    rounding: Rounding
+    turn: str | None = None
+
+
+class Estimation:
+    """An estimator's way to a goal, or through a number of probes that was set beforehand.
+
+    Args:
+        estimator: to be extended.
+        goal: how far a reading is from what is wanted.
+        miss: probability with which the interval may miss, all looks together.
+        rounding: error of a quadratic form relative to its size.
+        rethink: is given the estimator after a first look and the probes that it would take;
+            may have a better one.
+        probes: of each batch; None to look at doubling numbers of them until the goal is reached,
+            each look with its share of the error budget.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        goal: Goal,
+        miss: float,
+        rounding: Rounding,
+        rethink: Rethink | None = None,
+        probes: int | None = None,
+    ) -> None:
+        self.estimator, self.goal, self.miss = estimator, goal, miss
+        self.rounding, self.rethink = rounding, rethink
+        self.probes = 1 if probes is None and estimator.exact else probes
+        self._status: Status | None = None
+        self._target = 0
+        self._looks, self._looked = 0, False
+        self._asked = rethink is None
+        self._turn: Turn | None = None
+        self._left: tuple[Estimator, float] | None = None
+        self._shown: Reading | None = None
+        self._shown_at = -math.inf
+        self._start = estimator.products
+
+    @property
+    def lasting(self) -> bool:
+        """Whether a smaller error takes more probes, and nobody has said how many."""
+        return self.probes is None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are the two probes of two batches that an error bar needs."""
+        return self._left is not None or self.estimator.table() is not None
+
+    def steps(self) -> Iterator[Snapshot]:
+        """Blocks of products, and looks where they are due."""
+        if self.probes is not None:
+            yield from self._through(self.probes)
+            return
+        if not self._target:
+            self._target = self._first_look()
+            self._turn_to(self._units(self._target))
+        while self._status is None:
+            yield from self._extend(self._target)
+            reading = self._look()
+            self._status = self._settled(reading)
+            if self._status is None:
+                self.estimator.balance()
+                turned = self._turns(reading)
+                self._target = self._first_look() if turned else 2 * self._target
+                self._looked = False
+
+    def expected(self, pace: Pace) -> tuple[Work, ...]:
+        """Probes up to the look that will be the last; unit vectors where those are fewer."""
+        estimator = self.estimator
+        if not estimator.coverage():
+            first = self._first_look() if self.probes is None else self.probes
+            return (Work(phase=estimator.phase, spent=pace.products(first), note="a first look"),)
+        probes, note, needed = self._ahead()
+        work = Work(phase=estimator.phase, spent=estimator.foreseen(probes), note=note)
+        if self.probes is not None or self.rethink is None:
+            return (work,)
+        first, turn = self._first_look(), None
+        with watched(estimator.operator.meter) as deciding:
+            if first <= estimator.parameters.size and probes > first:
+                turn = self.rethink.decide(estimator, needed)
+        turn = turn or self.rethink.units(estimator, probes)
+        if turn is None:
+            return (Work(phase=work.phase, spent=work.spent + deciding, note=note),)
+        return self._after(turn, probes, deciding, pace)
+
+    def _after(self, turn: Turn, probes: int, deciding: Spent, pace: Pace) -> tuple[Work, ...]:
+        """A first look, and what comes of the turn in place of so many probes."""
+        size, first = self.estimator.parameters.size, self._first_look()
+        if turn.kind == "unit vectors":
+            return (Work(phase=UnitVectors.phase, spent=pace.products(size), note=turn.why),)
+        looks = math.ceil(math.log2(max(probes * turn.work / first, 1.0)))
+        ahead = pace.products(first * 2**looks) + pace.products(turn.steps, turn.steps)
+        spent = self.estimator.foreseen(first) + deciding + ahead
+        return (Work(phase=self.estimator.phase, spent=spent, note=turn.why),)
+
+    def outcome(self, cut: Status | None) -> Outcome:
+        """What there is.
+
+        Args:
+            cut: what ended it before its own end.
+        """
+        if cut is None:
+            reading = self._read(self._miss_at(self._looks))
+            return self._outcome(self._status or "budget", reading)
+        if self._left is not None and self.estimator.coverage() < 1:
+            self.estimator, miss = self._left  # what was known before says more
+            return self._outcome(cut, self._read(miss))
+        self._looks += 1
+        reading = self._read(self._miss_at(self._looks))
+        reached = cut == "budget" and self._standing(reading).reached
+        return self._outcome("converged" if reached else cut, reading)
+
+    def _through(self, probes: int) -> Iterator[Snapshot]:
+        """A number of probes in doubling rounds, so that a run cut short has half of them."""
+        rounds = [probes]
+        while rounds[0] > _FIRST_ROUND:
+            rounds.insert(0, rounds[0] // 2)
+        for self._target in [count for count in rounds if count >= self._target]:
+            yield from self._extend(self._target)
+        self._status = self._settled(self._look())
+
+    def state_dict(self) -> State:
+        """Where it is: a turn as it was decided, and what was known before where that counts."""
+        left = self._left if self._left and self.estimator.coverage() < 1 else None
+        return {
+            "target": self._target,
+            "looks": self._looks,
+            "looked": self._looked,
+            "asked": self._asked,
+            "turn": None if self._turn is None else asdict(self._turn),
+            "estimator": self.estimator.state_dict(),
+            "left": left
+            and {
+                "miss": left[1],
+                "sources": [source.state_dict() for source in self._only_of(left[0])],
+            },
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where another of the same matrix was, be it to another tolerance.
+
+        What the last look has spent of the error budget stays spent; whether it was enough is
+        asked again.
+        """
+        self._target, self._looks = state["target"], state["looks"]
+        self._looked, self._asked = state["looked"], state["asked"]
+        before = self.estimator
+        if state["turn"] is not None:
+            assert self.rethink is not None  # or there would have been no turn
+            self._turn = Turn(**state["turn"])
+            self.estimator = self.rethink.take(self._turn, before)
+        self.estimator.load_state_dict(state["estimator"])
+        if state["left"] is not None:
+            for source, its in zip(self._only_of(before), state["left"]["sources"], strict=True):
+                source.load_state_dict(its)
+            self._left = before, state["left"]["miss"]
+
+    def _only_of(self, before: Estimator) -> list[Engine]:
+        """Sources that the present estimator has not taken over."""
+        return [source for source in before.sources if source not in self.estimator.sources]
+
+    def _look(self) -> Reading:
+        """What there is at this look, with what a look spends; one that was made spends no more."""
+        if not self._looked:
+            self._looks, self._looked = self._looks + 1, True
+        return self._read(self._miss_at(self._looks))
+
+    def _first_look(self) -> int:
+        return first_look(self.estimator.sharing, len(self.estimator.operator.indices))
+
+    def _ahead(self) -> tuple[int, str, float]:
+        """Probes of each batch at the end, what ends it, and how many would reach the goal."""
+        if self.probes is not None:
+            exact = self.estimator.exact
+            end = "one pass" if exact else f"{self.probes} probes a batch"
+            return self.probes, end, self.probes
+        looks = self._looks_ahead(self._miss_at(1))[0]
+        looks, there = self._looks_ahead(self._miss_at(looks))
+        probes = self._first_look() * 2 ** (looks - 1)
+        if there.reached:
+            return probes, f"its tolerance is expected after {probes} probes a batch", probes
+        if there.hopeless:
+            why = f"data noise is most of its error after {probes} probes a batch"
+            return probes, why, math.inf
+        return probes, f"not even {probes} probes a batch are expected to do", math.inf
+
+    def _looks_ahead(self, miss: float) -> tuple[int, Standing]:
+        """As many as it takes if each may spend so much, and where they lead.
+
+        The estimator may be a pilot's, of a few batches only.
+        """
+        estimator, first = self.estimator, self._first_look()
+        counts, every = estimator.operator.counts, estimator.operator.indices
+        data = sum(counts[i] for i in every) / sum(counts[i] for i in estimator.indices)
+        now, looks = self._standing(self._read(miss)), 1
+        while True:
+            there = now.after(first * 2 ** (looks - 1) / estimator.draws, data)
+            if there.reached or there.hopeless or looks == _MOST_LOOKS:
+                return looks, there
+            looks += 1
+
+    def _miss_at(self, look: int) -> float:
+        """What a look may spend: all of it where there is but one."""
+        return self.miss if self.probes is not None else miss_probability(self.miss, look)
+
+    def _outcome(self, status: Status, reading: Reading) -> Outcome:
+        turn = None if self._turn is None else self._turn.why
+        return Outcome(status, self.estimator, reading, self._looks, self.rounding, turn)
+
+    def _turns(self, reading: Reading) -> bool:
+        """Whether there is a better estimator for the way that is left.
+
+        Designs of probes are looked for once, unit vectors before each look that takes more.
+        """
+        if self._turn is not None or self.rethink is None:
+            return False
+        turn = None
+        if not self._asked:
+            needed = (self._standing(reading).factor() or math.inf) * self.estimator.num_probes
+            turn, self._asked = self.rethink.decide(self.estimator, needed), True
+        before = self.estimator
+        if self._turn_to(turn or self._units(2 * self._target)):
+            self._left = before, reading.miss
+        return self._turn is not None
+
+    def _units(self, probes: int) -> Turn | None:
+        """Unit vectors, where they are better than so many probes."""
+        return None if self.rethink is None else self.rethink.units(self.estimator, probes)
+
+    def _turn_to(self, turn: Turn | None) -> bool:
+        """Go on with what is better, if anything is."""
+        if turn is None or self.rethink is None:
+            return False
+        self._turn, self.estimator = turn, self.rethink.take(turn, self.estimator)
+        return True
+
+    def _settled(self, reading: Reading) -> Status | None:
+        """What a look decides."""
+        standing = self._standing(reading)
+        if self.estimator.exact and reading.fraction == 1 and self.rounding.known:
+            return "exact"
+        if standing.reached:
+            return "converged"
+        return "data-limited" if standing.hopeless else None
+
+    def _standing(self, reading: Reading) -> Standing:
+        return self.goal(self.estimator, reading)
+
+    def _extend(self, probes: int) -> Iterator[Snapshot]:
+        """Bring the estimator to so many probes."""
+        miss = self._miss_at(self._looks + (not self._looked))
+        self.estimator.operator.meter.keep()
+        for _ in self.estimator.extend(probes):
+            yield self._snapshot(probes, miss)
+
+    def _read(self, miss: float) -> Reading:
+        reading = read(self.estimator, miss, self.rounding.relative)
+        assert reading is not None  # a round is over, or it is ready
+        return reading
+
+    def _snapshot(self, probes: int, miss: float) -> Snapshot:
+        """What is done, what is expected, and the estimate so far."""
+        if (now := time.monotonic()) - self._shown_at > _SHOW_EVERY:
+            self._shown_at = now
+            self._shown = read(self.estimator, miss, self.rounding.relative)
+        reading = self._shown
+        probing = self.estimator.probes is not None
+        return Snapshot(
+            phase=self.estimator.phase,
+            done=self.estimator.products - self._start if probing else self.estimator.coverage(),
+            total=self._expected(reading, probes) if probing else 1.0,
+            estimate=None if reading is None else float(reading.estimate[-1]),
+            interval=None if reading is None else reading.interval(),
+        )
+
+    def _expected(self, reading: Reading | None, probes: int) -> float | None:
+        """Products at the look that is expected to be the last."""
+        if reading is None or self._looks == 0:
+            return None
+        factor = self._standing(reading).factor()
+        if factor is None:
+            return float(probes)
+        needed = factor * self.estimator.num_probes
+        doublings = max(0, math.ceil(math.log2(max(needed, 1.0) / probes)))
+        return probes * 2.0**doublings
