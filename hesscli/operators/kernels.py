@@ -22,8 +22,8 @@ _CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _convolve = torch.ops.aten.convolution
 _backward = torch.ops.aten.convolution_backward
 
-Geometry = tuple[list[int], list[int], list[int], int]
-"""Stride, padding, dilation, groups."""
+Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
+"""Stride, padding, dilation, transposed, output padding, groups, as the kernels take them."""
 
 
 class twice_differentiable(TorchFunctionMode):  # noqa: N801 (used as a context manager)
@@ -62,7 +62,8 @@ def _convolution(
     if isinstance(padding, str) or input.dim() != dims + 2:
         result: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
         return result
-    geometry = (_each(stride, dims), _each(padding, dims), _each(dilation, dims), groups)
+    lengths = [_each(value, dims) for value in (stride, padding, dilation)]
+    geometry = (*lengths, False, [0] * dims, groups)
     output: Tensor = _Convolution.apply(input, weight, geometry)  # type: ignore[no-untyped-call]
     return output if bias is None else output + bias.view(-1, *[1] * dims)
 
@@ -93,7 +94,8 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.geometry = geometry
-        return _forward(input, weight, geometry)
+        output: Tensor = _convolve(input, weight, None, *geometry)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
@@ -125,22 +127,15 @@ class _ConvolutionBackward(torch.autograd.Function):
         along_input, along_weight = tangents
         for_slope = for_input = for_weight = None
         if along_input is not None:
-            for_slope = _forward(along_input, weight, ctx.geometry)
+            for_slope = _convolve(along_input, weight, None, *ctx.geometry)
             only_weight = (False, ctx.needs_input_grad[2])
             for_weight = _gradients(slope, along_input, weight, ctx.geometry, only_weight)[1]
         if along_weight is not None:
-            pushed = _forward(input, along_weight, ctx.geometry)
+            pushed = _convolve(input, along_weight, None, *ctx.geometry)
             for_slope = pushed if for_slope is None else for_slope + pushed
             only_input = (ctx.needs_input_grad[1], False)
             for_input = _gradients(slope, input, along_weight, ctx.geometry, only_input)[0]
         return for_slope, for_input, for_weight, None, None
-
-
-def _forward(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    zeros = [0] * len(stride)
-    output: Tensor = _convolve(input, weight, None, stride, padding, dilation, False, zeros, groups)
-    return output
 
 
 def _gradients(
@@ -149,12 +144,8 @@ def _gradients(
     """Gradients in input and weight, None where not needed."""
     if not any(needed):
         return None, None
-    stride, padding, dilation, groups = geometry
-    zeros = [0] * len(stride)
     mask = [*needed, False]
-    in_input, in_weight, _ = _backward(
-        slope, input, weight, None, stride, padding, dilation, False, zeros, groups, mask
-    )
+    in_input, in_weight, _ = _backward(slope, input, weight, None, *geometry, mask)
     return in_input, in_weight
 
 
