@@ -18,19 +18,17 @@ BATCH_SIZE = 128
 """Examples a batch at most, where the user does not say."""
 
 
-def map_leaves(function: Callable[[Any], Any], batch: Batch) -> Batch:
-    """The same tree with ``function`` applied to each leaf; named tuples keep their names."""
+def map_tensors(function: Callable[[Any], Tensor], batch: Batch, kind: type[Any] = Tensor) -> Batch:
+    """The same tree with ``function`` applied to each tensor; named tuples keep their names.
+
+    ``kind`` is the type of other leaves that are taken in the place of tensors.
+    """
     if isinstance(batch, Mapping):
-        return {key: map_leaves(function, value) for key, value in batch.items()}
+        return {key: map_tensors(function, value, kind) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
         make = getattr(batch, "_make", type(batch))
-        return make([map_leaves(function, value) for value in batch])
-    return function(batch)
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """The same tree with ``function`` applied to each tensor."""
-    return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+        return make([map_tensors(function, value, kind) for value in batch])
+    return function(batch) if isinstance(batch, kind) else batch
 
 
 def leaves_of(batch: Batch) -> Iterator[Any]:
@@ -102,7 +100,7 @@ def filled(like: Batch, tensors: Iterable[Tensor]) -> Batch:
 def joined(batches: Sequence[Batch]) -> Batch:
     """The rows of batches of one form as one batch."""
     columns = zip(*map(tensors_of, batches), strict=True)
-    return filled(batches[0], map(torch.cat, columns))
+    return filled(batches[0], [torch.cat(column) for column in columns])
 
 
 def place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:

@@ -25,7 +25,7 @@ from hesscli.problem.batches import (
     is_sliceable,
     joined,
     leaves_of,
-    map_leaves,
+    map_tensors,
     owned,
     rows,
     size_of,
@@ -419,9 +419,7 @@ def _as_tensors(batch: Batch) -> Batch:
     Raises:
         InputError: it holds no tensor, or one without rows in memory.
     """
-    batch = map_leaves(
-        lambda leaf: torch.tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, batch
-    )
+    batch = map_tensors(torch.tensor, batch, np.ndarray)
     tensors = list(tensors_of(batch))
     if not tensors:
         raise InputError(

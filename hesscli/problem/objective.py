@@ -344,7 +344,7 @@ def _stacked(pieces: Iterator[Batch]) -> list[Batch]:
     groups: dict[Any, list[Batch]] = {}
     for piece in pieces:
         groups.setdefault(form_of(piece), []).append(piece)
-    return [joined(group) for group in groups.values()]
+    return list(map(joined, groups.values()))
 
 
 def _to_be_joined(
