@@ -242,7 +242,12 @@ def started(
     ledger.attach(clock, meter)
     if ledger is not UNKEPT:
         ledger.recognise(_facts(problem, report))
-    flight = _checked(problem, build, mode, meter, clock, ledger)
+
+    def found() -> dict[str, Any]:
+        return asdict(checked(problem, build, mode, meter, clock.watch("preflight")))
+
+    flight = _as_kept(ledger.decided("preflight", found))
+    recall(problem, build, mode, flight)
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
         before = Spent(meter.products, meter.gradients, clock.elapsed)
         operator = build(problem, mode=flight.mode, meter=meter)
@@ -269,24 +274,10 @@ def _hash(tensors: Iterable[Any]) -> str:
     return hashed.hexdigest()
 
 
-def _checked(
-    problem: Problem,
-    build: type[Operator],
-    mode: str,
-    meter: Meter,
-    clock: Clock,
-    ledger: Ledger,
-) -> Preflight:
-    """The preflight as it was, or as it is found now."""
-
-    def found() -> dict[str, Any]:
-        return asdict(checked(problem, build, mode, meter, clock.watch("preflight")))
-
-    kept = ledger.decided("preflight", found)
+def _as_kept(kept: dict[str, Any]) -> Preflight:
+    """A preflight of its plain values, which a ledger has."""
     checks = [{k: v for k, v in one.items() if k != "passed"} for one in kept["checks"]]
-    flight = Preflight(**kept | {"checks": tuple(Check(**one) for one in checks)})
-    recall(problem, build, mode, flight)
-    return flight
+    return Preflight(**kept | {"checks": tuple(Check(**one) for one in checks)})
 
 
 def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:

@@ -116,12 +116,7 @@ def preflight(
     if mode not in ("auto", *MODES):
         raise UsageError("no such autodiff mode", repr(mode), f"auto, {', '.join(MODES)}")
     proof = problem.prove()
-    numbers = max(1, problem.precision.numbers)
-    together = max(1, _TOGETHER // numbers)
-    many = Sample.of(problem, min(max(_NUMBERS // numbers, _FEWEST), _MANY), together)
-    few = many if many.count <= _FEW else Sample.of(problem, _FEW, together)
-    if few.count == many.count:  # whole batches, of which one may do for both
-        few = many
+    few, many = _samples(problem)
     meter = Meter() if meter is None else meter
     checks = [Check(name="finite loss", state="passed", detail=problem.loss.name, value=proof.loss)]
     for check in (
@@ -134,9 +129,17 @@ def preflight(
     refusals: list[str] = []
     for candidate in [known for known in MODES if mode in ("auto", known)]:
         build = partial(make, problem, mode=candidate, meter=meter)
-        outcome = _try(build, candidate, few, many, on_step)
-        if isinstance(outcome, str):
-            refusals.append(f"{candidate}: {outcome}")
+        try:
+            outcome = _test_of(problem, candidate)(build, few, many, on_step)
+        except MismatchError as mismatch:
+            refusals.append(f"{candidate}: {mismatch}")
+            continue
+        except HesscliError:
+            raise
+        except Exception as error:  # the model ran before: whatever this is, it is the mode's
+            if is_out_of_memory(error):
+                raise
+            refusals.append(f"{candidate}: {_obstacle(problem, candidate)} ({first_line(error)})")
             continue
         return Preflight(
             mode=candidate,
@@ -153,6 +156,17 @@ def preflight(
         if mode == "auto"
         else "--mode auto",
     )
+
+
+def _samples(problem: Problem) -> tuple[Sample, Sample]:
+    """Few examples and many, which are the same where that is all there are."""
+    numbers = max(1, problem.precision.numbers)
+    together = max(1, _TOGETHER // numbers)
+    many = Sample.of(problem, min(max(_NUMBERS // numbers, _FEWEST), _MANY), together)
+    few = many if many.count <= _FEW else Sample.of(problem, _FEW, together)
+    if few.count == many.count:  # whole batches, of which one may do for both
+        few = many
+    return few, many
 
 
 def _determinism(sample: Sample, meter: Meter) -> Check:
@@ -220,23 +234,11 @@ class _Outcome:
     products: float | None
 
 
-def _try(make: Make, mode: Mode, few: Sample, many: Sample, on_step: OnStep) -> _Outcome | str:
-    """The checks of one mode, or why it cannot be used."""
-    problem = few.problem
-    try:
-        if not problem.precision.is_float64:
-            return _in_own_type(make, mode, few, many, on_step)
-        if mode == "finite-difference":
-            return _by_differences(make, few, many, on_step)
-        return _against_float64(make, few, many, on_step)
-    except MismatchError as mismatch:
-        return str(mismatch)
-    except HesscliError:
-        raise
-    except Exception as error:  # the model ran before, so that whatever this is, it is the mode's
-        if is_out_of_memory(error):
-            raise
-        return f"{_obstacle(problem, mode)} ({first_line(error)})"
+def _test_of(problem: Problem, mode: Mode) -> Callable[[Make, Sample, Sample, OnStep], _Outcome]:
+    """The checks of one mode, in the types that the model computes in."""
+    if not problem.precision.is_float64:
+        return partial(_in_own_type, mode)
+    return _by_differences if mode == "finite-difference" else _against_float64
 
 
 def _against_float64(make: Make, few: Sample, many: Sample, on_step: OnStep) -> _Outcome:
@@ -293,7 +295,7 @@ def _by_differences(make: Make, few: Sample, many: Sample, on_step: OnStep) -> _
     return _Outcome((symmetry, difference), error, error)
 
 
-def _in_own_type(make: Make, mode: Mode, few: Sample, many: Sample, on_step: OnStep) -> _Outcome:
+def _in_own_type(mode: Mode, make: Make, few: Sample, many: Sample, on_step: OnStep) -> _Outcome:
     """What can be seen of a model that does not compute in float64."""
     problem = few.problem
     precision = problem.precision.narrowest
