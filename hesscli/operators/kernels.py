@@ -62,8 +62,8 @@ def _convolution(
     if isinstance(padding, str) or input.dim() != dims + 2:
         result: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
         return result
-    lengths = [_each(value, dims) for value in (stride, padding, dilation)]
-    geometry = (*lengths, False, [0] * dims, groups)
+    stride, padding, dilation = _each(stride, dims), _each(padding, dims), _each(dilation, dims)
+    geometry = stride, padding, dilation, False, [0] * dims, groups
     output: Tensor = _Convolution.apply(input, weight, geometry)  # type: ignore[no-untyped-call]
     return output if bias is None else output + bias.view(-1, *[1] * dims)
 

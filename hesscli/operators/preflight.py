@@ -19,10 +19,10 @@ from hesscli.operators.verification import (
     MismatchError,
     Product,
     Products,
-    check_difference,
-    check_gradient,
     check_symmetry,
+    gradient_comparison,
     moving,
+    product_comparison,
     vectors,
 )
 from hesscli.problem.blame import (
@@ -208,7 +208,7 @@ def _gradient(sample: Sample, meter: Meter) -> Check:
         if not precision.is_float64:
             return _gradient_in_own_type(sample, precision.narrowest, meter)
         with doubled(sample.problem):
-            return check_gradient(sample, meter)
+            return gradient_comparison(sample.problem, meter).check(sample)
     except MismatchError as mismatch:
         raise UnsoundError(
             "the gradient is not that of the loss",
@@ -251,8 +251,7 @@ def _against_float64(make: Make, few: Sample, many: Sample, on_step: OnStep) -> 
         exact, largest = _with_largest(operator, few, on_step)
         symmetry = check_symmetry(operator, few, exact, torch.float64)
         on_step()
-        made = exact if many is few else None
-        difference = check_difference(operator, many, made, on_step)
+        difference = product_comparison(operator, few, exact, on_step).check(many)
     forms, error = (0.0, 0.0) if own is None else _rounding(own, exact, largest)
     floor = max(_FLOOR, torch.finfo(problem.dtype).eps)  # a measurement may be small by chance
     return _Outcome((symmetry, difference), max(forms, floor), max(error, floor))
@@ -290,7 +289,7 @@ def _by_differences(make: Make, few: Sample, many: Sample, on_step: OnStep) -> _
         exact = Product(operator, few).with_signs()
         on_step()
         symmetry = check_symmetry(operator, few, exact, torch.float64)
-        difference = check_difference(operator, many, exact if many is few else None, on_step)
+        difference = product_comparison(operator, few, exact, on_step).check(many)
     error = max(difference.value or 0.0, _FLOOR)
     return _Outcome((symmetry, difference), error, error)
 

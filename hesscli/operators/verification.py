@@ -72,39 +72,64 @@ def vectors(problem: Objective, count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def within_bound(sample: Sample, measure: Measure, what: str) -> tuple[float, float]:
-    """An error within what is allowed, at one of a few points and steps.
+@dataclass(frozen=True)
+class Comparison:
+    """What autograd makes, beside differences that know nothing of how it was made.
 
-    The more examples, the more kinks lie within a step: where they are too many, halves of the
-    sample must each be right by themselves.
-
-    Args:
-        sample: examples of a problem in float64.
-        measure: what compares with a difference.
-        what: what a mismatch is called.
-
-    Raises:
-        MismatchError: some examples have none; the layers are named.
+    Attributes:
+        name: of the check.
+        detail: what is measured, in symbols.
+        mismatch: what it is called where it is too large.
+        measure: what compares.
     """
-    errors = []
-    for number, attempt in enumerate(_ATTEMPTS):
-        with _at(sample.problem, number, attempt) as (direction, step):
-            value, bound = measure(sample, direction, step)
-        if value <= bound:
-            return value, bound
-        errors.append(value)
-    if sample.count > _LEAST and (halves := sample.halves()):
-        found = [within_bound(half, measure, what) for half in halves]
-        return max(found, key=lambda pair: pair[0] / pair[1])
 
-    def is_wrong(mask: Tensor) -> bool:
-        part = mask * direction
-        value, bound = measure(sample, part / part.norm(), step)
-        return not value <= bound
+    name: str
+    detail: str
+    mismatch: str
+    measure: Measure
 
-    with _at(sample.problem, number, attempt) as (direction, step):
-        layers = layers_where(sample.problem.parameters, is_wrong)
-    raise MismatchError(f"{what} by {min(errors):.2%}{layers}")
+    def check(self, sample: Sample) -> Check:
+        """An error within what is allowed, at one of a few points and steps.
+
+        The more examples, the more kinks lie within a step: where they are too many, halves of
+        the sample must each be right by themselves.
+
+        Args:
+            sample: examples of a problem in float64.
+
+        Raises:
+            MismatchError: some examples have none; the layers are named.
+        """
+        pending, found = [sample], list[tuple[float, float]]()
+        while pending:
+            part, errors = pending.pop(), list[float]()
+            for number, attempt in enumerate(_ATTEMPTS):
+                with _at(part.problem, number, attempt) as (direction, step):
+                    value, bound = self.measure(part, direction, step)
+                if value <= bound:
+                    found.append((value, bound))
+                    break
+                errors.append(value)
+            else:
+                halves = part.halves() if part.count > _LEAST else ()
+                if not halves:
+                    where = self._layers_off(part)
+                    raise MismatchError(f"{self.mismatch} by {min(errors):.2%}{where}")
+                pending += reversed(halves)
+        value, bound = max(found, key=lambda pair: pair[0] / pair[1])
+        return Check(name=self.name, state="passed", detail=self.detail, value=value, bound=bound)
+
+    def _layers_off(self, sample: Sample) -> str:
+        """The layers along which there is a mismatch at the last of the points."""
+        last = len(_ATTEMPTS) - 1
+        with _at(sample.problem, last, _ATTEMPTS[last]) as (direction, step):
+
+            def is_wrong(mask: Tensor) -> bool:
+                part = mask * direction
+                value, bound = self.measure(sample, part / part.norm(), step)
+                return not value <= bound
+
+            return layers_where(sample.problem.parameters, is_wrong)
 
 
 @contextmanager
@@ -311,17 +336,13 @@ class Product:
         return Products(block, self(block))
 
 
-def check_gradient(sample: Sample, meter: Meter) -> Check:
+def gradient_comparison(problem: Objective, meter: Meter) -> Comparison:
     """|gradient'v - difference of the loss| in float64, relative to what gradient'v can be.
 
     Args:
-        sample: some examples of a problem in float64.
+        problem: in float64.
         meter: counts the work.
-
-    Raises:
-        MismatchError: they differ at every point and step; the layers are named.
     """
-    problem = sample.problem
     tensors = problem.parameters.tensors
 
     def measure(part: Sample, direction: Tensor, step: float) -> tuple[float, float]:
@@ -339,9 +360,12 @@ def check_gradient(sample: Sample, meter: Meter) -> Check:
         rounding = _rounding(problem, abs(float(value.detach())), step)
         return abs(along - truth) / scale, _BOUND + rounding / scale
 
-    value, bound = within_bound(sample, measure, "it differs from differences of the loss")
-    detail = "|g'v - difference of the loss| / |g'v| in float64"
-    return Check(name="gradient", state="passed", detail=detail, value=value, bound=bound)
+    return Comparison(
+        name="gradient",
+        detail="|g'v - difference of the loss| / |g'v| in float64",
+        mismatch="it differs from differences of the loss",
+        measure=measure,
+    )
 
 
 def check_symmetry(
@@ -384,23 +408,20 @@ def check_symmetry(
     )
 
 
-def check_difference(
-    operator: Curvature, sample: Sample, made: Products | None = None, on_step: OnStep = go_on
-) -> Check:
+def product_comparison(
+    operator: Curvature, sample: Sample, made: Products, on_step: OnStep = go_on
+) -> Comparison:
     """‖Av − difference‖ / ‖Av‖ along a unit direction, in float64.
 
     Args:
         operator: the matrix, of a problem in float64.
-        sample: the examples.
-        made: products with these examples, where there are any.
+        sample: examples with which products were made before.
+        made: these products.
         on_step: called after each product; may end it.
-
-    Raises:
-        MismatchError: they differ at every point and step; the layers are named.
     """
 
     def measure(part: Sample, direction: Tensor, step: float) -> tuple[float, float]:
-        known = made.along(direction) if made is not None and part is sample else None
+        known = made.along(direction) if part is sample else None
         found = Product(operator, part)(direction[None])[0] if known is None else known
         on_step()
         truth = _by_differences(operator, part, direction, step)
@@ -416,9 +437,12 @@ def check_difference(
             bound += rounding / scale
         return value, bound
 
-    value, bound = within_bound(sample, measure, "products disagree with central differences")
-    detail = "|Hv - difference| / |Hv| in float64"
-    return Check(name="central difference", state="passed", detail=detail, value=value, bound=bound)
+    return Comparison(
+        name="central difference",
+        detail="|Hv - difference| / |Hv| in float64",
+        mismatch="products disagree with central differences",
+        measure=measure,
+    )
 
 
 def _by_differences(operator: Curvature, sample: Sample, direction: Tensor, step: float) -> Tensor:
