@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hesscli
 from hesscli.errors import InputError
+from hesscli.operators.matrices import matrix_named
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.objective import Sample
 from hesscli.problem.problem import Problem
@@ -362,9 +363,7 @@ def test_other_matrices_of_a_sum_are_its_own(matrix: str) -> None:
     ]
     assert traces[1].trace.estimate == pytest.approx(25 * traces[0].trace.estimate, rel=1e-8)
     mean, summed = (
-        hesscli.diagnostics.run.matrix_named(matrix)(
-            Problem(model, nn.CrossEntropyLoss(reduction=r), [(x, y)])
-        ).to_dense()
+        matrix_named(matrix)(Problem(model, nn.CrossEntropyLoss(reduction=r), [(x, y)])).to_dense()
         for r in ("mean", "sum")
     )
     torch.testing.assert_close(summed, 25 * mean, rtol=1e-8, atol=1e-12)

@@ -21,7 +21,7 @@ from hesscli.diagnostics.diag import _standing as diagonal_standing
 from hesscli.diagnostics.diag import diagonal
 from hesscli.diagnostics.estimation import Estimation, Standing, Tolerance
 from hesscli.diagnostics.measurement import drive
-from hesscli.diagnostics.run import Clock, matrix_named
+from hesscli.diagnostics.run import Clock
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.estimator import Estimator, Reading, Rounding
 from hesscli.engines.hutchinson.blocks import Blocks
@@ -30,6 +30,7 @@ from hesscli.errors import BudgetError, HesscliError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.dense import Dense
 from hesscli.operators.hessian import Hessian
+from hesscli.operators.matrices import matrix_named
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
-from hesscli.errors import BudgetError, UsageError
+from hesscli.errors import BudgetError
 from hesscli.meter import Meter, OnStep, Spent
 from hesscli.operators.base import Operator
-from hesscli.operators.gauss_newton import EmpiricalFisher, Fisher, GaussNewton
-from hesscli.operators.hessian import Hessian
+from hesscli.operators.matrices import matrix_named
 from hesscli.operators.preflight import checked, recall
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
@@ -137,25 +136,6 @@ def peak_bytes(device: torch.device) -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return -(-resident // _RESIDENT_GRAIN) * _RESIDENT_GRAIN
-
-
-# -- The matrices that ``--matrix`` names ----------------------------------------------------------
-
-
-MATRICES: dict[str, type[Operator]] = {
-    matrix.name: matrix for matrix in (Hessian, GaussNewton, Fisher, EmpiricalFisher)
-}
-
-
-def matrix_named(name: str) -> type[Operator]:
-    """The operator class of a name.
-
-    Raises:
-        UsageError: no such matrix.
-    """
-    if name not in MATRICES:
-        raise UsageError("no such matrix", repr(name), f"one of {', '.join(MATRICES)}")
-    return MATRICES[name]
 
 
 # -- How every diagnostic begins: the proof, the preflight, and the matrix in its working type -----
