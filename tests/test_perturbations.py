@@ -13,8 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from hesscli import Problem
-from hesscli.diagnostics import predictions
-from hesscli.diagnostics.predictions import BITS, PRUNED, applied, changes_of, prune, round_to
+from hesscli.diagnostics import perturbations
+from hesscli.diagnostics.perturbations import (
+    BITS,
+    PRUNED,
+    applied,
+    changes_of,
+    prune,
+    round_to,
+)
 from hesscli.parameters import Parameter, Parameters
 
 EPS = 2.0**-52
@@ -292,7 +299,7 @@ class Interrupted:
         self.left, self.rang = moment, False
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> Any:
-        if frame.f_code.co_filename != predictions.__file__:
+        if frame.f_code.co_filename != perturbations.__file__:
             return None
         if event == "line" and not self.rang:
             self.left -= 1
