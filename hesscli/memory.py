@@ -1,8 +1,10 @@
-"""How much memory there is to take."""
+"""How much memory there is to take, and how much was taken."""
 
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from hesscli.units import human_bytes
 
 _SPARE = 0.9
 """Of the free memory, what may be taken: there is more to do than to hold it."""
+_RESIDENT_GRAIN = 1 << 26
+"""Resident memory is rounded up to this: its last digits differ from run to run."""
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -31,6 +35,15 @@ def available_bytes(device: torch.device | str | None = None) -> int:
     if place.type == "cuda":
         return int(torch.cuda.mem_get_info(place)[0])
     return min(_of_machine(), *_of_groups())
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The device's peak allocation, or the process's peak resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return -(-resident // _RESIDENT_GRAIN) * _RESIDENT_GRAIN
 
 
 def require_room(

@@ -17,11 +17,12 @@ from hesscli.diagnostics.choice import Choice, Draw
 from hesscli.diagnostics.estimation import Goal, Tolerance
 from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.diagnostics.reporting import chosen, expected
-from hesscli.diagnostics.run import Run, peak_bytes
+from hesscli.diagnostics.run import Run
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.engines.entries import Entries
 from hesscli.engines.hutchinson.designs import REGIME_PROBES, Probes
 from hesscli.errors import BudgetError, UsageError
+from hesscli.memory import peak_bytes
 from hesscli.meter import Spent
 from hesscli.operators.base import Operator
 from hesscli.operators.products import flatten, gradient

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +16,7 @@ import torch
 
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.errors import BudgetError
+from hesscli.memory import peak_bytes
 from hesscli.meter import Meter, OnStep, Spent
 from hesscli.operators.base import Operator
 from hesscli.operators.matrices import matrix_named
@@ -110,11 +109,7 @@ class Clock:
         )
 
 
-# -- Where a run happens, and the most memory that it took -----------------------------------------
-
-
-_RESIDENT_GRAIN = 1 << 26
-"""Resident memory is rounded up to this: its last digits differ from run to run."""
+# -- Where a run happens ---------------------------------------------------------------------------
 
 
 def environment(device: torch.device) -> Environment:
@@ -127,15 +122,6 @@ def environment(device: torch.device) -> Environment:
         threads=torch.get_num_threads(),
         tf32=cuda and torch.backends.cuda.matmul.allow_tf32,
     )
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The device's peak allocation, or the process's peak resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return -(-resident // _RESIDENT_GRAIN) * _RESIDENT_GRAIN
 
 
 # -- How every diagnostic begins: the proof, the preflight, and the matrix in its working type -----
