@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from scipy.stats import binom
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from hesscli.engines.entries import Entries, Part, Stream, replicates_for
+from hesscli.engines.entries import Entries, Part, Stream, groups, replicates_for
 from hesscli.parameters import Parameters
 
 LEVEL = 1e-3
@@ -135,3 +137,44 @@ def test_replicates_fit_into_their_memory() -> None:
     assert replicates_for(1000) == 16
     assert replicates_for(25_000_000) == 5
     assert replicates_for(10**9) == 4
+    assert replicates_for(25_000_000, torch.float64) == 4
+
+
+@pytest.mark.parametrize("most", [1, 2, 8, 16])
+def test_groups_are_the_same_wherever_one_begins(most: int) -> None:
+    """They leave nothing out, none is alone that need not be, and only the ends differ."""
+    for start, stop in itertools.combinations(range(3 * most + 3), 2):
+        found = list(groups(start, stop, most))
+        numbers = [n for first, last in found for n in range(first, last)]
+        assert numbers == list(range(start, stop))
+        sizes = [last - first for first, last in found]
+        assert max(sizes) <= most + 2 * (most > 1)
+        assert most == 1 or len(found) == 1 or min(sizes) > 1
+        assert all(last % most == 0 for _, last in found[1:-2])
+    cut = [*groups(0, 2 * most, most), *groups(2 * most, 5 * most, most)]
+    assert cut == list(groups(0, 5 * most, most))
+    assert list(groups(7, 7, most)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parts_of_the_numbers_add_up_to_the_whole(
+    parameters: Parameters, dtype: torch.dtype
+) -> None:
+    """A stream of 64 estimates, and one that is given them in four parts."""
+    rows = torch.randn(64, SIZE, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    found = []
+    for cuts in ([0, 64], [0, 16, 48, 64]):
+        entries = Entries(parameters, CPU, dtype)
+        stream = entries.stream(parameters, exact=False)
+        into = stream.of_batch(3, 1.0)
+        for start, stop in itertools.pairwise(cuts):
+            stream.add(into, rows[start:stop], start)
+        stream.keep(into)
+        stream.close_round(64)
+        found.append(entries.diagonal([Part(stream, 1.0, 64)], 0.0))
+    whole, parts = found
+    torch.testing.assert_close(parts.values, whole.values, rtol=1e-14, atol=1e-14)
+    assert whole.noise is not None
+    assert whole.noise.dtype == dtype
+    torch.testing.assert_close(parts.noise, whole.noise)
+    assert parts.freedom == whole.freedom

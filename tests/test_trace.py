@@ -182,6 +182,19 @@ def test_probe_ranges_join(relu: hesscli.Problem) -> None:
     assert parts[0] != parts[1]
 
 
+def test_ranges_of_random_columns_join() -> None:
+    """Columns of the output Hessian are numbered as probes are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 40))
+    rows = [(torch.randn(3), torch.randn(40)) for _ in range(20)]
+    problem = hesscli.Problem(model.double(), "mse", rows)
+    split = partial(hesscli.trace, problem, matrix="ggn", method="split", budget=None)
+    whole = split(probes=8).trace.estimate
+    parts = [split(probes=(a, a + 4)).trace.estimate for a in (0, 4)]
+    assert np.mean(parts) == pytest.approx(whole, rel=1e-12)
+    assert parts[0] != parts[1]
+
+
 def test_seeds_differ_and_repeat(relu: hesscli.Problem) -> None:
     runs = [probed(relu, probes=2, seed=seed).trace for seed in (5, 5, 6)]
     assert runs[0] == runs[1]

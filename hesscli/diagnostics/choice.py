@@ -160,6 +160,7 @@ def _split(
         part,
         sampled=sampled,
         seed=draw.seed,
+        first=draw.first,
         batches=draw.batches,
         stream=draw.stream(problem.parameters, exact=not sampled),
     )
@@ -225,7 +226,7 @@ def _hutchinson(
         seed=draw.seed,
         sharing=draw.sharing,
         distribution=draw.distribution,
-        first_probe=draw.first,
+        first=draw.first,
         batches=draw.batches,
         whole=whole,
         design=design,

@@ -230,7 +230,7 @@ def diagonal(
     _require_heads(rule, problem)
     clock, tolerance = Clock(budget, observe), Tolerance(rtol, atol)
     with started(problem, matrix, mode, clock, ledger) as run:
-        draw = Draw(seed, first=first, entries=Entries(problem.parameters, problem.device))
+        draw = Draw(seed, first=first, entries=_entries(problem))
         choice = chosen(run, method, draw)
         goal = partial(_standing, tolerance=tolerance)
         ending = _reading_off(choice.estimator)
@@ -250,6 +250,11 @@ def diagonal(
         stderr=found.by_name(found.best.bars()),
         **run.header(warnings(problem, outcome, tolerance)),
     )
+
+
+def _entries(problem: Problem) -> Entries:
+    """Where single entries are kept, in the type that products are in now."""
+    return Entries(problem.parameters, problem.device, problem.dtype)
 
 
 _READING = 25
@@ -308,11 +313,9 @@ class _ProbeNoise:
 
     def __init__(self, operator: Operator, draw: Draw, probes: int) -> None:
         parameters = operator.problem.parameters
-        self.entries = Entries(parameters, operator.problem.device)
+        self.entries = _entries(operator.problem)
         self.stream = self.entries.stream(parameters, exact=False)
-        self.engine = Hutchinson(
-            operator, seed=draw.seed, first_probe=draw.first, stream=self.stream
-        )
+        self.engine = Hutchinson(operator, seed=draw.seed, first=draw.first, stream=self.stream)
         self.probes = probes
 
     def expected(self, pace: Pace) -> tuple[Work, ...]:
@@ -358,9 +361,9 @@ def plan(pilot: Pilot) -> Iterator[Work]:
     """Probes to the tolerance, or one pass where none are needed."""
     goal = partial(_foreseen, tolerance=pilot.asked.tolerance("diag"))
     parameters = pilot.run.problem.parameters
-    replicates = Entries(parameters, pilot.run.problem.device).replicates
+    entries = _entries(pilot.run.problem)
     # of a source with noise within batches and between them, and a round under way
-    held = 2 * parameters.size * (8 + 8 * replicates)
+    held = 2 * parameters.size * (8 + 2 * entries.dtype.itemsize * entries.replicates)
     *before, last = pilot.estimated(goal)
     yield from before
     yield replace(last, num_bytes=held)

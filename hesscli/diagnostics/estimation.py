@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
 from hesscli.diagnostics.measurement import Pace, Work
+from hesscli.engines.entries import GROUP
 from hesscli.engines.estimator import Engine, Estimator, Reading, Rounding, read
 from hesscli.engines.hutchinson.table import Sharing
 from hesscli.engines.unit_vectors import UnitVectors
@@ -63,8 +64,6 @@ def first_look(sharing: Sharing, num_batches: int) -> int:
 
 _SHOW_EVERY = 0.3
 """Seconds between two readings of a growing table for the progress bar."""
-_FIRST_ROUND = 16
-"""Probes of a number that was set beforehand, before the first that can be reported."""
 _MOST_LOOKS = 40
 """That are planned."""
 
@@ -266,10 +265,16 @@ class Estimation:
         return self._outcome("converged" if reached else cut, reading)
 
     def _through(self, probes: int) -> Iterator[Snapshot]:
-        """A number of probes in doubling rounds, so that a run cut short has half of them."""
-        rounds = [probes]
-        while rounds[0] > _FIRST_ROUND:
-            rounds.insert(0, rounds[0] // 2)
+        """A number of probes in doubling rounds, so that a run cut short has half of them.
+
+        Rounds end where groups of probes do, wherever they begin.
+        """
+        half, rounds, first = probes // 2, [probes], self.estimator.first
+        while half >= GROUP // 2:
+            end = -(-(first + half) // GROUP) * GROUP - first
+            if end < rounds[0] - 1:
+                rounds.insert(0, end)
+            half //= 2
         for self._target in [count for count in rounds if count >= self._target]:
             yield from self._extend(self._target)
         self._status = self._settled(self._look())

@@ -19,6 +19,7 @@ class Cells:
 
     Args:
         operator: the matrix.
+        first: number of the first estimate, so that runs can be split by them.
         batches: only so many of the first batches (a pilot), default all.
         whole: the network's parameters where the operator has but some of them; the table's
             columns are the whole's layers.
@@ -37,11 +38,12 @@ class Cells:
         self,
         operator: Source,
         *,
+        first: int = 0,
         batches: int | None = None,
         whole: Parameters | None = None,
         stream: Stream | None = None,
     ) -> None:
-        self.operator, self.stream = operator, stream
+        self.operator, self.first, self.stream = operator, first, stream
         self.indices = operator.indices[:batches]
         self._sums = LayerSums(operator.parameters, whole)
         empty: Array = np.empty((0, self._sums.num_layers + 1))
@@ -78,6 +80,7 @@ class Cells:
     def state_dict(self) -> State:
         """The table by batch and estimate, and the entries: of whole batches, at every step."""
         return {
+            "first": self.first,
             "batches": list(self.indices),
             "estimates": [len(self.cells[i]) for i in self.indices],
             "cells": np.concatenate([self.cells[i] for i in self.indices]),

@@ -158,7 +158,7 @@ class Diagonal:
 
     Attributes:
         values: ``(d,)`` float64, unbiased for the true diagonal.
-        noise: ``(G, d)`` float32, replicates of the joint error of all entries: given the data
+        noise: ``(G, d)``, replicates of the joint error of all entries: given the data
             uncorrelated draws of mean zero, whose covariance is an unbiased estimate of the
             error's. None where the values are exact.
         freedom: degrees of freedom of a variance estimated from the replicates, at most G; 0 where

@@ -11,8 +11,9 @@ has, and it is made in one pass.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +27,40 @@ from hesscli.state import State
 MOST_REPLICATES, FEWEST_REPLICATES = 16, 4
 REPLICATE_BYTES = 1 << 30
 """Bytes of replicates up to which there are as many as there may be."""
+GROUP = 16
+"""Estimates of a batch that are made, and centred, together; a power of two."""
 _WITHIN, _BETWEEN = 0x517, 0xBE7
 """Separate the signs of replicates from other uses of a seed."""
 
 
-def replicates_for(size: int) -> int:
-    """Replicates of a vector of so many entries: float32, within and between batches."""
-    return max(FEWEST_REPLICATES, min(MOST_REPLICATES, REPLICATE_BYTES // max(1, 8 * size)))
+def replicates_for(size: int, dtype: torch.dtype = torch.float32) -> int:
+    """Replicates of a vector of so many entries, within and between batches."""
+    each = max(1, 2 * dtype.itemsize * size)
+    return max(FEWEST_REPLICATES, min(MOST_REPLICATES, REPLICATE_BYTES // each))
+
+
+def power_of_two(most: int) -> int:
+    """The largest up to a number."""
+    return 1 << (most.bit_length() - 1)
+
+
+def groups(start: int, stop: int, most: int = GROUP) -> Iterator[tuple[int, int]]:
+    """Numbers from ``start`` to ``stop`` in groups that end where ``most`` divides.
+
+    So runs that begin elsewhere make the same groups of the same numbers. One number alone, which
+    would tell nothing of its error, goes with its neighbours.
+
+    Args:
+        start: the first.
+        stop: the one after the last.
+        most: in a group, a power of two; one or two more where numbers would be alone.
+    """
+    bounds = [start, *range((start // most + 1) * most, stop, most), stop]
+    if most > 1 and len(bounds) > 2 and bounds[1] - bounds[0] == 1:
+        del bounds[1]
+    if most > 1 and len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
+        del bounds[-2]
+    return itertools.pairwise(bounds) if start < stop else iter(())
 
 
 @dataclass
@@ -99,6 +127,7 @@ class Stream:
         number: tells the sources of one diagonal apart.
         exact: rows have no noise of their own, and any number of them add up for a batch.
         replicates: of the error.
+        dtype: of the replicates.
         device: where to accumulate.
     """
 
@@ -109,10 +138,11 @@ class Stream:
         *,
         exact: bool,
         replicates: int,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.parameters, self.number, self.exact = parameters, number, exact
-        self.replicates, self.device = replicates, device
+        self.replicates, self.dtype, self.device = replicates, dtype, device
         self._done: _Round | None = None
         self._open: _Round | None = None
 
@@ -127,19 +157,26 @@ class Stream:
             batch,
             weight,
             torch.zeros(size, dtype=torch.float64, device=self.device),
-            torch.zeros(self.replicates, size, device=self.device),
+            self._replicates(),
         )
 
     def add(self, into: BatchSum, block: Tensor, first: int) -> None:
-        """Add independent estimates ``(P, d)``, best two or more; ``first`` numbers them."""
+        """Add independent estimates ``(P, d)``, best two or more; ``first`` numbers them.
+
+        Runs that begin elsewhere have the same of the same numbers where they add whole groups.
+        """
+        for start, stop in groups(first, first + len(block)):
+            self._add_group(into, block[start - first : stop - first], start)
+
+    def _add_group(self, into: BatchSum, rows: Tensor, first: int) -> None:
         assert into.within is not None
-        count = len(block)
-        into.total += block.sum(0, dtype=torch.float64)
+        count = len(rows)
+        into.total += rows.sum(0, dtype=torch.float64)
         if count == 1:  # tells nothing of its error
             return
         signs = self._signs((_WITHIN, self.number, into.batch, first), count)
         scale = into.weight * math.sqrt(count / (count - 1))
-        into.within.addmm_(signs, (block - block.mean(0)).float(), alpha=scale)
+        into.within.addmm_(signs, (rows - rows.mean(0)).to(self.dtype), alpha=scale)
         into.freedom += count - 1
 
     def keep(self, found: BatchSum) -> None:
@@ -149,7 +186,7 @@ class Stream:
         now = self._open
         now.total.add_(found.total, alpha=found.weight)
         signs = self._signs((_BETWEEN, found.batch), 1)
-        now.between.addmm_(signs, found.total.float()[None], alpha=found.weight)
+        now.between.addmm_(signs, found.total.to(self.dtype)[None], alpha=found.weight)
         if found.within is not None and now.within is not None:
             now.within += found.within
         now.weights[found.batch] = found.weight
@@ -209,8 +246,8 @@ class Stream:
             return values, noise, 0.0  # one batch tells nothing of others
         if fraction < 1:
             signs = torch.cat([self._signs((_BETWEEN, b), 1) for b in now.weights], dim=1)
-            weights = torch.tensor(list(now.weights.values()), device=self.device)
-            drift = (signs @ weights)[:, None] * values.float()
+            weights = signs.new_tensor(list(now.weights.values()))
+            drift = (signs @ weights)[:, None] * values.to(self.dtype)
             scale = math.sqrt((1 - fraction) * batches / (batches - 1)) / mass
             between = (now.between / count - drift) * scale
             noise = between if noise is None else noise + between
@@ -218,19 +255,22 @@ class Stream:
         return values, noise, freedom
 
     def _empty(self) -> _Round:
-        size, device = self.parameters.size, self.device
         return _Round(
-            total=torch.zeros(size, dtype=torch.float64, device=device),
-            within=None if self.exact else torch.zeros(self.replicates, size, device=device),
-            between=torch.zeros(self.replicates, size, device=device),
+            total=torch.zeros(self.parameters.size, dtype=torch.float64, device=self.device),
+            within=None if self.exact else self._replicates(),
+            between=self._replicates(),
             weights={},
         )
+
+    def _replicates(self) -> Tensor:
+        size = self.replicates, self.parameters.size
+        return torch.zeros(*size, dtype=self.dtype, device=self.device)
 
     def _signs(self, words: tuple[int, ...], count: int) -> Tensor:
         """Signs ``(G, count)``: a row for each replicate."""
         size = self.replicates * count
         flat = randomness.rademacher(
-            randomness.key(*words), 0, size, dtype=torch.float32, device=self.device
+            randomness.key(*words), 0, size, dtype=self.dtype, device=self.device
         )
         return flat.view(self.replicates, count)
 
@@ -253,11 +293,14 @@ class Entries:
     Args:
         parameters: whose entries.
         device: where to accumulate.
+        dtype: of the replicates: that of the estimates says all that there is to say.
     """
 
-    def __init__(self, parameters: Parameters, device: torch.device) -> None:
-        self.parameters, self.device = parameters, device
-        self.replicates = replicates_for(parameters.size)
+    def __init__(
+        self, parameters: Parameters, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.parameters, self.device, self.dtype = parameters, device, dtype
+        self.replicates = replicates_for(parameters.size, dtype)
         self._count = 0
 
     def stream(self, parameters: Parameters, *, exact: bool) -> Stream:
@@ -268,6 +311,7 @@ class Entries:
             self._count,
             exact=exact,
             replicates=self.replicates,
+            dtype=self.dtype,
             device=self.device,
         )
 
@@ -280,7 +324,8 @@ class Entries:
             value, error, own = part.stream.snapshot(part.fraction, part.count)
             _embed(values[None], value[None], self.parameters, part.stream.parameters)
             if error is not None:
-                noise = torch.zeros(self.replicates, len(values)) if noise is None else noise
+                if noise is None:
+                    noise = torch.zeros(self.replicates, len(values), dtype=self.dtype)
                 _embed(noise, error, self.parameters, part.stream.parameters)
             freedom = min(freedom, own)
         if freedom:

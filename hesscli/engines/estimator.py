@@ -87,6 +87,11 @@ class Estimator:
         return self.sources[0].indices
 
     @property
+    def first(self) -> int:
+        """The number of the first probe, or random column."""
+        return self.sources[-1].first
+
+    @property
     def num_probes(self) -> int:
         """Probes that every batch has seen, or columns where there are no probes."""
         return 0 if self.probes is None else self.probes.count

@@ -10,13 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hesscli import randomness
 from hesscli.engines.cells import Cells
-from hesscli.engines.entries import Stream
+from hesscli.engines.entries import Stream, groups, power_of_two
 from hesscli.errors import UsageError
 from hesscli.operators.base import BLOCK_BYTES
 from hesscli.operators.source import ByExample, Pass
@@ -33,6 +32,7 @@ class PerExample(Cells):
         operator: G, whose output Hessian must be known and whose examples independent.
         sampled: random columns, as many as are asked for, in place of all of them.
         seed: of the random columns.
+        first: number of the first random column, so that runs can be split by them.
         batches: only so many of the first batches (a pilot), default all.
         stream: takes the estimates of single entries, where they are wanted.
 
@@ -51,10 +51,11 @@ class PerExample(Cells):
         *,
         sampled: bool = False,
         seed: int = 0,
+        first: int = 0,
         batches: int | None = None,
         stream: Stream | None = None,
     ) -> None:
-        super().__init__(operator, batches=batches, stream=stream)
+        super().__init__(operator, first=first, batches=batches, stream=stream)
         self.sampled, self.seed, self.least = sampled, seed, 2 if sampled else 1
         self.passes = operator.passes()
         found = self.passes.columns
@@ -106,10 +107,9 @@ class PerExample(Cells):
     def _rounds_to(self, wanted: int) -> list[int]:
         """Where rounds begin and end, each of as many draws as memory allows."""
         began = min(len(cells) for cells in self.cells.values())
-        most = max(2, BLOCK_BYTES // (8 * max(1, self.operator.parameters.size)))
-        rounds = max(1, (wanted - began) // most) if wanted > began else 0
-        bounds: list[int] = np.linspace(began, wanted, rounds + 1).astype(int).tolist()
-        return bounds
+        most = power_of_two(max(2, BLOCK_BYTES // (8 * max(1, self.operator.parameters.size))))
+        rounds = groups(self.first + began, self.first + wanted, most)
+        return [began, *(stop - self.first for _, stop in rounds)]
 
     def _visit(self, batch: int, done: int, wanted: int) -> Iterator[None]:
         """Add a batch: its parts, on one graph each, and on that all its columns."""
@@ -123,7 +123,7 @@ class PerExample(Cells):
         weight = masses[batch] / sum(masses)
         if self.stream is not None and self.sampled:
             entries = self.stream.of_batch(batch, weight)
-            self.stream.add(entries, kept, done)
+            self.stream.add(entries, kept, self.first + done)
             self.stream.keep(entries)
         elif self.stream is not None:
             self.stream.add_exact(batch, weight, kept[0])
@@ -142,5 +142,6 @@ class PerExample(Cells):
                     yield 0, sign, part
             return
         for draw in range(done, wanted):
-            for sign, column in columns.draw(randomness.key(_DRAWS, self.seed, batch, draw), first):
+            stream = randomness.key(_DRAWS, self.seed, batch, self.first + draw)
+            for sign, column in columns.draw(stream, first):
                 yield draw - done, sign, [column]

@@ -8,15 +8,13 @@ diagonal of a matrix"), so that layers and single entries come with the total.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hesscli.engines.cells import Cells
-from hesscli.engines.entries import Stream
+from hesscli.engines.entries import GROUP, Stream, groups, power_of_two
 from hesscli.engines.hutchinson.designs import Design, Plain, Probes
 from hesscli.engines.hutchinson.table import Sharing, Table, reduce_table
 from hesscli.operators.source import Source, Term
@@ -33,7 +31,7 @@ class Hutchinson(Cells):
         seed: of the probes.
         sharing: ``fresh`` probes for every batch, or one set ``shared`` by all.
         distribution: of the probes' entries.
-        first_probe: number of the first probe, so that runs can be split by probes.
+        first: number of the first probe, so that runs can be split by probes.
         batches: only so many of the first batches (a pilot), default all.
         whole: the network's parameters where the operator has but some of them; the table's
             columns are the whole's layers.
@@ -53,15 +51,14 @@ class Hutchinson(Cells):
         seed: int,
         sharing: Sharing = "fresh",
         distribution: Distribution = "rademacher",
-        first_probe: int = 0,
+        first: int = 0,
         batches: int | None = None,
         whole: Parameters | None = None,
         design: Design | None = None,
         stream: Stream | None = None,
     ) -> None:
-        super().__init__(operator, batches=batches, whole=whole, stream=stream)
-        self.sharing, self.first_probe = sharing, first_probe
-        self.distribution = distribution
+        super().__init__(operator, first=first, batches=batches, whole=whole, stream=stream)
+        self.sharing, self.distribution = sharing, distribution
         self.probes = Probes(operator, seed, sharing, distribution)
         self.design = Plain() if design is None else design
 
@@ -87,7 +84,7 @@ class Hutchinson(Cells):
         forms: list[Tensor] = []
         entries = None if self.stream is None else self.stream.of_batch(term.index, term.weight)
         for start, stop in self._blocks(done, wanted):
-            block = self.probes.block(term.index, self.first_probe + start, stop - start)
+            block = self.probes.block(term.index, start, stop - start)
             estimates = self.design.estimates(term, block)
             forms.append(self._sums(estimates))
             if self.stream is not None and entries is not None:
@@ -99,11 +96,10 @@ class Hutchinson(Cells):
         self._add(term.index, new)
 
     def _blocks(self, done: int, wanted: int) -> Iterator[tuple[int, int]]:
-        """Blocks that memory allows, of two and more where they are to be centred."""
+        """Numbers of probes in blocks that memory allows, of two and more to be centred."""
         least = 1 if self.stream is None else 2
-        count = -(-max(wanted - done, 0) // max(least, self.operator.block_size))
-        bounds = np.linspace(done, wanted, count + 1).astype(int).tolist()
-        yield from itertools.pairwise(bounds)
+        most = power_of_two(max(least, min(GROUP, self.operator.block_size)))
+        return groups(self.first + done, self.first + wanted, most)
 
     def table(self) -> Table | None:
         """What the table says so far, or None before two probes on two batches (if there are two).
@@ -118,8 +114,7 @@ class Hutchinson(Cells):
 
     def state_dict(self) -> State:
         """With what the design has made before any probe."""
-        mine = {"first_probe": self.first_probe, "design": self.design.state_dict()}
-        return super().state_dict() | mine
+        return super().state_dict() | {"design": self.design.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Be where an engine of the same matrix, probes and design was."""
