@@ -35,7 +35,7 @@ class Live:
         self.parameters, self.meter = Parameters.of(model), Meter()
         self.apply = hessian_double_backward(lambda _: loss, self.parameters.tensors)
 
-    def batches(self) -> Iterator[Live]:
+    def batches(self, _among: object = None) -> Iterator[Live]:
         yield self
 
 

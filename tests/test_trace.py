@@ -7,12 +7,13 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
+from scipy.stats import t as student
 from torch import nn
 
 import hesscli
@@ -193,6 +194,62 @@ def test_ranges_of_random_columns_join() -> None:
     parts = [split(probes=(a, a + 4)).trace.estimate for a in (0, 4)]
     assert np.mean(parts) == pytest.approx(whole, rel=1e-12)
     assert parts[0] != parts[1]
+
+
+GROUPS = 6
+
+
+def grouped(count: int) -> hesscli.Problem:
+    """Linear regression: the trace of a batch's Hessian is the mean square of its inputs."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    pairs = tuple(
+        (torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64))
+        for _ in range(count)
+    )
+    return hesscli.Problem(model, "mse", FrozenData(pairs, (4,) * count, 4 * count, True, "own"))
+
+
+def test_a_range_of_batches_speaks_of_all_with_the_noise_of_a_sample() -> None:
+    problem = grouped(2 * GROUPS)
+    inputs = torch.stack([batch[0] for batch in problem.data.batches])
+    traces = 2 * (inputs.square().sum(2).mean(1) + 1).numpy()  # d²/dθ² of a square is 2
+    for first in (0, GROUPS):
+        result = hesscli.trace(problem, batches=(first, first + GROUPS), budget=None)
+        own = traces[first : first + GROUPS]
+        width = student.isf(0.025, GROUPS - 1) * (own.var(ddof=1) / GROUPS / 2) ** 0.5
+        low, high = result.trace.interval
+        assert result.trace.estimate == pytest.approx(own.mean(), rel=1e-12)
+        assert (high - low) / 2 == pytest.approx(width, rel=1e-9)
+        assert result.status != "exact"
+        assert any(f"{GROUPS} of {2 * GROUPS} batches" in told for told in result.warnings)
+        assert result.problem == hesscli.trace(problem).problem
+    whole = hesscli.trace(problem)
+    assert whole.status == "exact"
+    assert not whole.warnings
+
+
+def test_ranges_of_batches_join() -> None:
+    """Each has the probes that it has in a run over all."""
+    problem = grouped(GROUPS)
+    drawn = partial(hesscli.trace, problem, method="hutchinson", probes=4, budget=None)
+    parts = [drawn(batches=pair).trace.estimate for pair in ((0, 2), (2, GROUPS))]
+    mean = (2 * parts[0] + (GROUPS - 2) * parts[1]) / GROUPS
+    assert mean == pytest.approx(drawn().trace.estimate, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ({"batches": (0, GROUPS + 1)}, "one of those that there are"),
+        ({"batches": (3, 3)}, "one of those that there are"),
+        ({"batches": (0, 2), "method": "hutchinson"}, "needs a number"),
+        ({"batches": (0, 2), "method": "deflated", "probes": 4}, "cannot be deflated"),
+    ],
+)
+def test_ranges_that_mean_nothing_are_refused(how: dict[str, Any], what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        hesscli.trace(grouped(GROUPS), **how)
 
 
 def test_seeds_differ_and_repeat(relu: hesscli.Problem) -> None:

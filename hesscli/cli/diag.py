@@ -55,6 +55,7 @@ Examples:
         options.CONFIDENCE,
         options.BUDGET,
         options.PROBES,
+        options.BATCHES,
         options.METHOD,
         options.BLOCK,
         *options.COMPUTE,

@@ -162,7 +162,17 @@ PROBES = _ACCURACY.value(
     "a number of probes, or a range a:b with a below b",
     "--probes 64 or --probes 64:128",
     metavar="N|a:b",
-    help="Use exactly these random probes, whatever the tolerance. Default: as many as it takes.",
+    help="Use exactly so many random probes, whatever the tolerance, or those from number a up to "
+    "b: a part of a run, for `hesscli join`. Default: as many as it takes.",
+)
+BATCHES = _ACCURACY.value(
+    "--batches",
+    parsing.numbers,
+    "a range a:b of batches with a below b",
+    "--batches 0:8",
+    metavar="a:b",
+    help="Measure only the batches from number a up to b: a part of a run, for `hesscli join`. "
+    "Default: all.",
 )
 VERIFY = _ACCURACY.switch(
     "--verify",
@@ -190,7 +200,7 @@ STEPS = _ACCURACY.value(
 START_VECTORS = _ACCURACY.value(
     "--probes",
     parsing.count,
-    "a number of start vectors, 1 or more",
+    "a number of start vectors, 1 or more: no range, since later ones need the first",
     "--probes 5",
     metavar="N",
     default=5,

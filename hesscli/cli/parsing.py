@@ -13,15 +13,15 @@ from typing import NamedTuple
 from hesscli.vocabulary import BlockRule, RowKind, Selection, WindowBlocks
 
 
-class ProbeRange(NamedTuple):
-    """The probes from ``start`` up to, not including, ``stop``."""
+class Range(NamedTuple):
+    """The numbers from ``start`` up to, not including, ``stop``."""
 
     start: int
     stop: int
 
     def __str__(self) -> str:
         """As it is typed."""
-        return f"{self.start}:{self.stop}" if self.start else str(self.stop)
+        return f"{self.start}:{self.stop}"
 
 
 class DampingValue(NamedTuple):
@@ -89,13 +89,18 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def probes(text: str) -> ProbeRange:
-    """Which probes of the stream, ``N`` or ``a:b``."""
-    first, colon, last = text.rpartition(":")
-    probes = ProbeRange(whole(first) if colon else 0, whole(last))
-    if probes.start >= probes.stop:
+def numbers(text: str) -> Range:
+    """A part of all numbers, ``a:b``."""
+    first, _, last = text.partition(":")
+    numbers = Range(whole(first), whole(last))
+    if numbers.start >= numbers.stop:
         raise ValueError
-    return probes
+    return numbers
+
+
+def probes(text: str) -> int | Range:
+    """How many probes, ``N``, or which of them all, ``a:b``."""
+    return numbers(text) if ":" in text else count(text)
 
 
 def as_typed(parse: Callable[[str], object]) -> Callable[[str], str]:

@@ -28,6 +28,7 @@ Examples:
         options.CONFIDENCE,
         options.BUDGET,
         options.PROBES,
+        options.BATCHES,
         options.METHOD,
         *options.COMPUTE,
         options.LAYERS,

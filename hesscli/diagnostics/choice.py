@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from hesscli.operators.gauss_newton import (
 from hesscli.operators.hessian import Hessian, Residual
 from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
+from hesscli.problem.problem import Problem
 from hesscli.randomness import Distribution, key
 from hesscli.vocabulary import METHODS
 
@@ -60,7 +61,8 @@ _TURN = 0x7042
 class Draw:
     """How probes are drawn, and where single entries are kept if they are wanted.
 
-    ``batches`` takes only so many of the first batches, for a pilot.
+    ``batches`` are the numbers of those that are measured, all where it is None; those of a
+    ``pilot`` stand for all.
     """
 
     seed: int = 0
@@ -68,7 +70,8 @@ class Draw:
     distribution: Distribution = "rademacher"
     first: int = 0
     entries: Entries | None = None
-    batches: int | None = None
+    batches: Sequence[int] | None = None
+    pilot: bool = False
 
     def stream(self, parameters: Parameters, *, exact: bool) -> Stream | None:
         """A new stream of entries, or None."""
@@ -105,6 +108,33 @@ def probe_range(probes: int | tuple[int, int] | None) -> tuple[int, int | None]:
     if fixed is not None and fixed < 2:
         raise UsageError("an error bar needs two probes", f"{fixed} probes", "--probes 2 or more")
     return first, fixed
+
+
+def batches_within(
+    problem: Problem, given: tuple[int, int] | None, method: str
+) -> tuple[int, ...] | None:
+    """The batches of a range that weigh something; None where all are meant.
+
+    Raises:
+        UsageError: there are not so many, or none of them weighs anything.
+    """
+    if given is None:
+        return None
+    if method == "deflated":
+        raise UsageError(
+            "a range of batches cannot be deflated by itself",
+            "--method deflated, whose directions are of all batches",
+            "a range of probes for each machine, as --probes 0:64, or --method hutchinson",
+        )
+    first, last = given
+    found = tuple(i for i in problem.indices if first <= i < last)
+    if not 0 <= first < last <= problem.num_batches or not found:
+        raise UsageError(
+            "a range of batches must be one of those that there are",
+            f"batches {first}:{last} of {problem.num_batches}",
+            f"--batches 0:{problem.num_batches}, or a part of that",
+        )
+    return found
 
 
 def choose(
@@ -170,6 +200,7 @@ def _split(
         operator,
         gauss_newton=gauss_newton,
         entries=draw.entries,
+        pilot=draw.pilot,
     )
     passes = {0: "no backward pass", 1: "one backward pass"}.get(
         columns, f"{columns} backward passes"
@@ -212,6 +243,7 @@ def _probed(
         operator,
         probes=_hutchinson(operator, draw, design=_designed(operator, method, draw)),
         entries=draw.entries,
+        pilot=draw.pilot,
     )
     name = "hutchinson" if method == "auto" else method
     rethink = Better(draw, on_step) if method == "auto" else None

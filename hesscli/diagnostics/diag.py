@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hesscli.diagnostics.block_variance import block_report
-from hesscli.diagnostics.choice import Draw, probe_range
+from hesscli.diagnostics.choice import Draw, batches_within, probe_range
 from hesscli.diagnostics.estimation import Outcome, Standing, Tolerance
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Pace, Work, drive
@@ -193,6 +193,7 @@ def diagonal(
     confidence: float = USUAL_CONFIDENCE,
     budget: float | None = USUAL_BUDGET,
     probes: int | tuple[int, int] | None = None,
+    batches: tuple[int, int] | None = None,
     block: str = "auto",
     method: str = "auto",
     seed: int = 0,
@@ -211,6 +212,7 @@ def diagonal(
         budget: seconds; None for no limit.
         probes: a fixed number ``N`` instead of a tolerance, or probes ``(a, b)`` of the stream.
             Where the diagonal is exact, they only show the noise that AdaHessian would face.
+        batches: only the batches ``(a, b)``, whose number of probes must be fixed.
         block: AdaHessian's block averaging: ``auto``, ``row``, ``kernel``, ``channel``,
             ``head:N`` or ``N`` consecutive entries.
         method: as for :func:`hesscli.trace`.
@@ -230,13 +232,14 @@ def diagonal(
     _require_heads(rule, problem)
     clock, tolerance = Clock(budget, observe), Tolerance(rtol, atol)
     with started(problem, matrix, mode, clock, ledger) as run:
-        draw = Draw(seed, first=first, entries=_entries(problem))
+        measured = batches_within(problem, batches, method)
+        draw = Draw(seed, first=first, entries=_entries(problem), batches=measured)
         choice = chosen(run, method, draw)
         goal = partial(_standing, tolerance=tolerance)
         ending = _reading_off(choice.estimator)
         outcome = estimated(run, choice, goal, 1 - confidence, fixed, ending)
         faced = None
-        if fixed is not None and outcome.status == "exact":
+        if fixed is not None and _is_known(problem, outcome):
             faced = _probe_noise(run, replace(draw, entries=None), fixed)
     found = FoundDiagonal(problem, outcome, faced, rule, confidence)
     return DiagResult(
@@ -255,6 +258,16 @@ def diagonal(
 def _entries(problem: Problem) -> Entries:
     """Where single entries are kept, in the type that products are in now."""
     return Entries(problem.parameters, problem.device, problem.dtype)
+
+
+def _is_known(problem: Problem, outcome: Outcome) -> bool:
+    """Whether the diagonal has no error, or would have none if it was of all the batches."""
+    estimator = outcome.estimator
+    if not estimator.partial or outcome.status == "interrupted":
+        return outcome.status == "exact"
+    whole = len(estimator.sources[0].seen) == len(estimator.indices)
+    is_all = problem.sampling_fraction == 1 and outcome.rounding.known
+    return estimator.exact and whole and is_all
 
 
 _READING = 25
@@ -315,7 +328,13 @@ class _ProbeNoise:
         parameters = operator.problem.parameters
         self.entries = _entries(operator.problem)
         self.stream = self.entries.stream(parameters, exact=False)
-        self.engine = Hutchinson(operator, seed=draw.seed, first=draw.first, stream=self.stream)
+        self.engine = Hutchinson(
+            operator,
+            seed=draw.seed,
+            first=draw.first,
+            batches=draw.batches,
+            stream=self.stream,
+        )
         self.probes = probes
 
     def expected(self, pace: Pace) -> tuple[Work, ...]:

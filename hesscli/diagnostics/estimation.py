@@ -428,7 +428,7 @@ class Estimation:
         return Snapshot(
             phase=self.estimator.phase,
             done=self.estimator.products - self._start if probing else self.estimator.coverage(),
-            total=self._expected(reading, probes) if probing else 1.0,
+            total=self._expected(reading, probes) if probing else self.estimator.reach,
             estimate=None if reading is None else float(reading.estimate[-1]),
             interval=None if reading is None else reading.interval(),
         )

@@ -158,7 +158,8 @@ class Pilot:
             draw = Draw(
                 key(_PILOT_SEED, self.asked.seed),
                 entries=Entries(problem.parameters, problem.device),
-                batches=batches,
+                batches=problem.indices[:batches],
+                pilot=True,
             )
             choice, on_step = chosen(self.run, method, draw), self.run.clock.watch("pilot")
             for _ in choice.estimator.extend(probes):

@@ -14,6 +14,7 @@ from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.run import Run
 from hesscli.engines.estimator import Reading, Rounding
 from hesscli.engines.per_example import PerExample
+from hesscli.errors import UsageError
 from hesscli.meter import watched
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound
@@ -60,7 +61,17 @@ def chosen(run: Run, method: str, draw: Draw) -> Choice:
 def estimation(
     run: Run, choice: Choice, goal: Goal, miss: float, probes: int | None = None
 ) -> Estimation:
-    """The chosen estimator's way to a goal, or through a number of probes."""
+    """The chosen estimator's way to a goal, or through a number of probes.
+
+    Raises:
+        UsageError: some of the batches, each of which would need a number of its own.
+    """
+    if probes is None and choice.estimator.partial and not choice.estimator.exact:
+        raise UsageError(
+            "what is drawn of a range of batches needs a number",
+            "--batches without --probes: a tolerance ends each range elsewhere",
+            "--probes 64, or as many as you like, the same for every range",
+        )
     rethink = None if choice.rethink is None else replace(choice.rethink, fits=run.pace())
     rounding = choice.rounding or rounding_of(run, choice)
     return Estimation(choice.estimator, goal, miss, rounding, rethink, probes)
@@ -191,6 +202,13 @@ def _freedom(reading: Reading) -> float | None:
 
 def warnings(problem: Problem, outcome: Outcome, tolerance: Tolerance) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
+    if outcome.estimator.partial:
+        seen, every = len(outcome.estimator.indices), len(problem.indices)
+        yield (
+            f"{seen} of {every} batches were measured: error bars have what the others would "
+            "change as data noise"
+        )
+        return
     yield from warnings_of_samples(problem, outcome.reading)
     if outcome.status == "data-limited" and math.isfinite(outcome.reading.half_width[-1]):
         yield from _examples_advice(problem, outcome.reading, tolerance)

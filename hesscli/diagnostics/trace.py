@@ -8,7 +8,7 @@ from functools import partial
 
 from scipy.special import ndtri
 
-from hesscli.diagnostics.choice import Draw, probe_range
+from hesscli.diagnostics.choice import Draw, batches_within, probe_range
 from hesscli.diagnostics.estimation import Standing, Tolerance
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Work
@@ -39,6 +39,7 @@ def trace(
     confidence: float = USUAL_CONFIDENCE,
     budget: float | None = USUAL_BUDGET,
     probes: int | tuple[int, int] | None = None,
+    batches: tuple[int, int] | None = None,
     probe_design: Sharing = "fresh",
     probe_distribution: Distribution = "rademacher",
     method: str = "auto",
@@ -57,6 +58,7 @@ def trace(
         confidence: probability with which the interval is to hold, looks included.
         budget: seconds; None for no limit.
         probes: a fixed number ``N`` instead of a tolerance, or probes ``(a, b)`` of the stream.
+        batches: only the batches ``(a, b)``, whose number of probes must be fixed.
         probe_design: ``fresh`` probes for each batch, or ``shared`` ones. Fresh ones are never
             worse unless the batches' matrices cancel in their mean, which those of a loss with a
             positive semidefinite part do not: tr A_a A_b ≥ 0.
@@ -77,7 +79,8 @@ def trace(
     first, fixed = probe_range(probes)
     clock, tolerance = Clock(budget, observe), Tolerance(rtol, atol)
     with started(problem, matrix, mode, clock, ledger) as run:
-        draw = Draw(seed, probe_design, probe_distribution, first)
+        measured = batches_within(problem, batches, method)
+        draw = Draw(seed, probe_design, probe_distribution, first, batches=measured)
         choice = chosen(run, method, draw)
         goal = partial(standing, tolerance=tolerance)
         outcome = estimated(run, choice, goal, 1 - confidence, fixed)

@@ -20,7 +20,7 @@ class Cells:
     Args:
         operator: the matrix.
         first: number of the first estimate, so that runs can be split by them.
-        batches: only so many of the first batches (a pilot), default all.
+        batches: the numbers of those that it goes through, default all that weigh something.
         whole: the network's parameters where the operator has but some of them; the table's
             columns are the whole's layers.
         stream: takes the estimates of single entries, where they are wanted.
@@ -39,12 +39,12 @@ class Cells:
         operator: Source,
         *,
         first: int = 0,
-        batches: int | None = None,
+        batches: Sequence[int] | None = None,
         whole: Parameters | None = None,
         stream: Stream | None = None,
     ) -> None:
         self.operator, self.first, self.stream = operator, first, stream
-        self.indices = operator.indices[:batches]
+        self.indices = operator.indices if batches is None else batches
         self._sums = LayerSums(operator.parameters, whole)
         empty: Array = np.empty((0, self._sums.num_layers + 1))
         self.cells = dict.fromkeys(self.indices, empty)

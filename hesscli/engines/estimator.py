@@ -39,6 +39,7 @@ class Estimator:
             the matrix.
         probes: the source with, if any; at least one of the two.
         entries: where the sources' streams keep single entries, if they do.
+        pilot: the batches that the sources go through stand for all.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Estimator:
         gauss_newton: PerExample | UnitVectors | None = None,
         probes: Hutchinson | None = None,
         entries: Entries | None = None,
+        pilot: bool = False,
     ) -> None:
-        self.operator, self.entries = operator, entries
+        self.operator, self.entries, self.pilot = operator, entries, pilot
         self.gauss_newton, self.probes = gauss_newton, probes
         self.draws_per_probe = 1.0
         self.sources: list[Engine] = [s for s in (gauss_newton, probes) if s is not None]
@@ -83,8 +85,18 @@ class Estimator:
 
     @property
     def indices(self) -> Sequence[int]:
-        """The batches that there are."""
+        """The batches that its sources go through."""
         return self.sources[0].indices
+
+    @property
+    def reach(self) -> float:
+        """The share of the kept examples that is in them."""
+        return self._share(self.indices)
+
+    @property
+    def partial(self) -> bool:
+        """Whether there are batches that its sources pass over, and that they do not stand for."""
+        return not self.pilot and len(self.indices) < len(self.operator.indices)
 
     @property
     def first(self) -> int:
@@ -269,7 +281,8 @@ class Estimator:
 
     def _share(self, batches: Sequence[int]) -> float:
         counts = self.operator.counts
-        return sum(counts[i] for i in batches) / sum(counts[i] for i in self.indices)
+        every = self.indices if self.pilot else self.operator.indices
+        return sum(counts[i] for i in batches) / sum(counts[i] for i in every)
 
     def _seen(self) -> list[int]:
         """Batches that every source has seen."""

@@ -8,7 +8,7 @@ the number of parameters. Random columns in their place are unbiased.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class PerExample(Cells):
         sampled: random columns, as many as are asked for, in place of all of them.
         seed: of the random columns.
         first: number of the first random column, so that runs can be split by them.
-        batches: only so many of the first batches (a pilot), default all.
+        batches: the numbers of those that it goes through, default all that weigh something.
         stream: takes the estimates of single entries, where they are wanted.
 
     A batch has an estimate for each draw, or one that is exact.
@@ -52,7 +52,7 @@ class PerExample(Cells):
         sampled: bool = False,
         seed: int = 0,
         first: int = 0,
-        batches: int | None = None,
+        batches: Sequence[int] | None = None,
         stream: Stream | None = None,
     ) -> None:
         super().__init__(operator, first=first, batches=batches, stream=stream)

@@ -147,15 +147,18 @@ class Operator(Curvature):
         """Its rows and columns, (d, d)."""
         return self.parameters.size, self.parameters.size
 
-    def batches(self) -> Iterator[LiveTerm]:
+    def batches(self, among: Sequence[int] | None = None) -> Iterator[LiveTerm]:
         """The terms, one at a time: a term's graph is freed when the next is taken.
+
+        Args:
+            among: the numbers of some batches; default all that weigh something.
 
         Raises:
             UnsoundError: the products did not pass their checks.
         """
         self.check()
-        for batch in self.problem.batches():
-            yield LiveTerm(batch, self)
+        for index in self.indices if among is None else among:
+            yield LiveTerm(self.problem.batch(index), self)
 
     def restrict(self, pattern: str) -> Operator:
         """The diagonal block of the parameters that a glob selects.

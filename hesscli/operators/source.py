@@ -78,8 +78,8 @@ class Source(Protocol):
     def independent(self) -> bool:
         """Whether no example depends on the others of its batch."""
 
-    def batches(self) -> Iterator[Term]:
-        """The terms, in the order of the batches."""
+    def batches(self, among: Sequence[int] | None = None) -> Iterator[Term]:
+        """The terms of some batches, or of all that have one, in their order."""
 
 
 class Columns(Protocol):

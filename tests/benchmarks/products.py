@@ -19,7 +19,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError
@@ -74,9 +74,9 @@ class FirstBatches(Hessian):
 
     count: int | None = None
 
-    def batches(self) -> Iterator[LiveTerm]:
+    def batches(self, among: Sequence[int] | None = None) -> Iterator[LiveTerm]:
         """The first ``count`` terms; None means all."""
-        return islice(super().batches(), self.count)
+        return islice(super().batches(among), self.count)
 
 
 def main() -> None:

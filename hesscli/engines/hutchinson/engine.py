@@ -8,7 +8,7 @@ diagonal of a matrix"), so that layers and single entries come with the total.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Hutchinson(Cells):
         sharing: ``fresh`` probes for every batch, or one set ``shared`` by all.
         distribution: of the probes' entries.
         first: number of the first probe, so that runs can be split by probes.
-        batches: only so many of the first batches (a pilot), default all.
+        batches: the numbers of those that it goes through, default all that weigh something.
         whole: the network's parameters where the operator has but some of them; the table's
             columns are the whole's layers.
         design: from probes to estimates of a batch's diagonal; default one product each.
@@ -52,7 +52,7 @@ class Hutchinson(Cells):
         sharing: Sharing = "fresh",
         distribution: Distribution = "rademacher",
         first: int = 0,
-        batches: int | None = None,
+        batches: Sequence[int] | None = None,
         whole: Parameters | None = None,
         design: Design | None = None,
         stream: Stream | None = None,
@@ -70,9 +70,7 @@ class Hutchinson(Cells):
         """
         yield from self.design.prepare()
         began = min(len(cells) for cells in self.cells.values())
-        for term in self.operator.batches():
-            if term.index not in self.cells:
-                break
+        for term in self.operator.batches(self.indices):
             done = len(self.cells[term.index])
             if done < num_probes:
                 yield
