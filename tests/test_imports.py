@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -163,6 +164,19 @@ def test_engines_know_no_problem() -> None:
         assert not [
             n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "problem"
         ], path
+
+
+def test_the_map_shows_rooms_that_there_are() -> None:
+    """Of ``folder/room`` the file, and of ``folder/room.name`` that it has such a name."""
+    told = (PACKAGE.parent / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.findall(r"`([a-z]+)/(\w+)(?:\.(\w+))?(?:\(\.\.\.\))?`", told)
+    rooms = [place for place in shown if (PACKAGE / place[0]).is_dir() and place[1] != "x"]
+    assert len(rooms) > 10
+    for folder, name, inner in rooms:
+        place = PACKAGE / folder / name
+        assert place.is_dir() or place.with_suffix(".py").is_file(), f"{folder}/{name}"
+        if inner not in ("", "py"):
+            assert hasattr(importlib.import_module(f"hesscli.{folder}.{name}"), inner), inner
 
 
 def test_no_modules_import_each_other_round_about() -> None:
