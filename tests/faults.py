@@ -294,13 +294,13 @@ LONGER = {
     "ihvp": ("--window", 64),
     "spectrum": ("--steps", 32),
 }
-"""So much work that there is time to be killed in it."""
+"""So much work that there is time to be killed in it, at a moment of chance."""
 
 
-def kept(command: str, folder: Path, *more: object) -> int:
-    """The same, of more work, which is kept almost at each of its steps."""
-    ledger._OFTEN, ledger._SHARE, ledger._SHARE_OF_ROWS = 0.01, 1.0, 1.0
-    return program(command, folder, 0, *LONGER[command], *more)
+def kept(command: str, folder: Path, *more: object, often: float = 0.01) -> int:
+    """The same, of a run that is kept almost at each of its steps."""
+    ledger._OFTEN, ledger._SHARE, ledger._SHARE_OF_ROWS = often, 1.0, 1.0
+    return program(command, folder, 0, *more)
 
 
 def answered(folder: Path, command: str) -> tuple[str, dict[str, bytes]]:
@@ -321,14 +321,14 @@ def answered(folder: Path, command: str) -> tuple[str, dict[str, bytes]]:
 
 def resumed_after_kills(command: str, folder: Path, kills: int, dice: random.Random) -> str:
     """Killed at moments of chance and gone on with, up to three times, to the bytes of one run."""
-    began = time.monotonic()
-    assert forked(lambda: kept(command, folder / "whole")) == 0
+    longer, began = LONGER[command], time.monotonic()
+    assert forked(lambda: kept(command, folder / "whole", *longer)) == 0
     lasts, died, went_on = time.monotonic() - began, 0, 0
     expected = answered(folder / "whole", command)
     number = 0
     while died < kills:
         into, number = folder / str(number), number + 1
-        again = partial(kept, command, into, "--resume")
+        again = partial(kept, command, into, *longer, "--resume")
         for _ in range(3):
             if not killed_within(dice.uniform(0, lasts), again):
                 break
@@ -343,18 +343,19 @@ def resumed_after_kills(command: str, folder: Path, kills: int, dice: random.Ran
 
 def resumed_after_each_write(command: str, folder: Path) -> str:
     """Killed before each step of each write in turn, and gone on with."""
-    assert forked(lambda: kept(command, folder / "whole")) == 0
+    run = partial(kept, command, often=0.03)
+    assert forked(lambda: run(folder / "whole")) == 0
     expected, total = answered(folder / "whole", command), 0
     while True:
 
         def work(number: int = total + 1) -> int:
             with steps(number):
-                return kept(command, folder / "cut", "--resume")
+                return run(folder / "cut", "--resume")
 
         if forked(work) != -signal.SIGKILL:
             break
         total += 1
-        assert forked(lambda: kept(command, folder / "cut", "--resume")) == 0
+        assert forked(lambda: run(folder / "cut", "--resume")) == 0
         assert answered(folder / "cut", command) == expected
         assert names(folder / "cut") == names(folder / "whole")
         shutil.rmtree(folder / "cut")
