@@ -1,14 +1,15 @@
-"""How much memory there is to take, and how much was taken."""
+"""How much memory there is to take, how much was taken, and what is done where it runs out."""
 
 from __future__ import annotations
 
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hesscli.errors import UsageError
 from hesscli.units import human_bytes
@@ -44,6 +45,56 @@ def peak_bytes(device: torch.device) -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return -(-resident // _RESIDENT_GRAIN) * _RESIDENT_GRAIN
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is no fault of the model; on a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+class Together:
+    """How many rows of a block go through a model at once.
+
+    Memory may run out once: from then on half as many do, in blocks as large as ever. A row's
+    result is its own, so that no more than its last digits depend on those beside it.
+
+    Attributes:
+        most: rows; None for as many as there are.
+        halved: whether memory has run out.
+        warnings: what a reader is told of it.
+    """
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+        self.halved = False
+        self.warnings: list[str] = []
+
+    def __call__(self, function: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
+        """A function of each row ``(k, …)``, of so many at a time."""
+        together = len(block) if self.most is None else min(self.most, len(block))
+        if self.halved:
+            return _by_parts(function, block, together)
+        try:
+            return _by_parts(function, block, together)
+        except Exception as error:
+            if together == 1 or not is_out_of_memory(error):
+                raise
+        # Only here no frame of the error's holds a tensor any more.
+        self.most, self.halved = together // 2, True
+        rows = "one vector" if self.most == 1 else f"{self.most} vectors"
+        self.ran_out(f"no more than {rows} went through the model at once")
+        return self(function, block)
+
+    def ran_out(self, since: str) -> None:
+        """Give back what is free, and take note of how it went on."""
+        torch.cuda.empty_cache()
+        self.warnings.append(f"memory ran out once: since then {since}")
+
+
+def _by_parts(function: Callable[[Tensor], Tensor], block: Tensor, size: int) -> Tensor:
+    if size >= len(block):
+        return function(block)
+    return torch.cat([function(rows) for rows in torch.split(block, size)])
 
 
 def require_room(

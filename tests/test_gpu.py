@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,25 @@ def test_no_stray_synchronisation_between_probes() -> None:
         term.apply(block)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_that_runs_out_halves_the_block() -> None:
+    """Of a card of which the process may have but three quarters of what it took before."""
+    measure = partial(
+        hesscli.trace, method="hutchinson", mode="forward-over-reverse", probes=32, budget=None
+    )
+    card = torch.cuda.get_device_properties(0).total_memory
+    given = partial(hesscli.load, SAMPLES / "fashion/model.pt", device="cuda", examples=2048)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    whole = measure(given())
+    taken = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.75 * taken / card)
+    try:
+        halved = measure(given())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert any("memory ran out once" in told for told in halved.warnings)
+    bound = 10 * (whole.trace.rounding_error + halved.trace.rounding_error)
+    assert abs(whole.trace.estimate - halved.trace.estimate) <= bound

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.run import Clock
-from hesscli.errors import BudgetError
+from hesscli.errors import BudgetError, first_line
+from hesscli.memory import is_out_of_memory
 from hesscli.meter import Spent
 from hesscli.results import Snapshot, Status
 from hesscli.state import Stateful
@@ -73,7 +74,7 @@ class Measurement(Stateful, Protocol):
 def drive(
     clock: Clock, measurement: Measurement, ledger: Ledger = UNKEPT, ending: float = 0.0
 ) -> Status | None:
-    """Let a measurement take its steps until it ends, time is up, or nobody wants more.
+    """Let a measurement take its steps until it ends, time or memory is up, or nobody wants more.
 
     Args:
         clock: knows what time there is, and whom to tell.
@@ -82,11 +83,13 @@ def drive(
         ending: seconds that reading its result off will take.
 
     Returns:
-        None where it came to its own end; else ``budget`` or ``interrupted``.
+        None where it came to its own end; else ``budget``, or ``interrupted`` by somebody or by
+        want of memory, of which the clock then has a word.
 
     Raises:
         BudgetError: time was up before there was any result.
         KeyboardInterrupt: nor was there one when nobody wanted more.
+        Exception: nor when memory ran out, and of any other kind.
     """
     clock.ending = ending
     ledger.begin(measurement)
@@ -104,5 +107,10 @@ def drive(
         if not measurement.ready:
             raise
         return "budget" if at_budget else "interrupted"
+    except Exception as error:
+        if not (is_out_of_memory(error) and measurement.ready):
+            raise
+        clock.cut_by = f"memory ran out, and this is what there was by then: {first_line(error)}"
+        return "interrupted"
     ledger.end()
     return None

@@ -44,12 +44,14 @@ class Clock:
             come to will take them.
         earlier: seconds that the run had taken in other processes, which no budget of this one
             pays for.
+        cut_by: what ended the work that was neither time nor anybody, if anything did.
     """
 
     budget: float | None
     observer: Observe | None
     ending: float = 0.0
     earlier: float = 0.0
+    cut_by: str | None = None
     _began: float = field(default_factory=lambda: time.monotonic())
 
     @property
@@ -153,6 +155,7 @@ class Run:
             warnings: the result's own, which follow those of problem and products.
         """
         problem = self.problem
+        cut_by = filter(None, [self.clock.cut_by])
         return {
             "problem": self.report,
             "environment": environment(problem.device),
@@ -160,6 +163,8 @@ class Run:
                 *problem.warnings,
                 *warnings_of_products(problem, self.flight),
                 *warnings,
+                *problem.together.warnings,
+                *cut_by,
             ),
         }
 

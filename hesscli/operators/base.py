@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import UnsoundError, UsageError
+from hesscli.memory import is_out_of_memory
 from hesscli.meter import OnStep, go_on
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.preflight import checked
@@ -79,7 +80,7 @@ class LiveTerm:
                 if self.counted != self._made:
                     operator.meter.add(operator.cost[0], share)
                 self.counted = None
-            product = self._apply(block)
+            product = operator.problem.together(self._apply, block)
         if is_first and not _is_finite(product):
             raise _not_finite(operator, self.batch, block)
         operator.meter.add(len(block) * operator.cost[1], share, products=len(block))
@@ -338,6 +339,17 @@ class Retained:
         self._room = 0
 
     def _apply(self, term: LiveTerm, row: Tensor) -> Tensor:
+        """A product; where memory runs out for it, all graphs that were kept are given back."""
+        try:
+            return self._on_a_graph(term, row)
+        except Exception as error:
+            if not (self._kept and is_out_of_memory(error)):
+                raise
+        self.forget()
+        self.operator.problem.together.ran_out("each product made the graphs of its batches anew")
+        return term.apply(row)
+
+    def _on_a_graph(self, term: LiveTerm, row: Tensor) -> Tensor:
         """A product on the graph that was kept, or else on a new one, kept if there is room."""
         if term.index in self._kept or self._room <= 0:
             return self._kept.get(term.index, term).apply(row)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hesscli import randomness
 from hesscli.errors import HesscliError, UsageError
+from hesscli.memory import is_out_of_memory
 from hesscli.meter import FORWARD, Meter, OnStep, go_on
 from hesscli.operators.base import Operator
 from hesscli.operators.hessian import Hessian, Residual
@@ -24,7 +25,6 @@ from hesscli.operators.kernels import twice_differentiable
 from hesscli.operators.linearity import bends, normalisation, recorded
 from hesscli.operators.products import gradient, vector_jacobian
 from hesscli.parameters import Parameters
-from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.named_losses import CrossEntropy
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.output_hessian import OutputHessian, has_closed_form

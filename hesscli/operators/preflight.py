@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import HesscliError, UnsoundError, UsageError, first_line
+from hesscli.memory import is_out_of_memory
 from hesscli.meter import FORWARD, Meter, OnStep, go_on
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import central_difference, flatten, gradient
@@ -32,7 +33,6 @@ from hesscli.problem.blame import (
     differentiate_twice,
     differing_module,
     failing_module,
-    is_out_of_memory,
 )
 from hesscli.problem.objective import Objective, Sample
 from hesscli.problem.precision import doubled, tolerance

@@ -49,11 +49,6 @@ def failing_module(model: nn.Module, run: Run, attempt: Attempt) -> str | None:
     return None
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it is no fault of the model; on a CPU torch raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 def no_gradient(model: nn.Module, run: Run, error: Exception) -> UnsoundError:
     """The refusal of a model whose loss has no gradient by autograd, its module named."""
     culprit = failing_module(model, run, differentiate) or label("", model)

@@ -230,7 +230,7 @@ def blamed_on_user(what: str, hint: str) -> Iterator[None]:
     except (HesscliError, KeyboardInterrupt):
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
-        hint = "try a smaller batch_size or another --device"
+        hint = "a smaller --batch-size, or another --device"
         raise UnsoundError("out of memory", _one_line(error), hint, user_frames(error)) from error
     except BaseException as error:  # SystemExit and GeneratorExit are no Exceptions
         frames = user_frames(error)

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hesscli.memory import is_out_of_memory
 from hesscli.problem.batches import Batch, is_sliceable, map_tensors, place, size_of, tensors_of
-from hesscli.problem.blame import differing_module, is_out_of_memory, label
+from hesscli.problem.blame import differing_module, label
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import moved, retyped, undisturbed
 from hesscli.problem.losses import Loss, StepLoss, UserLoss, require_number

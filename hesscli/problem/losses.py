@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import InputError
+from hesscli.memory import is_out_of_memory
 from hesscli.problem.batches import (
     Batch,
     filled,
@@ -27,7 +28,6 @@ from hesscli.problem.batches import (
     split_batch,
     tensors_of,
 )
-from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.outputs import HiddenOutputsError, Layout, named_output, rows_of
 from hesscli.results import Reduction
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesscli.memory import Together, is_out_of_memory
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import (
     Batch,
@@ -22,7 +23,6 @@ from hesscli.problem.batches import (
     rows,
     size_of,
 )
-from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.forward import retyped, standing_in, undisturbed
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.independence import MUST_FIT, Independence
@@ -76,6 +76,7 @@ class Objective:
         self.originals, self.must_fit = originals, must_fit
         self.device: torch.device = parameters[0].tensor.device
         self.dtype: torch.dtype = parameters[0].tensor.dtype
+        self.together = Together()
         self.retypings = 0  # a graph that was made before one is cut off from the parameters
         self._widened = self._is_widening = False
         self._batches = data.batches

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import UnsoundError
+from hesscli.memory import is_out_of_memory
 from hesscli.meter import FORWARD, Meter
 from hesscli.problem.batches import tensors_of
-from hesscli.problem.blame import is_out_of_memory, no_gradient
+from hesscli.problem.blame import no_gradient
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.independence import MODEL_RAISED
 from hesscli.problem.losses import require_number, same_mean

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hesscli.memory import is_out_of_memory
 from hesscli.pairing import paired
 from hesscli.parameters import Parameter
 from hesscli.problem.batches import Batch, filled, rows, tensors_of
-from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.problem import Problem
 

@@ -20,13 +20,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hesscli import randomness
 from hesscli.errors import UnsoundError
+from hesscli.memory import is_out_of_memory
 from hesscli.meter import BACKWARD, FORWARD, Meter
 from hesscli.operators.per_example.generic import Generic
 from hesscli.operators.per_example.sites import Site, known_modules, site_class
 from hesscli.pairing import paired
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.problem.batches import Batch, rows
-from hesscli.problem.blame import is_out_of_memory
 from hesscli.problem.losses import Loss
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.output_hessian import Columns

@@ -1,0 +1,270 @@
+"""What happens where memory runs out: less at once, once; and then the result so far."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from program import hesscli_warm
+from torch import Tensor, nn
+
+import hesscli
+from hesscli import ledger
+from hesscli.errors import ExitCode, UnsoundError
+from hesscli.ledger import FileLedger
+from hesscli.memory import Together
+from hesscli.operators.base import Retained
+from hesscli.problem.freezing import FrozenData
+from hesscli.problem.problem import Problem
+
+# -- A model with memory for so many vectors at once, or for some of its passes --------------------
+
+
+class Tracked(torch.autograd.Function):
+    """The identity, which sees how many vectors go through it side by side."""
+
+    generate_vmap_rule = False
+    most = 10**9
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        return Tracked.apply(slope)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        return Tracked.apply(tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
+        if info.batch_size > Tracked.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
+        return Tracked.apply(x), in_dims[0]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.passes, self.full = 0, range(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        if self.passes in self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
+        return self.last(Tracked.apply(self.first(x).tanh()))
+
+
+BATCHES = (7, 4, 6)
+
+
+def problem() -> Problem:
+    torch.manual_seed(0)
+    model = Net().double()
+    pairs = tuple((torch.randn(n, 3).double(), torch.randn(n, 2).double()) for n in BATCHES)
+    return Problem(model, "mse", FrozenData(pairs, BATCHES, sum(BATCHES), True, "by hand"))
+
+
+def unlimited(measure: Any) -> tuple[Any, int]:
+    """What a run comes to, and how many passes through the model it takes."""
+    given = problem()
+    return measure(given, budget=None), given.model.passes
+
+
+# -- Less at once ----------------------------------------------------------------------------------
+
+
+def test_memory_runs_out_once_and_half_as_many_go_on() -> None:
+    seen = list[int]()
+
+    def squares(rows: Tensor, most: int = 5) -> Tensor:
+        seen.append(len(rows))
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rows**2
+
+    together, block = Together(), torch.arange(20.0).view(10, 2)
+    assert torch.equal(together(squares, block), block**2)
+    assert torch.equal(together(squares, block[:7]), block[:7] ** 2)
+    assert seen == [10, 5, 5, 5, 2]
+    (warning,) = together.warnings
+    assert "5 vectors" in warning
+    with pytest.raises(torch.OutOfMemoryError):
+        together(partial(squares, most=4), block)
+    assert seen[5:] == [5]
+
+
+def test_one_vector_cannot_be_halved_and_other_errors_are_none_of_memory() -> None:
+    def fails(rows: Tensor, error: Exception) -> Tensor:
+        raise error
+
+    full, other = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("of another kind")
+    for rows, error in ((1, full), (8, other)):
+        together = Together()
+        with pytest.raises(type(error)):
+            together(partial(fails, error=error), torch.zeros(rows, 2))
+        assert not together.warnings
+
+
+@pytest.mark.parametrize("measure", [hesscli.trace, hesscli.diagonal])
+def test_the_block_is_halved_and_the_numbers_stay(
+    measure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for last digits: 2·10⁻¹³ is a thousand units of float64's."""
+    run = partial(measure, method="hutchinson", mode="forward-over-reverse", probes=16, budget=None)
+    whole = run(problem())
+    monkeypatch.setattr(Tracked, "most", 8)
+    halved = run(problem())
+    assert halved.trace.estimate == pytest.approx(whole.trace.estimate, rel=2e-13)
+    assert halved.trace.probe_stderr == pytest.approx(whole.trace.probe_stderr, rel=1e-9)
+    assert halved.status == whole.status
+    assert (halved.cost.products, halved.cost.gradients) == (
+        whole.cost.products,
+        whole.cost.gradients,
+    )
+    (warning,) = set(halved.warnings) - set(whole.warnings)
+    assert "memory ran out" in warning
+    assert "8 vectors" in warning
+    monkeypatch.setattr(Tracked, "most", 4)
+    with pytest.raises(torch.OutOfMemoryError):  # before there is a result
+        run(problem())
+
+
+def test_graphs_that_were_kept_are_given_back() -> None:
+    given = problem()
+    hessian = hesscli.Hessian(given)
+    vector = torch.randn(given.parameters.size, dtype=torch.float64)
+    expected = hessian @ vector
+    product, passes = Retained(hessian, room=10**9), given.model.passes
+    given.model.full = range(passes + 3, passes + 4)  # the last batch's, once
+    assert torch.allclose(product(vector), expected, rtol=1e-13)
+    assert any("graphs" in told for told in given.together.warnings)
+    assert given.model.passes == passes + 4
+    assert torch.allclose(product(vector), expected, rtol=1e-13)
+    assert given.model.passes == passes + 7
+    given.model.full = range(passes + 8, passes + 100)  # with nothing more to give back
+    with pytest.raises(torch.OutOfMemoryError):
+        product(vector)
+
+
+# -- The result so far -----------------------------------------------------------------------------
+
+
+MEASURES = {
+    "trace": partial(hesscli.trace, method="hutchinson", probes=40),
+    "diag": partial(hesscli.diagonal, method="hutchinson", probes=40),
+    "ihvp": hesscli.sensitivity,
+    "spectrum": partial(hesscli.spectrum, steps=8, probes=3, mode="forward-over-reverse"),
+}
+
+
+@pytest.mark.parametrize("command", MEASURES)
+def test_a_run_without_memory_ends_with_what_there_is(command: str) -> None:
+    """Or with the error, where there is nothing yet."""
+    measure, statuses = MEASURES[command], set[str]()
+    whole, passes = unlimited(measure)
+    for end in range(passes - 1, passes // 4, -max(1, passes // 8)):
+        given = problem()
+        given.model.full = range(end, 2 * passes)
+        try:
+            result = measure(given, budget=None)
+        except (torch.OutOfMemoryError, UnsoundError):
+            continue
+        statuses.add(result.status)
+        assert any("memory ran out, and this is what" in told for told in result.warnings)
+    assert statuses == {"interrupted"}
+    assert whole.status != "interrupted"
+
+
+def kept_at_each_step(path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch) -> FileLedger:
+    monkeypatch.setattr(ledger, "_OFTEN", 0.0)
+    monkeypatch.setattr(FileLedger, "_wait", lambda *_: 0.0)
+    return FileLedger(path, {}, resume=resume, say=pytest.fail)
+
+
+@pytest.mark.parametrize("command", ["trace", "spectrum"])
+def test_its_ledger_is_gone_on_with_where_there_is_more(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, measure = tmp_path / "run.ledger", MEASURES[command]
+    whole, passes = unlimited(measure)
+    given = problem()
+    given.model.full = range(passes - 2, 2 * passes)
+    cut = measure(given, budget=None, ledger=kept_at_each_step(path, False, monkeypatch))
+    assert cut.status == "interrupted"
+    later = measure(problem(), budget=None, ledger=kept_at_each_step(path, True, monkeypatch))
+    assert replace(later.cost, seconds=0, peak_bytes=0) == replace(
+        whole.cost, seconds=0, peak_bytes=0
+    )
+    assert replace(later, cost=whole.cost) == whole
+
+
+NET = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, most):
+        super().__init__()
+        self.linear, self.left = torch.nn.Linear(3, 2), most
+
+    def forward(self, x):
+        self.left -= 1
+        if self.left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
+        return self.linear(x).tanh()
+
+def data():
+    torch.manual_seed(0)
+    return [(torch.randn(3), torch.randn(2)) for _ in range(32)]
+"""
+SPEC = """
+checkpoint = "model.pt"
+[model]
+factory = "net:Net"
+kwargs = {{ most = {most} }}
+[data]
+factory = "net:data"
+[loss]
+name = "mse"
+"""
+
+
+def program(folder: Path, most: int) -> Any:
+    torch.save(
+        {"linear.weight": torch.ones(2, 3), "linear.bias": torch.ones(2)}, folder / "model.pt"
+    )
+    (folder / "net.py").write_text(NET)
+    (folder / "hesscli.toml").write_text(SPEC.format(most=most))
+    line = ("trace", "model.pt", "--method", "hutchinson", "--probes", 64, "--out", "json")
+    return hesscli_warm(*line, "--dir", "-", cwd=folder)
+
+
+def test_the_program_says_what_it_came_to(tmp_path: Path) -> None:
+    """A result so far, as after Ctrl-C; in three lines that there is none."""
+    codes = set[int]()
+    for most in (10**6, 90, 75, 50, 20):  # passes, of which a good third is before any product
+        run = program(tmp_path, most)
+        codes.add(run.returncode)
+        if run.returncode == ExitCode.UNSOUND:
+            assert not run.stdout
+            what, got, hint, *_ = run.stderr.splitlines()
+            assert "memory" in what
+            assert "1.00 TiB" in got
+            assert "batch" in hint
+            continue
+        document = json.loads(run.stdout)
+        told = any("memory ran out, and this" in text for text in document["warnings"])
+        assert told == (document["status"] == "interrupted") == (run.returncode != 0)
+    assert codes == {0, ExitCode.UNSOUND, ExitCode.INTERRUPTED}
