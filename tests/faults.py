@@ -1,7 +1,7 @@
-"""Runs that are killed, run out of space or meet each other while they write. ``make faults``.
+"""Runs that are killed, run out of space, meet each other while they write, or never seem to end.
 
-A process is struck where it is about to make a file durable, to give one its name or to remove
-one; or at a moment of chance.
+``make faults``. A process is struck where it is about to make a file durable, to give one its name
+or to remove one; or at a moment of chance.
 """
 
 from __future__ import annotations
@@ -30,16 +30,22 @@ from pkgutil import resolve_name
 from typing import NoReturn
 
 import numpy as np
+import torch
 from example_results import diag_result
 from program import FEW, SUNSPOTS, words
 from rich.console import Console as RichConsole
+from torch import nn
 
+import hesscli
 from hesscli import ledger
 from hesscli.cli.answer import deliver, output
 from hesscli.cli.app import main
 from hesscli.cli.console import Console
 from hesscli.commands import COMMANDS
 from hesscli.errors import InputError, UsageError
+from hesscli.problem.freezing import FrozenData
+from hesscli.problem.problem import Problem
+from hesscli.results import Answer, Snapshot
 from hesscli.results.saved import read
 
 # -- Striking --------------------------------------------------------------------------------------
@@ -407,6 +413,56 @@ def on_disks_that_fill_up(folder: Path) -> str:
     return f"{total} sizes: {failed} times full, and the earlier set stood"
 
 
+# -- Many products in one run ----------------------------------------------------------------------
+
+
+def small_problem() -> Problem:
+    """A product takes some tenths of a millisecond, and its vectors 17 kB each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 256), nn.Tanh(), nn.Linear(256, 8))
+    data = FrozenData(((torch.randn(8, 8), torch.randn(8, 8)),), (8,), 8, True, "by hand")
+    return Problem(model, "mse", data)
+
+
+def long_run(command: str, products: int) -> Callable[..., Answer]:
+    """One of about so many products."""
+    match command:
+        case "spectrum":  # of runs from many start vectors, the later ones of 16 steps
+            return partial(hesscli.spectrum, steps=64, probes=(products - 64) // 16 + 1)
+        case "diag":
+            return partial(hesscli.diagonal, method="hutchinson", probes=products)
+    return partial(hesscli.trace, method="hutchinson", probes=products)
+
+
+LONG = ("trace", "diag", "spectrum")
+
+
+def stays_flat(command: str, products: int) -> None:
+    """Say what a long run takes of memory and open files beside what it did for 100 products."""
+    resident, files = [0, 0], set[int]()
+
+    def observe(snapshot: Snapshot) -> bool:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        late = (snapshot.done or 0) > 100
+        resident[late] = max(resident[late], pages)
+        files.add(len(os.listdir("/proc/self/fd")))
+        return False
+
+    result = long_run(command, products)(small_problem(), observe=observe, budget=None)
+    early, late = (pages * os.sysconf("SC_PAGE_SIZE") for pages in resident)
+    assert result.cost.products >= products - 16
+    assert late <= 1.05 * early, (early, late)
+    assert len(files) == 1, files
+    each = max(late - early, 0) / products
+    made = f"{command}: {result.cost.products:.0f} products"
+    print(f"{made}: {late / early:.3f} of the memory, {each:.0f} B each", flush=True)
+
+
+def all_stay_flat(products: int) -> None:
+    for command in LONG:
+        assert forked(partial(stays_flat, command, products)) == 0
+
+
 def run_all(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="random moments for each command")
@@ -415,6 +471,7 @@ def run_all(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     dice = random.Random(given.seed)
+    all_stay_flat(10_000)
     load_all()
     with tempfile.TemporaryDirectory() as name:
         top = Path(name).resolve()
