@@ -507,3 +507,12 @@ def test_rounding_that_was_measured_small_by_chance_counts_as_a_unit(dtype: torc
         data = TensorDataset(torch.randn(20, 3), torch.randn(20, 2))
         rounding = GaussNewton(Problem(model, "mse", data)).passes().relative_rounding()
         assert torch.finfo(dtype).eps <= rounding <= 100 * torch.finfo(dtype).eps
+
+
+def test_what_examples_share_is_seen_where_every_batch_has_one() -> None:
+    """Rounding is measured on examples of several batches together: another structure."""
+    tokens, targets = _classes(7, 4, 5), _classes(7, 4, 5)
+    problem = Problem(Text(), "language_model", _cut((tokens, targets), [1] * 4))
+    relative = _run(problem).engine.passes.relative_rounding()
+    assert relative is not None
+    assert relative < ROUNDING

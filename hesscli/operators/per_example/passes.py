@@ -422,7 +422,7 @@ class ExampleGradients:
 
     def _traces_of(self, batch: WeightedBatch) -> Tensor:
         """Traces ``(L + 1,)`` of a few examples by one draw, on the CPU."""
-        live = Pass(self, batch)
+        live = self._verified(batch)
         squares = [sign * live.squares([column]) for sign, column in live.columns.draw(0)]
         return LayerSums(self.parameters)(torch.stack(squares).sum(0, keepdim=True))[0].cpu()
 
