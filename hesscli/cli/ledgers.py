@@ -50,7 +50,7 @@ def ledger_in(
             )
         return None
     facts: dict[str, Any] = {name: version(name) for name in ("hesscli", "numpy", "scipy")}
-    facts["spec"] = problem.spec_sha256
+    facts |= problem.origin.facts
     facts |= code_in_use()
     facts |= _typed(asked, [name for name in asked if name not in MAY_CHANGE])
     return FileLedger(

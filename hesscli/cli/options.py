@@ -26,6 +26,7 @@ from hesscli.vocabulary import (
 _MATRICES, _MODES, _OUTPUTS = tuple(MATRICES), ("auto", *MODES), ("table", "json")
 
 _PROBLEM, _ACCURACY, _COMPUTE = Panel("Problem"), Panel("Accuracy"), Panel("Computation")
+_FOLDER = Panel("Hugging Face folder")
 _WINDOW, _OUTPUT = Panel("Window of gradients"), Panel("Output")
 
 
@@ -37,7 +38,8 @@ CHECKPOINT = Option(
     declared=typer.Argument(
         metavar="CHECKPOINT",
         show_default=False,
-        help="A .pt, .pth, .safetensors or .pt2 file; may be left out where the spec names one.",
+        help="A .pt, .pth, .safetensors or .pt2 file, which may be left out where the spec names "
+        "one; or with --data a Hugging Face folder.",
     ),
     type=Path | None,
 )
@@ -79,6 +81,39 @@ TRUST = _PROBLEM.switch(
     "--trust",
     help="Run code in the checkpoint, and the code that a spec found outside the working folder "
     "names. Only for files whose maker you trust.",
+)
+
+
+# -- What a Hugging Face folder is shown -----------------------------------------------------------
+
+
+DATA = _FOLDER.text(
+    "--data",
+    "PATH",
+    type=str,
+    help="A .txt, .jsonl, .csv or .parquet file, a folder of images by class, or what `datasets` "
+    "saved or has in its cache (NAME:SPLIT). CHECKPOINT is then a folder that save_pretrained "
+    "wrote, or its name in the cache; no spec is needed.",
+)
+TEXT = _FOLDER.text(
+    "--text",
+    "COLUMN",
+    type=str,
+    help="The column that holds the text. Default: text, or the only one that can be.",
+)
+LABELS = _FOLDER.text(
+    "--labels",
+    "COLUMN",
+    type=str,
+    help="The column that holds classes or answers. Default: labels or label.",
+)
+SEQUENCE = _FOLDER.value(
+    "--sequence",
+    parsing.count,
+    "a number of tokens, 1 or more",
+    "--sequence 512",
+    metavar="N",
+    help="Tokens of an example at most. Default: 512, fewer where the model takes fewer.",
 )
 
 
@@ -409,11 +444,13 @@ VERBOSE = _OUTPUT.switch("--verbose", "-v", help="Say each step; show tracebacks
 # -- Rows that go together -------------------------------------------------------------------------
 
 
-LOADED = (SPEC, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST, SEED, DEVICE, DTYPE, BUDGET)
+FOLDER = (DATA, TEXT, LABELS, SEQUENCE)
+"""Of a model that needs no spec."""
+LOADED = (SPEC, *FOLDER, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST, SEED, DEVICE, DTYPE, BUDGET)
 """How a problem is loaded; seed and budget are of its measurement as well."""
 SHOWN = (LAYERS, OUT, DIRECTORY, RESUME, QUIET, VERBOSE)
 """What happens to a result."""
-PROBLEM = (CHECKPOINT, SPEC, MATRIX, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST)
+PROBLEM = (CHECKPOINT, SPEC, *FOLDER, MATRIX, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST)
 COMPUTE = (SEED, DEVICE, DTYPE, MODE)
 OUTPUT = (OUT, DIRECTORY, QUIET, VERBOSE)
 RESULT = (*OUTPUT, RESUME)

@@ -54,6 +54,18 @@ def size_of(batch: Batch) -> int:
     return 1 if first is None or first.dim() == 0 else len(first)
 
 
+def tokens_in(batches: Iterable[Batch]) -> int | None:
+    """Tokens of batches as language models have them, padding left out; None of others."""
+    total = 0
+    for batch in batches:
+        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(tokens, Tensor):
+            return None
+        mask = batch.get("attention_mask")
+        total += int(mask.sum()) if isinstance(mask, Tensor) else tokens.numel()
+    return total
+
+
 def shape_of(tensor: Tensor, count: int) -> str:
     """A shape for people, N where it has one row for each of so many examples: "(N, 3)"."""
     sizes = [str(size) for size in tensor.shape]

@@ -17,9 +17,12 @@ from hesscli.problem.criteria import NAMED, as_loss, with_tensors
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
 from hesscli.problem.forward import cast, require_real
 from hesscli.problem.losses import Loss, StepLoss
+from hesscli.problem.parts import Origin, Parts
+from hesscli.problem.pretrained.examples import Wanted
+from hesscli.problem.pretrained.loading import from_folder
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
-from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec
+from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec, specs_of
 from hesscli.problem.state_dict import load_state
 from hesscli.results import CheckpointReport, Observe, Snapshot
 from hesscli.units import larger_budget
@@ -30,6 +33,10 @@ def load(
     checkpoint: Path | str | None = None,
     *,
     spec: Path | str | None = None,
+    data: Path | str | None = None,
+    text: str | None = None,
+    labels: str | None = None,
+    sequence: int | None = None,
     examples: str | int = Selection.usual,
     device: str = "auto",
     dtype: str | None = None,
@@ -40,13 +47,19 @@ def load(
     budget: float | None = None,
     observe: Observe | None = None,
 ) -> Problem:
-    """Load a checkpoint and the data that its spec names.
+    """Load a checkpoint and the data that its spec names, or a Hugging Face folder and its data.
 
     Args:
-        checkpoint: weights; default the one that the spec names.
+        checkpoint: weights; default the one that the spec names. With ``data`` a folder that
+            ``save_pretrained`` wrote, or a name that is in the cache.
         spec: default ``<checkpoint stem>.toml`` or ``hesscli.toml`` beside the checkpoint, or
             ``hesscli.toml`` in the working folder. It names code that is run; one that was found
             and not named must lie inside the working folder's tree.
+        data: of a Hugging Face folder, which needs no spec: a .txt, .jsonl, .csv or .parquet
+            file, a folder of images by class, or what ``datasets`` saved or has in its cache.
+        text: the column of ``data`` that holds texts; default ``text``.
+        labels: the column that holds labels; default ``labels`` or ``label``.
+        sequence: tokens of an example at most; default 512, fewer where the model takes fewer.
         examples: how many to keep at random: ``N``, ``"all"``, or ``"first:N"``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
         dtype: ``float32`` or ``float64``; default the checkpoint's (half types: float32).
@@ -63,33 +76,38 @@ def load(
     """
     path = None if checkpoint is None else Path(checkpoint)
     named = None if spec is None else Path(spec)
-    document = read_spec(find_spec(path, named, trust=trust))
-    chosen_key = document.checkpoint_keys.key
-    weights = read_checkpoint(_checkpoint_path(path, document), trust=trust, key=chosen_key)
-    chosen = floating_dtype(weights.state) if dtype is None else getattr(torch, dtype)
+    chosen = None if dtype is None else getattr(torch, dtype)
     place = resolve_device(device)
-    model, notes = _build_model(document, weights, place, chosen)
-    where = f"[data] {document.data.factory or document.data.file}"
-    with blamed_on_user(f"{where} failed", "data that can be read in full, in one type of batch"):
+    wanted = Wanted(text, labels, sequence, seed)
+    if data is None:
+        _require_no_wishes(wanted)
+        parts = _from_spec(path, named, place, chosen, trust=trust)
+    else:
+        _require_no_spec(path, named)
+        parts = from_folder(path, str(data), wanted, chosen, trust=trust)
+    with blamed_on_user(
+        f"{parts.where} failed", "data that can be read in full, in one type of batch"
+    ):
         problem = Problem(
-            model,
-            _build_loss(document.loss, document.path.parent),
-            _build_data(document.data, document.path.parent),
-            output=None if document.model is None else document.model.output,
-            weight_decay=document.loss.weight_decay if weight_decay is None else weight_decay,
+            parts.model,
+            parts.loss,
+            parts.data,
+            output=parts.output,
+            weight_decay=parts.weight_decay if weight_decay is None else weight_decay,
             examples=examples,
-            reduction=document.loss.reduction,
-            collate=_collate(document.data, document.path.parent),
-            batch_size=document.data.batch_size if batch_size is None else batch_size,
-            unseen=document.data.unseen,
+            reduction=parts.reduction,
+            collate=parts.collate,
+            batch_size=parts.batch_size if batch_size is None else batch_size,
+            unseen=parts.unseen,
             device=place,
-            dtype=chosen,
+            dtype=parts.dtype,
             seed=seed,
-            checkpoint=CheckpointReport(path=str(weights.path), sha256=weights.sha256),
-            warnings=(*weights.notes, *notes),
+            checkpoint=parts.checkpoint,
+            warnings=parts.notes,
             observe=_until(budget, observe),
         )
-    problem.spec_sha256 = document.sha256
+    problem.origin = parts.origin
+    problem.warnings += parts.seen()
     return problem
 
 
@@ -144,6 +162,62 @@ def resolve_device(name: str) -> torch.device:
             "no such device", f"--device {name}; {count} CUDA devices are visible", "--device auto"
         )
     return device
+
+
+def _from_spec(
+    path: Path | None,
+    named: Path | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    trust: bool,
+) -> Parts:
+    """What a spec describes."""
+    document = read_spec(find_spec(path, named, trust=trust))
+    chosen_key = document.checkpoint_keys.key
+    weights = read_checkpoint(_checkpoint_path(path, document), trust=trust, key=chosen_key)
+    chosen = floating_dtype(weights.state) if dtype is None else dtype
+    model, notes = _build_model(document, weights, device, chosen)
+    folder = document.path.parent
+    return Parts(
+        model=model,
+        loss=_build_loss(document.loss, folder),
+        data=_build_data(document.data, folder),
+        dtype=chosen,
+        checkpoint=CheckpointReport(path=str(weights.path), sha256=weights.sha256),
+        where=f"[data] {document.data.factory or document.data.file}",
+        output=None if document.model is None else document.model.output,
+        weight_decay=document.loss.weight_decay,
+        reduction=document.loss.reduction,
+        collate=_collate(document.data, folder),
+        batch_size=document.data.batch_size,
+        unseen=document.data.unseen,
+        notes=(*weights.notes, *notes),
+        origin=Origin({"spec": document.sha256}),
+    )
+
+
+def _require_no_spec(path: Path | None, named: Path | None) -> None:
+    """Refuse two accounts of what the data is: a spec that is meant, and ``--data``."""
+    own = [] if path is None else specs_of(path)
+    for found in filter(None, (named, *own)):
+        raise UsageError(
+            "a spec and --data both say what the data is",
+            f"{found} and --data",
+            "no --data, and the spec counts; or --data and no --spec, the spec moved away",
+        )
+
+
+def _require_no_wishes(wanted: Wanted) -> None:
+    """Refuse options that nothing would follow."""
+    options = {"--text": wanted.text, "--labels": wanted.labels, "--sequence": wanted.sequence}
+    for option, value in options.items():
+        if value is not None:
+            raise UsageError(
+                f"{option} is about --data, and there is none",
+                f"{option} {value}",
+                f"--data FILE {option} {value}, for a Hugging Face folder",
+            )
 
 
 def _checkpoint_path(path: Path | None, spec: Spec) -> Path:

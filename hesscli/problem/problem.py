@@ -13,7 +13,7 @@ from torch import nn
 from hesscli.errors import InputError, UnsoundError
 from hesscli.meter import Meter
 from hesscli.parameters import Parameters
-from hesscli.problem.batches import Batch, first_rows, place
+from hesscli.problem.batches import Batch, first_rows, place, tokens_in
 from hesscli.problem.criteria import as_loss, reading
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import placed, require_real, undisturbed
@@ -21,6 +21,7 @@ from hesscli.problem.freezing import FrozenData, freeze
 from hesscli.problem.independence import MODEL_RAISED, IndependenceTest, must_fit
 from hesscli.problem.losses import Loss, StepLoss, Summed, UserLoss
 from hesscli.problem.objective import Objective
+from hesscli.problem.parts import Origin
 from hesscli.problem.proof import Proof, prove
 from hesscli.results import (
     CheckpointReport,
@@ -145,7 +146,7 @@ class Problem(Objective):
             must_fit=hint,
         )
         self.checkpoint, self.unseen = checkpoint, unseen
-        self.spec_sha256: str | None = None
+        self.origin = Origin()
         self._proof: Proof | None = None
         self.warnings = (*warnings, *self.loss.warnings, *self._warnings(batch_size))
         says_nothing = isinstance(given, UserLoss) and given.reduction is None
@@ -234,11 +235,15 @@ class Problem(Objective):
         proof = self.prove()
         return ProblemReport(
             checkpoint=self.checkpoint,
+            model_class=type(self.model).__name__,
+            data=self.origin.data,
+            tokenizer_sha256=self.origin.tokenizer_sha256,
             num_parameters=self.parameters.size,
             num_unreached=sum(p.numel for p in self.parameters if p.name in proof.unreached),
             num_frozen=sum(p.numel() for p in self.model.parameters() if not p.requires_grad),
             num_examples=self.data.count,
             num_examples_available=self.data.available,
+            num_tokens=tokens_in(self.data.batches),
             num_batches=self.num_batches,
             total_weight=self.total_weight,
             loss=proof.loss,

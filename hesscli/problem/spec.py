@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from hesscli.errors import InputError, missing_file, nearest
+from hesscli.problem.pretrained.folder import is_pretrained
 from hesscli.results import Reduction
 
 SPEC_NAME = "hesscli.toml"
@@ -255,6 +256,12 @@ def _usual_places(checkpoint: Path | None) -> list[Path]:
     return list(dict.fromkeys([*inside, *beside, here]))
 
 
+def specs_of(folder: Path) -> list[Path]:
+    """The specs that are of a folder of weights alone: in it, or beside it with its name."""
+    beside = folder.parent / f"{folder.name}.toml"
+    return [place for place in (folder / SPEC_NAME, beside) if folder.is_dir() and place.is_file()]
+
+
 def stem_of(checkpoint: Path) -> str:
     """A checkpoint file's name without what says its kind."""
     for suffix in (".safetensors.index.json", ".bin.index.json"):
@@ -280,6 +287,11 @@ def _from_elsewhere(place: Path) -> InputError:
 def _no_spec(checkpoint: Path | None, places: list[Path]) -> InputError:
     what = "no spec found: hesscli must know the model, the data and the loss"
     got = "none of " + ", ".join(map(str, places))
+    if checkpoint is not None and is_pretrained(checkpoint):
+        hint = (
+            "--data corpus.txt: a Hugging Face folder knows its model and loss, and needs no spec"
+        )
+        return InputError(what, got, hint)
     if others := [place for folder in _folders(places) for place in _specs_in(folder)]:
         named = " or ".join(f"--spec {shlex.quote(str(place))}" for place in others[:3])
         return InputError(what, got, f"{named}, if it is meant for this checkpoint too")

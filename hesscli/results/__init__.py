@@ -27,6 +27,7 @@ from hesscli.results.header import (
     Answer,
     CheckpointReport,
     Cost,
+    DataReport,
     Environment,
     Estimate,
     Header,

@@ -71,20 +71,34 @@ class CheckpointReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """Which data a folder's model was given."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProblemReport:
     """The proof that this is the user's model, and what exactly was analysed.
 
     ``loss`` and ``gradient_norm`` are over the kept examples and include weight decay; those of
     a sum are scaled to all available examples.
     ``total_weight`` is their weight mass (examples, unmasked tokens or class weights).
+    ``data`` and ``tokenizer_sha256`` are of a Hugging Face folder, ``num_tokens`` of what language
+    models read, padding left out.
     """
 
     checkpoint: CheckpointReport | None
+    model_class: str = ""
+    data: DataReport | None = None
+    tokenizer_sha256: str | None = None
     num_parameters: int
     num_unreached: int
     num_frozen: int
     num_examples: int
     num_examples_available: int | None
+    num_tokens: int | None = None
     num_batches: int
     total_weight: float
     loss: float
