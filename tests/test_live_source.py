@@ -25,7 +25,7 @@ EPS = 2.0**-52
 class Live:
     """A step's loss, one batch of weight mass 1: the source and its only term."""
 
-    decay, block_size = 0.0, 4
+    decay, block_size, at_once = 0.0, 4, 1
     dtype, device = torch.float64, torch.device("cpu")
     masses, counts, indices = (1.0,), (N,), (0,)
     sampling_fraction, independent = 1.0, True

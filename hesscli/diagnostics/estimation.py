@@ -64,6 +64,8 @@ def first_look(sharing: Sharing, num_batches: int) -> int:
 
 _SHOW_EVERY = 0.3
 """Seconds between two readings of a growing table for the progress bar."""
+_FEWEST = 2
+"""Probes of each batch, for an error bar."""
 _MOST_LOOKS = 40
 """That are planned."""
 
@@ -208,6 +210,8 @@ class Estimation:
         if not self._target:
             self._target = self._first_look()
             self._turn_to(self._units(self._target))
+        if not self._looks and not self.estimator.has(_FEWEST):
+            yield from self._extend(_FEWEST)  # a result, should time be short
         while self._status is None:
             yield from self._extend(self._target)
             reading = self._look()

@@ -151,6 +151,14 @@ class Estimator:
             else:
                 yield
 
+    def has(self, count: int) -> bool:
+        """Whether each batch has so many probes and random columns, or what is exact of it."""
+        return all(
+            len(cells) >= (count if source.least > 1 else 1)
+            for source in self.sources
+            for cells in source.cells.values()
+        )
+
     def foreseen(self, count: int) -> Spent:
         """What so many probes of every batch that there is take in all, at the pace so far.
 

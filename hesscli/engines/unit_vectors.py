@@ -28,7 +28,7 @@ class UnitVectors(Cells):
         super().__init__(operator, stream=stream)
 
     def extend(self, _draws: int = 1) -> Iterator[None]:
-        """All batches, yielding before each and after each block of products.
+        """All batches, yielding between two products, or what is made at once.
 
         One that is cut short is lost.
         """
@@ -42,13 +42,15 @@ class UnitVectors(Cells):
     def _visit(self, term: Term) -> Iterator[None]:
         size = self.operator.parameters.size
         found = torch.empty(size, dtype=torch.float64, device=self.operator.device)
-        for start in range(0, size, self.operator.block_size):
-            stop = min(start + self.operator.block_size, size)
+        for start in range(0, size, self.operator.at_once):
+            if start:
+                yield
+            stop = min(start + self.operator.at_once, size)
             found[start:stop] = self._entries(term, start, stop)
-            yield
         if self.stream is not None:
             self.stream.add_exact(term.index, term.weight, found)
         self._add(term.index, self._sums(found[None]).cpu().numpy())
+        yield
 
     def _entries(self, term: Term, start: int, stop: int) -> Tensor:
         """Diagonal entries of the rows from ``start`` to ``stop``."""

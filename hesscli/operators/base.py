@@ -207,6 +207,11 @@ class Operator(Curvature):
         bytes_each: int = self.parameters.size * self.problem.dtype.itemsize
         return max(1, min(32, BLOCK_BYTES // max(1, bytes_each)))
 
+    @property
+    def at_once(self) -> int:
+        """Vectors whose products are made together."""
+        return self.block_size if self.is_batched else 1
+
     def to_dense(self) -> Tensor:
         """The whole matrix from unit vectors, float64 ``(d, d)`` on the CPU; for small d."""
         identity = torch.eye(self.parameters.size, dtype=self.problem.dtype)

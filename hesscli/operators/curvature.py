@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesscli.meter import Meter
 from hesscli.operators.kernels import twice_differentiable
-from hesscli.operators.products import BUILDERS, COST, Apply, Kind, Tensors
+from hesscli.operators.products import BATCHED, BUILDERS, COST, Apply, Kind, Tensors
 from hesscli.parameters import Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.problem import Problem
@@ -70,6 +70,11 @@ class Curvature(ABC):
     def cost(self) -> tuple[float, float]:
         """Gradients for a batch's graph, and for each product."""
         return COST[self.kind][self.mode]
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the products of a block are made together, and not one after the other."""
+        return (self.kind, self.mode) in BATCHED
 
     @property
     def decay(self) -> float:

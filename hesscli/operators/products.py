@@ -179,6 +179,9 @@ BUILDERS: dict[Kind, dict[Mode, Callable[..., Apply]]] = {
     },
 }
 
+BATCHED: frozenset[tuple[Kind, Mode]] = frozenset({("hessian", "forward-over-reverse")})
+"""Whose products with a block are made together."""
+
 
 def central_difference(
     evaluate: Callable[[], Tensor], tensors: Tensors, vector: Tensor, step: float

@@ -59,6 +59,10 @@ class Source(Protocol):
         """Vectors that a term is best given at once."""
 
     @property
+    def at_once(self) -> int:
+        """Vectors of such a block whose products are made together; the others wait in line."""
+
+    @property
     def masses(self) -> Sequence[float]:
         """The weight mass of every batch, with or without a term."""
 

@@ -63,10 +63,10 @@ class Hutchinson(Cells):
         self.design = Plain() if design is None else design
 
     def extend(self, num_probes: int) -> Iterator[None]:
-        """Bring every batch to ``num_probes``, yielding before it and after each block of products.
+        """Bring every batch to ``num_probes``, yielding between two products.
 
         A batch's graph is made once and serves all its probes of this round. Stopping between
-        blocks loses only the batch at hand.
+        two of them loses only the batch at hand.
         """
         yield from self.design.prepare()
         began = min(len(cells) for cells in self.cells.values())
@@ -75,19 +75,25 @@ class Hutchinson(Cells):
             if done < num_probes:
                 yield
                 yield from self._visit(term, done, num_probes)
-        if self.stream is not None and num_probes > began:
-            self.stream.close_round(num_probes - began)
+        if num_probes > began:
+            if self.stream is not None:
+                self.stream.close_round(num_probes - began)
+            yield
 
     def _visit(self, term: Term, done: int, wanted: int) -> Iterator[None]:
-        forms: list[Tensor] = []
+        forms, at_once = list[Tensor](), self.operator.at_once
         entries = None if self.stream is None else self.stream.of_batch(term.index, term.weight)
         for start, stop in self._blocks(done, wanted):
             block = self.probes.block(term.index, start, stop - start)
-            estimates = self.design.estimates(term, block)
+            estimates = torch.empty_like(block)
+            for row in range(0, len(block), at_once):
+                if start + row > self.first + done:
+                    yield
+                part = slice(row, row + at_once)
+                estimates[part] = self.design.estimates(term, block[part])
             forms.append(self._sums(estimates))
             if self.stream is not None and entries is not None:
                 self.stream.add(entries, estimates, start)
-            yield
         if self.stream is not None and entries is not None:
             self.stream.keep(entries)
         new = torch.cat(forms).cpu().numpy() + self.design.offset(term.index)
