@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ class Parameter:
     """One tensor and its place in the flat vector of the whole network.
 
     ``offset`` counts in the full vector whatever is selected, so that probes, which are keyed
-    by it, do not change when the matrix is restricted.
+    by it, do not change when the matrix is restricted. ``names`` are all that it goes by, more
+    than one where it is tied.
     """
 
     name: str
     layer: str
     tensor: Tensor
     offset: int
+    names: tuple[str, ...]
 
     @property
     def numel(self) -> int:
@@ -51,10 +54,14 @@ class Parameters(Sequence[Parameter]):
     def of(cls, model: nn.Module) -> Parameters:
         """All parameters of ``model`` that require a gradient, in its own order."""
         items: list[Parameter] = []
+        names: dict[int, list[str]] = {}
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
         offset = 0
         for name, tensor in model.named_parameters():
             if tensor.requires_grad:
-                items.append(Parameter(name, name.rpartition(".")[0] or name, tensor, offset))
+                layer = name.rpartition(".")[0] or name
+                items.append(Parameter(name, layer, tensor, offset, tuple(names[id(tensor)])))
                 offset += tensor.numel()
         return cls(items)
 
@@ -86,16 +93,59 @@ class Parameters(Sequence[Parameter]):
         """Where each of :attr:`layers` lies in the flat vector: its tensors are neighbours."""
         return _consecutive(sum(p.numel for p in self.in_layer(layer)) for layer in self.layers)
 
-    def select(self, pattern: str) -> Parameters:
-        """The parameters whose layer or own name matches ``pattern``.
+    def select(self, *patterns: str) -> Parameters:
+        """The parameters that globs match: one of their names, or a module that they lie under.
+
+        ``!GLOB`` leaves out what it matches, wherever it stands; with none but such, the rest is
+        what remains of all.
 
         Raises:
-            UsageError: nothing matches; the nearest names are in the hint.
+            UsageError: a glob matches nothing, the nearest names being in the hint; or all that
+                is matched is left out.
         """
-        match_layers(pattern, self.layers, self.names)
-        return Parameters(
-            p for p in self._items if matches(pattern, p.layer) or matches(pattern, p.name)
+        taken, left_out = set[str](), set[str]()
+        for pattern in patterns:
+            (left_out if pattern.startswith("!") else taken).update(self._matched(pattern))
+        if all(pattern.startswith("!") for pattern in patterns):
+            taken.update(self.names)
+        if not taken - left_out:
+            raise UsageError(
+                "no parameter is left",
+                " ".join(f"--params {pattern!r}" for pattern in patterns),
+                "fewer patterns with !, or another without",
+            )
+        chosen = taken - left_out
+        return Parameters(p for p in self._items if p.name in chosen)
+
+    def _matched(self, pattern: str) -> list[str]:
+        glob = pattern.removeprefix("!")
+        found = [p.name for p in self._items if any(matches(glob, name) for name in p.names)]
+        if found:
+            return found
+        names = dict.fromkeys(part for p in self._items for name in p.names for part in _up(name))
+        near = difflib.get_close_matches(glob.strip("*?"), names, n=3, cutoff=0.3)
+        raise UsageError(
+            "no parameter matches the pattern",
+            f"--params {pattern!r}",
+            f"one of {', '.join(near or self.layers[:5])} (of {len(self.layers)} layers)",
         )
+
+    def without(self, others: Parameters) -> Parameters:
+        """All but some."""
+        left_out = set(others.names)
+        return Parameters(p for p in self._items if p.name not in left_out)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(offset, size) of stretches without a gap, so that a whole network is one draw."""
+        runs: list[tuple[int, int]] = []
+        for parameter in self._items:
+            if runs and sum(runs[-1]) == parameter.offset:
+                offset, size = runs.pop()
+                runs.append((offset, size + parameter.numel))
+            else:
+                runs.append((parameter.offset, parameter.numel))
+        return tuple(runs)
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Views of a flat vector ``(size,)`` in the parameters' shapes."""
@@ -123,6 +173,13 @@ class Parameters(Sequence[Parameter]):
 def _consecutive(sizes: Iterable[int]) -> tuple[slice, ...]:
     ends = itertools.accumulate(sizes, initial=0)
     return tuple(slice(start, stop) for start, stop in itertools.pairwise(ends))
+
+
+def _up(name: str) -> Iterator[str]:
+    """A parameter's name, and those of the modules that it lies under, the innermost first."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def matches(pattern: str, name: str) -> bool:

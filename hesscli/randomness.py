@@ -9,7 +9,8 @@ OOPSLA 2014, section 3), with its state the keyed counter.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -55,7 +56,28 @@ def gaussian(
     return radius.mul_((2 * math.pi * uniform[:, 1]).cos_()).to(dtype)
 
 
-SAMPLERS = {"rademacher": rademacher, "gaussian": gaussian}
+class Sampler(Protocol):
+    """Draws entries ``offset … offset + size`` of a stream, as the functions above do."""
+
+    def __call__(
+        self, stream: int, offset: int, size: int, /, *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Entries ``(size,)``."""
+
+
+SAMPLERS: dict[Distribution, Sampler] = {"rademacher": rademacher, "gaussian": gaussian}
+
+
+def at(
+    runs: Iterable[tuple[int, int]],
+    sample: Sampler,
+    stream: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """One vector of the entries of some (offset, size), each drawn for its place in the whole."""
+    return torch.cat([sample(stream, *run, dtype=dtype, device=device) for run in runs])
 
 
 def _mix(word: int) -> int:

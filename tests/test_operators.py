@@ -144,7 +144,7 @@ def test_restriction_is_the_diagonal_block(
     block, vectors = dense[name][places][:, places], _draw(len(places), 3)
     assert operator.shape == (len(places), len(places))
     assert _distance(operator @ vectors, block @ vectors) < ROUNDING
-    with pytest.raises(UsageError, match="no layer matches"):
+    with pytest.raises(UsageError, match="no parameter matches"):
         operator.restrict("absent")
 
 

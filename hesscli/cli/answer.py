@@ -141,8 +141,22 @@ def select_layers(patterns: Sequence[str], problem: Problem) -> tuple[str, ...] 
                     f"{pattern} after --layer; no layer has that name either",
                     "the checkpoint's path, or a pattern such as --layer 'conv*'",
                 ) from None
+            _say_if_frozen(pattern, problem)
             raise
     return tuple(name for name in problem.layer_names if name in chosen) if patterns else None
+
+
+def _say_if_frozen(pattern: str, problem: Problem) -> None:
+    """Refuse a pattern that matches what ``--params`` has left out."""
+    from hesscli.parameters import matches
+
+    for parameter in problem.trainable.without(problem.parameters):
+        if any(matches(pattern, name) for name in (parameter.layer, *parameter.names)):
+            raise UsageError(
+                "no layer of the matrix matches the pattern",
+                f"--layer {pattern!r}, and {parameter.layer} is frozen by --params",
+                f"--params that takes it too; or one of {', '.join(problem.layer_names[:5])}",
+            ) from None
 
 
 @contextmanager

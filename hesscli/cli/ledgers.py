@@ -51,6 +51,7 @@ def ledger_in(
         return None
     facts: dict[str, Any] = {name: version(name) for name in ("hesscli", "numpy", "scipy")}
     facts |= problem.origin.facts
+    facts["--params"] = problem.restricted_to
     facts |= code_in_use()
     facts |= _typed(asked, [name for name in asked if name not in MAY_CHANGE])
     return FileLedger(

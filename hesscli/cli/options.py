@@ -52,6 +52,13 @@ SPEC = _PROBLEM.text(
 MATRIX = _PROBLEM.choice(
     "--matrix", _MATRICES, default="hessian", help=f"{listed(_MATRICES)}. Default: hessian."
 )
+PARAMS = _PROBLEM.text(
+    "--params",
+    "GLOB",
+    type=list[str],
+    help="Restrict the matrix to matching parameters or modules; others count as frozen. May be "
+    "repeated, and '!GLOB' leaves some out. Default: all trainable ones.",
+)
 EXAMPLES = _PROBLEM.value(
     "--examples",
     parsing.examples,
@@ -446,11 +453,23 @@ VERBOSE = _OUTPUT.switch("--verbose", "-v", help="Say each step; show tracebacks
 
 FOLDER = (DATA, TEXT, LABELS, SEQUENCE)
 """Of a model that needs no spec."""
-LOADED = (SPEC, *FOLDER, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST, SEED, DEVICE, DTYPE, BUDGET)
+LOADED = (
+    SPEC,
+    *FOLDER,
+    PARAMS,
+    EXAMPLES,
+    WEIGHT_DECAY,
+    BATCH_SIZE,
+    TRUST,
+    SEED,
+    DEVICE,
+    DTYPE,
+    BUDGET,
+)
 """How a problem is loaded; seed and budget are of its measurement as well."""
 SHOWN = (LAYERS, OUT, DIRECTORY, RESUME, QUIET, VERBOSE)
 """What happens to a result."""
-PROBLEM = (CHECKPOINT, SPEC, *FOLDER, MATRIX, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST)
+PROBLEM = (CHECKPOINT, SPEC, *FOLDER, MATRIX, PARAMS, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST)
 COMPUTE = (SEED, DEVICE, DTYPE, MODE)
 OUTPUT = (OUT, DIRECTORY, QUIET, VERBOSE)
 RESULT = (*OUTPUT, RESUME)

@@ -78,7 +78,7 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
     )
     held = (1 + forward * _PRODUCTS) * sum(kept.values())
     pace = Pace(
-        gradient=Spent(gradients=1.0, seconds=first),
+        gradient=Spent(gradients=problem.gradient_cost, seconds=first),
         graph=Spent(gradients=graph, seconds=second),
         product=Spent(products=1.0, gradients=each, seconds=third / _PRODUCTS),
         graph_bytes=round(scale * held),

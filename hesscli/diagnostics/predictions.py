@@ -194,7 +194,7 @@ class Predictions:
     def _slope(self, batch: WeightedBatch) -> Tensor:
         """The gradient of one batch's loss, float64 ``(d,)``."""
         problem, parameters = self.problem, self.problem.parameters
-        self._meter.add(1.0, batch.count / problem.data.count)
+        self._meter.add(problem.gradient_cost, batch.count / problem.data.count)
         parts = gradient(problem.evaluate(batch.data), parameters.tensors)
         return parameters.flatten(parts).double()
 
@@ -342,8 +342,8 @@ def perturbing(problem: Problem, pace: Pace) -> Work:
 
 def verifying(problem: Problem, pace: Pace) -> Work:
     """The loss with every change applied, at each scale."""
-    losses = 1 + _count(problem) * len(SCALES)
-    return Work(phase="verifying", spent=pace.gradient.times(FORWARD * losses))
+    losses, share = 1 + _count(problem) * len(SCALES), FORWARD / problem.gradient_cost
+    return Work(phase="verifying", spent=pace.gradient.times(share * losses))
 
 
 def _count(problem: Problem) -> int:

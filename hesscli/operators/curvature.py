@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesscli.meter import Meter
 from hesscli.operators.kernels import twice_differentiable
-from hesscli.operators.products import BATCHED, BUILDERS, COST, Apply, Kind, Tensors
+from hesscli.operators.products import BATCHED, BUILDERS, Apply, Kind, Tensors, work
 from hesscli.parameters import Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.problem import Problem
@@ -69,7 +69,7 @@ class Curvature(ABC):
     @property
     def cost(self) -> tuple[float, float]:
         """Gradients for a batch's graph, and for each product."""
-        return COST[self.kind][self.mode]
+        return work(self.kind, self.mode, self.problem.way_back)
 
     @property
     def is_batched(self) -> bool:

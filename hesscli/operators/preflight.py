@@ -178,7 +178,7 @@ def _determinism(sample: Sample, meter: Meter) -> Check:
         return float(value.detach()), flatten(gradient(value, problem.parameters.tensors))
 
     (first, slope), (second, again) = once(), once()
-    meter.add(2, sample.share)
+    meter.add(2 * problem.gradient_cost, sample.share)
     difference = max(
         abs(first - second) / max(abs(first), 1e-30),
         float((slope - again).norm() / slope.norm().clamp_min(1e-30)),
@@ -395,7 +395,7 @@ def _gradient_in_own_type(sample: Sample, precision: torch.dtype, meter: Meter) 
     with problem.forward_context():
         loss = sample.evaluate()
         slope = flatten(gradient(loss, problem.parameters.tensors)).detach()
-    meter.add(1, sample.share)
+    meter.add(problem.gradient_cost, sample.share)
     direction = _towards(slope, sample)
     along = float(slope @ direction)
 
@@ -446,7 +446,7 @@ def _difference_in_own_type(
     def measure(step: float) -> tuple[float, float]:
         with problem.forward_context():
             truth = central_difference(slope, tensors, direction, step)
-        operator.meter.add(2, sample.share)
+        operator.meter.add(2 * problem.gradient_cost, sample.share)
         on_step()
         return float((found - truth).norm()), max(float(found.norm()), float(truth.norm()))
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hesscli.meter import BACKWARD, FORWARD
 from hesscli.pairing import paired
 from hesscli.vocabulary import Mode
 
@@ -25,29 +26,53 @@ Tensors = Sequence[Tensor]
 Function = Callable[[Tensors | None], Tensor]
 """A live function of the parameters: at given tensors, or where the model stands (None)."""
 
-COST: dict[Kind, dict[Mode, tuple[float, float]]] = {
+_Passes = tuple[float, float]
+_PASSES: dict[Kind, dict[Mode, tuple[_Passes, _Passes]]] = {
     "hessian": {
-        "double-backward": (1, 2),
-        "forward-over-reverse": (0, 3),
-        "finite-difference": (0, 2),
+        "double-backward": ((1, 1), (0, 3)),
+        "forward-over-reverse": ((0, 0), (1, 4)),
+        "finite-difference": ((0, 0), (2, 2)),
     },
     "sandwich": {
-        "double-backward": (1, 4 / 3),
-        "forward-over-reverse": (1 / 3, 4 / 3),
-        "finite-difference": (1 / 3, 5 / 3),
+        "double-backward": ((1, 1), (0, 2)),
+        "forward-over-reverse": ((1, 0), (1, 3 / 2)),
+        "finite-difference": ((1, 0), (3, 1)),
     },
 }
-"""Gradients for a batch's graph and for each product (forward 1/3, backward 2/3)."""
+"""For a batch's graph and for each product: forward passes through the whole model, and passes as
+long as that back. A tangent is carried only from where the parameters are."""
+
+
+def work(kind: Kind, mode: Mode, way_back: float = BACKWARD) -> tuple[float, float]:
+    """Gradients for a batch's graph and for each product.
+
+    Args:
+        kind: of the matrix.
+        mode: of the products.
+        way_back: what a pass back to the parameters takes; default to all of the model's.
+    """
+    graph, product = _PASSES[kind][mode]
+    return graph[0] * FORWARD + graph[1] * way_back, product[0] * FORWARD + product[1] * way_back
+
 
 STEP = 1e-5
 """Step of central differences along a unit direction, in float64: rounding and curvature of the
 gradient meet there, and longer steps cross more kinks."""
 
 
-def gradient(value: Tensor, tensors: Tensors, *, create_graph: bool = False) -> list[Tensor]:
+def gradient(
+    value: Tensor, tensors: Tensors, *, create_graph: bool = False, retain_graph: bool = False
+) -> list[Tensor]:
     """Gradient of a scalar, zeros where the parameter is not reached."""
+    if not value.requires_grad:
+        return [torch.zeros_like(tensor, requires_grad=False) for tensor in tensors]
     parts = torch.autograd.grad(
-        value, tensors, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        value,
+        tensors,
+        create_graph=create_graph,
+        retain_graph=retain_graph or create_graph,
+        allow_unused=True,
+        materialize_grads=True,
     )
     return [_dense(part) for part in parts]
 

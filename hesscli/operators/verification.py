@@ -20,12 +20,12 @@ from hesscli.meter import FORWARD, Meter, OnStep, go_on
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import (
     BUILDERS,
-    COST,
     STEP,
     Apply,
     central_difference,
     flatten,
     gradient,
+    work,
 )
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import tensors_of
@@ -60,10 +60,10 @@ class MismatchError(Exception):
 def vectors(problem: Objective, count: int) -> Tensor:
     """The first Rademacher rows ``(count, d)`` of a fixed stream."""
     rows = [
-        randomness.rademacher(
+        randomness.at(
+            problem.parameters.runs,
+            randomness.rademacher,
             randomness.key(0x5EED, i),
-            0,
-            problem.parameters.size,
             dtype=problem.dtype,
             device=problem.device,
         )
@@ -353,7 +353,7 @@ def gradient_comparison(problem: Objective, meter: Meter) -> Comparison:
             truth = float(
                 central_difference(lambda: part.evaluate().detach(), tensors, direction, step)
             )
-        meter.add(1 + 2 * FORWARD, part.share)
+        meter.add(problem.gradient_cost + 2 * FORWARD, part.share)
         # Along ±1 signs, gradient'v is about |gradient| / √d, however small it comes out.
         typical = float(slope.norm()) / len(slope) ** 0.5
         scale = max(abs(along), abs(truth), typical, 1e-300)
@@ -451,7 +451,8 @@ def _by_differences(operator: Curvature, sample: Sample, direction: Tensor, step
     def difference(batch: WeightedBatch) -> list[Tensor]:
         return [build(*operator.parts(batch), step=step)(direction[None])]
 
-    operator.meter.add(sum(COST[operator.kind]["finite-difference"]), sample.share)
+    cost = work(operator.kind, "finite-difference", operator.problem.way_back)
+    operator.meter.add(sum(cost), sample.share)
     with operator.problem.forward_context():
         return weighted_sum(sample.batches(), torch.zeros_like(direction[None]), difference)[0]
 

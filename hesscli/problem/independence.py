@@ -174,7 +174,7 @@ class IndependenceTest:
         with self._running(self._dtype):
             value = self._compare(batch, part, count)
             if self._is_users and abs(value) <= _ABSOLUTE * torch.finfo(self._dtype).eps:
-                weights = [p for p in self.model.parameters() if p.requires_grad]
+                weights = [p for p in self.model.parameters() if p.is_floating_point()]
                 with moved(weights, _APART):  # of nothing, everything is the mean and the sum
                     self._compare(batch, part, count)
         self._tried += 1

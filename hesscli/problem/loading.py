@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def load(
     text: str | None = None,
     labels: str | None = None,
     sequence: int | None = None,
+    params: str | Sequence[str] | None = None,
     examples: str | int = Selection.usual,
     device: str = "auto",
     dtype: str | None = None,
@@ -60,6 +61,8 @@ def load(
         text: the column of ``data`` that holds texts; default ``text``.
         labels: the column that holds labels; default ``labels`` or ``label``.
         sequence: tokens of an example at most; default 512, fewer where the model takes fewer.
+        params: globs of the parameters or modules that the matrix is of, ``!GLOB`` leaving some
+            out; the others count as frozen. Default all trainable ones.
         examples: how many to keep at random: ``N``, ``"all"``, or ``"first:N"``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
         dtype: ``float32`` or ``float64``; default the checkpoint's (half types: float32).
@@ -73,6 +76,7 @@ def load(
     Raises:
         InputError: checkpoint, spec or data are missing, unreadable or do not match.
         UnsoundError: weights that are not finite.
+        UsageError: a glob of ``params`` takes nothing, or nothing is left.
     """
     path = None if checkpoint is None else Path(checkpoint)
     named = None if spec is None else Path(spec)
@@ -92,6 +96,7 @@ def load(
             parts.model,
             parts.loss,
             parts.data,
+            params=params,
             output=parts.output,
             weight_decay=parts.weight_decay if weight_decay is None else weight_decay,
             examples=examples,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.memory import Together, is_out_of_memory
+from hesscli.meter import BACKWARD, FORWARD
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import (
     Batch,
@@ -28,6 +29,7 @@ from hesscli.problem.freezing import FrozenData
 from hesscli.problem.independence import MUST_FIT, Independence
 from hesscli.problem.losses import Loss
 from hesscli.problem.precision import Narrowing, Precision, Widened, tolerance
+from hesscli.problem.restriction import held_fixed, share_of_way_back
 
 _EXAMPLES = 8
 """That are run in float64 to see what becomes of it."""
@@ -48,7 +50,8 @@ class Objective:
 
     Args:
         model: whose parameters it is a function of.
-        parameters: those that are trainable, one at least.
+        parameters: those that it is differentiated by, one at least.
+        trainable: those that weight decay is on, these included; default these.
         loss: settled on this model.
         data: frozen batches.
         independence: what is known of the examples of a batch.
@@ -69,13 +72,16 @@ class Objective:
         weight_decay: float,
         originals: Sequence[Tensor] = (),
         must_fit: str = MUST_FIT,
+        trainable: Parameters | None = None,
     ) -> None:
         self.model, self.parameters, self.loss = model, parameters, loss
         self.data, self.independence, self.masses = data, independence, masses
         self.total_weight, self.weight_decay = sum(masses), weight_decay
         self.originals, self.must_fit = originals, must_fit
-        self.device: torch.device = parameters[0].tensor.device
-        self.dtype: torch.dtype = parameters[0].tensor.dtype
+        self.trainable = parameters if trainable is None else trainable
+        self._fixed = self.trainable.without(parameters).tensors
+        self.device: torch.device = self.trainable[0].tensor.device
+        self.dtype: torch.dtype = self.trainable[0].tensor.dtype
         self.together = Together()
         self.retypings = 0  # a graph that was made before one is cut off from the parameters
         self._widened = self._is_widening = False
@@ -134,7 +140,7 @@ class Objective:
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """What every forward and backward pass runs in; no buffer of the model changes."""
-        with undisturbed(self.model, self.device), self._widening():
+        with held_fixed(self._fixed), undisturbed(self.model, self.device), self._widening():
             yield
 
     @contextmanager
@@ -162,6 +168,22 @@ class Objective:
         """Model outputs of a batch as a live tensor."""
         with self.forward_context(), standing_in(self.model, theta):
             return self.loss.outputs(self.model, batch)
+
+    @cached_property
+    def way_back(self) -> float:
+        """Work of a backward pass, in gradients by all of the model's parameters."""
+        example = self.sample(1)
+        with self.forward_context():
+            return BACKWARD * share_of_way_back(
+                lambda: self.loss.evaluate(self.model, example.data),
+                self.model,
+                self.parameters.tensors,
+            )
+
+    @property
+    def gradient_cost(self) -> float:
+        """Work of its gradient, in the same: a whole forward pass, and the way back."""
+        return FORWARD + self.way_back
 
     def fixed_outputs(self, batch: Batch) -> Tensor:
         """Model outputs of a batch without their graph; models may differentiate on their way."""
@@ -211,7 +233,8 @@ class Objective:
                 # Compiled code may run as Python while it is watched, and not be widened otherwise.
                 unwatched = self.evaluate(sample.data)
                 with self.forward_context():
-                    torch.autograd.grad(unwatched, self.parameters.tensors, allow_unused=True)
+                    if unwatched.requires_grad:
+                        torch.autograd.grad(unwatched, self.parameters.tensors, allow_unused=True)
             except Exception as error:  # of any kind: the code is the user's, made for another type
                 if is_out_of_memory(error):
                     raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from hesscli.problem.losses import Loss, StepLoss, Summed, UserLoss
 from hesscli.problem.objective import Objective
 from hesscli.problem.parts import Origin
 from hesscli.problem.proof import Proof, prove
+from hesscli.problem.restriction import chosen, held_fixed
 from hesscli.results import (
     CheckpointReport,
     Observe,
@@ -49,6 +50,8 @@ class Problem(Objective):
             :class:`Loss`.
         data: a map-style dataset, a DataLoader, a list of examples or of batches, a pair of arrays
             ``(X, y)``, an iterable of batches, or frozen data as it is.
+        params: globs of the parameters or modules that the matrix is of, ``!GLOB`` leaving some
+            out; the others count as frozen. Default all trainable ones.
         output: key, attribute or index of the tensor that a named loss reads, where the model
             returns several; default ``.logits``.
         weight_decay: coefficient of ½‖θ‖² over all trainable parameters.
@@ -67,6 +70,7 @@ class Problem(Objective):
 
     Raises:
         HesscliError: empty or unusable data, nothing to analyse, non-finite weights.
+        UsageError: a glob of ``params`` takes nothing, or nothing is left.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Problem(Objective):
         loss: Any,
         data: Any,
         *,
+        params: str | Sequence[str] | None = None,
         output: str | int | None = None,
         weight_decay: float = 0.0,
         examples: str | int = Selection.usual,
@@ -93,47 +98,51 @@ class Problem(Objective):
         require_real(model)
         twin = placed(model, device, dtype)
         given: Loss = reading(as_loss(loss, reduction=reduction), output)
-        parameters = Parameters.of(twin)
-        if not len(parameters):
+        trainable = Parameters.of(twin)
+        if not len(trainable):
             raise InputError(
                 "the model has no trainable parameter",
                 type(model).__name__,
                 "requires_grad=True on what is to be analysed",
             )
-        where = parameters[0].tensor.device, parameters[0].tensor.dtype
+        patterns = (params,) if isinstance(params, str) else tuple(params or ())
+        parameters = chosen(twin, trainable, patterns)
+        where = trainable[0].tensor.device, trainable[0].tensor.dtype
         _require_finite_weights(twin)
         hint = must_fit(data)
-        test = IndependenceTest(twin, given, *where, hint, observe)
-        if isinstance(data, FrozenData):
-            frozen = data
-            test.see_frozen(data.batches)
-        else:
-            frozen = freeze(
-                data,
-                Selection.parse(examples),
-                batch_size=batch_size,
-                seed=seed,
-                trial=test,
-                collate=collate,
-                steps=isinstance(given, StepLoss),
-                observe=observe,
-            )
-        settled = given.reduced(test.result.reduction)
-        with undisturbed(twin, where[0]), blamed_on_user(MODEL_RAISED, hint):
-            few = (place(first_rows(batch, _LOOKED_AT), *where) for batch in frozen.batches)
-            settled = settled.settled(twin, few)
-            if settled.reduction == "sum":
-                settled = Summed(settled, 1.0)
-            masses = list[float]()
-            for batch, count in zip(frozen.batches, frozen.counts, strict=True):
-                masses.append(settled.mass(twin, place(batch, *where), count))
-                tell(observe, Snapshot(phase="weighing batches"))
+        with held_fixed(trainable.without(parameters).tensors):
+            test = IndependenceTest(twin, given, *where, hint, observe)
+            if isinstance(data, FrozenData):
+                frozen = data
+                test.see_frozen(data.batches)
+            else:
+                frozen = freeze(
+                    data,
+                    Selection.parse(examples),
+                    batch_size=batch_size,
+                    seed=seed,
+                    trial=test,
+                    collate=collate,
+                    steps=isinstance(given, StepLoss),
+                    observe=observe,
+                )
+            settled = given.reduced(test.result.reduction)
+            with undisturbed(twin, where[0]), blamed_on_user(MODEL_RAISED, hint):
+                few = (place(first_rows(batch, _LOOKED_AT), *where) for batch in frozen.batches)
+                settled = settled.settled(twin, few)
+                if settled.reduction == "sum":
+                    settled = Summed(settled, 1.0)
+                masses = list[float]()
+                for batch, count in zip(frozen.batches, frozen.counts, strict=True):
+                    masses.append(settled.mass(twin, place(batch, *where), count))
+                    tell(observe, Snapshot(phase="weighing batches"))
         if not sum(masses) > 0:
             raise UnsoundError(
                 "the examples weigh nothing", f"weight mass {sum(masses)}", "unmasked targets"
             )
         if isinstance(settled, Summed):
             settled = Summed(settled.unscaled, sum(masses) / (frozen.fraction or 1.0))
+        self.restricted_to = patterns or None
         super().__init__(
             twin,
             parameters,
@@ -144,6 +153,7 @@ class Problem(Objective):
             weight_decay=weight_decay,
             originals=() if twin is model else tuple(model.parameters()),
             must_fit=hint,
+            trainable=trainable,
         )
         self.checkpoint, self.unseen = checkpoint, unseen
         self.origin = Origin()
@@ -216,12 +226,12 @@ class Problem(Objective):
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """Modules that own trainable parameters, in order."""
+        """Modules that own parameters of the matrix, in order."""
         return self.parameters.layers
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """Trainable parameters, named as in the checkpoint."""
+        """Parameters of the matrix, named as in the checkpoint."""
         return self.parameters.names
 
     @cached_property
@@ -240,7 +250,8 @@ class Problem(Objective):
             tokenizer_sha256=self.origin.tokenizer_sha256,
             num_parameters=self.parameters.size,
             num_unreached=sum(p.numel for p in self.parameters if p.name in proof.unreached),
-            num_frozen=sum(p.numel() for p in self.model.parameters() if not p.requires_grad),
+            num_frozen=sum(p.numel() for p in self.model.parameters()) - self.parameters.size,
+            restricted_to=self.restricted_to,
             num_examples=self.data.count,
             num_examples_available=self.data.available,
             num_tokens=tokens_in(self.data.batches),

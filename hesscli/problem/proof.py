@@ -66,16 +66,17 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
     reached = [False] * len(parameters)
     correct = possible = 0.0
     hidden = problem.loss.hidden if problem.loss.is_claim else None
-    work = Meter()
+    work, depends = Meter(), False
 
     def gradient_and_loss(batch: WeightedBatch) -> Iterator[Tensor]:
-        nonlocal correct, possible, hidden, reached
+        nonlocal correct, possible, hidden, reached, depends
         with blamed_on_user(MODEL_RAISED, _must_fit(problem, batch)):
             seen = _read_outputs(problem, batch)
             value = problem.evaluate(batch.data)
         correct, possible = correct + seen.right, possible + seen.of
         _require_finite_loss(problem, value, batch)
         _require_own_weights(problem, value)
+        depends = depends or value.requires_grad
         hidden = hidden or seen.hidden or _why_another(problem, value, seen.mean)
         parts = _gradient(problem, value, batch)
         reached = [r or p is not None for r, p in zip(reached, parts, strict=True)]
@@ -83,17 +84,21 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
             found = torch.zeros_like(tensor) if part is None else part
             yield (found.to_dense() if found.is_sparse else found).reshape(-1)
         yield value.reshape(1)
-        work.add(1 + FORWARD * seen.has_run, batch.count / problem.data.count)
+        cost = problem.gradient_cost + FORWARD * seen.has_run
+        work.add(cost, batch.count / problem.data.count)
         done, total = batch.index + 1, problem.num_batches
         tell(observe, Snapshot(phase="loss and gradient", done=done, total=total))
 
     total = torch.zeros(parameters.size + 1, dtype=torch.float64, device=problem.device)
     weighted_sum(problem.batches(), total, gradient_and_loss)
+    if not depends:
+        raise _independent(problem)
     gradient, loss = total[:-1], float(total[-1])
     _require_finite_gradient(problem, gradient)
     theta = parameters.flatten([t.detach() for t in parameters.tensors]).double()
+    square = sum(float(t.detach().double().square().sum()) for t in problem.trainable.tensors)
     return Proof(
-        loss=loss + 0.5 * decay * float(theta @ theta),
+        loss=loss + 0.5 * decay * square,
         accuracy=correct / possible if possible and hidden is None else None,
         gradient=gradient + decay * theta,
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
@@ -163,11 +168,7 @@ def _why_another(problem: Objective, value: Tensor, mean: float | None) -> str |
 def _gradient(problem: Objective, value: Tensor, batch: WeightedBatch) -> tuple[Tensor | None, ...]:
     """The batch's gradient as autograd gives it, None where a parameter is not reached."""
     if not value.requires_grad:
-        raise UnsoundError(
-            "the loss does not depend on any parameter through autograd",
-            "a loss without a gradient",
-            "no torch.no_grad(), .detach() or .item() between parameters and loss",
-        )
+        return (None,) * len(problem.parameters)
     try:
         return torch.autograd.grad(value, problem.parameters.tensors, allow_unused=True)
     except RuntimeError as error:
@@ -175,6 +176,22 @@ def _gradient(problem: Objective, value: Tensor, batch: WeightedBatch) -> tuple[
             raise
         run = partial(problem.evaluate, batch.data)
         raise no_gradient(problem.model, run, error) from None
+
+
+def _independent(problem: Objective) -> UnsoundError:
+    names = problem.parameters.names
+    some = f"{', '.join(names[:5])} ({len(names)} tensors)"
+    if len(names) < len(problem.trainable):
+        return UnsoundError(
+            "the loss depends on no parameter that the matrix is restricted to",
+            some,
+            "--params of others, or no torch.no_grad() or .detach() between these and the loss",
+        )
+    return UnsoundError(
+        "the loss does not depend on any parameter through autograd",
+        "a loss without a gradient",
+        "no torch.no_grad(), .detach() or .item() between parameters and loss",
+    )
 
 
 def _require_own_weights(problem: Objective, value: Tensor) -> None:

@@ -87,6 +87,8 @@ class ProblemReport:
     ``total_weight`` is their weight mass (examples, unmasked tokens or class weights).
     ``data`` and ``tokenizer_sha256`` are of a Hugging Face folder, ``num_tokens`` of what language
     models read, padding left out.
+    ``restricted_to`` has the globs of ``--params`` where the matrix is not of all parameters: the
+    others are among the frozen ones.
     """
 
     checkpoint: CheckpointReport | None
@@ -96,6 +98,7 @@ class ProblemReport:
     num_parameters: int
     num_unreached: int
     num_frozen: int
+    restricted_to: tuple[str, ...] | None = None
     num_examples: int
     num_examples_available: int | None
     num_tokens: int | None = None

@@ -36,7 +36,6 @@ class Probes:
     ) -> None:
         self.operator, self.seed, self.sharing = operator, seed, sharing
         self._sample = randomness.SAMPLERS[distribution]
-        self._runs = _contiguous_runs(operator.parameters)
 
     def block(self, batch: int, first: int, count: int) -> Tensor:
         """Probes ``first … first + count`` of a batch, ``(count, d)`` in the operator's dtype."""
@@ -46,22 +45,9 @@ class Probes:
         owner = randomness.SHARED if self.sharing == "shared" else batch
         stream = randomness.key(_PROBES, self.seed, owner, probe)
         source = self.operator
-        parts = [
-            self._sample(stream, offset, size, dtype=source.dtype, device=source.device)
-            for offset, size in self._runs
-        ]
-        return torch.cat(parts)
-
-
-def _contiguous_runs(parameters: Parameters) -> list[tuple[int, int]]:
-    """(offset, size) of stretches without a gap, so that a whole network is one call."""
-    runs: list[tuple[int, int]] = []
-    for parameter in parameters:
-        if runs and sum(runs[-1]) == parameter.offset:
-            runs[-1] = (runs[-1][0], runs[-1][1] + parameter.numel)
-        else:
-            runs.append((parameter.offset, parameter.numel))
-    return runs
+        return randomness.at(
+            source.parameters.runs, self._sample, stream, dtype=source.dtype, device=source.device
+        )
 
 
 # -- From a block of probes to unbiased estimates of a batch's diagonal ----------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscli.memory import is_out_of_memory
+from hesscli.operators.products import gradient
 from hesscli.pairing import paired
 from hesscli.parameters import Parameter
 from hesscli.problem.batches import Batch, filled, rows, tensors_of
@@ -43,9 +44,9 @@ class Generic:
         totals = [torch.zeros_like(p.tensor, dtype=torch.float64) for p in parameters]
         squares = [torch.zeros_like(total) for total in totals]
         for chunk in self.each(batch, columns, parameters):
-            for gradient, total, square in zip(chunk, totals, squares, strict=True):
-                total += gradient.sum(0, dtype=torch.float64)
-                square += gradient.square().sum(0, dtype=torch.float64)
+            for part, total, square in zip(chunk, totals, squares, strict=True):
+                total += part.sum(0, dtype=torch.float64)
+                square += part.square().sum(0, dtype=torch.float64)
         return totals, squares
 
     def each(
@@ -101,11 +102,6 @@ class Generic:
         """One example, one column after the other."""
         outputs = self.problem.outputs(batch)
         for column in columns:
-            parts = torch.autograd.grad(
-                paired([outputs], [column[None]]),
-                [p.tensor for p in parameters],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            yield [(p.to_dense() if p.is_sparse else p)[None] for p in parts]
+            value = paired([outputs], [column[None]])
+            parts = gradient(value, [p.tensor for p in parameters], retain_graph=True)
+            yield [part[None] for part in parts]

@@ -21,9 +21,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from hesscli import randomness
 from hesscli.errors import UnsoundError
 from hesscli.memory import is_out_of_memory
-from hesscli.meter import BACKWARD, FORWARD, Meter
+from hesscli.meter import FORWARD, Meter
 from hesscli.operators.per_example.generic import Generic
 from hesscli.operators.per_example.sites import Site, known_modules, site_class
+from hesscli.operators.products import gradient
 from hesscli.pairing import paired
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.problem.batches import Batch, rows
@@ -253,13 +254,9 @@ class Pass:
         return chosen > 0, weights.view(self.outputs.shape)
 
     def _batch_gradients(self, column: Tensor) -> list[Tensor]:
-        self.owner.meter.add(BACKWARD, self.share)
+        self.owner.meter.add(self.owner.problem.way_back, self.share)
         value = paired([self.outputs], [column])
-        tensors = self.owner.parameters.tensors
-        parts = torch.autograd.grad(
-            value, tensors, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return [part.to_dense() if part.is_sparse else part for part in parts]
+        return gradient(value, self.owner.parameters.tensors, retain_graph=True)
 
     # -- backward passes -----------------------------------------------------------------------
 
@@ -268,7 +265,12 @@ class Pass:
         calls = [call for calls in self.calls.values() for call in calls]
         if not calls:
             return {module: [] for module in self.calls}
-        self.owner.meter.add(BACKWARD, self.share)
+        if not self.outputs.requires_grad:  # what was called leads nowhere
+            return {
+                module: [column.new_zeros(call.shape) for call in calls]
+                for module, calls in self.calls.items()
+            }
+        self.owner.meter.add(self.owner.problem.way_back, self.share)
         edges = [call.edge for call in calls]
         parts = torch.autograd.grad(
             paired([self.outputs], [column]), edges, retain_graph=True, allow_unused=True
@@ -284,7 +286,8 @@ class Pass:
         positions = sorted(self.owner.unspoken_for)
         if not positions:
             return {}
-        self.owner.meter.add(FORWARD + len(columns) * BACKWARD, self.share)
+        work = FORWARD + len(columns) * self.owner.problem.way_back
+        self.owner.meter.add(work, self.share)
         chosen = [self.owner.parameters[position] for position in positions]
         sums = self.owner.mapper.sums(self.batch, torch.stack(list(columns), 1), chosen)
         return dict(zip(positions, zip(*sums, strict=True), strict=True))
@@ -294,7 +297,7 @@ class Pass:
         positions = sorted(self.owner.unspoken_for)
         if not positions:
             return {}
-        self.owner.meter.add(FORWARD + BACKWARD, self.share)
+        self.owner.meter.add(self.owner.problem.gradient_cost, self.share)
         chosen = [self.owner.parameters[position] for position in positions]
         chunks = self.owner.mapper.each(self.batch, column[:, None], chosen)
         return dict(zip(positions, map(torch.cat, zip(*chunks, strict=True)), strict=True))

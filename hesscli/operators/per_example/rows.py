@@ -142,6 +142,7 @@ class Rows:
             data = batch.data
             if size < batch.count:
                 data = rows_of_batch(data, start, start + size)
-            self.meter.add(1.0, min(size, batch.count - start) / self.problem.data.count)
+            share = min(size, batch.count - start) / self.problem.data.count
+            self.meter.add(self.problem.gradient_cost, share)
             parts = gradient(self.problem.evaluate(data), self.problem.parameters.tensors)
             yield flatten(parts).detach()[None]

@@ -31,6 +31,8 @@ from hesscli.units import duration, human_bytes, human_seconds
 def proof_line(problem: ProblemReport) -> Facts:
     """Parameters, loss, accuracy and gradient, by which users know their model."""
     parameters = words.count(problem.num_parameters, "parameter")
+    if problem.restricted_to is not None:
+        parameters += f" of {words.shorten(', '.join(problem.restricted_to), 48)}"
     aside = [
         f"{words.count(number)} {what}"
         for number, what in (

@@ -1,0 +1,131 @@
+"""Which parameters the matrix is of, where not of all: the others count as frozen.
+
+Frozen is what ``requires_grad = False`` makes of a parameter: those of the user's model that have
+it already, and meanwhile those that ``--params`` leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
+
+from hesscli.errors import UsageError
+from hesscli.memory import is_out_of_memory
+from hesscli.parameters import Parameters, matches
+from hesscli.torch_private import TorchDispatchMode
+
+
+def chosen(model: nn.Module, whole: Parameters, patterns: Sequence[str]) -> Parameters:
+    """Those of a model's trainable parameters that ``--params`` takes.
+
+    Args:
+        model: whose they are.
+        whole: all that are trainable.
+        patterns: as :meth:`Parameters.select` takes them; none for all.
+
+    Raises:
+        UsageError: a pattern takes nothing, or nothing is left.
+    """
+    for pattern in patterns:
+        glob = pattern.removeprefix("!")
+        if any(matches(glob, name) for p in whole for name in p.names):
+            continue
+        for name, what, cure in _others(model):
+            if matches(glob, name):
+                raise UsageError(
+                    "no trainable parameter matches the pattern",
+                    f"--params {pattern!r}: {name} {what}",
+                    f"{cure}; or one of {', '.join(whole.layers[:5])}",
+                )
+    return whole.select(*patterns) if patterns else whole
+
+
+def _others(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """What else has a name, why it is no parameter of the matrix, and what would make it one."""
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        if not tensor.requires_grad:
+            yield name, "is frozen by the model", f"requires_grad = True on {name}"
+    for name, _ in model.named_buffers(remove_duplicate=False):
+        yield name, "is a buffer", "an nn.Parameter in its place"
+
+
+@contextmanager
+def held_fixed(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let some parameters need no gradient meanwhile: no graph is made for them, nor kept."""
+    with _requiring(tensors, wanted=False):
+        yield
+
+
+@contextmanager
+def _requiring(tensors: Sequence[Tensor], *, wanted: bool) -> Iterator[None]:
+    others = [tensor for tensor in tensors if tensor.requires_grad != wanted]
+    try:
+        for tensor in others:
+            tensor.requires_grad_(wanted)
+        yield
+    finally:
+        for tensor in others:
+            tensor.requires_grad_(not wanted)
+
+
+# -- What the others cost: a forward pass, and no way back -----------------------------------------
+
+
+def share_of_way_back(
+    evaluate: Callable[[], Tensor], model: nn.Module, tensors: Sequence[Tensor]
+) -> float:
+    """Of a model's backward pass, how much is on the way to some of its parameters.
+
+    By the multiplications that autograd makes for these and for all, frozen ones included; by
+    the numbers of entries where there are none.
+
+    Args:
+        evaluate: the loss of an example, with a graph for those parameters that require one.
+        model: whose parameters they are.
+        tensors: those parameters.
+    """
+    whole = [tensor for tensor in model.parameters() if tensor.is_floating_point()]
+    entries, most = (sum(t.numel() for t in each) for each in (tensors, whole))
+    if entries == most:
+        return 1.0
+    try:
+        part = _multiplications(evaluate, tensors)
+        with _requiring(whole, wanted=True):
+            total = _multiplications(evaluate, whole)
+    except Exception as error:  # of any kind: code that was made for frozen weights
+        if is_out_of_memory(error):
+            raise
+        return entries / most
+    return part / total if total else entries / most
+
+
+def _multiplications(evaluate: Callable[[], Tensor], tensors: Sequence[Tensor]) -> int:
+    """That the gradient by some tensors takes, beyond the forward pass."""
+    value = evaluate()
+    with _Counting() as counted:
+        if value.requires_grad:
+            torch.autograd.grad(value, tensors, allow_unused=True)
+    return int(counted.total)
+
+
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the multiplications of matrices and convolutions meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total: int = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run it, and add what it has multiplied."""
+        result = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function.overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
