@@ -21,6 +21,7 @@ _RESIDENT_GRAIN = 1 << 26
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
+_CACHES = ("inactive_file", "active_file")
 
 
 def available_bytes(device: torch.device | str | None = None) -> int:
@@ -129,26 +130,36 @@ def _of_machine() -> int:
 def _of_groups() -> Iterator[int]:
     """What each limited group that the process is in has left; at least one huge number."""
     yield 2**62
-    for group in _groups():
+    for group, most, taken in _groups():
         try:
-            limit = int((group / "memory.max").read_text(encoding="ascii"))
-            used = int((group / "memory.current").read_text(encoding="ascii"))
-            files = _entries(group / "memory.stat")
+            limit = int((group / most).read_text(encoding="ascii"))
+            used = int((group / taken).read_text(encoding="ascii"))
+            stat = _entries(group / "memory.stat")
         except (OSError, ValueError):  # no such files, or "max": no limit
             continue
-        cached = files.get("inactive_file", 0) + files.get("active_file", 0)
+        # In the older hierarchy only the totals count what groups below have, as its usage does.
+        cached = sum(stat.get(f"total_{kind}", stat.get(kind, 0)) for kind in _CACHES)
         yield max(0, limit - used + cached)
 
 
-def _groups() -> Iterator[Path]:
-    """The process's own group and those around it, in the unified hierarchy of Linux."""
+def _groups() -> Iterator[tuple[Path, str, str]]:
+    """The process's own group and those around it, and what the files of their limits are called.
+
+    In the unified hierarchy of Linux, and in the older one that memory has of its own.
+    """
     if not _OWN_GROUPS.exists():
         return
     for line in _OWN_GROUPS.read_text(encoding="utf-8").splitlines():
-        hierarchy, _, name = line.split(":", 2)
-        if hierarchy == "0":
-            own = _GROUPS / name.lstrip("/")
-            yield from (own, *(g for g in own.parents if g.is_relative_to(_GROUPS)))
+        number, controllers, name = line.split(":", 2)
+        if number == "0":
+            root, files = _GROUPS, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, files = _GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = root / name.lstrip("/")
+        for group in (own, *(g for g in own.parents if g.is_relative_to(root))):
+            yield group, *files
 
 
 def _entries(file: Path) -> dict[str, int]:

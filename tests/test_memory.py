@@ -17,10 +17,10 @@ from program import environment, hesscli_warm
 from torch import Tensor, nn
 
 import hesscli
-from hesscli import ledger
+from hesscli import ledger, memory
 from hesscli.errors import ExitCode, UnsoundError
 from hesscli.ledger import FileLedger
-from hesscli.memory import Together
+from hesscli.memory import Together, available_bytes
 from hesscli.operators.base import Retained
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
@@ -84,6 +84,44 @@ def unlimited(measure: Any) -> tuple[Any, int]:
     """What a run comes to, and how many passes through the model it takes."""
     given = problem()
     return measure(given, budget=None), given.model.passes
+
+
+# -- How much there is -----------------------------------------------------------------------------
+
+
+GIB = 1 << 30
+UNIFIED = "0::/job/step\n", "", ("memory.max", "memory.current"), ""
+OLDER = (
+    "5:devices:/\n4:cpu,memory:/job/step\n0::/\n",
+    "memory",
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    "total_",
+)
+
+
+@pytest.mark.parametrize(("own", "root", "files", "total"), [UNIFIED, OLDER])
+def test_limits_of_a_container_count(
+    own: str,
+    root: str,
+    files: tuple[str, str],
+    total: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the kernel writes them: the narrowest of the groups around the process, caches apart."""
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_of_machine", lambda: 64 * GIB)
+    assert available_bytes() == 64 * GIB
+    stat = f"cache 7\n{total}inactive_file {GIB}\n{total}active_file {GIB // 2}"
+    limits = {"job/step": "max" if total == "" else str(2**63 - 4096), "job": str(8 * GIB)}
+    for group, limit in limits.items():
+        folder = tmp_path / root / group
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in zip((*files, "memory.stat"), (limit, str(3 * GIB), stat), strict=True):
+            (folder / name).write_text(text + "\n")
+    assert available_bytes() == 6.5 * GIB
 
 
 # -- Less at once ----------------------------------------------------------------------------------
