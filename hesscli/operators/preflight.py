@@ -244,11 +244,14 @@ def _test_of(problem: Problem, mode: Mode) -> Callable[[Make, Sample, Sample, On
 def _against_float64(make: Make, few: Sample, many: Sample, on_step: OnStep) -> _Outcome:
     """Products in the problem's own type against float64, and float64 against truth."""
     problem = few.problem
-    own = None if problem.dtype == torch.float64 else Product(make(), few).with_signs()
-    on_step()
+    own, largest = None, 0.0
+    if problem.dtype != torch.float64:
+        own, largest = _with_largest(make(), few, on_step)
+        on_step()
     with doubled(problem):
         operator = make()
-        exact, largest = _with_largest(operator, few, on_step)
+        exact = Product(operator, few).with_signs()
+        on_step()
         symmetry = check_symmetry(operator, few, exact, torch.float64)
         on_step()
         difference = product_comparison(operator, few, exact, on_step).check(many)
