@@ -34,7 +34,7 @@ def check_table(result: CheckResult) -> RenderableType:
             GAP,
             _preflight(result.preflight),
             GAP,
-            _unit_costs(result.plan),
+            _unit_costs(result.plan, result.problem.num_batches),
             GAP,
             _planned_commands(result.plan),
             *_plan_notes(result.plan),
@@ -66,8 +66,9 @@ def _preflight(preflight: Preflight) -> Facts:
     return facts(items)
 
 
-def _unit_costs(plan: Plan) -> RenderableType:
+def _unit_costs(plan: Plan, num_batches: int) -> RenderableType:
     product = human_seconds(plan.product_seconds)
+    batches = "one batch" if num_batches == 1 else f"{words.count(num_batches)} batches"
     return grid(
         (
             ("one full gradient", human_seconds(plan.gradient_seconds)),
@@ -76,7 +77,7 @@ def _unit_costs(plan: Plan) -> RenderableType:
                 f"{product}, {human_bytes(plan.product_bytes)} beyond model and examples",
             ),
             ("model parameters", human_bytes(plan.parameter_bytes)),
-            ("kept examples", human_bytes(plan.kept_bytes)),
+            ("kept examples", f"{human_bytes(plan.kept_bytes)} in {batches}"),
         )
     )
 
