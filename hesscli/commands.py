@@ -74,6 +74,7 @@ COMMANDS: dict[str, Command] = {
         table="hesscli.render.tables.spectrum:spectrum_table",
         figures="hesscli.render.figures.spectrum:figures",
     ),
+    "join": Command(usage="hesscli.cli.join:USAGE"),
     "schema": Command(usage="hesscli.cli.schema:USAGE"),
 }
 

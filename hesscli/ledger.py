@@ -28,7 +28,7 @@ from hesscli.meter import Meter
 from hesscli.state import Rows, Stateful, Timed
 from hesscli.storage import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 """Changes where a ledger can no longer be read by what wrote those before."""
 
 _OFTEN = 0.5
@@ -105,12 +105,15 @@ def write_tensors(stream: BinaryIO, blocks: Mapping[str, list[Tensor]], told: st
     return digest
 
 
-def read_tensors(path: Path, digest: str | None = None) -> tuple[dict[str, Tensor], str]:
+def read_tensors(
+    path: Path, digest: str | None = None, *, told_alone: bool = False
+) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file, and what is told besides, once its bytes are seen to be right.
 
     Args:
         path: the file.
         digest: what another file has of its hash.
+        told_alone: without the tensors.
 
     Raises:
         DamagedError: they are not.
@@ -126,7 +129,7 @@ def read_tensors(path: Path, digest: str | None = None) -> tuple[dict[str, Tenso
         if not hashed.hexdigest() == told["sha256"] == (digest or told["sha256"]):
             raise DamagedError(path, "its bytes are not those that were written")
         with safe_open(path, framework="pt") as tensors:
-            names = tensors.keys()
+            names = () if told_alone else tensors.keys()
             return {name: tensors.get_tensor(name) for name in names}, told["told"]
     except FileNotFoundError:
         raise DamagedError(path, "there is no such file") from None
@@ -230,6 +233,8 @@ class FileLedger:
         facts: what the run is of, by names that people know.
         loaded: options whose effects are in the facts, as they were typed: what differs in its
             effects is named by them.
+        begun: how, for who has nothing but the ledger.
+        part: whether it is of a part of some work, and stays until it is joined with the others.
         resume: go on from what the file has, if there is one.
         say: tells people.
         check: sees that the folder is still this run's, and raises where it is not.
@@ -247,11 +252,13 @@ class FileLedger:
         resume: bool,
         say: Callable[[str], None],
         loaded: Mapping[str, Any] | None = None,
+        begun: Mapping[str, Any] | None = None,
+        part: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.path, self._say, self._check = path, say, check
         self._facts: dict[str, Any] = {}
-        self._loaded = _plain(loaded or {})
+        self._loaded, self._begun, self._part = _plain(loaded or {}), _plain(begun or {}), part
         self._decisions: dict[str, Any] = {}
         self._work: list[_Kept] = []
         self._files: dict[str, list[_RowFile]] = {}
@@ -263,7 +270,7 @@ class FileLedger:
         if resume and not path.exists():
             say(f"there is no {path} to go on from: begun anew")
         elif resume:
-            self._saved = _read(path)
+            self._saved = read_ledger(path)
             files = self._saved["rows"].items()
             self._files = {place: [_RowFile(*file) for file in each] for place, each in files}
             self._decisions = self._saved["decisions"]
@@ -342,9 +349,10 @@ class FileLedger:
     def close(self) -> None:
         """The run's work is over; write that, where more can be asked of it."""
         self._over = all(kept.counted is not None for kept in self._work)
-        if self._over and all(kept.work.lasting for kept in self._work):
+        if self._over and (self._part or all(kept.work.lasting for kept in self._work)):
             parted = self._parted()
-            if self._expected(parted) <= max(_LITTLE, _SHARE_AT_END * self._clock.seconds):
+            little = max(_LITTLE, _SHARE_AT_END * self._clock.seconds)
+            if self._part or self._expected(parted) <= little:
                 self._write(parted)
                 self._work.clear()
 
@@ -364,8 +372,10 @@ class FileLedger:
                 "format": FORMAT,
                 "finished": self._over,
                 "at_budget": self._at_budget,
+                "part": self._part,
                 "facts": self._facts,
                 "loaded": self._loaded,
+                "begun": self._begun,
                 "decisions": self._decisions,
                 "seconds": self._clock.seconds,
                 "work": [
@@ -452,10 +462,16 @@ class FileLedger:
 
     def _refuse_unfinished(self) -> None:
         try:
-            saved = _read(self.path)
+            saved = read_header(self.path)
         except DamagedError as damaged:
             self._say(f"a ledger that cannot be read is replaced: {self.path}, {damaged.got}")
             return
+        if saved["part"] and saved["finished"]:
+            raise UsageError(
+                f"a part of a result is kept in {self.path}",
+                f"it would be lost, before `hesscli join` has it; {saved['seconds']:.0f} s of work",
+                f"another --dir for another part, --resume to see this one's, or rm {self.path}",
+            )
         if saved["at_budget"]:
             self._say(
                 f"the ledger of a run that ended at its budget is replaced: {self.path}; "
@@ -475,12 +491,12 @@ class FileLedger:
         if typed := [name for name in self._loaded if self._loaded[name] != loaded.get(name)]:
             then, now = {**then, **loaded}, {**now, **self._loaded}
             apart = [*typed, *apart]
-        told = [f"{name} was {_short(then.get(name))} and is {_short(now[name])}" for name in apart]
+        told = [f"{name} was {short(then.get(name))} and is {short(now[name])}" for name in apart]
         more = f" ({len(told)} differences)" if len(told) > 3 else ""
         first = apart[0]
         cure = "what it was begun with"
         if first.startswith("--"):
-            cure = _option(first, then.get(first))
+            cure = as_typed(first, then.get(first))
         elif first == "threads":
             cure = f"OMP_NUM_THREADS={then[first]}"
         raise UsageError(
@@ -496,7 +512,7 @@ def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _option(name: str, value: Any) -> str:
+def as_typed(name: str, value: Any) -> str:
     """How an option is typed that has a value or several, or a switch that is on or off."""
     if value is None or value is False or value == []:
         return f"no {name}"
@@ -505,20 +521,23 @@ def _option(name: str, value: Any) -> str:
     return name if value is True else f"{name} {value}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A hash by its first letters."""
     text = str(value)
     return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What a ledger has, with the state of its work as it was given.
+def read_header(path: Path) -> dict[str, Any]:
+    """What a ledger has but for arrays.
 
     Raises:
-        DamagedError: it, or a file of rows, is not what was written.
+        DamagedError: it is not what was written.
         UsageError: it is of another format.
     """
-    arrays, told = read_tensors(path)
+    return _of_this_format(path, read_tensors(path, told_alone=True)[1])
+
+
+def _of_this_format(path: Path, told: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(told)
     if found["format"] != FORMAT:
         raise UsageError(
@@ -526,6 +545,18 @@ def _read(path: Path) -> dict[str, Any]:
             f"{found['format']}, written by hesscli {found['facts'].get('hesscli')}",
             f"the hesscli that wrote it, or rm {path}",
         )
+    return found
+
+
+def read_ledger(path: Path) -> dict[str, Any]:
+    """What a ledger has, with the state of its work as it was given.
+
+    Raises:
+        DamagedError: it, or a file of rows, is not what was written.
+        UsageError: it is of another format.
+    """
+    arrays, told = read_tensors(path)
+    found = _of_this_format(path, told)
     rows = {}
     for place, files in found["rows"].items():
         parts = [read_tensors(path.with_name(name), sha256) for name, _, sha256 in files]

@@ -59,6 +59,13 @@ class Stateful(Saved, Protocol):
         """Whether more can be asked of it once it has ended, to a smaller error."""
 
 
+class Joinable(Stateful, Protocol):
+    """Work that can be the sum of what others have done of it, each another part."""
+
+    def join(self, state: State) -> None:
+        """Add what another has done; whose parts join takes no steps of its own."""
+
+
 class Timed(Protocol):
     """What knows how long it has been."""
 

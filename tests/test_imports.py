@@ -24,6 +24,7 @@ FLOORS = [
     {"results"},
     {"parameters", "randomness", "storage", "memory", "meter", "pairing", "sums", "torch_private"},
     {"locks", "ledger"},
+    {"joining"},
     {"problem"},
     {"operators"},
     {"engines"},

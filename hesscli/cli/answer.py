@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hesscli.cli import options
 from hesscli.cli.console import Console
-from hesscli.cli.ledgers import ledger_in
+from hesscli.cli.ledgers import begun_as, facts_of, ledger_in
 from hesscli.cli.usage import EVERY_LAYER, Given, Layers, Measure, Usage
 from hesscli.commands import Command
 from hesscli.errors import ExitCode, InputError, UsageError
 from hesscli.results import Answer, CheckpointReport, Header, Status
 
 if TYPE_CHECKING:
+    from hesscli.joining import JoinedLedger
     from hesscli.ledger import FileLedger
     from hesscli.locks import Hold
     from hesscli.problem.problem import Problem
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
 
 
 def answer(
-    command: Command, usage: Usage, console: Console, checkpoint: Path | None, given: Given
+    command: Command,
+    usage: Usage,
+    console: Console,
+    checkpoint: Path | None,
+    given: Given,
+    joined: JoinedLedger | None = None,
 ) -> ExitCode:
     """Do what a command line asks: load, measure, say, write, and tell the shell.
 
@@ -38,6 +44,7 @@ def answer(
         console: where to say what.
         checkpoint: of the problem; None where the spec is to name it.
         given: all else that was typed, by the names of its options.
+        joined: what runs over parts have found, in place of all work.
     """
     from hesscli.problem.loading import load
 
@@ -52,10 +59,15 @@ def answer(
             held = until_delivered.enter_context(
                 output(given["directory"], problem.checkpoint, console)
             )
-            kept, ledger = dict[str, Any](), None
+            kept: dict[str, Any] = {}
+            ledger: FileLedger | JoinedLedger | None = None
             if issubclass(resolve_name(command.result), Answer):  # all else only plans
                 given = {**given, "budget": console.left(budget)}
-                ledger = _ledger(command, usage, console, problem, given, held)
+                if joined is not None:
+                    ledger = joined
+                    joined.recognise(facts_of(problem, what_is_asked(usage, given)))
+                else:
+                    ledger = _ledger(command, usage, console, problem, given, held, checkpoint)
                 kept = {"ledger": ledger} if ledger else {}
             measure = prepared(command, usage, problem, given, shown)
             result = measure(observe=observe, **kept)
@@ -76,10 +88,12 @@ def _ledger(
     problem: Problem,
     given: Given,
     held: Hold | None,
+    checkpoint: Path | None,
 ) -> FileLedger | None:
-    asked = what_is_asked(usage, given)
-    name = file_name(resolve_name(command.result).command, given["matrix"])
-    return ledger_in(held, name, console, problem, asked, given)
+    asked, name = what_is_asked(usage, given), resolve_name(command.result).command
+    begun = begun_as(name, usage, checkpoint, problem, given)
+    file = file_name(name, given["matrix"])
+    return ledger_in(held, file, console, problem, asked, given, begun)
 
 
 _TOLERANCES = ("rtol", "atol", "refine")

@@ -335,7 +335,7 @@ class _ProbeNoise:
             batches=draw.batches,
             stream=self.stream,
         )
-        self.probes = probes
+        self.probes, self._joined = probes, False
 
     def expected(self, pace: Pace) -> tuple[Work, ...]:
         """All of them on one graph."""
@@ -343,6 +343,8 @@ class _ProbeNoise:
 
     def steps(self) -> Iterator[Snapshot]:
         """Blocks of products."""
+        if self._joined:
+            return
         meter = self.engine.operator.meter
         for _ in self.engine.extend(self.probes):
             yield Snapshot(phase="probing", done=meter.products, total=float(self.probes))
@@ -355,11 +357,16 @@ class _ProbeNoise:
         """Go on from there."""
         self.engine.load_state_dict(state)
 
+    def join(self, state: State) -> None:
+        """Add other batches, or other probes."""
+        self.engine.join(state)
+        self._joined = True
+
 
 def _probe_noise(run: Run, draw: Draw, probes: int) -> Faced | None:
     """None where the run was stopped before the probes were done."""
     noise = _ProbeNoise(run.operator, draw, probes)
-    if drive(run.clock, noise, run.ledger) is not None:
+    if drive(run.clock, noise, run.ledger) is not None or not noise.engine.seen:
         return None
     found = noise.entries.diagonal([Part(noise.stream, 1.0, probes)], 0.0).noise
     assert found is not None  # probes have some

@@ -18,6 +18,7 @@ from hesscli.engines.entries import GROUP
 from hesscli.engines.estimator import Engine, Estimator, Reading, Rounding, read
 from hesscli.engines.hutchinson.table import Sharing
 from hesscli.engines.unit_vectors import UnitVectors
+from hesscli.errors import UsageError
 from hesscli.meter import Spent, watched
 from hesscli.results import Snapshot, Status
 from hesscli.state import State
@@ -145,7 +146,8 @@ class Rethink(Protocol):
 class Outcome:
     """How an estimation ended, and with what.
 
-    ``rounding`` is that of the reading; ``turn`` is why its estimator was changed.
+    ``rounding`` is that of the reading; ``turn`` is why its estimator was changed; ``joined`` that
+    it is made of parts.
     """
 
     status: Status
@@ -154,6 +156,7 @@ class Outcome:
     looks: int
     rounding: Rounding
     turn: str | None = None
+    joined: bool = False
 
 
 class Estimation:
@@ -186,6 +189,7 @@ class Estimation:
         self._target = 0
         self._looks, self._looked = 0, False
         self._asked = rethink is None
+        self._joined = False
         self._turn: Turn | None = None
         self._left: tuple[Estimator, float] | None = None
         self._shown: Reading | None = None
@@ -204,6 +208,10 @@ class Estimation:
 
     def steps(self) -> Iterator[Snapshot]:
         """Blocks of products, and looks where they are due."""
+        if self._joined:
+            self._require_whole()
+            self._status = self._settled(self._look())
+            return
         if self.probes is not None:
             yield from self._through(self.probes)
             return
@@ -319,6 +327,41 @@ class Estimation:
                 source.load_state_dict(its)
             self._left = before, state["left"]["miss"]
 
+    def join(self, state: State) -> None:
+        """Add what another has found in other batches, or with other probes.
+
+        Raises:
+            UsageError: it has stopped where its own error was small enough.
+        """
+        if self.probes is None:
+            raise UsageError(
+                "runs to a tolerance are no parts of one: each stops where its own error is small",
+                "no --probes",
+                "runs over ranges, as of --probes 0:64 and --probes 64:128",
+            )
+        self.estimator.join(state["estimator"])
+        self._joined = True
+
+    def _require_whole(self) -> None:
+        """Refuse what was joined where there is no result in it.
+
+        Raises:
+            UsageError: there is not.
+        """
+        if not self.ready:
+            raise UsageError(
+                "the parts hold no result yet",
+                "fewer than two probes of two batches",
+                "--resume for those that were cut off",
+            )
+        if counts := self.estimator.uneven:
+            few, many = (pick(counts, key=lambda i: counts[i]) for pick in (min, max))
+            raise UsageError(
+                "entries need as many probes of each batch as of any other",
+                f"{counts[few]} of batch {few}, and {counts[many]} of batch {many}",
+                "--resume for a part that was cut off, or a join without the others of its probes",
+            )
+
     def _only_of(self, before: Estimator) -> list[Engine]:
         """Sources that the present estimator has not taken over."""
         return [source for source in before.sources if source not in self.estimator.sources]
@@ -369,7 +412,9 @@ class Estimation:
 
     def _outcome(self, status: Status, reading: Reading) -> Outcome:
         turn = None if self._turn is None else self._turn.why
-        return Outcome(status, self.estimator, reading, self._looks, self.rounding, turn)
+        return Outcome(
+            status, self.estimator, reading, self._looks, self.rounding, turn, self._joined
+        )
 
     def _turns(self, reading: Reading) -> bool:
         """Whether there is a better estimator for the way that is left.

@@ -51,10 +51,21 @@ _CHOOSING = "choosing a method"
 
 
 def chosen(run: Run, method: str, draw: Draw) -> Choice:
-    """The estimator of a run's matrix, chosen within its time, and how it rounds."""
+    """The estimator of a run's matrix, chosen within its time, and how it rounds.
+
+    Raises:
+        UsageError: what was kept is of another.
+    """
     with watched(run.operator.meter) as took:
         choice = choose(run.operator, method, draw, run.clock.watch(_CHOOSING), run.ledger.decided)
         rounding = rounding_of(run, choice)
+    kept = run.ledger.decided("method", lambda: choice.name)
+    if kept != choice.name:
+        raise UsageError(
+            "the method is another here than where the ledger was kept",
+            f"{kept} there, and {choice.name} here: {choice.note}",
+            f"--method {kept}, or a machine of the same kind",
+        )
     return replace(choice, took=took, rounding=rounding)
 
 
@@ -123,6 +134,7 @@ def method_report(
     choice: Choice, outcome: Outcome, draw: Draw, tolerance: Tolerance, flight: Preflight
 ) -> MethodReport:
     """What was chosen, why, and what repeats it."""
+    joined = "joined from runs over its parts" if outcome.joined else None
     return MethodReport(
         name=choice.name,
         seed=draw.seed,
@@ -134,7 +146,7 @@ def method_report(
         atol=tolerance.absolute,
         mode=flight.mode,
         attention_kernel=flight.attention_kernel,
-        note="; ".join(filter(None, (choice.note, outcome.turn))),
+        note="; ".join(filter(None, (choice.note, outcome.turn, joined))),
     )
 
 

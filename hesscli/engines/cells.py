@@ -80,7 +80,6 @@ class Cells:
     def state_dict(self) -> State:
         """The table by batch and estimate, and the entries: of whole batches, at every step."""
         return {
-            "first": self.first,
             "batches": list(self.indices),
             "estimates": [len(self.cells[i]) for i in self.indices],
             "cells": np.concatenate([self.cells[i] for i in self.indices]),
@@ -89,11 +88,27 @@ class Cells:
 
     def load_state_dict(self, state: State) -> None:
         """Be where an engine of the same matrix was."""
-        ends = np.cumsum(state["estimates"])[:-1]
-        rows = np.split(np.array(state["cells"]), ends)
-        self.cells.update(zip(state["batches"], rows, strict=True))
+        self.cells.update(_rows(state))
         if self.stream is not None:
             self.stream.load_state_dict(state["stream"])
+
+    def join(self, state: State) -> None:
+        """Add other batches, or other estimates of the same; these are those that it goes through.
+
+        Where entries are kept, what they have of complete rounds is all that counts.
+        """
+        rows = _rows(state)
+        if self.stream is not None:
+            whole = self.stream.count_of(state["stream"])
+            rows = {batch: each[:whole] for batch, each in rows.items()}
+        if self.least == 1:  # exact: once is enough
+            rows = {batch: each for batch, each in rows.items() if not len(self.cells[batch])}
+        rows = {batch: each for batch, each in rows.items() if len(each)}
+        for batch, each in rows.items():
+            self.cells[batch] = np.concatenate([self.cells[batch], each])
+        self.indices = [i for i in self.operator.indices if len(self.cells[i])]
+        if self.stream is not None and rows:
+            self.stream.join(state["stream"], len(self.cells[next(iter(rows))]))
 
     def _add(self, batch: int, rows: Array) -> None:
         """Add a batch's estimates, with which it is whole again."""
@@ -104,3 +119,9 @@ class Cells:
     def _together(self) -> bool:
         """Whether only what all batches have counts."""
         return self.stream is not None
+
+
+def _rows(state: State) -> dict[int, Array]:
+    """The table that was saved, by batch."""
+    ends = np.cumsum(state["estimates"])[:-1]
+    return dict(zip(state["batches"], np.split(np.array(state["cells"]), ends), strict=True))

@@ -221,6 +221,26 @@ class Stream:
         self.number = state["number"]
         self._done, self._open = self._loaded(state["done"]), self._loaded(state["open"])
 
+    @staticmethod
+    def count_of(state: State) -> int:
+        """Estimates of each batch in the complete rounds of a state."""
+        return 0 if state["done"] is None else int(state["done"]["count"])
+
+    def join(self, state: State, count: int) -> None:
+        """Add another's complete rounds: of other batches, or of other estimates of the same.
+
+        Args:
+            state: the other's.
+            count: estimates of each batch, once all are there.
+        """
+        found = self._loaded(state["done"])
+        assert found is not None  # it has complete rounds
+        if self._done is None:
+            self.number, self._done = state["number"], found
+        else:
+            self._done.add(found)
+        self._done.count = count
+
     def _loaded(self, state: State | None) -> _Round | None:
         if state is None:
             return None

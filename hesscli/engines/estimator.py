@@ -211,13 +211,30 @@ class Estimator:
         for source, its in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(its)
 
+    def join(self, state: State) -> None:
+        """Add what the sources of another have found in other batches, or with other probes."""
+        for source, its in zip(self.sources, state["sources"], strict=True):
+            source.join(its)
+
+    @property
+    def uneven(self) -> dict[int, int] | None:
+        """How many estimates batches have, where entries are kept of more of some than of others.
+
+        Entries are sums over all of them, in which each batch must have its share.
+        """
+        for source in self.sources:
+            counts = {i: len(source.cells[i]) for i in source.indices}
+            if source.stream is not None and len(set(counts.values())) > 1:
+                return counts
+        return None
+
     def table(self) -> Table | None:
         """What the sources say together: of the batches that are probed, and of all that are known.
 
         Where entries are kept, both rest on the same draws: those of complete rounds.
         """
         seen = self._seen()
-        if len(seen) < min(2, len(self.indices)):
+        if not seen or len(seen) < min(2, len(self.indices)):
             return None
         known, masses, probed = self.gauss_newton, self.operator.masses, seen
         if known is not None:

@@ -172,6 +172,10 @@ class Lanczos:
         self._largest, self._asymmetry = state["largest"], state["asymmetry"]
         self._error = state["error"]
 
+    def is_as(self, state: State) -> bool:
+        """Whether another made the same vectors, as far as its tridiagonal matrix tells."""
+        return self._diagonal == list(state["diagonal"]) and self._left == list(state["left"])
+
     def _record(self, diagonal: float, left: float, largest: float, asymmetry: float) -> None:
         if not math.isfinite(left):
             raise UnsoundError(

@@ -236,10 +236,24 @@ def find_spec(checkpoint: Path | None, spec: Path | None, *, trust: bool = False
     places = _usual_places(checkpoint)
     for place in places:
         if place.is_file():
-            if not (trust or place.parent.resolve().is_relative_to(Path.cwd())):
-                raise _from_elsewhere(place)
-            return place
+            return require_near(place, trust=trust, of="beside the checkpoint")
     raise _no_spec(checkpoint, places)
+
+
+def require_near(place: Path, *, trust: bool, of: str) -> Path:
+    """A spec that nobody has named, where it may be used.
+
+    Args:
+        place: of its file.
+        trust: it may be, wherever it lies.
+        of: which spec it is, for people.
+
+    Raises:
+        InputError: it lies outside the working folder's tree, and is not trusted.
+    """
+    if place.is_file() and not (trust or place.parent.resolve().is_relative_to(Path.cwd())):
+        raise _from_elsewhere(place, of)
+    return place
 
 
 def _usual_places(checkpoint: Path | None) -> list[Path]:
@@ -270,7 +284,7 @@ def stem_of(checkpoint: Path) -> str:
     return checkpoint.stem
 
 
-def _from_elsewhere(place: Path) -> InputError:
+def _from_elsewhere(place: Path, of: str) -> InputError:
     found = read_spec(place)
     tables = (found.model, found.data, found.loss)
     names = [name for table in tables if table for name in table.code]
@@ -278,7 +292,7 @@ def _from_elsewhere(place: Path) -> InputError:
     if Path(SPEC_NAME).is_file():
         hint += f"; --spec {SPEC_NAME} is your own"
     return InputError(
-        "the spec beside the checkpoint lies outside the working folder, and a spec runs code",
+        f"the spec {of} lies outside the working folder, and a spec runs code",
         f"{place}, which runs {', '.join(names) or 'nothing by itself'}",
         hint,
     )

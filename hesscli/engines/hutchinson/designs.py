@@ -14,6 +14,7 @@ from hesscli import randomness
 from hesscli.engines.entries import Stream
 from hesscli.engines.hutchinson.table import Array, Sharing
 from hesscli.engines.lanczos import Lanczos
+from hesscli.errors import UsageError
 from hesscli.meter import OnStep, go_on
 from hesscli.operators.source import Source, Term
 from hesscli.parameters import LayerSums, Parameters
@@ -86,6 +87,10 @@ class Design(ABC):
 
     def load_state_dict(self, state: State) -> None:
         """Be as far as another of the same matrix was."""
+        assert not state  # nothing by default
+
+    def join(self, state: State) -> None:
+        """Be as another is, where that is what this would be."""
         assert not state  # nothing by default
 
 
@@ -259,6 +264,23 @@ class Deflated(Design):
             self.stream.load_state_dict(state["stream"])
         if state["ready"]:
             self._basis = self._lanczos.basis
+
+    def join(self, state: State) -> None:
+        """Have its basis; another's must be the same.
+
+        Raises:
+            UsageError: it is not.
+        """
+        if not state["ready"]:
+            return
+        if self._lanczos is None:
+            self.load_state_dict(state)
+        elif not self._lanczos.is_as(state["lanczos"]):
+            raise UsageError(
+                "the parts were deflated by different directions",
+                "machines that round differently",
+                "--method hutchinson or stratified, or machines of one kind",
+            )
 
     def _begun(self) -> Lanczos:
         return Lanczos(

@@ -125,6 +125,11 @@ class Hutchinson(Cells):
         super().load_state_dict(state)
         self.design.load_state_dict(state["design"])
 
+    def join(self, state: State) -> None:
+        """Add other batches, or other probes, on the same design."""
+        super().join(state)
+        self.design.join(state["design"])
+
     @property
     def streams(self) -> list[Stream]:
         """The streams of single entries, the design's among them."""
