@@ -33,6 +33,9 @@ bench-spectrum: $(VENV)/bench  ## Eigenvalues and densities against three librar
 	$(BIN)/python tests/benchmarks/spectrum.py
 	$(BIN)/python tests/benchmarks/spectrum.py --density
 
+bench-parts: $(VENV)/demo  ## The trace of a last layer beside a forward pass and the whole network's
+	$(BIN)/python tests/benchmarks/parts.py
+
 calibration: $(VENV)/demo  ## Predicted against measured loss changes, in float64 (an hour)
 	$(BIN)/python tests/benchmarks/calibration.py
 

@@ -70,7 +70,10 @@ def test_a_proof_is_counted_however_often_it_was_asked_for() -> None:
     problem.prove()
     problem.prove(meter=first)
     problem.prove(meter=second)
-    assert first == second == Meter(gradients=pytest.approx(4 / 3))
+    assert first == second == Meter(gradients=pytest.approx(1))
+    asked_twice = Meter()  # the user's function, and the outputs by themselves
+    problem_of(lambda outputs, y: (outputs - y).square().mean()).prove(meter=asked_twice)
+    assert asked_twice.gradients == pytest.approx(4 / 3)
 
     def step(model: nn.Module, batch: Any) -> torch.Tensor:
         return (model(batch[0]) - batch[1]).square().mean()

@@ -267,9 +267,20 @@ def test_frozen_by_the_model_or_by_params_is_one_and_the_same() -> None:
     assert one.trace.estimate == pytest.approx(other.trace.estimate, rel=1e-12)
     assert one.cost.gradients == pytest.approx(other.cost.gradients)
     assert one.problem.num_frozen == other.problem.num_frozen
-    # Forward passes, of which the proof takes two, the claim and the squares one each; the checks
-    # are of as many examples as there are.
-    assert one.cost.gradients < hesscli.trace(deep()).cost.gradients / 3
+
+
+def test_a_last_layer_takes_three_forward_passes_and_its_own_way_back() -> None:
+    """Proof, claim and squares see all examples; no check sees more than 64 of them, or a few."""
+    x, y = torch.randn(4096, WIDTH, dtype=torch.float64), torch.arange(4096) % WIDTH
+    batches = tuple(zip(x.split(64), y.split(64), strict=True))
+    data = FrozenData(batches, (64,) * 64, 4096, True, "x")
+    part, whole = (
+        Problem(deep().model, "cross_entropy", data, params=globs) for globs in (["6"], [])
+    )
+    cost = hesscli.trace(part).cost.gradients
+    checks = 20 * 64 / 4096  # forward passes, at most
+    assert 3 / 3 < cost < (3 + checks) / 3 + (WIDTH + 1 + checks) * part.way_back
+    assert hesscli.trace(whole).cost.gradients > WIDTH * 2 / 3
 
 
 def test_no_graph_is_kept_behind_frozen_layers() -> None:

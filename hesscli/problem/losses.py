@@ -120,6 +120,11 @@ class Loss(ABC):
         return self.mean(self.outputs(model, batch), batch)
 
     @property
+    def is_of_outputs(self) -> bool:
+        """Whether it is by construction the mean of the outputs that a forward pass gives."""
+        return type(self).evaluate is Loss.evaluate
+
+    @property
     def natural(self) -> Loss:
         """The same loss as a function of natural parameters, for the Gauss-Newton matrix."""
         return self
@@ -442,6 +447,11 @@ class Summed(Loss):
         """The loss's mean, multiplied."""
         share = self._share(batch)
         return share * self.loss.mean(outputs, batch) if share else 0.0 * outputs.sum()
+
+    @property
+    def is_of_outputs(self) -> bool:
+        """Whether the loss is."""
+        return self.loss.is_of_outputs
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward pass and mean loss, multiplied."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from hesscli.problem.batches import tensors_of
 from hesscli.problem.blame import no_gradient
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.independence import MODEL_RAISED
-from hesscli.problem.losses import require_number, same_mean
+from hesscli.problem.losses import Loss, require_number, same_mean
 from hesscli.problem.objective import Objective, WeightedBatch
 from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.results import Observe, Snapshot, tell
@@ -71,8 +71,7 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
     def gradient_and_loss(batch: WeightedBatch) -> Iterator[Tensor]:
         nonlocal correct, possible, hidden, reached, depends
         with blamed_on_user(MODEL_RAISED, _must_fit(problem, batch)):
-            seen = _read_outputs(problem, batch)
-            value = problem.evaluate(batch.data)
+            seen, value = _run(problem, batch)
         correct, possible = correct + seen.right, possible + seen.of
         _require_finite_loss(problem, value, batch)
         _require_own_weights(problem, value)
@@ -96,9 +95,11 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
     gradient, loss = total[:-1], float(total[-1])
     _require_finite_gradient(problem, gradient)
     theta = parameters.flatten([t.detach() for t in parameters.tensors]).double()
-    square = sum(float(t.detach().double().square().sum()) for t in problem.trainable.tensors)
+    if decay:
+        squares = (t.detach().double().square().sum() for t in problem.trainable.tensors)
+        loss += 0.5 * decay * float(sum(squares))
     return Proof(
-        loss=loss + 0.5 * decay * square,
+        loss=loss,
         accuracy=correct / possible if possible and hidden is None else None,
         gradient=gradient + decay * theta,
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
@@ -132,25 +133,35 @@ class _Seen:
     """What a batch's outputs show: right and possible predictions, and what a claim comes to.
 
     ``mean`` is what a loss which is claimed to be a function of the outputs makes of them;
-    ``has_run`` says that the model was run for it.
+    ``has_run`` says that the model was run once more for it.
     """
 
     right: float = 0.0
     of: float = 0.0
     mean: float | None = None
     hidden: str | None = None
-    has_run: bool = True
+    has_run: bool = False
 
 
-def _read_outputs(problem: Objective, batch: WeightedBatch) -> _Seen:
-    """Labels are checked here, before the loss reads them."""
+def _run(problem: Objective, batch: WeightedBatch) -> tuple[_Seen, Tensor]:
+    """What a batch's outputs show, and its mean loss as a live scalar."""
     loss = problem.loss
     if loss.hidden is not None:
-        return _Seen(has_run=False)
+        return _Seen(), problem.evaluate(batch.data)
+    if loss.is_of_outputs:
+        outputs = problem.outputs(batch.data)
+        seen = _read(loss, outputs.detach(), batch)
+        with problem.forward_context():
+            return seen, loss.mean(outputs, batch.data)
     try:
-        outputs = problem.fixed_outputs(batch.data)
+        seen = _read(loss, problem.fixed_outputs(batch.data), batch)
     except HiddenOutputsError as error:
-        return _Seen(hidden=error.got)
+        seen = _Seen(hidden=error.got)
+    return replace(seen, has_run=True), problem.evaluate(batch.data)
+
+
+def _read(loss: Loss, outputs: Tensor, batch: WeightedBatch) -> _Seen:
+    """Labels are checked here, before the loss reads them."""
     loss.check(outputs, batch.data)
     with torch.no_grad():
         right, of = loss.correct(outputs, batch.data) or (0.0, 0.0)
