@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,9 +22,11 @@ LINES = [
     "after the dog a cat ran on the old mat",
     "the dog ran",
 ]
+LENGTH = 8
+"""Tokens of a block."""
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>", "unk_token": "<unk>"}
-SMALL = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1}
-HEADS = {"num_attention_heads": 2, "max_position_embeddings": 32}
+SMALL = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 2, "max_position_embeddings": 16}
 
 
 def tokenizer() -> Any:
@@ -36,7 +40,7 @@ def tokenizer() -> Any:
     made.train_from_iterator(
         LINES, trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=32, **SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=16, **SPECIAL)
 
 
 def tokens(vocabulary: int) -> dict[str, int]:
@@ -53,7 +57,7 @@ def tokens(vocabulary: int) -> dict[str, int]:
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2LMHeadModel",
-        {"n_embd": 8, "n_inner": 6, "n_layer": 1, "n_head": 2, "n_positions": 8},
+        {"n_embd": 4, "n_inner": 6, "n_layer": 1, "n_head": 2, "n_positions": 16},
     ),
     "llama": ("LlamaForCausalLM", {**SMALL, **HEADS, "num_key_value_heads": 1}),
     "qwen": (
@@ -69,7 +73,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert tokens": ("BertForTokenClassification", {**SMALL, **HEADS, "num_labels": 3}),
     "t5": (
         "T5ForConditionalGeneration",
-        {"d_model": 8, "d_kv": 4, "d_ff": 6, "num_layers": 1, "num_heads": 2},
+        {"d_model": 4, "d_kv": 2, "d_ff": 6, "num_layers": 1, "num_heads": 2},
     ),
     "vit": (
         "ViTForImageClassification",
@@ -98,9 +102,60 @@ def save(kind: str, folder: Path) -> Any:
     words = tokenizer()
     model = build(kind, len(words))
     model.save_pretrained(folder)
-    if kind != "vit":
+    if kind == "vit":
+        from transformers import ViTImageProcessorPil
+
+        ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    else:
         words.save_pretrained(folder)
     return model
+
+
+def save_images(folder: Path) -> None:
+    """Twelve images of three classes, each in a folder that is called after its class."""
+    from PIL import Image
+
+    numbers = np.random.default_rng(0).integers(0, 256, (12, 9, 10, 3), dtype=np.uint8)
+    for index, pixels in enumerate(numbers):
+        place = folder / ("ant", "bee", "cat")[index % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{index:02}.png")
+
+
+def save_data(kind: str, folder: Path) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """Data of a kind in a folder, what to say of it, and its examples made by hand.
+
+    There are none of images and of masked words, which a program reads or draws.
+    """
+    lines, words = LINES * 2, tokenizer()
+    ids = [words(line)["input_ids"] for line in lines]
+    if kind == "vit":
+        save_images(folder / "images")
+        return folder / "images", {}, []
+    if kind == "bert classes":
+        place, classes = folder / "classes.csv", [i % 3 for i in range(len(lines))]
+        pairs = [f"{line},{label}" for line, label in zip(lines, classes, strict=True)]
+        place.write_text("\n".join(["text,label", *pairs]))
+        return place, {}, [{"input_ids": i, "labels": c} for i, c in zip(ids, classes, strict=True)]
+    if kind == "bert tokens":
+        place, tags = folder / "tags.jsonl", [[len(w) % 3 for w in line.split()] for line in lines]
+        rows = [{"w": line.split(), "t": tag} for line, tag in zip(lines, tags, strict=True)]
+        place.write_text("\n".join(map(json.dumps, rows)))
+        made = [{"input_ids": i, "labels": t} for i, t in zip(ids, tags, strict=True)]
+        return place, {"text": "w", "labels": "t"}, made
+    if kind == "t5":
+        place = folder / "pairs.jsonl"
+        rows = [{"q": line, "a": " ".join(line.split()[::-1])} for line in lines]
+        place.write_text("\n".join(map(json.dumps, rows)))
+        made = [{"input_ids": i, "labels": i[::-1]} for i in ids]
+        return place, {"text": "q", "labels": "a"}, made
+    place = folder / "corpus.txt"
+    place.write_text("\n".join(LINES))
+    if kind == "bert":
+        return place, {}, []
+    stream = words("\n".join(LINES))["input_ids"]
+    cut = [stream[i : i + LENGTH] for i in range(0, len(stream) - LENGTH + 1, LENGTH)]
+    return place, {"sequence": LENGTH}, [{"input_ids": block, "labels": block} for block in cut]
 
 
 # -- Truth: the loss written out, in float64, differentiated twice ---------------------------------
@@ -110,6 +165,7 @@ def in_float64(model: Any) -> Any:
     """A copy that computes in float64 throughout: transformers' norms and softmax do not."""
     twin = copy.deepcopy(model).double().eval()
     twin.set_attn_implementation("sdpa")
+    twin.config._experts_implementation = "eager"
     for module in twin.modules():
         if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
             module.forward = _norm(module)
@@ -128,9 +184,11 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def mean_loss(model: Any, batches: Iterable[dict[str, Tensor]]) -> Tensor:
-    """Cross-entropy by label that is not ignored, over all batches."""
+    """Cross-entropy by label that is not ignored, over all batches, in the model's type."""
     total, count = 0.0, 0
-    for batch in batches:
+    dtype = next(model.parameters()).dtype
+    for given in batches:
+        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
         labels = batch["labels"]
         # The labels are not what is compared here, but a decoder reads them.
         logits = model(**{name: value for name, value in batch.items() if name != "labels"} | (

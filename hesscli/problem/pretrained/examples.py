@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hesscli.errors import InputError, UsageError, shorten
 from hesscli.problem.batches import BATCH_SIZE
-from hesscli.problem.pretrained.folder import quiet
+from hesscli.problem.pretrained.folder import TOKENIZER, quiet, read_json
 from hesscli.problem.pretrained.model import Pretrained, Task, blamed_on_transformers
 from hesscli.problem.pretrained.tables import Table
 from hesscli.problem.sources import Examples
@@ -29,6 +29,7 @@ _DRAWS = 64
 MASKED = 0.15
 """The share of tokens that a masked model is asked for, as BERT was trained."""
 IGNORED = -100
+_OF_NO_KIND = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,17 @@ def load_tokenizer(pretrained: Pretrained, *, trust: bool = False) -> Any:
     Raises:
         InputError: there is none, or it is code that is not trusted.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = pretrained.folder
+    folder, said = pretrained.folder, {}
+    if (folder / TOKENIZER).is_file():
+        said = read_json(folder / TOKENIZER)
+    # One of no kind of its own is what its file says; for some kinds of models the automatic class
+    # would read that file as another tokenizer's.
+    plain = said.get("tokenizer_class") in _OF_NO_KIND and "auto_map" not in said
+    kind = PreTrainedTokenizerFast if plain else AutoTokenizer
     with quiet(), blamed_on_transformers(f"no tokenizer can be read from {folder}"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from hesscli.errors import InputError, first_line, missing_file
 from hesscli.problem.checkpoint import INDEX_SUFFIXES
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # As transformers and PEFT look for them.
@@ -109,14 +111,16 @@ def require(module: str, what: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and reports that transformers writes; errors come through."""
+    """Without the progress bars, reports and warnings of transformers; errors come through."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

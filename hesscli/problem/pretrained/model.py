@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ AUTO_CLASSES: dict[Task, str] = {
     "image classes": "AutoModelForImageClassification",
 }
 _MOST_NAMED = 5
+_ALIGNMENT = 64
+"""Bytes; torch's allocator gives no other places on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,27 @@ class Pretrained:
         return self.model.config
 
 
+@dataclass(frozen=True)
+class Other:
+    """What an adapter makes of its base: a model for a task, whose head it brings.
+
+    Attributes:
+        task: of the adapter.
+        heads: names of modules that the base may lack.
+        num_labels: classes of the head; None where there is none.
+    """
+
+    task: Task
+    heads: tuple[str, ...]
+    num_labels: int | None
+
+
 def load_model(
-    folder: Path, dtype: torch.dtype | None = None, *, trust: bool = False
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    trust: bool = False,
+    other: Other | None = None,
 ) -> Pretrained:
     """Build the class that ``architectures`` names, and give it the folder's weights.
 
@@ -69,16 +90,20 @@ def load_model(
         folder: as ``save_pretrained`` writes it.
         dtype: to compute in; default the weights', where that is float64, else float32.
         trust: whether code in the folder may run.
+        other: what it is to be instead, where an adapter makes something else of it.
 
     Raises:
         InputError: transformers does not know the class, or the weights are not all of it.
     """
     require("transformers", "a Hugging Face folder")
     config = read_config(folder, trust=trust)
-    kind, task = _class_of(config, folder, trust=trust)
+    kept: tuple[str, ...] = ()
+    kind, task = _class_of(config, folder, trust=trust, other=other)
+    if other is not None and other.num_labels is not None:
+        config.num_labels, kept = other.num_labels, other.heads
     checkpoint = read_checkpoint(weights_of(folder), trust=trust)
     chosen = floating_dtype(checkpoint.state) if dtype is None else dtype
-    model, notes = with_weights(kind, config, checkpoint, chosen)
+    model, notes = with_weights(kind, config, checkpoint, chosen, kept)
     said = hashlib.sha256(json.dumps(read_json(folder / CONFIG), sort_keys=True).encode())
     return Pretrained(model, task, folder, checkpoint, said.hexdigest(), checkpoint.notes + notes)
 
@@ -113,12 +138,18 @@ def _code(auto_map: Any) -> list[str]:
     return [str(name) for name in found][:_MOST_NAMED]
 
 
-def _class_of(config: Any, folder: Path, *, trust: bool) -> tuple[Any, Task]:
-    """The class that the configuration names, and the task that it is for."""
+def _class_of(
+    config: Any, folder: Path, *, trust: bool, other: Other | None = None
+) -> tuple[Any, Task]:
+    """The class that the configuration or an adapter names, and the task that it is for."""
     import transformers
 
     names = list(config.architectures or ())
     name = str(names[0]) if names else ""
+    if other is not None and name not in classes_for(other.task):
+        fitting = list(_flat([_mapping(other.task).get(config.model_type, ())]))
+        if fitting:
+            return getattr(transformers, fitting[0]), other.task
     if trust and (found := _class_in_folder(config, name, folder)) is not None:
         return found
     task = next((task for task in AUTO_CLASSES if name in classes_for(task)), None)
@@ -133,9 +164,15 @@ def _class_of(config: Any, folder: Path, *, trust: bool) -> tuple[Any, Task]:
 
 def classes_for(task: Task) -> Collection[str]:
     """Names of the classes that transformers has for a task."""
+    return set(_flat(_mapping(task).values()))
+
+
+def _mapping(task: Task) -> Mapping[str, Any]:
+    """The names of classes by kind of model."""
     from transformers.models.auto import modeling_auto
 
-    return set(_flat(getattr(modeling_auto, _MAPPINGS[task]).values()))
+    found: Mapping[str, Any] = getattr(modeling_auto, _MAPPINGS[task])
+    return found
 
 
 _MAPPINGS: dict[Task, str] = {
@@ -148,7 +185,7 @@ _MAPPINGS: dict[Task, str] = {
 }
 
 
-def _flat(names: Collection[Any]) -> Iterator[str]:
+def _flat(names: Iterable[Any]) -> Iterator[str]:
     for name in names:
         yield from [name] if isinstance(name, str) else name
 
@@ -201,13 +238,25 @@ def with_weights(
     if missing:
         raise InputError(
             "the folder lacks weights of its model, which transformers would draw at random",
-            f"{checkpoint.path}: {len(missing)} missing for {kind.__name__}: {_first(missing)}",
+            f"{checkpoint.path}: {len(missing)} missing for {kind.__name__}: {listed(missing)}",
             "the folder that was saved after training, or in config.json the architectures whose "
             "weights these are",
         )
     aside = sorted(info["unexpected_keys"])
-    told = f"weights that {kind.__name__} does not have, left aside: {_first(aside)}"
-    return cast(model, None, dtype), (told,) if aside else ()
+    told = f"weights that {kind.__name__} does not have, left aside: {listed(aside)}"
+    return _aligned(cast(model, None, dtype)), (told,) if aside else ()
+
+
+def _aligned(model: nn.Module) -> nn.Module:
+    """The same model, its tensors where torch would have put them.
+
+    They may lie at any place of what was read from a file, where kernels are slower and round
+    otherwise than those of the same weights elsewhere.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 @contextmanager
@@ -224,6 +273,7 @@ def blamed_on_transformers(what: str) -> Iterator[None]:
         raise InputError(what, got, "the folder as save_pretrained wrote it, whole") from error
 
 
-def _first(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first of many names, and how many more there are."""
     more = len(names) - _MOST_NAMED
     return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
