@@ -39,6 +39,11 @@ def available_bytes(device: torch.device | str | None = None) -> int:
     return min(_of_machine(), *_of_groups())
 
 
+def room_for_more(device: torch.device | None = None) -> int:
+    """What may be taken of it."""
+    return int(_SPARE * available_bytes(device))
+
+
 def peak_bytes(device: torch.device) -> int:
     """The device's peak allocation, or the process's peak resident memory on a CPU."""
     if device.type == "cuda":
@@ -106,7 +111,7 @@ def require_room(
     Raises:
         UsageError: it does not; the hint names windows that do.
     """
-    room, needed = int(_SPARE * available_bytes(device)), rows * columns * dtype.itemsize
+    room, needed = room_for_more(device), rows * columns * dtype.itemsize
     if needed <= room:
         return
     smaller = []

@@ -222,6 +222,8 @@ def started(
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
         before = Spent(meter.products, meter.gradients, clock.elapsed)
         operator = build(problem, mode=flight.mode, meter=meter)
+        if not problem.together.halved:
+            problem.together.most = ledger.decided("at once", operator.vectors_that_fit)
         yield Run(operator, report, flight, clock, before, ledger)
     ledger.close()
 
