@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli import ledger, memory
-from hesscli.errors import ExitCode, UnsoundError
+from hesscli.errors import ExitCode, UnsoundError, UsageError
 from hesscli.ledger import FileLedger
 from hesscli.memory import Together, available_bytes
 from hesscli.operators.base import Retained
@@ -120,6 +120,21 @@ def test_limits_of_a_container_count(
         for name, text in zip((*files, "memory.stat"), (limit, str(3 * GIB), stat), strict=True):
             (folder / name).write_text(text + "\n")
     assert available_bytes() == 6.5 * GIB
+
+
+@pytest.mark.parametrize("method", ["exact", "hutchinson"])
+def test_entries_for_which_there_is_no_room_are_refused(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """26 of them: 8 bytes each, and 16 replicates of 8 within batches and between them."""
+    run = partial(hesscli.diagonal, method=method, matrix="ggn", probes=2, budget=None)
+    needed = 26 * (8 + 16 * 8 * (1 if method == "exact" else 2))
+    monkeypatch.setattr(memory, "_of_machine", lambda: needed / 0.9 - 2)
+    with pytest.raises(UsageError) as refused:
+        run(problem())
+    assert "26 of them" in refused.value.got
+    monkeypatch.setattr(memory, "_of_machine", lambda: needed / 0.9 + 2)
+    run(problem())
 
 
 # -- Less at once ----------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from hesscli.engines.estimator import Estimator, Reading
 from hesscli.engines.hutchinson.designs import Plain
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.errors import UsageError
+from hesscli.memory import room_for_more
 from hesscli.meter import Spent
 from hesscli.operators.base import Operator
 from hesscli.problem.problem import Problem
@@ -49,6 +50,7 @@ from hesscli.results import (
     Snapshot,
 )
 from hesscli.state import State
+from hesscli.units import human_bytes
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_CONFIDENCE, USUAL_RTOL, BlockRule
 
 
@@ -222,7 +224,8 @@ def diagonal(
         ledger: keeps the run, so that it can go on from there.
 
     Raises:
-        UsageError: fewer than two probes, or a matrix, method or block that there is not.
+        UsageError: fewer than two probes, a matrix, method or block that there is not, or more
+            entries than there is memory for.
         UnsoundError: the problem's curvature would mean nothing.
         BudgetError: the time was not enough for a result.
         KeyboardInterrupt: stopped before there was any estimate.
@@ -235,6 +238,7 @@ def diagonal(
         measured = batches_within(problem, batches, method)
         draw = Draw(seed, first=first, entries=_entries(problem), batches=measured)
         choice = chosen(run, method, draw)
+        _require_room(choice.estimator)
         goal = partial(_standing, tolerance=tolerance)
         ending = _reading_off(choice.estimator)
         outcome = estimated(run, choice, goal, 1 - confidence, fixed, ending)
@@ -268,6 +272,23 @@ def _is_known(problem: Problem, outcome: Outcome) -> bool:
     whole = len(estimator.sources[0].seen) == len(estimator.indices)
     is_all = problem.sampling_fraction == 1 and outcome.rounding.known
     return estimator.exact and whole and is_all
+
+
+def _require_room(estimator: Estimator) -> None:
+    """See that sums of entries fit into memory, before any of it is taken.
+
+    Raises:
+        UsageError: not even those of one round of each source do.
+    """
+    streams = [stream for source in estimator.sources for stream in source.streams]
+    needed, room = sum(s.num_bytes for s in streams), room_for_more(estimator.operator.device)
+    if needed > room:
+        raise UsageError(
+            "the entries of the diagonal do not fit in the memory that is free",
+            f"{estimator.parameters.size} of them, with their errors, take {human_bytes(needed)}, "
+            f"and there is room for {human_bytes(room)}",
+            "--params for some of them, hesscli trace for sums by layer, or more memory",
+        )
 
 
 _READING = 25

@@ -146,6 +146,12 @@ class Stream:
         self._done: _Round | None = None
         self._open: _Round | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """What its sums take, those of one round at least."""
+        noise = self.replicates * self.dtype.itemsize * (1 if self.exact else 2)
+        return self.parameters.size * (8 + noise)
+
     def add_exact(self, batch: int, weight: float, row: Tensor) -> None:
         """Add a batch's own part of the diagonal, ``(d,)``."""
         self.keep(BatchSum(batch, weight, row.double(), None))
