@@ -516,6 +516,20 @@ def test_a_join_goes_where_it_is_told_and_shows_what_is_asked(parts: Path) -> No
     assert found == expected
 
 
+def test_a_part_says_that_the_others_are_missing(parts: Path) -> None:
+    """More of its own probes, or other examples, would not do."""
+    line = ("trace", "mine/model.pt", *FEW, "--batches", "0:4", "--probes", 2, "--rtol", "1%")
+    run = hesscli_warm(*line, "--dir", "-", cwd=parts)
+    assert run.returncode == ExitCode.TOLERANCE, run.stderr
+    assert "was not reached by 4 of 16 batches; hesscli join adds the others" in run.stdout
+
+
+def test_what_is_to_be_joined_must_be_named(tmp_path: Path) -> None:
+    run = hesscli_warm("join", cwd=tmp_path)
+    assert run.returncode == ExitCode.USAGE
+    assert "LEDGER" in three_lines(run.stderr)[0]
+
+
 def test_the_next_part_does_not_take_the_folder_of_another(parts: Path) -> None:
     line = ("trace", "mine/model.pt", *FEW, "--batches", "8:16", "--probes", 2, "--dir", "a")
     run = hesscli_warm(*line, cwd=parts)

@@ -223,8 +223,10 @@ def test_a_range_of_batches_speaks_of_all_with_the_noise_of_a_sample() -> None:
         assert (high - low) / 2 == pytest.approx(width, rel=1e-9)
         assert result.status != "exact"
         assert any(f"{GROUPS} of {2 * GROUPS} batches" in told for told in result.warnings)
+        assert result.method.batches_measured == GROUPS
         assert result.problem == hesscli.trace(problem).problem
     whole = hesscli.trace(problem)
+    assert whole.method.batches_measured is None
     assert whole.status == "exact"
     assert not whole.warnings
 

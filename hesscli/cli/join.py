@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -43,6 +44,7 @@ LEDGERS = Option(
         help="Folders of runs over parts, or their .ledger files.",
     ),
     type=list[Path],
+    default=inspect.Parameter.empty,
 )
 CHECKPOINT = Panel("Problem").text(
     "--checkpoint", "FILE", help="Where the checkpoint is now. Default: where it was."

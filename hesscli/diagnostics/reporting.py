@@ -135,13 +135,15 @@ def method_report(
 ) -> MethodReport:
     """What was chosen, why, and what repeats it."""
     joined = "joined from runs over its parts" if outcome.joined else None
+    estimator = outcome.estimator
     return MethodReport(
         name=choice.name,
         seed=draw.seed,
         probe_distribution=draw.distribution,
         probe_design=draw.sharing,
-        num_probes=outcome.estimator.num_probes,
+        num_probes=estimator.num_probes,
         looks=outcome.looks,
+        batches_measured=len(estimator.indices) if estimator.partial else None,
         rtol=tolerance.relative,
         atol=tolerance.absolute,
         mode=flight.mode,

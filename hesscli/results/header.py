@@ -128,6 +128,8 @@ class MethodReport:
     probe_design: str = "none"
     num_probes: int = 0
     looks: int = 1
+    # Where only a part of the batches was measured, of how many.
+    batches_measured: int | None = None
     # The error that would end the run, of the value's size or whatever that is.
     rtol: float | None = None
     atol: float | None = None

@@ -252,6 +252,10 @@ def ending(
 
 def status_line(result: Answer, subject: str, remedy: str, accept: str) -> Text:
     """How the run ended, in words; arguments as of :func:`ending`."""
+    part, every = result.method.batches_measured, result.problem.num_batches
+    if part is not None and result.status in ("budget", "data-limited"):
+        missed = f"{tolerance(result.method)} was not reached by {part} of {every} batches"
+        return status_text(result.status, f"{missed}; hesscli join adds the others")
     shortfall = "; or ".join(filter(None, (remedy, accept and f"accept {accept}")))
     meaning = {
         "exact": "no probe noise, and every example was used",
