@@ -117,6 +117,8 @@ SAMPLED_GROUPS = 64
 tails, which the rest may have too, do not show in 16."""
 _FETCHED_TWICE = 4
 """Examples that are fetched a second time, to see whether they change."""
+_PUT_TOGETHER_TWICE = 16
+"""Examples that are put together a second time, to see whether that draws something."""
 _TOGETHER = 8
 """Single examples that are put together to see whether they mix."""
 
@@ -265,27 +267,37 @@ class _Fetching:
     """Fetches groups of examples as batches.
 
     ``one_row_each`` says that every tensor so far had one row an example, ``changing`` that a
-    few examples came out otherwise when they were fetched twice.
+    few examples came out otherwise when they were fetched twice, or put together twice. Where
+    putting them together draws something, parts of a batch are cut out of it.
     """
 
     def __init__(self, examples: Examples, report: _Reporter, total: int) -> None:
         self.examples, self.report, self.total = examples, report, total
-        self.one_row_each, self.changing = True, False
+        self.one_row_each, self.changing, self._draws = True, False, False
         self._done = 0
 
     def __call__(self, group: np.ndarray, trial: Trial | None = None) -> Batch:
         items = self.examples.fetch(group)
         if not self._done:
-            self.changing = _changes(self.examples, group, items)
+            self._draws = self._draws_together(items[:_PUT_TOGETHER_TWICE])
+            self.changing = self._draws or _changes(self.examples, group, items)
         batch = owned(self._batch(items))
         self.one_row_each = (
             self.one_row_each and is_sliceable(batch) and size_of(batch) == len(group)
         )
         if trial is not None and self.one_row_each:
-            trial.see(batch, lambda places: self._batch([items[i] for i in places]))
+            trial.see(batch, sliced(batch) if self._draws else self._part(items))
         self._done = min(self._done + len(group), self.total)
         self.report(self._done, self.total)
         return batch
+
+    def _part(self, items: list[Any]) -> Part:
+        return lambda places: self._batch([items[i] for i in places])
+
+    def _draws_together(self, items: list[Any]) -> bool:
+        """Whether the same examples make another batch when they are put together again."""
+        first, second = (leaves_of(self._batch(items)) for _ in range(2))
+        return any(not _same(*pair) for pair in zip(first, second, strict=False))
 
     def _batch(self, items: list[Any]) -> Batch:
         """Put together by the user's own function: padding is part of it."""

@@ -363,6 +363,8 @@ class IndependenceTest:
             self._change, self._mixes = least, f"the loss {self.loss.name}"
 
     def _change_of_loss(self, whole: _Piece, parts: list[_Piece], reduction: Reduction) -> float:
+        if reduction == "mean":  # what weighs nothing has none, be it zero or not a number
+            parts = [part for part in parts if part.mass]
         mass = sum(part.mass for part in parts) or math.nan
         terms = [p.value * (p.mass / mass if reduction == "mean" else 1.0) for p in parts]
         rounding = _ABSOLUTE * torch.finfo(self._dtype).eps / self._bound

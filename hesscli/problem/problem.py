@@ -18,10 +18,12 @@ from hesscli.problem.criteria import as_loss, reading
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import placed, require_real, undisturbed
 from hesscli.problem.freezing import FrozenData, freeze
+from hesscli.problem.huggingface import HuggingFace
 from hesscli.problem.independence import MODEL_RAISED, IndependenceTest, must_fit
 from hesscli.problem.losses import Loss, StepLoss, Summed, UserLoss
 from hesscli.problem.objective import Objective
 from hesscli.problem.parts import Origin
+from hesscli.problem.pretrained.rows import as_rows
 from hesscli.problem.proof import Proof, prove
 from hesscli.problem.restriction import chosen, held_fixed
 from hesscli.results import (
@@ -57,7 +59,8 @@ class Problem(Objective):
         weight_decay: coefficient of ½‖θ‖² over all trainable parameters.
         examples: how many to keep: ``N``, ``"all"`` or ``"first:N"``.
         reduction: ``"mean"`` or ``"sum"`` over the examples; default what the loss says or does.
-        collate: makes a batch of a list of examples, instead of the loader's or torch's.
+        collate: makes a batch of a list of examples, instead of the loader's or torch's; for the
+            loss ``huggingface`` it may be the tokenizer, whose collator then does.
         batch_size: at most so many examples a batch; just so many where they are not independent
             (default then the loader's own, else 128).
         unseen: the examples were not trained on, so that error bars may speak of new ones.
@@ -109,6 +112,8 @@ class Problem(Objective):
         parameters = chosen(twin, trainable, patterns)
         where = trainable[0].tensor.device, trainable[0].tensor.dtype
         _require_finite_weights(twin)
+        if isinstance(given, HuggingFace):
+            data, collate = as_rows(model, data, collate)
         hint = must_fit(data)
         with held_fixed(trainable.without(parameters).tensors):
             test = IndependenceTest(twin, given, *where, hint, observe)
