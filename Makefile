@@ -36,6 +36,9 @@ bench-spectrum: $(VENV)/bench  ## Eigenvalues and densities against three librar
 bench-parts: $(VENV)/demo  ## The trace of a last layer beside a forward pass and the whole network's
 	$(BIN)/python tests/benchmarks/parts.py
 
+bench-vocabulary: $(VENV)/bench  ## Memory of a product where classes are many (ten minutes, 13 GB)
+	$(BIN)/python tests/benchmarks/vocabulary.py
+
 calibration: $(VENV)/demo  ## Predicted against measured loss changes, in float64 (an hour)
 	$(BIN)/python tests/benchmarks/calibration.py
 
@@ -83,6 +86,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[bench]'
 	touch $@
 
-.PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum \
-	calibration coverage faults fuzz gallery goldens gpu hostile reference clean
+.PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum bench-parts \
+	bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hostile reference clean
 .DEFAULT_GOAL := help

@@ -49,6 +49,14 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return original if isinstance(original, nn.Module) else model
 
 
+def is_transformed() -> bool:
+    """Whether code runs under ``torch.func``, which goes through no function of one's own.
+
+    One could be written so that it did, at the price of no loops over parts of a tensor.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def viewed(tensor: Tensor) -> Tensor:
     """The tensor whose memory this one is a view of; itself where it is none."""
     return tensor if tensor._base is None else tensor._base

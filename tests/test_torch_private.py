@@ -82,6 +82,22 @@ def test_the_compiled_module_gives_back_its_own() -> None:
     assert torch_private.uncompiled(torch.compile(module, backend="eager")) is module
 
 
+def test_code_knows_whether_it_is_transformed() -> None:
+    seen: list[bool] = []
+
+    def square(x: Tensor) -> Tensor:
+        seen.append(torch_private.is_transformed())
+        return (x * x).sum()
+
+    x = torch.ones(2)
+    square(x)
+    torch.func.grad(square)(x)
+    torch.func.vmap(square)(x[None])
+    torch.func.jvp(square, (x,), (x,))
+    square(x.requires_grad_()).backward()
+    assert seen == [False, True, True, True, False]
+
+
 def test_a_view_knows_its_memory() -> None:
     whole = torch.zeros(4)
     assert torch_private.viewed(whole[1:].view(3, 1)) is whole

@@ -7,17 +7,25 @@ section 3.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 
 from torch import Tensor
 
 from hesscli.errors import UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.per_example.passes import ExampleGradients
-from hesscli.operators.products import Apply, Function, Tensors, gradient, vector_jacobian
+from hesscli.operators.products import (
+    Apply,
+    Function,
+    Middle,
+    Tensors,
+    gradient,
+    vector_jacobian,
+)
 from hesscli.problem.batches import Batch
 from hesscli.problem.losses import Loss
 from hesscli.problem.objective import WeightedBatch
-from hesscli.problem.output_hessian import Columns, columns_at, scores_at
+from hesscli.problem.output_hessian import Columns, columns_at, scores_at, softmax_products
 from hesscli.problem.problem import Problem
 
 # -- The generalised Gauss-Newton matrix Jᵀ A J, A the loss's Hessian in the model's outputs -------
@@ -64,19 +72,22 @@ class GaussNewton(Sandwich):
         super().__init__(problem, **options)  # type: ignore[arg-type]
         require_outputs(problem, self.name)
 
-    def parts(self, batch: WeightedBatch) -> tuple[Function, Tensors, Apply]:
+    def parts(self, batch: WeightedBatch) -> tuple[Function, Tensors, Middle]:
         """The batch's outputs, and the loss's Hessian in them."""
-        outputs = self.problem.fixed_outputs(batch.data).requires_grad_()
-        mean = self.problem.loss.natural.mean(outputs, batch.data)
-        slope = gradient(mean, [outputs], create_graph=True)
-
-        def middle(pushed: Tensor) -> Tensor:
-            return vector_jacobian(slope, [outputs], [pushed]).view_as(pushed)
 
         def function(theta: Tensors | None) -> Tensor:
             return self.problem.outputs(batch.data, self.named(theta))
 
-        return function, self.parameters.tensors, middle
+        return function, self.parameters.tensors, partial(self._middle, batch.data)
+
+    def _middle(self, batch: Batch, outputs: Tensor) -> Apply:
+        """A of the batch's mean, in closed form where it has as many classes as outputs."""
+        if (closed := softmax_products(self.problem.loss, outputs, batch)) is not None:
+            return closed
+        outputs = outputs.requires_grad_()
+        mean = self.problem.loss.natural.mean(outputs, batch)
+        slope = gradient(mean, [outputs], create_graph=True)
+        return lambda pushed: vector_jacobian(slope, [outputs], [pushed]).view_as(pushed)
 
     def columns(self, loss: Loss, outputs: Tensor, batch: Batch) -> Columns:
         """Columns of the loss's Hessian in the outputs."""
@@ -167,7 +178,7 @@ class EmpiricalFisher(Sandwich):
         """None: weight decay is no example's loss."""
         return 0.0
 
-    def parts(self, batch: WeightedBatch) -> tuple[Function, Tensors, Apply]:
+    def parts(self, batch: WeightedBatch) -> tuple[Function, Tensors, Middle]:
         """The examples' losses and weights: no per-example gradient is formed."""
         loss = self.problem.loss
         masses = loss.masses(batch.data).to(self.problem.device, self.problem.dtype)
@@ -177,7 +188,7 @@ class EmpiricalFisher(Sandwich):
             return loss.numerators(outputs, batch.data) / (loss.multiple * masses).clamp_min(1e-30)
 
         weights = loss.multiple * masses / masses.sum()
-        return each, self.parameters.tensors, lambda pushed: pushed * weights
+        return each, self.parameters.tensors, lambda _: lambda pushed: pushed * weights
 
     def columns(self, loss: Loss, outputs: Tensor, batch: Batch) -> Columns:
         """The one column: the slopes of the examples' losses."""

@@ -25,6 +25,8 @@ Apply = Callable[[Tensor], Tensor]
 Tensors = Sequence[Tensor]
 Function = Callable[[Tensors | None], Tensor]
 """A live function of the parameters: at given tensors, or where the model stands (None)."""
+Middle = Callable[[Tensor], Apply]
+"""Products with A where a function has this value, without its graph."""
 
 _Passes = tuple[float, float]
 _PASSES: dict[Kind, dict[Mode, tuple[_Passes, _Passes]]] = {
@@ -149,10 +151,11 @@ def hessian_finite_difference(function: Function, tensors: Tensors, step: float 
 # -- Jᵀ A J through an intermediate value -------------------------------------------------------
 
 
-def sandwich_double_backward(function: Function, tensors: Tensors, middle: Apply) -> Apply:
+def sandwich_double_backward(function: Function, tensors: Tensors, at: Middle) -> Apply:
     """Jᵀ A J v, with J v by differentiating u ↦ Jᵀu, which is linear in u."""
     value = function(None)
-    dummy = torch.zeros_like(value, requires_grad=True)
+    middle = at(value.detach())
+    dummy = value.detach().new_zeros(()).expand_as(value).requires_grad_()  # takes no memory
     pulled = gradient(paired([value], [dummy]), tensors, create_graph=True)
 
     def product(vector: Tensor) -> Tensor:
@@ -162,10 +165,11 @@ def sandwich_double_backward(function: Function, tensors: Tensors, middle: Apply
     return lambda block: torch.stack([*map(product, block)])
 
 
-def sandwich_forward_over_reverse(function: Function, tensors: Tensors, middle: Apply) -> Apply:
+def sandwich_forward_over_reverse(function: Function, tensors: Tensors, at: Middle) -> Apply:
     """Jᵀ A J v, with J v by forward mode."""
     primals = tuple(t.detach() for t in tensors)
     value = function(None)
+    middle = at(value.detach())
 
     def product(vector: Tensor) -> Tensor:
         tangents = tuple(unflatten(vector, tensors))
@@ -176,10 +180,11 @@ def sandwich_forward_over_reverse(function: Function, tensors: Tensors, middle: 
 
 
 def sandwich_finite_difference(
-    function: Function, tensors: Tensors, middle: Apply, step: float = STEP
+    function: Function, tensors: Tensors, at: Middle, step: float = STEP
 ) -> Apply:
     """Jᵀ A J v, with J v by central differences of the value."""
-    value = function(None)
+    value = function(None).detach()
+    middle = at(value)
 
     def at_current() -> Tensor:
         return function(None).detach().reshape(-1)  # the model may differentiate on its way

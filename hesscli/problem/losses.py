@@ -134,6 +134,10 @@ class Loss(ABC):
         """The mean that it is a multiple of."""
         return self
 
+    def share(self, batch: Batch) -> float:
+        """What the mean of a batch is multiplied by to be it."""
+        return 1.0
+
     def mass(self, model: nn.Module, batch: Batch, count: int | None = None) -> float:
         """Weight mass of a whole batch; only a step needs the model for it.
 
@@ -445,7 +449,7 @@ class Summed(Loss):
 
     def mean(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss's mean, multiplied."""
-        share = self._share(batch)
+        share = self.share(batch)
         return share * self.loss.mean(outputs, batch) if share else 0.0 * outputs.sum()
 
     @property
@@ -455,12 +459,12 @@ class Summed(Loss):
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward pass and mean loss, multiplied."""
-        share = self._share(batch)
+        share = self.share(batch)
         if not share:
             return 0.0 * self.outputs(model, batch).sum()
         return share * self.loss.evaluate(model, batch)
 
-    def _share(self, batch: Batch) -> float:
+    def share(self, batch: Batch) -> float:
         """What the loss's own mean of a batch is multiplied by to be the mean over examples."""
         if not self.shows_examples:
             return self.multiple

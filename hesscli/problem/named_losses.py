@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hesscli.errors import InputError, UnsoundError
+from hesscli.problem import chunks
 from hesscli.problem.batches import Batch, shape_of, split_batch, tensors_of
 from hesscli.problem.losses import Loss, doubles, require_shape
 
@@ -79,14 +80,12 @@ class CrossEntropy(Loss):
 
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target, weighted and not divided, in the shape of the targets."""
-        return functional.cross_entropy(
-            logits,
-            targets.to(logits.dtype) if targets.is_floating_point() else targets,
-            weight=None if self.class_weights is None else self.class_weights.to(logits),
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduction="none",
-        )
+        return chunks.losses(logits, self.compared(logits, targets))
+
+    def compared(self, logits: Tensor, targets: Tensor) -> chunks.Targets:
+        """What logits are compared with, and how."""
+        weights = None if self.class_weights is None else self.class_weights.to(logits)
+        return chunks.Targets(targets, weights, self.ignore_index, self.label_smoothing)
 
     def numerators(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Sum over an example's targets of their weighted losses."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from hesscli import randomness
 from hesscli.errors import UnsoundError, UsageError, first_line
 from hesscli.pairing import paired
+from hesscli.problem import chunks
 from hesscli.problem.batches import Batch, size_of
 from hesscli.problem.losses import Loss, Summed
 from hesscli.problem.named_losses import CrossEntropy, Entrywise, NegativeLogLikelihood
@@ -224,16 +226,7 @@ class ScoreFactor(Factor):
 
 def _target_weights(loss: CrossEntropy, logits: Tensor, batch: Batch) -> Tensor:
     """Σ_k t_k of each target ``(N, ...)``: 0 where masked."""
-    targets, smoothing = loss.targets(batch), loss.label_smoothing
-    weights = torch.ones(logits.shape[1]) if loss.class_weights is None else loss.class_weights
-    weights = weights.to(logits)
-    if targets.is_floating_point():
-        by_class = weights.view(-1, *[1] * (logits.dim() - 2))
-        spread = (1 - smoothing) * targets.to(logits) + smoothing / len(weights)
-        return loss.weighed((spread * by_class).sum(1), batch)
-    kept = targets != loss.ignore_index
-    chosen = weights[targets.where(kept, 0)]
-    return loss.weighed(kept * ((1 - smoothing) * chosen + smoothing * weights.mean()), batch)
+    return loss.weighed(loss.compared(logits, loss.targets(batch)).sums(logits), batch)
 
 
 def _signs(stream: int, first: int, like: Tensor) -> Tensor:
@@ -327,6 +320,28 @@ class FactorColumns(Columns):
     def draw(self, stream: int, first: int = 0) -> list[Signed]:
         """One random column, S r."""
         return [(1.0, self._factor.draw(stream, first))]
+
+
+def softmax_products(
+    loss: Loss, outputs: Tensor, batch: Batch
+) -> Callable[[Tensor], Tensor] | None:
+    """Products with the Hessian of a batch's mean loss in its outputs ``(N, ...)``, which it keeps.
+
+    None where the loss is no cross-entropy.
+    """
+    natural = loss.natural
+    entropy, share = natural.unscaled, natural.share(batch)
+    if not isinstance(entropy, CrossEntropy) or _is_linear(entropy):
+        return None
+    logits, mass = entropy.logits(outputs), float(entropy.masses(batch).sum())
+    weights = _target_weights(entropy, logits, batch) * (share / mass if mass else 0.0)
+
+    def product(vectors: Tensor) -> Tensor:
+        found = torch.zeros_like(outputs)  # zero where the loss reads nothing
+        chunks.curved(logits, weights, entropy.logits(vectors), entropy.logits(found))
+        return found
+
+    return product
 
 
 class OutputHessian:
