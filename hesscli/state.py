@@ -13,6 +13,18 @@ from typing import Any, Protocol
 State = dict[str, Any]
 
 
+def bytes_of(state: Any) -> int:
+    """What the arrays of a state take, its rows included."""
+    match state:
+        case dict():
+            return sum(map(bytes_of, state.values()))
+        case list() | tuple():
+            return sum(map(bytes_of, state))
+        case Rows():
+            return sum(map(bytes_of, state.parts))
+    return getattr(state, "nbytes", 0)
+
+
 class Rows:
     """Rows that stay as they are once they are there: a file of them is only ever added to.
 

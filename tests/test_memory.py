@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,16 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli import ledger, memory
+from hesscli.diagnostics import growth
+from hesscli.diagnostics.growth import Growth
 from hesscli.errors import ExitCode, UnsoundError, UsageError
 from hesscli.ledger import FileLedger
 from hesscli.memory import Together, available_bytes
 from hesscli.operators.base import Retained
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
+from hesscli.results import Snapshot
+from hesscli.state import Rows, bytes_of
 
 # -- A model with memory for so many vectors at once, or for some of its passes --------------------
 
@@ -71,9 +76,9 @@ class Net(nn.Module):
 BATCHES = (7, 4, 6)
 
 
-def problem() -> Problem:
+def problem(make: type[Net] = Net) -> Problem:
     torch.manual_seed(0)
-    model = Net().double()
+    model = make().double()
     pairs = tuple((torch.randn(n, 3).double(), torch.randn(n, 2).double()) for n in BATCHES)
     return Problem(model, "mse", FrozenData(pairs, BATCHES, sum(BATCHES), True, "by hand"))
 
@@ -358,3 +363,73 @@ def test_memory_and_open_files_stay_as_they_are_over_thousands_of_products() -> 
     One of 9 kB of each of 2,000 would be a fifteenth of the process, and a twentieth is allowed.
     """
     faults.all_stay_flat(2000)
+
+
+def fresh() -> Tensor:
+    """8 MB that no heap has had before: one that was freed may not show as growth."""
+    private = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(private, dtype=torch.float32).fill_(1)
+
+
+class Hoarder(Net):
+    """Keeps 8 MB of each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.append(fresh())
+        output: Tensor = super().forward(x)
+        return output
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Growth counts from 12 MB on, and is looked at after each step."""
+    monkeypatch.setattr(growth, "_SLACK", 12 << 20)
+    monkeypatch.setattr(growth, "_SHARE", 0)
+    monkeypatch.setattr(growth, "_EVERY", 0.0)
+
+
+LONG_TRACE = partial(hesscli.trace, method="hutchinson", probes=240, budget=None)
+
+
+@pytest.mark.usefixtures("strict")
+def test_what_a_model_keeps_of_each_pass_is_seen() -> None:
+    plain = LONG_TRACE(problem())
+    found = LONG_TRACE(problem(Hoarder))
+    assert found.trace == plain.trace
+    (warning,) = set(found.warnings) - set(plain.warnings)
+    assert "keeps something of each pass" in warning
+
+
+@pytest.mark.usefixtures("strict")
+def test_a_run_ends_with_its_result_before_memory_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, plain = tmp_path / "run.ledger", LONG_TRACE(problem())
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_of_machine", lambda: 1 << 20)
+        cut = LONG_TRACE(problem(Hoarder), ledger=FileLedger(path, {}, resume=False, say=print))
+    assert cut.status == "interrupted"
+    assert 100 < cut.cost.products < 240
+    assert any("memory ran out, and this is what" in told for told in cut.warnings)
+    assert any("1.0 MiB are left" in told for told in cut.warnings)
+    resumed = LONG_TRACE(
+        problem(Hoarder), ledger=FileLedger(path, {}, resume=True, say=pytest.fail)
+    )
+    assert resumed.trace == plain.trace
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize(("kept", "seen"), [(True, False), (False, True)])
+def test_what_the_run_keeps_itself_is_no_growth(kept: bool, seen: bool) -> None:
+    watch, rows = Growth(torch.device("cpu")), list[Tensor]()
+    for products in range(0, 300, 50):
+        rows.append(fresh())
+        state = {"nested": [{"rows": Rows(*rows)}, rows[0].numpy(), 1.0]} if kept else {}
+        watch.look(Snapshot(phase="probing", done=float(products)), lambda state=state: state)
+    assert (watch.warning is not None) == seen
+    watch.look(Snapshot(phase="another", done=0.0), dict)
+    assert bytes_of(state) == (7 * 8 << 20 if kept else 0)

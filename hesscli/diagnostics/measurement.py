@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from hesscli.diagnostics.growth import ExhaustedError
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.run import Clock
 from hesscli.errors import BudgetError, first_line
@@ -98,6 +99,8 @@ def drive(
         for snapshot in measurement.steps():
             whole = True
             ledger.step()
+            if clock.growth is not None:
+                clock.growth.look(snapshot, measurement.state_dict)
             clock.within_budget(snapshot)
             whole = False
     except (BudgetError, KeyboardInterrupt) as end:
@@ -108,9 +111,14 @@ def drive(
             raise
         return "budget" if at_budget else "interrupted"
     except Exception as error:
-        if not (is_out_of_memory(error) and measurement.ready):
+        if not (is_out_of_memory(error) or isinstance(error, ExhaustedError)):
             raise
-        clock.cut_by = f"memory ran out, and this is what there was by then: {first_line(error)}"
+        if whole:
+            ledger.cut(at_budget=False)
+        if not measurement.ready:
+            raise
+        why = error.got if isinstance(error, ExhaustedError) else first_line(error)
+        clock.cut_by = f"memory ran out, and this is what there was by then: {why}"
         return "interrupted"
     ledger.end()
     return None

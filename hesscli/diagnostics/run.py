@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hesscli.diagnostics.growth import Growth
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.errors import BudgetError
 from hesscli.memory import peak_bytes
@@ -44,6 +45,7 @@ class Clock:
             come to will take them.
         earlier: seconds that the run had taken in other processes, which no budget of this one
             pays for.
+        growth: looks at memory as this does at time.
         cut_by: what ended the work that was neither time nor anybody, if anything did.
     """
 
@@ -51,6 +53,7 @@ class Clock:
     observer: Observe | None
     ending: float = 0.0
     earlier: float = 0.0
+    growth: Growth | None = None
     cut_by: str | None = None
     _began: float = field(default_factory=lambda: time.monotonic())
 
@@ -155,7 +158,8 @@ class Run:
             warnings: the result's own, which follow those of problem and products.
         """
         problem = self.problem
-        cut_by = filter(None, [self.clock.cut_by])
+        clock = self.clock
+        memory = filter(None, (clock.growth and clock.growth.warning, clock.cut_by))
         return {
             "problem": self.report,
             "environment": environment(problem.device),
@@ -164,7 +168,7 @@ class Run:
                 *warnings_of_products(problem, self.flight),
                 *warnings,
                 *problem.together.warnings,
-                *cut_by,
+                *memory,
             ),
         }
 
@@ -222,6 +226,7 @@ def started(
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
         before = Spent(meter.products, meter.gradients, clock.elapsed)
         operator = build(problem, mode=flight.mode, meter=meter)
+        clock.growth = Growth(problem.device)
         if not problem.together.halved:
             problem.together.most = ledger.decided("at once", operator.vectors_that_fit)
         yield Run(operator, report, flight, clock, before, ledger)
