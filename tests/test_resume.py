@@ -105,13 +105,15 @@ def said(result: Answer) -> tuple[str, dict[str, Any]]:
     return json.dumps(document), arrays
 
 
-def cut_off(measure: Measure, given: Problem, at: int, ledger: FileLedger) -> int:
-    """Stop a run at a snapshot; how many there were."""
+def cut_off(
+    measure: Measure, given: Problem, at: int, ledger: FileLedger, phase: str | None = None
+) -> int:
+    """Stop a run at a snapshot, of all or of a phase; how many there were."""
     seen = 0
 
-    def observe(_: Snapshot) -> bool:
+    def observe(snapshot: Snapshot) -> bool:
         nonlocal seen
-        seen += 1
+        seen += phase in (None, snapshot.phase)
         return seen == at
 
     with suppress(KeyboardInterrupt):  # before there was a result
@@ -184,7 +186,7 @@ def test_a_finished_run_goes_on_to_a_smaller_tolerance(tmp_path: Path) -> None:
 def begun(tmp_path: Path, **facts: Any) -> Path:
     path = tmp_path / "trace.ledger"
     measure = partial(hesscli.trace, method="hutchinson", probes=4)
-    cut_off(measure, problem(), 14, kept_in(path, facts=facts))
+    cut_off(measure, problem(), 2, kept_in(path, facts=facts), "probing")
     assert path.exists()
     return path
 
@@ -284,7 +286,7 @@ def test_what_another_option_makes_of_a_problem_is_refused_by_the_option(tmp_pat
     """As it was typed, and only where it makes another problem."""
     path, measure = tmp_path / "trace.ledger", partial(hesscli.trace, method="hutchinson", probes=4)
     began = {"--examples": "all", "--batch-size": 7}
-    cut_off(measure, problem(), 14, kept_in(path, loaded=began))
+    cut_off(measure, problem(), 2, kept_in(path, loaded=began), "probing")
     for typed in ({"--batch-size": 7}, {"--batch-size": 6}):
         ledger = kept_in(path, resume=True, loaded={"--examples": "4096"} | typed)
         ledger.recognise({"matrix": "hessian"})
@@ -357,7 +359,7 @@ def test_a_file_that_ends_early_is_seen(tmp_path: Path) -> None:
 def test_rows_that_are_damaged_or_missing_are_seen(tmp_path: Path) -> None:
     path = tmp_path / "spectrum.ledger"
     measure = partial(hesscli.spectrum, steps=6, probes=1)
-    cut_off(measure, problem(), 15, kept_in(path))
+    cut_off(measure, problem(), 2, kept_in(path), "iterating")
     rows = tmp_path / "spectrum.ledger.1"
     content = bytearray(rows.read_bytes())
     content[-1] ^= 1

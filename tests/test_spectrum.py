@@ -390,6 +390,16 @@ def test_the_plan_states_the_memory(relu: hesscli.Problem) -> None:
     assert "64 steps, each of which keeps a vector" in planned.note
 
 
+def test_the_plan_counts_graphs_that_are_kept() -> None:
+    """4096 examples keep at least what 32 units of each gave."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1))
+    data = [(torch.randn(1024, 4), torch.randn(1024, 1)) for _ in range(4)]
+    plan = hesscli.check(hesscli.Problem(model, "mse", data)).plan
+    taken = {command.command: command.peak_bytes for command in plan.commands}
+    assert taken["spectrum"] - taken["trace"] >= 4096 * 32 * 4
+
+
 @pytest.mark.parametrize("room", [0, 1, 1 << 40])
 def test_kept_graphs_change_nothing_but_the_cost(relu: hesscli.Problem, room: int) -> None:
     operator = hesscli.Hessian(relu)

@@ -152,7 +152,7 @@ class SpectralStudy:
         yield Work(
             phase="iterating",
             spent=self._runs(plan, pace),
-            num_bytes=held,
+            num_bytes=held + self._graph_bytes(plan, pace),
             note=f"{plan.steps} steps{why}, each of which keeps a vector: "
             f"{human_bytes(basis_bytes(size, plan.steps))}, at most {human_bytes(held)} with "
             "restarts",
@@ -176,11 +176,16 @@ class SpectralStudy:
     def _runs(self, plan: SpectralPlan, pace: Pace) -> Spent:
         """On the whole matrix: products, and vectors made orthogonal to all before them, twice."""
         count = plan.products(self.operator.parameters.size)
-        keeps = self.operator.mode == "double-backward"
-        kept = keeps and pace.graph_bytes <= room_for_graphs(self.operator, plan)
+        kept = self._graph_bytes(plan, pace) == pace.graph_bytes
         rows = plan.steps**2 + (plan.probes - 1) * shorter(plan.steps) ** 2
         orthogonal = Spent(seconds=rows * self._row_seconds)
         return pace.products(count, 1 if kept else count) + orthogonal
+
+    def _graph_bytes(self, plan: SpectralPlan, pace: Pace) -> int:
+        """What graphs take that are kept from one product to the next, as many as fit."""
+        if self.operator.mode != "double-backward":
+            return 0
+        return max(0, min(pace.graph_bytes, room_for_graphs(self.operator, plan)))
 
     @cached_property
     def _row_seconds(self) -> float:
