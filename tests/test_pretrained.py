@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pretrained
 import pytest
 import torch
 from pretrained import LENGTH, LINES
+from program import hesscli_run
 
 import hesscli
 from hesscli.errors import InputError, UsageError
@@ -191,6 +193,41 @@ def test_documents_that_are_packed_and_crossed_are_said(folder: Path) -> None:
     assert problem.warnings[0].startswith(f"blocks of {LENGTH} tokens cross {crossed} borders")
 
 
+def test_the_program_measures_a_folder_and_a_run_of_other_data_is_another(folder: Path) -> None:
+    what = ("trace", "llama", "--data", "corpus.txt", "--sequence", LENGTH, "--probes", 2)
+    run = hesscli_run(*what, cwd=folder)
+    assert run.returncode == 0
+    head = run.stdout.split("float32")[0]
+    assert "llama · LlamaForCausalLM" in head
+    assert "32 tokens of corpus.txt" in " ".join(head.split())
+    document = json.loads(
+        (folder / "hesscli-out" / f"{folder.name}-llama" / "trace.json").read_text()
+    )
+    said = document["problem"]
+    assert said["model_class"] == "LlamaForCausalLM"
+    assert said["num_tokens"] == 32
+    content = (folder / "corpus.txt").read_bytes()
+    assert said["data"] == {
+        "path": "corpus.txt",
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def test_a_ledger_knows_data_tokenizer_and_options(folder: Path) -> None:
+    first = _load(folder, sequence=LENGTH).origin.facts
+    other = folder / "other.txt"
+    other.write_text("the cat sat on the mat and on the mat")
+    assert _load(folder, sequence=4).origin.facts != first
+    assert _load(folder, data=other, sequence=LENGTH).origin.facts["data"] != first["data"]
+    words = pretrained.tokenizer()
+    words.eos_token = "<unk>"
+    words.save_pretrained(folder / "llama")
+    assert _load(folder, sequence=LENGTH).origin.facts["tokenizer"] != first["tokenizer"]
+    config = folder / "llama" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    assert _load(folder, sequence=LENGTH).origin.facts["config"] != first["config"]
+
+
 REFUSED = {
     "no such name": ("nobody/nothing", {}, "no model of that name in the cache"),
     "a file": ("llama/model.safetensors", {}, "--data goes with a folder"),
@@ -220,6 +257,18 @@ def test_weights_that_would_be_drawn_at_random_are_refused_by_name(folder: Path)
     with pytest.raises(InputError, match="draw at random") as caught:
         _load(folder)
     assert "1 missing for LlamaForCausalLM: model.norm.weight" in caught.value.got
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(folder: Path) -> None:
+    words = pretrained.tokenizer()
+    words.add_tokens(["old"])
+    words.add_tokens(["a-new-one"])
+    words.save_pretrained(folder / "llama")
+    assert _load(folder, sequence=LENGTH).prove().loss > 0  # it may know more than it meets
+    (folder / "corpus.txt").write_text("the cat sat on a-new-one")
+    with pytest.raises(InputError, match="makes tokens that the model does not have") as caught:
+        _load(folder)
+    assert "'a-new-one'" in caught.value.got
 
 
 def test_weights_that_the_class_has_no_use_for_are_said(folder: Path) -> None:

@@ -186,7 +186,9 @@ def output(
 
     if folder is None:
         path = Path(checkpoint.path).resolve() if checkpoint else Path("model")
-        folder = Path("hesscli-out", "-".join(filter(None, (path.parent.name, path.stem))))
+        # Names of models have dots in them, as in Llama-3.2-1B.
+        name = path.stem if path.suffix in (*CHECKPOINT_SUFFIXES, ".json") else path.name
+        folder = Path("hesscli-out", "-".join(filter(None, (path.parent.name, name))))
     with hold(prepare_folder(folder), console.note) as held:
         sweep(folder)
         yield held

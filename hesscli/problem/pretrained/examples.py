@@ -127,12 +127,13 @@ def text_examples(
     texts = table.texts(wanted.text, wanted.labels)
     if pretrained.task == "causal":
         blocks = Blocks(tokenizer, texts, sequence, table.place)
+        require_known(tokenizer, blocks.tokens, pretrained.model)
         return Examples(blocks), lambda: blocks.notes
     if tokenizer.pad_token is None:
         got = f"{pretrained.folder}: no pad_token"
         hint = "pad_token in tokenizer_config.json, and pad_token_id in config.json, as trained"
         raise InputError("the tokenizer cannot pad, and examples differ in length", got, hint)
-    encode = _Encode(tokenizer, sequence)
+    encode = _Encode(tokenizer, sequence, pretrained.model)
     rows = _rows(pretrained, encode, table, texts, wanted)
     return Examples(rows, _collator(pretrained.task, tokenizer)), lambda: encode.notes
 
@@ -218,8 +219,8 @@ class Rows:
 class _Encode:
     """Text as a tokenizer has it, cut where it is too long; ``cut`` are those texts."""
 
-    def __init__(self, tokenizer: Any, length: int) -> None:
-        self.tokenizer, self.length = tokenizer, length
+    def __init__(self, tokenizer: Any, length: int, model: Any) -> None:
+        self.tokenizer, self.length, self.model = tokenizer, length, model
         self.cut: set[str] = set()
 
     def __call__(self, text: Any, **how: Any) -> Any:
@@ -230,6 +231,8 @@ class _Encode:
                 whole = self.tokenizer(text, **how)
                 if len(whole["input_ids"]) > self.length:
                     self.cut.add(str(text))
+        if row["input_ids"]:
+            require_known(self.tokenizer, torch.tensor(row["input_ids"]), self.model)
         return row
 
     def example(self, text: str, label: Any) -> dict[str, Any]:
@@ -288,6 +291,20 @@ class _Masked:
             if bool((labels != IGNORED).any()):
                 break
         return {**row, "input_ids": hidden[0].tolist(), "labels": labels[0].tolist()}
+
+
+def require_known(tokenizer: Any, tokens: Tensor, model: Any) -> None:
+    """See that a model has a row for each token that its tokenizer has made.
+
+    Raises:
+        InputError: it has not.
+    """
+    size, most = len(model.get_input_embeddings().weight), int(tokens.max())
+    if most >= size:
+        name = tokenizer.convert_ids_to_tokens(most)
+        got = f"token {most}, {name!r}, of a model that has {size}"
+        hint = "the folder as it was saved after training, with its own tokenizer"
+        raise InputError("the tokenizer makes tokens that the model does not have", got, hint)
 
 
 class Blocks:

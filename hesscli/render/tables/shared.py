@@ -42,7 +42,8 @@ def proof_line(problem: ProblemReport) -> Facts:
         if number
     ]
     name = Path(problem.checkpoint.path).name if problem.checkpoint else "model in memory"
-    lines = [
+    lines = [] if problem.data is None else [problem.model_class]
+    lines += [
         parameters + (f" ({', '.join(aside)})" if aside else ""),
         f"loss {words.number(problem.loss, 4)} ({problem.loss_name})",
     ]
@@ -52,13 +53,21 @@ def proof_line(problem: ProblemReport) -> Facts:
         lines.append(f"accuracy {100 * problem.accuracy:.1f}%")
     lines += [
         f"‖gradient‖ {words.number(problem.gradient_norm)}",
-        words.examples_used(problem),
+        words.examples_used(problem) + _tokens_of(problem),
         f"{problem.dtype} on {problem.device}",
     ]
     if problem.training_mode:
         lines.append("training mode")
     checkpoint = Text(words.shorten(name, 48), style="bold")
     return Facts((checkpoint, *(Text(line) for line in lines)))
+
+
+def _tokens_of(problem: ProblemReport) -> str:
+    """How many tokens of which data the examples are, where no spec says what they are."""
+    if problem.data is None:
+        return ""
+    tokens = f", {words.count(problem.num_tokens, 'token')}" if problem.num_tokens else ""
+    return f"{tokens} of {Path(problem.data.path).name}"
 
 
 # -- Where an estimate's error comes from, and which option would shrink it ------------------------
