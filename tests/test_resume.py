@@ -60,6 +60,10 @@ RUNS: dict[str, tuple[Callable[[], Problem], Measure]] = {
     "a diagonal": (problem, partial(hesscli.diagonal, rtol=0.5)),
     "a deflated diagonal": (problem, partial(hesscli.diagonal, method="deflated", probes=4)),
     "columns and probes": (wide, partial(hesscli.diagonal, method="split", rtol=0.7)),
+    "ranges of probes and batches": (
+        wide,
+        partial(hesscli.diagonal, method="split", probes=(5, 40), batches=(1, 3)),
+    ),
     "an exact diagonal and its noise": (
         problem,
         partial(hesscli.diagonal, matrix="ggn", probes=4),
