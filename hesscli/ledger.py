@@ -466,7 +466,7 @@ class FileLedger:
         except DamagedError as damaged:
             self._say(f"a ledger that cannot be read is replaced: {self.path}, {damaged.got}")
             return
-        if saved["part"] and saved["finished"]:
+        if saved["part"] and (saved["finished"] or saved["at_budget"]):
             raise UsageError(
                 f"a part of a result is kept in {self.path}",
                 f"it would be lost, before `hesscli join` has it; {saved['seconds']:.0f} s of work",

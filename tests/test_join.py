@@ -444,14 +444,17 @@ def test_what_is_no_part_is_refused(two: list[Path], tmp_path: Path) -> None:
 
 
 def test_a_part_is_not_overwritten_in_silence(tmp_path: Path) -> None:
-    kind = KINDS["a trace"]
-    path = part(kind, tmp_path / "trace.ledger", (0, 4))
-    before = path.read_bytes()
-    with pytest.raises(UsageError) as refused:
-        kept_in(path, (4, 8))
-    assert "another --dir" in refused.value.hint
-    assert f"rm {path}" in refused.value.hint
-    assert path.read_bytes() == before
+    """Neither one that is done, nor one that its budget has ended."""
+    done = part(KINDS["a trace"], tmp_path / "trace.ledger", (0, 4))
+    ended = {"finished": False, "at_budget": True}
+    cut = told_otherwise(done, tmp_path / "cut.ledger", lambda told: told.update(ended))
+    for path in (done, cut):
+        before = path.read_bytes()
+        with pytest.raises(UsageError) as refused:
+            kept_in(path, (4, 8))
+        assert "another --dir" in refused.value.hint
+        assert f"rm {path}" in refused.value.hint
+        assert path.read_bytes() == before
 
 
 # -- As people type it -----------------------------------------------------------------------------

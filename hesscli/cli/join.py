@@ -40,7 +40,7 @@ def run(console: Console, checkpoint: Path | None, given: Given) -> ExitCode:
 LEDGERS = Option(
     name="ledgers",
     declared=typer.Argument(
-        metavar="LEDGER...",
+        metavar="LEDGER",
         help="Folders of runs over parts, or their .ledger files.",
     ),
     type=list[Path],
@@ -62,7 +62,7 @@ Examples:
   hesscli diag model.pt --probes 64:128 --dir part-b    on another
   hesscli join part-a part-b                            as of --probes 0:128
 
-  hesscli trace model.pt --batches 0:8  --dir part-a    of 16, says hesscli check
+  hesscli trace model.pt --batches 0:8  --dir part-a    of 16 batches
   hesscli trace model.pt --batches 8:16 --dir part-b
   hesscli join part-a/trace.ledger part-b/trace.ledger --out json
 """,
