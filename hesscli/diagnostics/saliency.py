@@ -176,6 +176,14 @@ def _logs(values: Array) -> Array:
         return np.asarray(np.log(values))
 
 
+def copied_bytes(numbers: int, itemsize: int) -> int:
+    """What an inversion of some rows holds beside it, of a window of so many numbers.
+
+    Three times as much as is copied at once: the chosen rows, as they are checked, and as kept.
+    """
+    return 3 * itemsize * min(numbers, _TILE_NUMBERS)
+
+
 def _inverse_diagonal(collected: Collected, chosen: Tensor, on_step: OnStep) -> Tensor:
     """Diag (F̂ + λI)⁻¹ from some of the rows, a few blocks at a time."""
     window, damping = collected.window, collected.fisher.damping

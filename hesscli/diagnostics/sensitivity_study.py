@@ -23,6 +23,7 @@ from hesscli.diagnostics.saliency import (
     GROUPS,
     Repeated,
     Repeats,
+    copied_bytes,
     repeats,
     require_rows,
     saliencies,
@@ -251,7 +252,9 @@ class SensitivityStudy:
         yield inversion
         yield Work(phase="refining", spent=pace.products(1))
         if rank is not None:
-            yield Work(phase="ranking", spent=again.times(GROUPS))
+            copied = copied_bytes(rows * problem.parameters.size, options.torch_dtype.itemsize)
+            held = copied + inversion.num_bytes
+            yield Work(phase="ranking", spent=again.times(GROUPS), num_bytes=held)
             goal, miss, probes = self._tracing
             choice = self.choice or chosen(self.run, "auto", Draw(self.seed))
             yield from expected(self.run, choice, goal, miss, pace, probes)
