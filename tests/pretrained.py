@@ -82,13 +82,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(kind: str, vocabulary: int) -> Any:
+def build(kind: str, vocabulary: int, **more: Any) -> Any:
     """A model with weights by a seed, none of which is where training begins."""
     import transformers
 
     name, sizes = KINDS[kind]
     cls = getattr(transformers, name)
-    config = cls.config_class(**({} if kind == "vit" else tokens(vocabulary)) | sizes)
+    config = cls.config_class(**({} if kind == "vit" else tokens(vocabulary)) | sizes | more)
     torch.manual_seed(sum(map(ord, kind)))
     model = cls(config).eval()
     with torch.no_grad():

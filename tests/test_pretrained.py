@@ -163,6 +163,22 @@ def test_names_of_classes_are_looked_up(tmp_path: Path) -> None:
     assert "bad, good, neither" in caught.value.got
 
 
+def test_a_model_of_one_output_is_a_regression(tmp_path: Path) -> None:
+    model = pretrained.build("bert classes", len(pretrained.tokenizer()), num_labels=1)
+    model.save_pretrained(tmp_path / "model")
+    words = pretrained.tokenizer()
+    words.save_pretrained(tmp_path / "model")
+    (tmp_path / "scores.csv").write_text(
+        "\n".join(["text,score", *(f"{line},{i}" for i, line in enumerate(LINES))])
+    )
+    problem = hesscli.load(tmp_path / "model", data=tmp_path / "scores.csv", labels="score")
+    found = [model(input_ids=torch.tensor([words(line)["input_ids"]])).logits for line in LINES]
+    errors = torch.cat(found).flatten() - torch.arange(len(LINES))
+    mean = float(errors.square().mean().detach())
+    assert problem.prove().loss == pytest.approx(mean, rel=1e2 * torch.finfo(torch.float32).eps)
+    assert problem.total_weight == len(LINES)
+
+
 def test_images_of_classes_that_the_model_cannot_know_are_refused(tmp_path: Path) -> None:
     pretrained.save("vit", tmp_path / "model")
     pretrained.save_images(tmp_path / "images")

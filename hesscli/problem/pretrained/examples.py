@@ -195,7 +195,11 @@ def as_classes(config: Any, labels: Sequence[Any], place: str) -> list[Any]:
         hint = "--labels of another column, or the names in label2id of config.json"
         raise InputError("a label is none of the model's", got, hint)
 
-    return [number(label) for label in labels]
+    found = [number(label) for label in labels]
+    numbers = ("regression", "multi_label_classification")
+    if config.num_labels == 1 or getattr(config, "problem_type", None) in numbers:
+        return [list(map(float, n)) if isinstance(n, list) else float(n) for n in found]
+    return found
 
 
 class Rows:
