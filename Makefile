@@ -59,7 +59,7 @@ coverage: $(VENV)/test  ## How often intervals hold, end to end (most of an hour
 goldens: $(VENV)/test  ## Record what every command answers into DIR, to compare after a refactoring
 	$(BIN)/python tests/goldens.py record $(DIR)
 
-faults: $(VENV)/test  ## Runs killed at every step, disks that fill up, pairs in a folder (a quarter of an hour)
+faults: $(VENV)/test  ## Runs killed at every step, full disks, pairs, 10,000 products (20 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/faults.py $(FAULTS)
 
 hostile: $(VENV)/test  ## 5,000 checkpoints, indexes and specs that nobody meant (minutes)

@@ -114,7 +114,7 @@ def drive(
         if not (is_out_of_memory(error) or isinstance(error, ExhaustedError)):
             raise
         if whole:
-            ledger.cut(at_budget=False)
+            ledger.cut(False)
         if not measurement.ready:
             raise
         why = error.got if isinstance(error, ExhaustedError) else first_line(error)
