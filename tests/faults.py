@@ -335,8 +335,9 @@ def resumed_after_kills(command: str, folder: Path, kills: int, dice: random.Ran
     while died < kills:
         into, number = folder / str(number), number + 1
         again = partial(kept, command, into, *longer, "--resume")
-        for _ in range(3):
-            if not killed_within(dice.uniform(0, lasts), again):
+        for attempt in range(3):
+            if not killed_within(seconds := dice.uniform(0, lasts), again):
+                lasts = lasts if attempt else seconds  # the machine has more time than it had
                 break
             died += 1
             went_on += (into / f"{command}.ledger").exists()
