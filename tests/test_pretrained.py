@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,80 @@ def test_what_cannot_be_meant_is_refused(
     checkpoint, how, what = REFUSED[name]
     with pytest.raises((InputError, UsageError), match=what):
         hesscli.load(checkpoint, **{"data": "corpus.txt"} | how)
+
+
+def _sharded(folder: Path, model: Any) -> None:
+    model.save_pretrained(folder, max_shard_size=400)
+    (folder / "model.safetensors").unlink()
+
+
+def _pickled(folder: Path, model: Any) -> None:
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("save", [_sharded, _pickled])
+def test_weights_in_other_files_are_the_same(
+    save: Callable[[Path, Any], None], folder: Path
+) -> None:
+    expected = _load(folder).prove().loss
+    save(folder / "llama", pretrained.build("llama", len(pretrained.tokenizer())))
+    assert _load(folder).prove().loss == expected
+
+
+def test_weights_of_another_type_are_what_they_are(folder: Path) -> None:
+    model = pretrained.build("llama", len(pretrained.tokenizer())).to(torch.bfloat16)
+    model.save_pretrained(folder / "llama")
+    problem = _load(folder)
+    assert problem.dtype == torch.float32
+    assert all(
+        torch.equal(own, given.float())
+        for own, given in zip(problem.model.parameters(), model.parameters(), strict=True)
+    )
+    doubled = _load(folder, dtype="float64")
+    assert doubled.dtype == torch.float64
+    batches = doubled.data.batches
+    expected = float(pretrained.mean_loss(pretrained.in_float64(model), batches).detach())
+    # Norms and softmax are computed in float32 by transformers itself.
+    assert doubled.prove().loss == pytest.approx(expected, rel=32 * torch.finfo(torch.float32).eps)
+
+
+def test_a_name_is_found_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    place = folder / "cache" / "models--me--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    (place / "snapshots").mkdir()
+    expected = _load(folder).prove().loss
+    (folder / "llama").rename(place / "snapshots" / "abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.chdir(folder)
+    problem = hesscli.load("me/tiny", data="corpus.txt")
+    assert problem.prove().loss == expected
+    assert problem.checkpoint is not None
+    assert problem.checkpoint.path == "me/tiny"
+
+
+def test_weights_of_other_shapes_are_refused_by_name(folder: Path) -> None:
+    config = folder / "llama" / "config.json"
+    said = json.loads(config.read_text()) | {"intermediate_size": 5}
+    config.write_text(json.dumps(said))
+    with pytest.raises(InputError, match="not of the shapes") as caught:
+        _load(folder)
+    assert "mlp.down_proj.weight [4, 6], expected [4, 5]" in caught.value.got
+
+
+def test_what_is_no_text_is_refused(folder: Path) -> None:
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"text": "the cat"}\n{"text": null}')
+    with pytest.raises(InputError, match="a text is no string") as caught:
+        _load(folder, data=rows)
+    assert "row 2 has None" in caught.value.got
+    rows.write_text('{"text": "the cat"}\n{"text"')
+    with pytest.raises(InputError, match="the data cannot be read") as caught:
+        _load(folder, data=rows)
+    assert "line 2" in caught.value.got
 
 
 def test_weights_that_would_be_drawn_at_random_are_refused_by_name(folder: Path) -> None:

@@ -29,6 +29,7 @@ _DRAWS = 64
 MASKED = 0.15
 """The share of tokens that a masked model is asked for, as BERT was trained."""
 IGNORED = -100
+_KINDS: dict[type, str] = {str: "string", list: "list of words"}
 _OF_NO_KIND = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
@@ -125,6 +126,11 @@ def text_examples(
         got = f"--labels {wanted.labels} for {type(pretrained.model).__name__}"
         raise UsageError("a language model's labels are its own tokens", got, "no --labels")
     texts = table.texts(wanted.text, wanted.labels)
+    kind = list if pretrained.task == "token classes" else str
+    for row, text in enumerate(texts, 1):
+        if not isinstance(text, kind):
+            got = f"{table.place}: row {row} has {shorten(repr(text), 80)}"
+            raise InputError(f"a text is no {_KINDS[kind]}", got, "--text of another column")
     if pretrained.task == "causal":
         blocks = Blocks(tokenizer, texts, sequence, table.place)
         require_known(tokenizer, blocks.tokens, pretrained.model)
@@ -133,6 +139,8 @@ def text_examples(
         got = f"{pretrained.folder}: no pad_token"
         hint = "pad_token in tokenizer_config.json, and pad_token_id in config.json, as trained"
         raise InputError("the tokenizer cannot pad, and examples differ in length", got, hint)
+    if pretrained.config.pad_token_id is None:  # classifiers ask it where a text ends
+        pretrained.config.pad_token_id = tokenizer.pad_token_id
     encode = _Encode(tokenizer, sequence, pretrained.model)
     rows = _rows(pretrained, encode, table, texts, wanted)
     return Examples(rows, _collator(pretrained.task, tokenizer)), lambda: encode.notes
@@ -245,12 +253,10 @@ class _Encode:
 
     def words(self, text: list[str], labels: list[int]) -> dict[str, Any]:
         """Words and their classes; of a word's tokens the first one has it."""
-        if isinstance(text, str) or len(text) != len(labels):
-            raise InputError(
-                "token classes need lists of words with a label each",
-                f"{shorten(repr(text), 80)} and {shorten(repr(labels), 80)}",
-                "--text and --labels of columns that hold such lists",
-            )
+        if len(text) != len(labels):
+            got = f"{shorten(repr(text), 80)} and {shorten(repr(labels), 80)}"
+            hint = "--text and --labels of columns that hold lists of one length"
+            raise InputError("words and their classes differ in number", got, hint)
         row = self(text, is_split_into_words=True)
         places = row.word_ids()
         first = [p is not None and p != q for p, q in zip(places, [None, *places], strict=False)]

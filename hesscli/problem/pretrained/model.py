@@ -230,6 +230,7 @@ def with_weights(
             state_dict=dict(checkpoint.state),
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
         # What transformers says once of the loss, it says here.
@@ -241,6 +242,13 @@ def with_weights(
             f"{checkpoint.path}: {len(missing)} missing for {kind.__name__}: {listed(missing)}",
             "the folder that was saved after training, or in config.json the architectures whose "
             "weights these are",
+        )
+    if misfits := sorted(info["mismatched_keys"]):
+        shapes = [f"{name} {list(found)}, expected {list(own)}" for name, found, own in misfits]
+        raise InputError(
+            "the folder's weights are not of the shapes that its config.json says",
+            f"{checkpoint.path}: {listed(shapes)}",
+            "the config.json that was saved with these weights",
         )
     aside = sorted(info["unexpected_keys"])
     told = f"weights that {kind.__name__} does not have, left aside: {listed(aside)}"
