@@ -164,13 +164,13 @@ class Operator(Curvature):
         for index in self.indices if among is None else among:
             yield LiveTerm(self.problem.batch(index), self)
 
-    def restrict(self, pattern: str) -> Operator:
-        """The diagonal block of the parameters that a glob selects.
+    def restrict(self, *patterns: str) -> Operator:
+        """The diagonal block of the parameters that globs select, as ``--params`` takes them.
 
         Raises:
-            UsageError: no parameter or layer matches.
+            UsageError: a glob matches no parameter, or none is left.
         """
-        return self.block(self.parameters.select(pattern))
+        return self.block(self.parameters.select(*patterns))
 
     def block(self, parameters: Parameters) -> Operator:
         """The diagonal block of some parameters; its work is counted with this operator's."""

@@ -172,12 +172,13 @@ class Objective:
     @cached_property
     def way_back(self) -> float:
         """Work of a backward pass, in gradients by all of the model's parameters."""
-        example = self.sample(1)
+
+        def loss_of_an_example() -> Tensor:
+            return self.loss.evaluate(self.model, self.sample(1).data)
+
         with self.forward_context():
             return BACKWARD * share_of_way_back(
-                lambda: self.loss.evaluate(self.model, example.data),
-                self.model,
-                self.parameters.tensors,
+                loss_of_an_example, self.model, self.parameters.tensors
             )
 
     @property
