@@ -14,6 +14,7 @@ from program import FEW, SUNSPOTS, hesscli_warm, three_lines
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import hesscli
 from hesscli.engines.hutchinson.designs import Probes
@@ -258,6 +259,23 @@ def test_a_way_back_counts_as_far_as_it_goes() -> None:
             (1 / 3 + problem.way_back, 3 * problem.way_back)
         )
     assert deep().way_back == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("sample", "glob"),
+    [("fashion", "conv3"), ("fashion", "norm2"), ("text", "blocks.1"), ("text", "characters")],
+)
+def test_a_way_back_is_what_torch_counts_of_it(samples: Path, sample: str, glob: str) -> None:
+    def counted(problem: Problem) -> int:
+        with problem.forward_context():
+            loss = problem.loss.evaluate(problem.model, problem.sample(1).data)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(loss, problem.parameters.tensors)
+        return counter.get_total_flops()
+
+    file = samples / FILES[sample]
+    part, whole = (hesscli.load(file, examples="first:2", params=globs) for globs in ([glob], []))
+    assert part.way_back * 3 / 2 == pytest.approx(counted(part) / counted(whole), rel=1e-12)
 
 
 def test_frozen_by_the_model_or_by_params_is_one_and_the_same() -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
@@ -81,8 +80,9 @@ def share_of_way_back(
 ) -> float:
     """Of a model's backward pass, how much is on the way to some of its parameters.
 
-    By the multiplications that autograd makes for these and for all, frozen ones included; by
-    the numbers of entries where there are none.
+    By the multiplications that gradients by these and by all take, frozen ones included, as the
+    forward pass shows them: nothing of the size of the parameters is made. By the numbers of
+    entries where nothing is multiplied.
 
     Args:
         evaluate: the loss of an example, with a graph for those parameters that require one.
@@ -94,31 +94,26 @@ def share_of_way_back(
     if entries == most:
         return 1.0
     try:
-        part = _multiplications(evaluate, tensors)
-        with _requiring(whole, wanted=True):
-            total = _multiplications(evaluate, whole)
+        with _Counting() as part:
+            evaluate()
+        with _requiring(whole, wanted=True), _Counting() as total:
+            evaluate()
     except Exception as error:  # of any kind: code that was made for frozen weights
         if is_out_of_memory(error):
             raise
         return entries / most
-    return part / total if total else entries / most
-
-
-def _multiplications(evaluate: Callable[[], Tensor], tensors: Sequence[Tensor]) -> int:
-    """That the gradient by some tensors takes, beyond the forward pass."""
-    value = evaluate()
-    with _Counting() as counted:
-        if value.requires_grad:
-            torch.autograd.grad(value, tensors, allow_unused=True)
-    return int(counted.total)
+    return part.count / total.count if total.count else entries / most
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the multiplications of matrices and convolutions meanwhile."""
+    """Counts the multiplications that the way back from products and convolutions will take.
+
+    It takes as many again by each of the two factors that a gradient is to reach.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total: int = 0
+        self.count = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -128,9 +123,10 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run it, and add what it has multiplied."""
+        """Run it, and add what it has multiplied; what has one dimension is added, as a bias."""
         result = function(*args, **(kwargs or {}))
-        count = flop_registry.get(function.overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=result)
+        counted = flop_registry.get(function.overloadpacket)
+        if counted is not None:
+            live = [a for a in args if isinstance(a, Tensor) and a.dim() > 1 and a.requires_grad]
+            self.count += min(2, len(live)) * counted(*args, **(kwargs or {}), out_val=result)
         return result
