@@ -12,12 +12,18 @@ from torch import nn
 
 from hesscli import Hessian
 from hesscli.diagnostics.estimation import Estimation, Tolerance
+from hesscli.diagnostics.measurement import drive
+from hesscli.diagnostics.run import Clock
 from hesscli.diagnostics.trace import standing
 from hesscli.engines.estimator import Estimator, Rounding
+from hesscli.engines.hutchinson.designs import Deflated, Stratified
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.unit_vectors import UnitVectors
+from hesscli.errors import BudgetError
+from hesscli.operators.base import Operator
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
+from hesscli.results import Snapshot
 
 
 def problem(*sizes: int) -> Problem:
@@ -27,17 +33,58 @@ def problem(*sizes: int) -> Problem:
     return Problem(model, "mse", FrozenData(pairs, sizes, sum(sizes), True, "by hand"))
 
 
-@pytest.mark.parametrize("units", [False, True])
-def test_a_step_is_one_product_of_one_batch(units: bool) -> None:
-    """However many vectors fit into a block: a product may take minutes."""
+def engine(operator: Operator, design: str) -> Hutchinson | UnitVectors:
+    if design == "unit vectors":
+        return UnitVectors(operator)
+    made = {
+        "plain": lambda: None,
+        "stratified": lambda: Stratified(operator),
+        "deflated": lambda: Deflated(operator, 2, 0, None, operator.parameters),
+    }[design]()
+    return Hutchinson(operator, seed=0, design=made)
+
+
+class Ended(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("design", ["plain", "stratified", "deflated", "unit vectors"])
+def test_a_block_may_end_after_any_product(design: str) -> None:
+    """However many vectors fit into it: a product may take minutes."""
     operator = Hessian(problem(6, 6))
-    engine = UnitVectors(operator) if units else Hutchinson(operator, seed=0)
+    source = engine(operator, design)
     assert operator.block_size > 20
-    before, most = operator.meter.products, 0.0
-    for _ in engine.extend(20):
-        most = max(most, operator.meter.products - before)
-        before = operator.meter.products
-    assert most == 0.5
+    looked = [operator.meter.products]
+
+    def look() -> None:
+        looked.append(operator.meter.products)
+        if len(looked) == 12:
+            raise Ended
+
+    with pytest.raises(Ended):
+        looked.extend(operator.meter.products for _ in source.extend(20, look))
+    assert max(after - before for before, after in itertools.pairwise(looked)) <= 2.0
+    assert all(len(cells) in (0, 20) for cells in source.cells.values())  # whole batches
+
+
+def test_time_is_up_within_a_block() -> None:
+    """One batch, and 32 probes at its first look, after two: there is a result of two."""
+    operator = Hessian(problem(12))
+    looks = 0
+
+    def look(snapshot: Snapshot) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 4:
+            raise BudgetError("the budget ended", snapshot.phase, "a larger one")
+
+    estimator = Estimator(operator, probes=Hutchinson(operator, seed=0))
+    goal = partial(standing, tolerance=Tolerance(1e-3))
+    run = Estimation(estimator, goal, 0.05, Rounding(0.0), look=look)
+    assert drive(Clock(None, None), run) == "budget"
+    outcome = run.outcome("budget")
+    assert outcome.estimator.num_probes == 2
+    assert operator.meter.products < 10
 
 
 def test_there_is_a_result_after_two_probes_of_two_batches() -> None:

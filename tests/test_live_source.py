@@ -14,7 +14,7 @@ from hesscli.engines.estimator import Estimator, read
 from hesscli.engines.hutchinson.designs import Deflated, Stratified, common_share
 from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.per_example import PerExample
-from hesscli.meter import Meter
+from hesscli.meter import Meter, OnStep, go_on
 from hesscli.operators.products import hessian_double_backward
 from hesscli.parameters import Parameters
 
@@ -25,7 +25,7 @@ EPS = 2.0**-52
 class Live:
     """A step's loss, one batch of weight mass 1: the source and its only term."""
 
-    decay, block_size, at_once = 0.0, 4, 1
+    decay, block_size = 0.0, 4
     dtype, device = torch.float64, torch.device("cpu")
     masses, counts, indices = (1.0,), (N,), (0,)
     sampling_fraction, independent = 1.0, True
@@ -33,7 +33,10 @@ class Live:
 
     def __init__(self, model: nn.Module, loss: Tensor) -> None:
         self.parameters, self.meter = Parameters.of(model), Meter()
-        self.apply = hessian_double_backward(lambda _: loss, self.parameters.tensors)
+        self._products = hessian_double_backward(lambda _: loss, self.parameters.tensors)
+
+    def apply(self, block: Tensor, _on_step: OnStep = go_on) -> Tensor:
+        return self._products(block)
 
     def batches(self, _among: object = None) -> Iterator[Live]:
         yield self

@@ -171,6 +171,7 @@ class Estimation:
             may have a better one.
         probes: of each batch; None to look at doubling numbers of them until the goal is reached,
             each look with its share of the error budget.
+        look: at the time, between two products of a step; may end it.
     """
 
     def __init__(
@@ -181,9 +182,10 @@ class Estimation:
         rounding: Rounding,
         rethink: Rethink | None = None,
         probes: int | None = None,
+        look: Callable[[Snapshot], object] = lambda _: None,
     ) -> None:
         self.estimator, self.goal, self.miss = estimator, goal, miss
-        self.rounding, self.rethink = rounding, rethink
+        self.rounding, self.rethink, self.look = rounding, rethink, look
         self.probes = 1 if probes is None and estimator.exact else probes
         self._status: Status | None = None
         self._target = 0
@@ -459,8 +461,10 @@ class Estimation:
         """Bring the estimator to so many probes."""
         miss = self._miss_at(self._looks + (not self._looked))
         self.estimator.operator.meter.keep()
-        for _ in self.estimator.extend(probes):
-            yield self._snapshot(probes, miss)
+        self._told = self._snapshot(probes, miss)
+        for _ in self.estimator.extend(probes, lambda: self.look(self._told)):
+            self._told = self._snapshot(probes, miss)
+            yield self._told
 
     def _read(self, miss: float) -> Reading:
         reading = read(self.estimator, miss, self.rounding.relative)

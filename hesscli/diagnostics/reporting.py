@@ -85,7 +85,8 @@ def estimation(
         )
     rethink = None if choice.rethink is None else replace(choice.rethink, fits=run.pace())
     rounding = choice.rounding or rounding_of(run, choice)
-    return Estimation(choice.estimator, goal, miss, rounding, rethink, probes)
+    look = run.clock.look
+    return Estimation(choice.estimator, goal, miss, rounding, rethink, probes, look)
 
 
 def estimated(

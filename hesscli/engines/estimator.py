@@ -16,7 +16,7 @@ from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Array, MeanSquare, Sharing, Table, reduce_table
 from hesscli.engines.per_example import PerExample
 from hesscli.engines.unit_vectors import UnitVectors
-from hesscli.meter import Meter, Spent, watched
+from hesscli.meter import Meter, OnStep, Spent, go_on, watched
 from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
 from hesscli.state import State
@@ -128,21 +128,27 @@ class Estimator:
         """Each once: sources may share one."""
         return {id(source.meter): source.meter for source in self.sources}.values()
 
-    def extend(self, count: int) -> Iterator[None]:
+    def extend(self, count: int, on_step: OnStep = go_on) -> Iterator[None]:
         """Bring every batch to so many probes, and to its share of random columns.
 
         The sources go through the batches side by side, so that a run that is cut short has all
         of the batches that it has seen.
+
+        Args:
+            count: probes of each batch.
+            on_step: called between two products of a step; may end it.
         """
         known, probes = self.gauss_newton, self.probes
         under_way = []
         if known is not None:
             draws, whole = self._draws(count), _batch_by_batch(known)
-            steps = _watched(known.extend(draws), known.meter, self._spent[known], whole)
+            steps = known.extend(draws, on_step)
+            steps = _watched(steps, known.meter, self._spent[known], whole)
             under_way.append(_Passage(known, draws if known.least > 1 else 1, steps))
         if probes is not None:
             yield from _watched(probes.design.prepare(), probes.meter, self._prepared)
-            steps = _watched(probes.extend(count), probes.meter, self._spent[probes])
+            steps = probes.extend(count, on_step)
+            steps = _watched(steps, probes.meter, self._spent[probes])
             under_way.append(_Passage(probes, count, steps))
         while under_way:
             passage = min(under_way, key=lambda each: each.done)  # the first of those behind

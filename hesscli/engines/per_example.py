@@ -17,6 +17,7 @@ from hesscli import randomness
 from hesscli.engines.cells import Cells
 from hesscli.engines.entries import Stream, groups, power_of_two
 from hesscli.errors import UsageError
+from hesscli.meter import OnStep, go_on
 from hesscli.operators.base import BLOCK_BYTES
 from hesscli.operators.source import ByExample, Pass
 from hesscli.state import State
@@ -68,7 +69,7 @@ class PerExample(Cells):
                 "--method split, which draws columns",
             )
 
-    def extend(self, draws: int = 1) -> Iterator[None]:
+    def extend(self, draws: int = 1, _on_step: OnStep = go_on) -> Iterator[None]:
         """Bring every batch to so many random columns, or to its exact diagonal.
 
         Yields before each batch and after each block of columns; stopping within a batch loses

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hesscli.engines.cells import Cells
 from hesscli.engines.entries import Stream
+from hesscli.meter import OnStep, go_on
 from hesscli.operators.source import Source, Term
 
 
@@ -27,36 +28,36 @@ class UnitVectors(Cells):
     def __init__(self, operator: Source, stream: Stream | None = None) -> None:
         super().__init__(operator, stream=stream)
 
-    def extend(self, _draws: int = 1) -> Iterator[None]:
-        """All batches, yielding between two products, or what is made at once.
+    def extend(self, _draws: int = 1, on_step: OnStep = go_on) -> Iterator[None]:
+        """All batches, yielding before each and between two blocks of products.
 
-        One that is cut short is lost.
+        One that is cut short is lost. ``on_step`` is called between two products; may end it.
         """
         for term in self.operator.batches():
             if not len(self.cells[term.index]):
                 yield
-                yield from self._visit(term)
+                yield from self._visit(term, on_step)
         if self.stream is not None:
             self.stream.close_round(1)
 
-    def _visit(self, term: Term) -> Iterator[None]:
+    def _visit(self, term: Term, on_step: OnStep) -> Iterator[None]:
         size = self.operator.parameters.size
         found = torch.empty(size, dtype=torch.float64, device=self.operator.device)
-        for start in range(0, size, self.operator.at_once):
+        for start in range(0, size, self.operator.block_size):
             if start:
                 yield
-            stop = min(start + self.operator.at_once, size)
-            found[start:stop] = self._entries(term, start, stop)
+            stop = min(start + self.operator.block_size, size)
+            found[start:stop] = self._entries(term, start, stop, on_step)
         if self.stream is not None:
             self.stream.add_exact(term.index, term.weight, found)
         self._add(term.index, self._sums(found[None]).cpu().numpy())
         yield
 
-    def _entries(self, term: Term, start: int, stop: int) -> Tensor:
+    def _entries(self, term: Term, start: int, stop: int, on_step: OnStep) -> Tensor:
         """Diagonal entries of the rows from ``start`` to ``stop``."""
         operator, count = self.operator, stop - start
         block = torch.zeros(
             count, operator.parameters.size, dtype=operator.dtype, device=operator.device
         )
         block[:, start:stop].fill_diagonal_(1.0)
-        return term.apply(block)[:, start:stop].diagonal().double()
+        return term.apply(block, on_step)[:, start:stop].diagonal().double()

@@ -69,8 +69,12 @@ class LiveTerm:
         """Whether its graph serves, or will where it is counted, after so many changes of type."""
         return retypings == (self.counted if self._apply is None else self._made)
 
-    def apply(self, block: Tensor) -> Tensor:
+    def apply(self, block: Tensor, on_step: OnStep = go_on) -> Tensor:
         """Products with a block of vectors: ``(k, d)`` to ``(k, d)``, in the problem's dtype.
+
+        Args:
+            block: the vectors.
+            on_step: called between two products, where they are not made together; may end it.
 
         Raises:
             UnsoundError: the first product is not finite.
@@ -83,10 +87,18 @@ class LiveTerm:
                 if self.counted != self._made:
                     operator.meter.add(operator.cost[0], share)
                 self.counted = None
-            product = operator.problem.together(self._apply, block)
+            products, made = list[Tensor](), 0
+            try:
+                for rows in torch.split(block, len(block) if operator.is_batched else 1):
+                    if products:
+                        on_step()
+                    products.append(operator.problem.together(self._apply, rows))
+                    made += len(rows)
+            finally:
+                operator.meter.add(made * operator.cost[1], share, products=made)
+        product = torch.cat(products) if len(products) > 1 else products[0]
         if is_first and not _is_finite(product):
             raise _not_finite(operator, self.batch, block)
-        operator.meter.add(len(block) * operator.cost[1], share, products=len(block))
         return product
 
 
@@ -209,11 +221,6 @@ class Operator(Curvature):
         """Vectors that are handed to a term at once."""
         bytes_each: int = self.parameters.size * self.problem.dtype.itemsize
         return max(1, min(32, BLOCK_BYTES // max(1, bytes_each)))
-
-    @property
-    def at_once(self) -> int:
-        """Vectors whose products are made together."""
-        return self.block_size if self.is_batched else 1
 
     def vectors_that_fit(self) -> int | None:
         """How many of a block have room in the model side by side; None where they go one by one.

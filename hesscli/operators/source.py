@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hesscli.meter import Meter
+from hesscli.meter import Meter, OnStep, go_on
 from hesscli.parameters import Parameters
 
 
@@ -27,8 +27,13 @@ class Term(Protocol):
     def weight(self) -> float:
         """The batch's share of the weight mass."""
 
-    def apply(self, block: Tensor) -> Tensor:
-        """Products with a block of vectors, ``(k, d)`` to ``(k, d)``."""
+    def apply(self, block: Tensor, on_step: OnStep = go_on) -> Tensor:
+        """Products with a block of vectors, ``(k, d)`` to ``(k, d)``.
+
+        Args:
+            block: the vectors.
+            on_step: called between two products, where they are not made together; may end it.
+        """
 
 
 class Source(Protocol):
@@ -57,10 +62,6 @@ class Source(Protocol):
     @property
     def block_size(self) -> int:
         """Vectors that a term is best given at once."""
-
-    @property
-    def at_once(self) -> int:
-        """Vectors of such a block whose products are made together; the others wait in line."""
 
     @property
     def masses(self) -> Sequence[float]:

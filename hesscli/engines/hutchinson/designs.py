@@ -70,8 +70,11 @@ class Design(ABC):
     stream: Stream | None = None
 
     @abstractmethod
-    def estimates(self, term: Term, block: Tensor) -> Tensor:
-        """Probes ``(P, d)`` to as many estimates of the batch's diagonal, less the offset."""
+    def estimates(self, term: Term, block: Tensor, on_step: OnStep = go_on) -> Tensor:
+        """Probes ``(P, d)`` to as many estimates of the batch's diagonal, less the offset.
+
+        ``on_step`` is called between two products; may end it.
+        """
 
     def prepare(self) -> Iterator[None]:
         """What is to be done once before any probe, in steps; nothing by default."""
@@ -99,9 +102,9 @@ class Plain(Design):
 
     name = "hutchinson"
 
-    def estimates(self, term: Term, block: Tensor) -> Tensor:
+    def estimates(self, term: Term, block: Tensor, on_step: OnStep = go_on) -> Tensor:
         """Plain Hutchinson estimates, one product a probe."""
-        return block * term.apply(block)
+        return block * term.apply(block, on_step)
 
 
 class Stratified(Design):
@@ -121,17 +124,19 @@ class Stratified(Design):
         self._sizes = list(parameters.sizes)
         self.products = len(self._strata)
 
-    def estimates(self, term: Term, block: Tensor) -> Tensor:
+    def estimates(self, term: Term, block: Tensor, on_step: OnStep = go_on) -> Tensor:
         """One product a probe and layer."""
         found = torch.zeros_like(block)
         into, given = self._split(found), self._split(block)
-        for stratum, products in self.pushed(term, block):
+        for stratum, products in self.pushed(term, block, on_step):
             parts = self._split(products)
             for i in stratum:
                 into[i].copy_(given[i] * parts[i])
         return found
 
-    def pushed(self, term: Term, block: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    def pushed(
+        self, term: Term, block: Tensor, on_step: OnStep = go_on
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """For each layer, the places of its tensors and the products of its probes alone."""
         given = self._split(block)
         for stratum in self._strata:
@@ -139,7 +144,7 @@ class Stratified(Design):
             parts = self._split(alone)
             for i in stratum:
                 parts[i].copy_(given[i])
-            yield stratum, term.apply(alone)
+            yield stratum, term.apply(alone, on_step)
 
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
         return torch.split(rows, self._sizes, dim=1)
@@ -292,11 +297,11 @@ class Deflated(Design):
             reserve=self.steps,
         )
 
-    def estimates(self, term: Term, block: Tensor) -> Tensor:
+    def estimates(self, term: Term, block: Tensor, on_step: OnStep = go_on) -> Tensor:
         """Estimates outside the deflated directions, one product a probe."""
         assert self._basis is not None  # prepared
         basis = self._basis.to(block.dtype)
-        return block * term.apply(block - (block @ basis.T) @ basis)
+        return block * term.apply(block - (block @ basis.T) @ basis, on_step)
 
     def offset(self, batch: int) -> Array:
         """Traces of a batch's A QQᵀ, by layer and in all."""

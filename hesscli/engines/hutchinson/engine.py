@@ -17,6 +17,7 @@ from hesscli.engines.cells import Cells
 from hesscli.engines.entries import GROUP, Stream, groups, power_of_two
 from hesscli.engines.hutchinson.designs import Design, Plain, Probes
 from hesscli.engines.hutchinson.table import Sharing, Table, reduce_table
+from hesscli.meter import OnStep, go_on
 from hesscli.operators.source import Source, Term
 from hesscli.parameters import Parameters
 from hesscli.randomness import Distribution
@@ -62,11 +63,15 @@ class Hutchinson(Cells):
         self.probes = Probes(operator, seed, sharing, distribution)
         self.design = Plain() if design is None else design
 
-    def extend(self, num_probes: int) -> Iterator[None]:
-        """Bring every batch to ``num_probes``, yielding between two products.
+    def extend(self, num_probes: int, on_step: OnStep = go_on) -> Iterator[None]:
+        """Bring every batch to ``num_probes``, yielding between two blocks of products.
 
-        A batch's graph is made once and serves all its probes of this round. Stopping between
-        two of them loses only the batch at hand.
+        A batch's graph is made once and serves all its probes of this round. Stopping on the way
+        loses only the batch at hand.
+
+        Args:
+            num_probes: of each batch.
+            on_step: called between two products of a block; may end it.
         """
         yield from self.design.prepare()
         began = min(len(cells) for cells in self.cells.values())
@@ -74,23 +79,20 @@ class Hutchinson(Cells):
             done = len(self.cells[term.index])
             if done < num_probes:
                 yield
-                yield from self._visit(term, done, num_probes)
+                yield from self._visit(term, done, num_probes, on_step)
         if num_probes > began:
             if self.stream is not None:
                 self.stream.close_round(num_probes - began)
             yield
 
-    def _visit(self, term: Term, done: int, wanted: int) -> Iterator[None]:
-        forms, at_once = list[Tensor](), self.operator.at_once
+    def _visit(self, term: Term, done: int, wanted: int, on_step: OnStep) -> Iterator[None]:
+        forms = list[Tensor]()
         entries = None if self.stream is None else self.stream.of_batch(term.index, term.weight)
         for start, stop in self._blocks(done, wanted):
+            if forms:
+                yield
             block = self.probes.block(term.index, start, stop - start)
-            estimates = torch.empty_like(block)
-            for row in range(0, len(block), at_once):
-                if start + row > self.first + done:
-                    yield
-                part = slice(row, row + at_once)
-                estimates[part] = self.design.estimates(term, block[part])
+            estimates = self.design.estimates(term, block, on_step)
             forms.append(self._sums(estimates))
             if self.stream is not None and entries is not None:
                 self.stream.add(entries, estimates, start)
