@@ -14,7 +14,7 @@ import pretrained
 import pytest
 import torch
 from pretrained import LENGTH, LINES
-from program import hesscli_run
+from program import hesscli_run, three_lines
 
 import hesscli
 from hesscli.errors import InputError, UsageError
@@ -74,7 +74,13 @@ def _by_factory(model: Any, folder: Path, rows: list[dict[str, Any]]) -> Problem
     return problem
 
 
-@pytest.mark.parametrize("kind", pretrained.KINDS)
+SLOW = ("t5", "bert tokens")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.hf) if k in SLOW else k for k in pretrained.KINDS],
+)
 def test_a_folder_is_the_function_of_its_weights(kind: str, tmp_path: Path) -> None:
     """The loss written out in float64, differentiated twice; and the same weights by a factory."""
     model = pretrained.save(kind, tmp_path / "model")
@@ -374,6 +380,16 @@ def test_a_spec_of_the_folders_own_is_not_overruled(folder: Path) -> None:
     (folder / "llama" / "hesscli.toml").write_text("")
     with pytest.raises(UsageError, match="both say what the data is"):
         _load(folder)
+
+
+def test_no_spec_is_made_where_none_is_needed(folder: Path) -> None:
+    run = hesscli_run("init", "llama", cwd=folder)
+    assert run.returncode == 2
+    what, got, hint = three_lines(run.stderr)
+    assert what == "a Hugging Face folder needs no spec"
+    assert got == "llama"
+    assert hint.startswith("hesscli trace llama --data corpus.txt")
+    assert not (folder / "llama" / "hesscli.toml").exists()
 
 
 def test_a_folder_without_data_is_told_of_it(folder: Path) -> None:

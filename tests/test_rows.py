@@ -21,15 +21,14 @@ LINES = pretrained.LINES * 4
 WORDS = pretrained.tokenizer()
 IDS = [WORDS(line)["input_ids"] for line in LINES]
 CLASSES = [{"input_ids": ids, "labels": i % 3} for i, ids in enumerate(IDS)]
-TAGS = [{"input_ids": ids, "labels": [i % 3 for i in ids]} for ids in IDS]
 TEXTS = [{"input_ids": ids, "labels": ids} for ids in IDS]
 
 
-@pytest.fixture(scope="module", params=["bert classes", "bert tokens", "llama"])
+@pytest.fixture(scope="module", params=["bert classes", "llama"])
 def case(request: pytest.FixtureRequest) -> tuple[Any, list[dict[str, Any]], float, int]:
     """A model, rows of different lengths, their mean loss one by one, and their labels."""
     model = pretrained.build(request.param, len(WORDS))
-    rows = {"bert classes": CLASSES, "bert tokens": TAGS, "llama": TEXTS}[request.param]
+    rows = {"bert classes": CLASSES, "llama": TEXTS}[request.param]
     total, count = 0.0, 0
     for row in rows:
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits.detach()

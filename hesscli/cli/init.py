@@ -20,7 +20,7 @@ def run(console: Console, checkpoint: Path | None, given: Given) -> ExitCode:
     """Write the spec, or print it.
 
     Raises:
-        UsageError: a spec is there already, or cannot be written.
+        UsageError: a spec is there already, is not needed, or cannot be written.
     """
     assert checkpoint is not None  # it is required
     spec = spec_path(checkpoint)
@@ -30,8 +30,16 @@ def run(console: Console, checkpoint: Path | None, given: Given) -> ExitCode:
             str(spec),
             "--force to replace it, or --stdout to print the new one",
         )
+    from hesscli.problem.pretrained.folder import is_pretrained
     from hesscli.problem.template import write_template
 
+    if is_pretrained(checkpoint) and not (given["force"] or given["stdout"]):
+        raise UsageError(
+            "a Hugging Face folder needs no spec",
+            str(checkpoint),
+            f"hesscli trace {shlex.quote(str(checkpoint))} --data corpus.txt; for another loss or "
+            "other data --force or --stdout, and a spec to fill in",
+        )
     with console.working():
         text = write_template(checkpoint, trust=given["trust"])
     if given["stdout"]:

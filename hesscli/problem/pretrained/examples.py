@@ -15,6 +15,7 @@ from hesscli.errors import InputError, UsageError, shorten
 from hesscli.problem.batches import BATCH_SIZE
 from hesscli.problem.pretrained.folder import TOKENIZER, quiet, read_json
 from hesscli.problem.pretrained.model import Pretrained, Task, blamed_on_transformers
+from hesscli.problem.pretrained.rows import Taking, inputs_of
 from hesscli.problem.pretrained.tables import Table
 from hesscli.problem.sources import Examples
 from hesscli.randomness import key
@@ -143,7 +144,8 @@ def text_examples(
         pretrained.config.pad_token_id = tokenizer.pad_token_id
     encode = _Encode(tokenizer, sequence, pretrained.model)
     rows = _rows(pretrained, encode, table, texts, wanted)
-    return Examples(rows, _collator(pretrained.task, tokenizer)), lambda: encode.notes
+    collate = Taking(_collator(pretrained.task, tokenizer), inputs_of(pretrained.model))
+    return Examples(rows, collate), lambda: encode.notes
 
 
 def _rows(

@@ -36,17 +36,17 @@ def as_rows(model: nn.Module, data: Any, collate: Any) -> tuple[Any, Collate | N
     Returns:
         The same, as other data go in.
     """
-    named = _names(model)
+    named = inputs_of(model)
     if collate is not None and hasattr(collate, "pad"):
-        collate = _Own(_collator_of(collate), named)
+        collate = Taking(_collator_of(collate), named)
     elif _is_of("transformers", collate):
-        collate = _Own(collate, named)
+        collate = Taking(collate, named)
     padded = collate or Padded(named, _padding_token(model))
     if _is_of("datasets", data) and hasattr(data, "with_format"):
         return _plain(data), padded
     if isinstance(data, DataLoader):
         plain = data.collate_fn is default_collate and _holds_rows(data.dataset)
-        own = _Own(data.collate_fn, named) if _is_of("transformers", data.collate_fn) else None
+        own = Taking(data.collate_fn, named) if _is_of("transformers", data.collate_fn) else None
         return data, collate or (padded if plain else own)
     if isinstance(data, Mapping):
         return [data], collate
@@ -84,8 +84,11 @@ def _dim(value: Any) -> int:
 # -- Which columns a model takes, and what fills them up -------------------------------------------
 
 
-def _names(model: nn.Module) -> frozenset[str] | None:
+def inputs_of(model: nn.Module) -> frozenset[str] | None:
     """The inputs that a model's signature names; None where it may take any."""
+    base = getattr(model, "get_base_model", None)  # an adapter takes what its base does
+    if base is not None:
+        model = base()
     parameters = inspect.signature(model.forward).parameters.values()
     named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     own = {base.__module__.partition(".")[0] for base in type(model).__mro__}
@@ -109,7 +112,7 @@ def _taken(row: Mapping[str, Any], named: frozenset[str] | None) -> dict[str, An
     }
 
 
-class _Own:
+class Taking:
     """A collator of transformers', shown what the Trainer would show it."""
 
     def __init__(self, collate: Collate, named: frozenset[str] | None) -> None:
