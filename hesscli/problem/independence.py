@@ -118,6 +118,7 @@ class IndependenceTest:
         self._bound = tolerance(dtype)
         self._batches = self._tried = 0
         self._change = 0.0
+        self._weights = [p for p in model.parameters() if p.requires_grad]  # now, whatever is held
         self._mixes: str | None = None
         self._random = self._widened = False
         self._rounded: str | None = None
@@ -174,8 +175,7 @@ class IndependenceTest:
         with self._running(self._dtype):
             value = self._compare(batch, part, count)
             if self._is_users and abs(value) <= _ABSOLUTE * torch.finfo(self._dtype).eps:
-                weights = [p for p in self.model.parameters() if p.is_floating_point()]
-                with moved(weights, _APART):  # of nothing, everything is the mean and the sum
+                with moved(self._weights, _APART):  # of nothing, everything is the mean and the sum
                     self._compare(batch, part, count)
         self._tried += 1
         tell(self.observe, Snapshot(phase="comparing batches with their parts"))

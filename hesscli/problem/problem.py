@@ -115,8 +115,8 @@ class Problem(Objective):
         if isinstance(given, HuggingFace):
             data, collate = as_rows(model, data, collate)
         hint = must_fit(data)
+        test = IndependenceTest(twin, given, *where, hint, observe)
         with held_fixed(trainable.without(parameters).tensors):
-            test = IndependenceTest(twin, given, *where, hint, observe)
             if isinstance(data, FrozenData):
                 frozen = data
                 test.see_frozen(data.batches)
