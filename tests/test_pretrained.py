@@ -14,7 +14,7 @@ import pretrained
 import pytest
 import torch
 from pretrained import LENGTH, LINES
-from program import hesscli_run, three_lines
+from program import hesscli_warm, three_lines
 
 import hesscli
 from hesscli.errors import InputError, UsageError
@@ -218,7 +218,7 @@ def test_documents_that_are_packed_and_crossed_are_said(folder: Path) -> None:
 
 def test_the_program_measures_a_folder_and_a_run_of_other_data_is_another(folder: Path) -> None:
     what = ("trace", "llama", "--data", "corpus.txt", "--sequence", LENGTH, "--probes", 2)
-    run = hesscli_run(*what, cwd=folder)
+    run = hesscli_warm(*what, cwd=folder)
     assert run.returncode == 0
     head = run.stdout.split("float32")[0]
     assert "llama · LlamaForCausalLM" in head
@@ -383,7 +383,7 @@ def test_a_spec_of_the_folders_own_is_not_overruled(folder: Path) -> None:
 
 
 def test_no_spec_is_made_where_none_is_needed(folder: Path) -> None:
-    run = hesscli_run("init", "llama", cwd=folder)
+    run = hesscli_warm("init", "llama", cwd=folder)
     assert run.returncode == 2
     what, got, hint = three_lines(run.stderr)
     assert what == "a Hugging Face folder needs no spec"
