@@ -230,9 +230,14 @@ class LayerSums:
     def __call__(self, rows: Tensor) -> Tensor:
         """Rows ``(P, d)`` to float64 ``(P, L + 1)`` on their device, the total last."""
         parts = torch.split(rows, list(self._sizes), dim=1)
-        layers = rows.new_zeros(len(rows), self.num_layers, dtype=torch.float64)
-        if parts:
-            sums = torch.stack([part.sum(1, dtype=torch.float64) for part in parts], dim=1)
-            self._columns = self._columns.to(rows.device)  # copied once, not for each block
+        sums = [part.sum(1, dtype=torch.float64) for part in parts]
+        empty = rows.new_zeros(len(rows), 0, dtype=torch.float64)
+        return self.of_tensors(torch.stack(sums, dim=1) if sums else empty)
+
+    def of_tensors(self, sums: Tensor) -> Tensor:
+        """The same of float64 sums over the entries of each parameter ``(P, tensors)``."""
+        layers = sums.new_zeros(len(sums), self.num_layers)
+        if sums.shape[1]:
+            self._columns = self._columns.to(sums.device)  # copied once, not for each block
             layers.index_add_(1, self._columns, sums)
         return torch.cat([layers, layers.sum(1, keepdim=True)], dim=1)

@@ -24,8 +24,8 @@ METHODS = ("auto", "exact", "split", "deflated", "stratified", "hutchinson")
 Mode = Literal["double-backward", "forward-over-reverse", "finite-difference"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 """Of differentiating a product, the cheapest first."""
-DTYPES = ("float32", "float64")
-"""In which models compute."""
+DTYPES = ("float32", "float64", "bfloat16")
+"""In which models compute; in the last, products alone, by float32 weights."""
 WINDOW_DTYPES = ("float32", "bfloat16", "float64")
 """In which windows of gradients are kept."""
 

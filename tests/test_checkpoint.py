@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hesscli.errors import ExitCode, InputError
-from hesscli.problem.checkpoint import floating_dtype, read_checkpoint
+from hesscli.problem.checkpoint import read_checkpoint
+from hesscli.problem.precision import as_wide
 
 
 @pytest.fixture
@@ -537,11 +538,11 @@ def test_missing(tmp_path: Path) -> None:
     assert "no folder" in _refusal(tmp_path / "nowhere" / "m.pt").hint
 
 
-def test_floating_dtype(net: Net) -> None:
+def test_the_type_to_analyse_weights_in(net: Net) -> None:
     state = net.state_dict()
-    assert floating_dtype(state) == torch.float32
-    assert floating_dtype(net.half().state_dict()) == torch.float32
+    assert as_wide(state.values()) == torch.float32
+    assert as_wide(net.half().state_dict().values()) == torch.float32
     double = dict(net.double().state_dict())
-    assert floating_dtype(double) == torch.float64
-    assert floating_dtype({**double, "norm.weight": torch.zeros(2)}) == torch.float64
-    assert floating_dtype({}) == torch.float32
+    assert as_wide(double.values()) == torch.float64
+    assert as_wide([*double.values(), torch.zeros(2)]) == torch.float64
+    assert as_wide([]) == torch.float32

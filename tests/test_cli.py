@@ -42,7 +42,7 @@ MISUSES = [
     ("trace --examples some", "--examples must be", "--examples all"),
     ("trace --seed -1", "--seed must be", "--seed 0"),
     ("trace --device gpu", "--device must be", "--device auto"),
-    ("trace --dtype float16", "--dtype must be float32 or float64", "--dtype float"),
+    ("trace --dtype float16", "--dtype must be float32, float64 or bfloat16", "--dtype bfloat16"),
     ("trace --matrix gnn", "--matrix must be hessian, ggn, fisher or", "--matrix ggn"),
     ("trace --mode finite", "--mode must be", "--mode finite-difference"),
     ("trace --out yaml", "--out must be table or json", "--out table"),

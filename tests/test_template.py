@@ -163,7 +163,8 @@ def test_the_samples_are_guessed_right() -> None:
 
 
 def test_samples_load() -> None:
-    from hesscli.problem.checkpoint import floating_dtype, read_checkpoint
+    from hesscli.problem.checkpoint import read_checkpoint
+    from hesscli.problem.precision import as_wide
     from hesscli.problem.state_dict import load_state
 
     specs = sorted((Path(__file__).parents[1] / "samples").glob("*/hesscli.toml"))
@@ -174,7 +175,7 @@ def test_samples_load() -> None:
         assert spec.checkpoint is not None
         factory = load_factory(spec.model.factory, written.parent, "[model] factory")
         read = read_checkpoint(spec.checkpoint)
-        model = factory(**spec.model.kwargs).to(floating_dtype(read.state))
+        model = factory(**spec.model.kwargs).to(as_wide(read.state.values()))
         load_state(model, read)
         assert all(
             torch.equal(model.state_dict()[name], value) for name, value in read.state.items()

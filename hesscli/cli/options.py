@@ -398,7 +398,12 @@ DEVICE = _COMPUTE.value(
     default="auto",
     help="Where to compute. Default: auto, a GPU where there is one.",
 )
-DTYPE = _COMPUTE.choice("--dtype", DTYPES, help=f"{listed(DTYPES)}. Default: the model's own.")
+DTYPE = _COMPUTE.choice(
+    "--dtype",
+    DTYPES,
+    help=f"{listed(DTYPES)}; the last for products alone, what it does to them being in the bars. "
+    "Default: the model's own, float32 for half types.",
+)
 MODE = _COMPUTE.choice(
     "--mode",
     _MODES,

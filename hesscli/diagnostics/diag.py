@@ -79,7 +79,8 @@ class FoundDiagonal:
     @cached_property
     def unbiased(self) -> Diagonal:
         """The estimator's own entries, not shrunk."""
-        return self.outcome.estimator.diagonal(self.problem.sampling_fraction or 1.0)
+        outcome, fraction = self.outcome, self.problem.sampling_fraction or 1.0
+        return outcome.estimator.diagonal(fraction, outcome.rounding.bias)
 
     @property
     def best(self) -> Diagonal:
@@ -270,7 +271,7 @@ def _is_known(problem: Problem, outcome: Outcome) -> bool:
     if not estimator.partial or outcome.status == "interrupted":
         return outcome.status == "exact"
     whole = len(estimator.sources[0].seen) == len(estimator.indices)
-    is_all = problem.sampling_fraction == 1 and outcome.rounding.known
+    is_all = problem.sampling_fraction == 1 and outcome.rounding.is_exact
     return estimator.exact and whole and is_all
 
 
@@ -327,7 +328,7 @@ def _require_heads(rule: BlockRule, problem: Problem) -> None:
 def _standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:
     """How far the diagonal's relative error is from the tolerance, both of the norm."""
     fraction = estimator.operator.sampling_fraction or 1.0
-    found, random = estimator.diagonal(fraction), estimator.diagonal(1.0)
+    found, random = estimator.diagonal(fraction, reading.bias), estimator.diagonal(1.0)
     error, drawn = found.relative_error(), random.relative_error()
     norm = found.norm.estimate**0.5
     wanted = max(tolerance.relative or 0.0, (tolerance.absolute or 0.0) / norm if norm else 0.0)

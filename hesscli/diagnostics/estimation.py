@@ -448,7 +448,7 @@ class Estimation:
     def _settled(self, reading: Reading) -> Status | None:
         """What a look decides."""
         standing = self._standing(reading)
-        if self.estimator.exact and reading.fraction == 1 and self.rounding.known:
+        if self.estimator.exact and reading.fraction == 1 and self.rounding.is_exact:
             return "exact"
         if standing.reached:
             return "converged"
@@ -467,7 +467,7 @@ class Estimation:
             yield self._told
 
     def _read(self, miss: float) -> Reading:
-        reading = read(self.estimator, miss, self.rounding.relative)
+        reading = read(self.estimator, miss, self.rounding.relative, self.rounding.bias)
         assert reading is not None  # a round is over, or it is ready
         return reading
 
@@ -475,7 +475,7 @@ class Estimation:
         """What is done, what is expected, and the estimate so far."""
         if (now := time.monotonic()) - self._shown_at > _SHOW_EVERY:
             self._shown_at = now
-            self._shown = read(self.estimator, miss, self.rounding.relative)
+            self._shown = read(self.estimator, miss, self.rounding.relative, self.rounding.bias)
         reading = self._shown
         probing = self.estimator.probes is not None
         return Snapshot(

@@ -57,7 +57,7 @@ def report(study: SensitivityStudy, source: str) -> IhvpResult:
             seed=study.seed,
             mode=run.flight.mode,
             attention_kernel=run.flight.attention_kernel,
-            note=study.collected.reason,
+            note="; ".join(filter(None, (study.collected.reason, _types(study)))),
         ),
         cost=run.cost(),
         window=study.collected.report(),
@@ -75,6 +75,12 @@ def report(study: SensitivityStudy, source: str) -> IhvpResult:
         direction=_by_name(study, solved.direction),
         **run.header(_warnings(study, layers)),
     )
+
+
+def _types(study: SensitivityStudy) -> str:
+    """In which type it was computed, where another was asked for."""
+    mixed = study.run.operator.autocast is not None
+    return "solves and predictions in float32, which has the digits for them" if mixed else ""
 
 
 class _Layers:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from hesscli.diagnostics.choice import Choice, Draw, choose
 from hesscli.diagnostics.estimation import Estimation, Goal, Outcome, Tolerance
@@ -16,6 +17,8 @@ from hesscli.engines.estimator import Reading, Rounding
 from hesscli.engines.per_example import PerExample
 from hesscli.errors import UsageError
 from hesscli.meter import watched
+from hesscli.operators.base import Operator
+from hesscli.operators.preflight import bias_of
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound
 from hesscli.problem.problem import Problem
@@ -28,6 +31,7 @@ from hesscli.results import (
     Status,
 )
 
+_CHOOSING = "choosing a method"
 _FEW_EXAMPLES = 100
 _FEW_BATCHES = 16
 """Batches below which heavy tails would not be seen."""
@@ -35,8 +39,13 @@ _FEW_BATCHES = 16
 
 def rounding_of(run: Run, choice: Choice) -> Rounding:
     """Rounding of a table's cells: measured on a few examples against float64, or allowed for."""
-    estimator, errors = choice.estimator, []
-    if estimator.probes is not None:
+    estimator, errors = choice.estimator, list[float | None]()
+    mixed, bias = run.operator.autocast is not None, None
+    if estimator.probes is not None and mixed:
+        assert isinstance(estimator.probes.operator, Operator)  # of a problem, as the whole is
+        bias = bias_of(estimator.probes.operator, run.clock.watch(_CHOOSING))
+        errors.append(rounding_bound(run.problem.dtype))
+    elif estimator.probes is not None:
         errors.append(run.flight.relative_rounding)
     if isinstance(estimator.gauss_newton, PerExample):
         errors.append(estimator.gauss_newton.passes.relative_rounding())
@@ -44,10 +53,7 @@ def rounding_of(run: Run, choice: Choice) -> Rounding:
     if len(known) < len(errors):
         allowed = rounding_bound(run.problem.precision.narrowest)
         return Rounding(max((*known, allowed)), known=False)
-    return Rounding(max(known))
-
-
-_CHOOSING = "choosing a method"
+    return Rounding(max(known), mixed=mixed, bias=bias)
 
 
 def chosen(run: Run, method: str, draw: Draw) -> Choice:
@@ -149,8 +155,17 @@ def method_report(
         atol=tolerance.absolute,
         mode=flight.mode,
         attention_kernel=flight.attention_kernel,
-        note="; ".join(filter(None, (choice.note, outcome.turn, joined))),
+        note="; ".join(filter(None, (choice.note, outcome.turn, _types(outcome), joined))),
     )
+
+
+def _types(outcome: Outcome) -> str | None:
+    """In which types it was computed, where these are several."""
+    if not outcome.rounding.mixed:
+        return None
+    if outcome.estimator.probes is None:
+        return "nothing is probed, so that all is float32"
+    return "probed in bfloat16, whose bias is in the error bars; all else in float32"
 
 
 def total(problem: Problem, choice: Choice, outcome: Outcome, confidence: float) -> Estimate:
@@ -180,7 +195,7 @@ def layers(problem: Problem, outcome: Outcome, tolerance: Tolerance) -> Iterator
     reading, parameters = outcome.reading, problem.parameters
     data = _data_variance(problem, reading)
     exact = reading.table.within.value == 0
-    is_certain = reading.fraction == 1 and outcome.rounding.known
+    is_certain = reading.fraction == 1 and outcome.rounding.is_exact
     for column, layer in enumerate(parameters.layers):
         owned = parameters.in_layer(layer)
         wanted = tolerance.half_width(float(reading.estimate[column]))
@@ -262,6 +277,11 @@ def _examples_advice(problem: Problem, reading: Reading, tolerance: Tolerance) -
     """How many examples would bring data noise to half of the tolerance's variance."""
     available = problem.data.available or problem.data.count
     allowed = tolerance.half_width(float(reading.estimate[-1]))
+    limited = problem.sampling_fraction == 1 or reading.rounding[-1] > allowed
+    if limited and problem.dtype != torch.float64:
+        wider = "float64" if problem.autocast is None else "float32"
+        yield f"rounding alone exceeds the tolerance: --dtype {wider}"
+        return
     if not (allowed and math.isfinite(reading.data_half_width())):
         yield "data noise alone exceeds the tolerance: --examples all"
         return

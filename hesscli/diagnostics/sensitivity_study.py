@@ -83,9 +83,10 @@ class SensitivityStudy:
         seed: of sampled rows.
         rank: what is predicted of layers, and how surely; None to solve only.
 
-    ``reading`` has the layers' traces, for HAWQ's form, by the estimator of ``choice``, which is
-    made when it is needed; ``measured`` each layer's loss differences ``(changes, scales)``, each
-    off by ``rounding`` at most.
+    ``operator`` makes products in the weights' type even under autocast: solves and predictions
+    take more digits than bfloat16 has. ``reading`` has the layers' traces, for HAWQ's form, by the
+    estimator of ``choice``, which is made when it is needed; ``measured`` each layer's loss
+    differences ``(changes, scales)``, each off by ``rounding`` at most.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class SensitivityStudy:
         rank: Ranking | None = None,
     ) -> None:
         self.run, self.options, self.empty = run, options, empty
+        self.operator = run.operator.in_full()
         self.right = self.problem.prove().gradient if right is None else right
         self.refine, self.seed, self.rank = refine, seed, rank
         self.solving: Solving | None = None
@@ -165,7 +167,7 @@ class SensitivityStudy:
             self.run.clock.watch,
             self._saved.get("cut_short", False),
         )
-        self.solving = Solving(self.run.operator, self.collected.fisher, self.right, self.refine)
+        self.solving = Solving(self.operator, self.collected.fisher, self.right, self.refine)
         self._restore("solving", self.solving)
         yield from self.solving.steps()
         if self.rank is not None:
@@ -174,7 +176,7 @@ class SensitivityStudy:
             yield from self._predicted(self.rank)
         if not self._swept:
             self.sweep = yield from sweep(
-                self.run.operator, self.collected, self.mattering, self.right, self._damped
+                self.operator, self.collected, self.mattering, self.right, self._damped
             )
             self._swept, self._damped = True, []
         if self.rank is not None and self.rank.verify:
@@ -303,7 +305,7 @@ class SensitivityStudy:
 
     def _predicted(self, rank: Ranking) -> Iterator[Snapshot]:
         assert self.ranked is not None  # it comes before
-        self.predictions = Predictions(self.run.operator, self.ranked.saliency)
+        self.predictions = Predictions(self.operator, self.ranked.saliency)
         self._restore("predictions", self.predictions)
         if not self._predicted_all:
             self.status = yield from self.predictions.to_tolerance(rank.rtol)
@@ -312,7 +314,7 @@ class SensitivityStudy:
     def _verified(self) -> Iterator[Snapshot]:
         """In float64 where the preflight has seen the model run in it."""
         assert self.predictions is not None  # they come before
-        measured = self._measuring = Measured(self.run.operator)
+        measured = self._measuring = Measured(self.operator)
         self._restore("measuring", measured)
         exact = self.problem.precision.is_float64
         self.measured = yield from measured.changes(self.predictions.layers, exact)

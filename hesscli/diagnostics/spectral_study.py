@@ -211,8 +211,8 @@ class SpectralStudy:
 
     def status_of(self, found: Exploration) -> Status:
         """How one matrix was left: exact only on every example, with rounding that was measured."""
-        whole = self.operator.problem.sampling_fraction == 1
-        if found.status == "exact" and not (whole and self.run.flight.product_rounding):
+        is_exact = self.operator.problem.sampling_fraction == 1 and self.operator.autocast is None
+        if found.status == "exact" and not (is_exact and self.run.flight.product_rounding):
             return "converged"
         return found.status
 
@@ -241,7 +241,7 @@ class SpectralStudy:
             stop = min(start + _COLUMNS, size)
             unit = torch.zeros(stop - start, size, dtype=torch.float64)
             unit[:, start:stop].fill_diagonal_(1.0)
-            self._columns[start:stop] = self.operator.apply(unit).cpu()
+            self._columns[start:stop] = self.operator.in_full().apply(unit).cpu()
             self._formed_columns = stop
             self.operator.meter.keep()
             yield Snapshot(phase=_FORMING, done=float(stop), total=float(size))

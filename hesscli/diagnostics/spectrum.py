@@ -101,8 +101,14 @@ def density(found: Exploration, bandwidth: float | None) -> SpectralDensity:
 
 
 def functions(found: Exploration) -> SpectralFunctions:
-    """Sums over all eigenvalues, with error bars where several runs allow them."""
-    return SpectralFunctions(**{n: _function(found, function) for n, function in FUNCTIONS.items()})
+    """Sums over all eigenvalues, with error bars where several runs allow them.
+
+    None under autocast: its bias is known of single eigenvalues, not of sums of small ones.
+    """
+    values = {n: _function(found, function) for n, function in FUNCTIONS.items()}
+    if found.operator.autocast is not None:
+        values = {name: replace(value, stderr=None) for name, value in values.items()}
+    return SpectralFunctions(**values)
 
 
 def _function(found: Exploration, function: Function) -> SpectralFunction:
@@ -304,7 +310,7 @@ def _result(
             rtol=study.plan.goal,
             mode=run.flight.mode,
             attention_kernel=run.flight.attention_kernel,
-            note=_note(found),
+            note=_note(found) + _types(found),
         ),
         cost=run.cost(),
         steps=found.lanczos.count,
@@ -331,6 +337,12 @@ def _note(found: Exploration) -> str:
     counted = sum(one.copies for one in found.known)
     rest = f", then {len(others)} × {others[0]} without what it had counted" if others else ""
     return f"{first}{rest}; {counted} eigenvalues counted one by one"
+
+
+def _types(found: Exploration) -> str:
+    """In which type products were made, where that is not the weights'."""
+    mixed = found.operator.autocast is not None
+    return "; products in bfloat16, whose bias is in the bars" if mixed else ""
 
 
 def _is_psd(study: SpectralStudy) -> bool:
@@ -419,7 +431,9 @@ def _warnings(problem: Problem, study: SpectralStudy) -> Iterator[str]:
             f"eigenvalues are those of the {problem.data.count} examples that were kept: no bar "
             "here is for others"
         )
-    if not study.whole.runs[0].complete and len(study.whole.runs) == 1:
+    if study.operator.autocast is not None:
+        yield "sums over all eigenvalues have no error bar in bfloat16: --dtype float32"
+    elif not study.whole.runs[0].complete and len(study.whole.runs) == 1:
         yield "one start vector: sums over all eigenvalues have no error bar"
     if study.whole.shortened:
         yield (

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ REPLICATE_BYTES = 1 << 30
 """Bytes of replicates up to which there are as many as there may be."""
 GROUP = 16
 """Estimates of a batch that are made, and centred, together; a power of two."""
-_WITHIN, _BETWEEN = 0x517, 0xBE7
+_WITHIN, _BETWEEN, _ROUNDED = 0x517, 0xBE7, 0xD16
 """Separate the signs of replicates from other uses of a seed."""
 
 
@@ -357,6 +357,24 @@ class Entries:
         if freedom:
             freedom = 1 / (1 / self.replicates + 1 / max(freedom, 1))
         return Diagonal(values=values, noise=noise, freedom=freedom)
+
+    def rounded(self, found: Diagonal, error: Tensor, parameters: Parameters) -> Diagonal:
+        """A noisy diagonal whose replicates have a rounding error besides.
+
+        Args:
+            found: the diagonal.
+            error: the size of an entry's error, for the entries of some parameters.
+            parameters: these.
+        """
+        assert found.noise is not None  # what is drawn at random has some
+        size = torch.zeros(1, len(found.values), dtype=self.dtype)
+        _embed(size, error[None].to(self.dtype), self.parameters, parameters)
+        noise = found.noise.clone()
+        for number, row in enumerate(noise):
+            stream = randomness.key(_ROUNDED, number)
+            signs = randomness.rademacher(stream, 0, len(row), dtype=self.dtype, device=row.device)
+            row += signs * size[0]
+        return replace(found, noise=noise)
 
 
 def _embed(into: Tensor, rows: Tensor, whole: Parameters, part: Parameters) -> None:

@@ -17,6 +17,7 @@ from hesscli.engines.hutchinson.table import Array, MeanSquare, Sharing, Table, 
 from hesscli.engines.per_example import PerExample
 from hesscli.engines.unit_vectors import UnitVectors
 from hesscli.meter import Meter, OnStep, Spent, go_on, watched
+from hesscli.operators.bias import Bias
 from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
 from hesscli.state import State
@@ -270,14 +271,18 @@ class Estimator:
         sizes = [sum(p.numel for p in parameters.in_layer(name)) for name in parameters.layers]
         return self.operator.decay * np.array([*sizes, parameters.size], dtype=np.float64)
 
-    def diagonal(self, fraction: float) -> Diagonal:
+    def diagonal(self, fraction: float, bias: Bias | None = None) -> Diagonal:
         """The entries, weight decay included.
 
         Args:
             fraction: share of all examples that the kept ones make up.
+            bias: of the products with probes, if that is to be in the errors.
         """
         assert self.entries is not None  # asked for only of estimators that keep them
-        return self.entries.diagonal(self._parts(self.sources, fraction), self.operator.decay)
+        found = self.entries.diagonal(self._parts(self.sources, fraction), self.operator.decay)
+        if bias is None or self.probes is None:
+            return found
+        return self.entries.rounded(found, bias.entries, self.probes.operator.parameters)
 
     def known_diagonal(self) -> Tensor | None:
         """The entries of the part that has no probes, without weight decay."""
@@ -374,11 +379,19 @@ def _batch_by_batch(source: Engine) -> Callable[[], bool]:
 class Rounding:
     """Error of a quadratic form relative to its size, root mean square.
 
-    Where it is not ``known``, it is what is allowed for: nobody could measure it.
+    Where it is not ``known``, it is what is allowed for: nobody could measure it. ``mixed`` says
+    that products are made under autocast, and ``bias`` what that does to those that are probed.
     """
 
     relative: float
     known: bool = True
+    mixed: bool = False
+    bias: Bias | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether what nothing was drawn for may be called exact."""
+        return self.known and not self.mixed
 
 
 @dataclass(frozen=True)
@@ -386,7 +399,8 @@ class Reading:
     """Numbers with half-widths, each ``(L + 1,)``: the layers, and the total last.
 
     ``variance`` is about all available examples; ``rounding`` is part of ``half_width``.
-    ``fraction`` is the share of the loader's examples that they rest on.
+    ``fraction`` is the share of the loader's examples that they rest on. ``bias`` is that of the
+    products with which they were made.
     """
 
     table: Table
@@ -396,6 +410,7 @@ class Reading:
     rounding: Array
     fraction: float
     miss: float
+    bias: Bias | None = None
 
     def interval(self, column: int = -1) -> tuple[float, float]:
         """Interval of a layer, or of the total; without ends where nothing is known."""
@@ -421,13 +436,16 @@ class Reading:
         return float(self.table.within.value[-1]) / variance if variance else 0.0
 
 
-def read(estimator: Estimator, miss: float, relative: float) -> Reading | None:
+def read(
+    estimator: Estimator, miss: float, relative: float, bias: Bias | None = None
+) -> Reading | None:
     """What an estimator's table says with intervals that miss with probability ``miss``.
 
     Args:
         estimator: rounds so far; a first one that was stopped counts as a sample of the batches.
         miss: probability.
         relative: error of a quadratic form relative to its size, root mean square.
+        bias: of the products with probes, if they have one.
 
     Returns:
         None before there is anything to read.
@@ -441,6 +459,8 @@ def read(estimator: Estimator, miss: float, relative: float) -> Reading | None:
     # A layer whose forms cancel is rounded as what they are made of, which is the whole's.
     unit = torch.finfo(estimator.operator.dtype).eps
     rounding = relative * table.root_mean_square + unit * table.root_mean_square[-1]
+    if bias is not None and estimator.probes is not None:
+        rounding = rounding + bias.of_sums(table.probed_size, estimator.parameters)
     return Reading(
         table=table,
         estimate=table.estimate + estimator.decay_traces(),
@@ -449,4 +469,5 @@ def read(estimator: Estimator, miss: float, relative: float) -> Reading | None:
         rounding=rounding,
         fraction=fraction,
         miss=miss,
+        bias=bias,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Self, overload
 
 import numpy as np
 import torch
@@ -184,9 +184,23 @@ class Operator(Curvature):
         """
         return self.block(self.parameters.select(*patterns))
 
-    def block(self, parameters: Parameters) -> Operator:
+    def block(self, parameters: Parameters) -> Self:
         """The diagonal block of some parameters; its work is counted with this operator's."""
-        return type(self)(self.problem, parameters=parameters, mode=self._wanted, meter=self.meter)
+        return self._as(parameters, in_full=self._in_full)
+
+    def in_full(self) -> Self:
+        """The same matrix with products in the type of the weights, without autocast."""
+        return self if self.autocast is None else self._as(self.parameters, in_full=True)
+
+    def _as(self, parameters: Parameters, *, in_full: bool) -> Self:
+        """The same with other settings; its work is counted with this one's."""
+        return type(self)(
+            self.problem,
+            parameters=parameters,
+            mode=self._wanted,
+            meter=self.meter,
+            in_full=in_full,
+        )
 
     @overload
     def __matmul__(self, vectors: Tensor) -> Tensor: ...

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from hesscli.meter import Meter
@@ -24,6 +27,7 @@ class Curvature(ABC):
         parameters: the rows and columns; default all trainable ones.
         mode: autodiff mode of the products, which must hold; ``auto`` takes the cheapest that does.
         meter: counts the products; default a new one, which blocks of the operator share.
+        in_full: products in the type of the weights, even where others are made under autocast.
     """
 
     name: str
@@ -38,8 +42,9 @@ class Curvature(ABC):
         parameters: Parameters | None = None,
         mode: Mode | Literal["auto"] = "auto",
         meter: Meter | None = None,
+        in_full: bool = False,
     ) -> None:
-        self.problem, self._wanted = problem, mode
+        self.problem, self._wanted, self._in_full = problem, mode, in_full
         self.parameters = problem.parameters if parameters is None else parameters
         self.meter = Meter() if meter is None else meter
 
@@ -54,17 +59,29 @@ class Curvature(ABC):
 
     def live(self, batch: WeightedBatch) -> Apply:
         """Products with one batch's matrix, without weight decay, in this operator's mode."""
-        build = BUILDERS[self.kind][self.mode]
-        if self.mode != "double-backward":
-            return build(*self.parts(batch))
-        with twice_differentiable():
-            apply = build(*self.parts(batch))
+        with self._surroundings():
+            apply = BUILDERS[self.kind][self.mode](*self.parts(batch))
 
-        def under_the_same_kernels(block: Tensor) -> Tensor:
-            with twice_differentiable():  # activation checkpointing runs the forward again
+        def in_the_same(block: Tensor) -> Tensor:
+            with self._surroundings():  # activation checkpointing runs the forward again
                 return apply(block)
 
-        return under_the_same_kernels
+        return in_the_same
+
+    @contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        """Kernels and types that the mode's products are made in."""
+        with ExitStack() as stack:
+            if self.mode == "double-backward":
+                stack.enter_context(twice_differentiable())
+            if self.autocast is not None:
+                stack.enter_context(self.problem.mixed())
+            yield
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that products are made in, where it is not that of the weights."""
+        return None if self._in_full else self.problem.autocast
 
     @property
     def cost(self) -> tuple[float, float]:

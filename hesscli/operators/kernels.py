@@ -11,7 +11,7 @@ shift that it is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -22,6 +22,7 @@ _CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _convolve = torch.ops.aten.convolution
 _backward = torch.ops.aten.convolution_backward
 
+_Given = TypeVar("_Given", Tensor, Tensor | None)
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 """Stride, padding, dilation, transposed, output padding, groups, as the kernels take them."""
 
@@ -64,8 +65,16 @@ def _convolution(
         return result
     stride, padding, dilation = _each(stride, dims), _each(padding, dims), _each(dilation, dims)
     geometry = stride, padding, dilation, False, [0] * dims, groups
+    input, weight, bias = _as_autocast(input), _as_autocast(weight), _as_autocast(bias)
     output: Tensor = _Convolution.apply(input, weight, geometry)  # type: ignore[no-untyped-call]
     return output if bias is None else output + bias.view(-1, *[1] * dims)
+
+
+def _as_autocast(tensor: _Given) -> _Given:
+    """What autocast would give a convolution: its backward must see the same."""
+    if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _batch_norm(

@@ -14,6 +14,7 @@ from torch import Tensor
 from hesscli.errors import HesscliError, UnsoundError, UsageError, first_line
 from hesscli.memory import is_out_of_memory
 from hesscli.meter import FORWARD, Meter, OnStep, go_on
+from hesscli.operators.bias import Bias, measured
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import central_difference, flatten, gradient
 from hesscli.operators.verification import (
@@ -40,8 +41,9 @@ from hesscli.problem.problem import Problem
 from hesscli.results import Check, CheckState, Preflight
 from hesscli.vocabulary import MODES, Mode
 
-_FEWEST, _FEW, _MANY = 8, 16, 64
-"""Examples: at least; for what takes many products; and for a comparison with differences."""
+_FEWEST, _FEW, _MANY, _BIASED = 8, 16, 64, 256
+"""Examples: at least; for what takes many products; for a comparison with differences; and for a
+bias, which many examples have in common."""
 _NUMBERS = 1 << 20
 """That a forward pass over the many may make, lest checks cost more than what they check."""
 _TOGETHER = 1 << 22
@@ -56,6 +58,12 @@ _PASSED: WeakKeyDictionary[
 ]
 _PASSED = WeakKeyDictionary()
 """What was found of a problem, and the gradients that it took."""
+
+_BIASES: WeakKeyDictionary[
+    Problem, dict[tuple[type[Curvature], tuple[str, ...], Mode], tuple[Bias, float]]
+]
+_BIASES = WeakKeyDictionary()
+"""What autocast does to the products of its matrices, and the gradients that this took."""
 
 
 def checked(
@@ -169,6 +177,27 @@ def _samples(problem: Problem) -> tuple[Sample, Sample]:
     return few, many
 
 
+def bias_of(operator: Curvature, on_step: OnStep = go_on) -> Bias | None:
+    """What autocast does to an operator's products; None where there is none.
+
+    Measured once for a matrix of a problem; the meter counts what was made before, too.
+    """
+    if operator.autocast is None:
+        return None
+    problem = operator.problem
+    known = _BIASES.setdefault(problem, {})
+    key = type(operator), operator.parameters.names, operator.mode
+    if key not in known:
+        numbers, before = max(1, problem.precision.numbers), operator.meter.gradients
+        count = min(max(4 * _NUMBERS // numbers, _FEWEST), _BIASED)
+        sample = Sample.of(problem, count, max(1, _TOGETHER // numbers))
+        found = measured(operator, sample, on_step)
+        known[key] = found, operator.meter.gradients - before
+    else:
+        operator.meter.add(known[key][1])
+    return known[key][0]
+
+
 def _determinism(sample: Sample, meter: Meter) -> Check:
     """Loss and gradient twice on the same examples; equal but for the order of sums."""
     problem = sample.problem
@@ -244,8 +273,9 @@ def _test_of(problem: Problem, mode: Mode) -> Callable[[Make, Sample, Sample, On
 def _against_float64(make: Make, few: Sample, many: Sample, on_step: OnStep) -> _Outcome:
     """Products in the problem's own type against float64, and float64 against truth."""
     problem = few.problem
+    bias = bias_of(make(), on_step)
     own, largest = None, 0.0
-    if problem.dtype != torch.float64:
+    if bias is None and problem.dtype != torch.float64:
         own, largest = _with_largest(make(), few, on_step)
         on_step()
     with doubled(problem):
@@ -256,6 +286,8 @@ def _against_float64(make: Make, few: Sample, many: Sample, on_step: OnStep) -> 
         on_step()
         difference = product_comparison(operator, few, exact, on_step).check(many)
     forms, error = (0.0, 0.0) if own is None else _rounding(own, exact, largest)
+    if bias is not None:
+        forms, error = bias.forms, bias.products
     floor = max(_FLOOR, torch.finfo(problem.dtype).eps)  # a measurement may be small by chance
     return _Outcome((symmetry, difference), max(forms, floor), max(error, floor))
 

@@ -256,15 +256,6 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     return plain if len(set(plain.values())) == len(plain) else {name: name for name in plain}
 
 
-def floating_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
-    """The precision to analyse in: float64 where most of the weights have it, else float32."""
-    sizes = {torch.float64: 0, torch.float32: 0}
-    for value in state.values():
-        if value.is_floating_point():
-            sizes[torch.float64 if value.dtype == torch.float64 else torch.float32] += value.numel()
-    return torch.float64 if sizes[torch.float64] > sizes[torch.float32] else torch.float32
-
-
 # -- A vector over the parameters, from a file with one tensor a parameter -------------------------
 
 

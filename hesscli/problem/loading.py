@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from hesscli.errors import BudgetError, HesscliError, InputError, UsageError
-from hesscli.problem.checkpoint import Checkpoint, floating_dtype, read_checkpoint
+from hesscli.problem.checkpoint import Checkpoint, read_checkpoint
 from hesscli.problem.criteria import NAMED, as_loss, with_tensors
 from hesscli.problem.factory import blamed_on_user, call_user, load_factory
 from hesscli.problem.forward import cast, require_real
 from hesscli.problem.losses import Loss, StepLoss
 from hesscli.problem.parts import Origin, Parts
+from hesscli.problem.precision import as_wide, weights_in
 from hesscli.problem.pretrained.examples import Wanted
 from hesscli.problem.pretrained.loading import from_folder
 from hesscli.problem.problem import Problem
@@ -65,7 +66,8 @@ def load(
             out; the others count as frozen. Default all trainable ones.
         examples: how many to keep at random: ``N``, ``"all"``, or ``"first:N"``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
-        dtype: ``float32`` or ``float64``; default the checkpoint's (half types: float32).
+        dtype: ``float32`` or ``float64``, or ``bfloat16`` for products under autocast; default
+            the checkpoint's (half types: float32).
         batch_size: instead of the spec's.
         weight_decay: instead of the spec's.
         trust: let code in the checkpoint run, and that of a spec found outside that tree.
@@ -80,7 +82,8 @@ def load(
     """
     path = None if checkpoint is None else Path(checkpoint)
     named = None if spec is None else Path(spec)
-    chosen = None if dtype is None else getattr(torch, dtype)
+    asked = None if dtype is None else getattr(torch, dtype)
+    chosen = None if asked is None else weights_in(asked)
     place = resolve_device(device)
     wanted = Wanted(text, labels, sequence, seed)
     if data is None:
@@ -105,7 +108,7 @@ def load(
             batch_size=parts.batch_size if batch_size is None else batch_size,
             unseen=parts.unseen,
             device=place,
-            dtype=parts.dtype,
+            dtype=parts.dtype if asked is None else asked,
             seed=seed,
             checkpoint=parts.checkpoint,
             warnings=parts.notes,
@@ -181,7 +184,7 @@ def _from_spec(
     document = read_spec(find_spec(path, named, trust=trust))
     chosen_key = document.checkpoint_keys.key
     weights = read_checkpoint(_checkpoint_path(path, document), trust=trust, key=chosen_key)
-    chosen = floating_dtype(weights.state) if dtype is None else dtype
+    chosen = as_wide(weights.state.values()) if dtype is None else dtype
     model, notes = _build_model(document, weights, device, chosen)
     folder = document.path.parent
     return Parts(

@@ -52,6 +52,7 @@ class Objective:
         model: whose parameters it is a function of.
         parameters: those that it is differentiated by, one at least.
         trainable: those that weight decay is on, these included; default these.
+        autocast: the type that products are made in, where it is not the weights'.
         loss: settled on this model.
         data: frozen batches.
         independence: what is known of the examples of a batch.
@@ -73,6 +74,7 @@ class Objective:
         originals: Sequence[Tensor] = (),
         must_fit: str = MUST_FIT,
         trainable: Parameters | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.model, self.parameters, self.loss = model, parameters, loss
         self.data, self.independence, self.masses = data, independence, masses
@@ -82,6 +84,7 @@ class Objective:
         self._fixed = self.trainable.without(parameters).tensors
         self.device: torch.device = self.trainable[0].tensor.device
         self.dtype: torch.dtype = self.trainable[0].tensor.dtype
+        self._autocast = autocast
         self.together = Together()
         self.retypings = 0  # a graph that was made before one is cut off from the parameters
         self._widened = self._is_widening = False
@@ -141,6 +144,26 @@ class Objective:
     def forward_context(self) -> Iterator[None]:
         """What every forward and backward pass runs in; no buffer of the model changes."""
         with held_fixed(self._fixed), undisturbed(self.model, self.device), self._widening():
+            yield
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that products are made in now, where it is not that of the weights.
+
+        Theirs it is where differences or checks have them in float64.
+        """
+        return self._autocast if self.dtype == torch.float32 else None
+
+    @contextmanager
+    def mixed(self) -> Iterator[None]:
+        """What products run in besides: autocast, where that was asked for.
+
+        Casts of weights are not kept from one pass to the next: the weights may have moved.
+        """
+        if self.autocast is None:
+            yield
+            return
+        with torch.autocast(self.device.type, self.autocast, cache_enabled=False):
             yield
 
     @contextmanager

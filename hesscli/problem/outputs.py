@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hesscli.errors import InputError, UsageError
 from hesscli.problem.batches import shape_of
+from hesscli.problem.precision import read_by_loss
 
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 """Leaves beside tensors that may be kept: they say the same of every batch, or are noticed."""
@@ -45,6 +46,10 @@ def named_output(raw: Any, output: str | int | None = None) -> Tensor:
     Raises:
         InputError: there is no such tensor, or there are several and none is named.
     """
+    return read_by_loss(_named(raw, output))
+
+
+def _named(raw: Any, output: str | int | None) -> Tensor:
     if output is not None:
         return _only(_chosen(raw, output), f"output {output!r}", raw)
     if isinstance(raw, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hesscli.errors import UsageError
 from hesscli.problem.batches import tensors_of
 from hesscli.torch_private import TorchDispatchMode
 
@@ -21,6 +22,8 @@ _WIDER = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
+HALF = (torch.float16, torch.bfloat16)
+"""Types that weights may be kept in, and that have too few digits for sums of products."""
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 _ITEMS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__")
 _REINTERPRETS = (Tensor.view,)
@@ -103,6 +106,43 @@ def tolerance(dtype: torch.dtype) -> float:
     wrong in kind was off by 6.5e-6 and more (7e-5 is the tolerance in float32).
     """
     return float(torch.finfo(dtype).eps ** 0.6)
+
+
+# -- Weights in one type, products in another ------------------------------------------------------
+
+
+def weights_in(dtype: torch.dtype) -> torch.dtype:
+    """The type of weights where a type is asked for: float32 where products are in bfloat16.
+
+    Raises:
+        UsageError: no type that derivatives can be made in.
+    """
+    if dtype == torch.bfloat16:
+        return torch.float32
+    if dtype in (torch.float32, torch.float64):
+        return dtype
+    if dtype == torch.float16:
+        raise UsageError(
+            "float16 loses small derivatives, and no error bar would show it",
+            "float16, which would need its losses scaled",
+            "--dtype bfloat16, which has the range of float32",
+        )
+    raise UsageError("no such dtype to compute in", str(dtype), "float32, float64 or bfloat16")
+
+
+def as_wide(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The type to analyse weights in: float64 where most of them have it, else float32."""
+    sizes = {True: 0, False: 0}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            sizes[tensor.dtype == torch.float64] += tensor.numel()
+    return torch.float64 if sizes[True] > sizes[False] else torch.float32
+
+
+def read_by_loss(outputs: Tensor) -> Tensor:
+    """Outputs as a loss reads them: under autocast in float32, on whatever device."""
+    mixed = outputs.dtype in HALF and torch.is_autocast_enabled(outputs.device.type)
+    return outputs.float() if mixed else outputs
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hesscli.errors import InputError, UnsoundError
+from hesscli.errors import InputError, UnsoundError, UsageError
 from hesscli.meter import Meter
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import Batch, first_rows, place, tokens_in
@@ -23,6 +23,7 @@ from hesscli.problem.independence import MODEL_RAISED, IndependenceTest, must_fi
 from hesscli.problem.losses import Loss, StepLoss, Summed, UserLoss
 from hesscli.problem.objective import Objective
 from hesscli.problem.parts import Origin
+from hesscli.problem.precision import HALF, as_wide, weights_in
 from hesscli.problem.pretrained.rows import as_rows
 from hesscli.problem.proof import Proof, prove
 from hesscli.problem.restriction import chosen, held_fixed
@@ -65,7 +66,8 @@ class Problem(Objective):
             (default then the loader's own, else 128).
         unseen: the examples were not trained on, so that error bars may speak of new ones.
         device: where to compute; default where the model is.
-        dtype: floating type to compute in; default the model's own.
+        dtype: floating type to compute in; default the model's own, float32 for half types. With
+            ``torch.bfloat16`` products are made under autocast, and all else in float32.
         seed: of the draw of examples.
         checkpoint: which file the model came from.
         warnings: what its reader should be told besides.
@@ -99,7 +101,8 @@ class Problem(Objective):
     ) -> None:
         model = uncompiled(model)
         require_real(model)
-        twin = placed(model, device, dtype)
+        weights = _type_of_weights(model, dtype)
+        twin = placed(model, device, weights)
         given: Loss = reading(as_loss(loss, reduction=reduction), output)
         trainable = Parameters.of(twin)
         if not len(trainable):
@@ -159,7 +162,10 @@ class Problem(Objective):
             originals=() if twin is model else tuple(model.parameters()),
             must_fit=hint,
             trainable=trainable,
+            autocast=None if dtype == weights else dtype,
         )
+        if dtype == torch.bfloat16:
+            _require_float64(self)
         self.checkpoint, self.unseen = checkpoint, unseen
         self.origin = Origin()
         self._proof: Proof | None = None
@@ -268,12 +274,36 @@ class Problem(Objective):
             weight_decay=self.weight_decay,
             accuracy=proof.accuracy,
             gradient_norm=proof.gradient_norm,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=str(self.autocast or self.dtype).removeprefix("torch."),
             device=str(self.device),
             training_mode=self.model.training,
             matrix=matrix,
             manifest_sha256=self.manifest_sha256,
         )
+
+
+def _type_of_weights(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The type that a model is to have; None where it stays as it is."""
+    if dtype is not None:
+        return weights_in(dtype)
+    tensors = [*model.parameters(), *model.buffers()]
+    return as_wide(tensors) if any(tensor.dtype in HALF for tensor in tensors) else None
+
+
+def _require_float64(problem: Problem) -> None:
+    """Refuse products whose bias nobody could measure.
+
+    Raises:
+        UsageError: the model does not compute in float64.
+    """
+    if problem.precision.is_float64:
+        return
+    narrow = str(problem.precision.narrowest).removeprefix("torch.")
+    raise UsageError(
+        "what bfloat16 does to products is measured in float64",
+        f"a model that computes in {narrow}, whatever it is asked for",
+        "--dtype float32",
+    )
 
 
 def _require_finite_weights(model: nn.Module) -> None:

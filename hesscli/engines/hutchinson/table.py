@@ -138,16 +138,17 @@ class MeanSquare:
 class Table:
     """A table reduced to its mean and mean squares.
 
-    ``probe`` is the variance that more probes shrink, ``label`` the one that more drawn columns
-    of the output Hessian shrink; ``within`` is their sum. ``between`` is the variance of the
-    batch means, None for a single batch, which holds a part ``overlap`` of noise from within.
-    ``probed`` is the share of the batches that has probes, and ``between_probed`` and
-    ``overlap_probed`` are of what is probed alone: they matter where the rest is known of more
-    batches.
+    ``root_mean_square`` is of all cells, ``probed_size`` of those that are probed. ``probe`` is
+    the variance that more probes shrink, ``label`` the one that more drawn columns of the output
+    Hessian shrink; ``within`` is their sum. ``between`` is the variance of the batch means, None
+    for a single batch, which holds a part ``overlap`` of noise from within. ``probed`` is the
+    share of the batches that has probes, and ``between_probed`` and ``overlap_probed`` are of
+    what is probed alone: they matter where the rest is known of more batches.
     """
 
     estimate: Array
     root_mean_square: Array
+    probed_size: Array
     probe: MeanSquare
     label: MeanSquare | None
     within: MeanSquare
@@ -251,18 +252,18 @@ def reduce_table(
     count = len(cells)
     share = np.asarray(weights[:count], dtype=np.float64) / np.sum(weights[:count])
     means = np.stack([cell.mean(0) for cell in cells])
-    estimate, size = share @ means, _root_mean_square(cells, share)
+    estimate, probed_size = share @ means, _root_mean_square(cells, share)
     shared = sharing == "shared" and len(cells[0]) > 1
     within = probe = _shared(cells, share) if shared else _within(cells, share)
     overlap = _interaction(cells, share) if shared and count > 1 else probe
     between_probed, overlap_probed = variance_between(means, share), overlap
     between, label = between_probed, None
-    whole_means = means
+    whole_means, size = means, probed_size
     if added is not None:
         whole = np.asarray(weights, dtype=np.float64) / np.sum(weights)
         traces = np.stack([cell.mean(0) for cell in added])
         estimate = estimate + whole @ traces
-        size = size + _root_mean_square(added, whole)
+        size = probed_size + _root_mean_square(added, whole)
         whole_means = means + traces[:count]
         between = variance_between(whole_means, share)
         if len(added[0]) > 1:
@@ -273,6 +274,7 @@ def reduce_table(
     return Table(
         estimate=estimate,
         root_mean_square=size,
+        probed_size=probed_size,
         probe=probe,
         label=label,
         within=within,

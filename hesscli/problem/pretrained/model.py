@@ -15,8 +15,9 @@ from torch import nn
 
 from hesscli.errors import HesscliError, InputError, first_line
 from hesscli.memory import is_out_of_memory
-from hesscli.problem.checkpoint import Checkpoint, floating_dtype, read_checkpoint
+from hesscli.problem.checkpoint import Checkpoint, read_checkpoint
 from hesscli.problem.forward import cast
+from hesscli.problem.precision import as_wide
 from hesscli.problem.pretrained.folder import CONFIG, quiet, read_json, require, weights_of
 
 Task = Literal["causal", "seq2seq", "masked", "sequence classes", "token classes", "image classes"]
@@ -102,7 +103,7 @@ def load_model(
     if other is not None and other.num_labels is not None:
         config.num_labels, kept = other.num_labels, other.heads
     checkpoint = read_checkpoint(weights_of(folder), trust=trust)
-    chosen = floating_dtype(checkpoint.state) if dtype is None else dtype
+    chosen = as_wide(checkpoint.state.values()) if dtype is None else dtype
     model, notes = with_weights(kind, config, checkpoint, chosen, kept)
     said = hashlib.sha256(json.dumps(read_json(folder / CONFIG), sort_keys=True).encode())
     return Pretrained(model, task, folder, checkpoint, said.hexdigest(), checkpoint.notes + notes)

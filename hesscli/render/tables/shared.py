@@ -130,7 +130,8 @@ def _half_the_error(result: words.Estimated) -> str | None:
 def _more_precision(problem: ProblemReport) -> str:
     if problem.dtype == "float64":
         return "as small as float64 allows"
-    return "--dtype float64 removes most of it"
+    wider = "float32" if problem.dtype == "bfloat16" else "float64"
+    return f"--dtype {wider} removes most of it"
 
 
 def _sampling_stderr(result: words.Estimated) -> float:
