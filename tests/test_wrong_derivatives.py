@@ -16,8 +16,11 @@ from hesscli.errors import UnsoundError
 from hesscli.operators.gauss_newton import GaussNewton
 from hesscli.operators.hessian import Hessian
 from hesscli.operators.preflight import preflight
+from hesscli.operators.products import Apply, flatten, unflatten
 from hesscli.problem.losses import StepLoss
+from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.problem import Problem
+from hesscli.vocabulary import Mode
 
 Function = Callable[[Tensor], Tensor]
 
@@ -166,3 +169,50 @@ def test_right_derivatives_pass(name: str, count: int, beside: str) -> None:
     flight = preflight(problem, Hessian)
     assert (flight.mode, flight.fallback) == ("double-backward", None)
     assert all(check.state != "skipped" for check in flight.checks)
+
+
+def normalised(h: Tensor) -> Tensor:
+    """A layer norm written out."""
+    off = h - h.mean(-1, keepdim=True)
+    return off / (off.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+class ReverseOverForward(Hessian):
+    """The gradient of the derivative along a vector: torch errs by a fifth in layer norms."""
+
+    def live(self, batch: WeightedBatch) -> Apply:
+        function, tensors = self.parts(batch)
+        here = tuple(tensor.detach() for tensor in tensors)
+
+        def product(vector: Tensor) -> Tensor:
+            along = tuple(unflatten(vector, tensors))
+            slope = torch.func.grad(lambda theta: torch.func.jvp(function, (theta,), (along,))[1])
+            return flatten(slope(here))
+
+        return lambda block: torch.stack([*map(product, block)]).detach()
+
+
+@pytest.mark.parametrize("mode", ["double-backward", "forward-over-reverse"])
+def test_layer_norms_have_the_products_of_what_they_compute(mode: Mode) -> None:
+    """Of the same network with its norms written out, by autograd alone and in float64."""
+    torch.manual_seed(0)
+    norms = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    problem = problem_of(norms, 20)
+    first, norm, _, last = norms
+    tensors = list(norms.parameters())
+    vector = torch.randn(problem.parameters.size, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        terms = []
+        for batch in problem.batches():
+            x, y = batch.data
+            h = torch.tanh(norm.weight * normalised(first(x)) + norm.bias)
+            terms.append(batch.weight * functional.cross_entropy(last(h), y))
+        return torch.stack(terms).sum()
+
+    slope = flatten(torch.autograd.grad(loss(), tensors, create_graph=True))
+    wanted = flatten(torch.autograd.grad(slope @ vector, tensors))
+    found = Hessian(problem, mode=mode) @ vector
+    assert float((found - wanted).norm()) < 1e-10 * float(wanted.norm())
+    with pytest.raises(UnsoundError, match=r"symmetric|disagree"):
+        preflight(problem, ReverseOverForward, mode=mode)
