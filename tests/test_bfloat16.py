@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 import hesscli
 from hesscli.errors import UsageError
+from hesscli.ledger import FileLedger
 from hesscli.operators.gauss_newton import EmpiricalFisher, GaussNewton
 from hesscli.operators.hessian import Hessian
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
+from hesscli.results import Snapshot
 from hesscli.vocabulary import Mode
 
 WIDTH, CLASSES, EXAMPLES = 6, 3, 128
@@ -287,3 +293,21 @@ def test_half_weights_are_analysed_as_they_are_in_float32(dtype: torch.dtype) ->
     assert problem.autocast is None
     assert problem.prove().loss == problem_of(wide, None).prove().loss
     assert all(parameter.dtype == dtype for parameter in half.parameters())
+
+
+def test_a_run_does_not_go_on_in_another_type(narrow: Problem, tmp_path: Path) -> None:
+    def ledger(typed: str | None, *, resume: bool) -> FileLedger:
+        path, loaded = tmp_path / "trace.ledger", {"--dtype": typed}
+        return FileLedger(path, {}, resume=resume, say=pytest.fail, loaded=loaded)
+
+    def stop(snapshot: Snapshot) -> bool:
+        return snapshot.phase == "probing" and (snapshot.done or 0) >= 4
+
+    measure = partial(hesscli.trace, method="hutchinson", probes=8)
+    with suppress(KeyboardInterrupt):  # before there was a result
+        measure(narrow, observe=stop, ledger=ledger("bfloat16", resume=False))
+    with pytest.raises(UsageError) as refused:
+        measure(problem_of(network(), None), ledger=ledger(None, resume=True))
+    assert refused.value.got.startswith("--dtype was bfloat16")
+    again = measure(narrow, ledger=ledger("bfloat16", resume=True))
+    assert again.trace == measure(narrow).trace

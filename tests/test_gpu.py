@@ -50,6 +50,19 @@ def test_the_same_diagonal(checkpoint: str) -> None:
         assert abs(entries - cuda.entries[name]).max() < 3e-4 * scale
 
 
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_products_in_bfloat16(checkpoint: str) -> None:
+    """Off by more than float32's and less than 3%, with a trace whose bar holds float64's."""
+    load = partial(hesscli.load, SAMPLES / checkpoint, device="cuda", examples=64)
+    wide, narrow = load(dtype="float64"), load(dtype="bfloat16")
+    vector = torch.randn(wide.parameters.size, dtype=torch.float64, device="cuda")
+    exact, found = hesscli.Hessian(wide) @ vector, hesscli.Hessian(narrow) @ vector
+    assert 1e-4 < float((found - exact).norm() / exact.norm()) < 0.03
+    how = {"probes": 8, "method": "hutchinson"}
+    trace, truth = hesscli.trace(narrow, **how).trace, hesscli.trace(wide, **how).trace
+    assert abs(trace.estimate - truth.estimate) <= trace.rounding_error
+
+
 def test_a_basis_on_the_device_is_orthonormal() -> None:
     problem = hesscli.load(SAMPLES / "sunspots/model.pt", device="cuda")
     hessian = hesscli.Hessian(problem)
