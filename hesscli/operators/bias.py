@@ -26,8 +26,8 @@ from hesscli.problem.precision import doubled
 
 Array = NDArray[np.float64]
 
-_SIGNS = 8
-"""Vectors of signs, each with other examples where there are enough."""
+_PIECES, _EACH = 8, 4
+"""Pieces of the examples, where there are enough, and the vectors of signs that each has."""
 _STREAM = 0xB1A5
 """Separates them from other streams."""
 _SURE = 0.975
@@ -87,22 +87,23 @@ def measured(operator: Curvature, sample: Sample, on_step: OnStep = go_on) -> Bi
     squares = torch.zeros_like(total)
     forms, errors = list[Tensor](), list[Tensor]()
     furthest, largest = total, total
-    for number in range(_SIGNS):
-        signs = _signs(operator, number)
-        exact, off = _compared(operator, pieces[number % len(pieces)], signs[None], on_step)
+    for number in range(_PIECES):
+        signs = torch.stack([_signs(operator, _EACH * number + i) for i in range(_EACH)])
+        exact, off = _compared(operator, pieces[number % len(pieces)], signs, on_step)
         furthest, largest = off[0], exact[0]
         forms.append(_by_tensor(signs * exact, parameters))
-        errors.append(_by_tensor(signs * off, parameters))
-        total += signs * off[0]
-        squares += off[0].square()
+        mean = (signs * off).mean(0)
+        errors.append(_by_tensor(mean[None], parameters))
+        total += mean
+        squares += mean.square()
     length, top = 0.0, 0.0
     for _ in range(_STEPS):
         exact, off = _compared(operator, sample, _units(furthest, largest), on_step)
         length = max(length, float(off.norm(dim=1).max()))
         top = max(top, float(exact.norm(dim=1).max()))
         furthest, largest = off[0], exact[1]
-    mean = total / _SIGNS
-    spread = (squares / _SIGNS - mean.square()).clamp_(min=0) / (_SIGNS - 1)
+    mean = total / _PIECES
+    spread = (squares / _PIECES - mean.square()).clamp_(min=0) / (_PIECES - 1)
     return Bias(
         entries=(mean.square() + spread).sqrt_(),
         products=_FURTHER * length / top if top else 0.0,
@@ -115,7 +116,7 @@ def measured(operator: Curvature, sample: Sample, on_step: OnStep = go_on) -> Bi
 def _pieces(sample: Sample) -> Iterator[Sample]:
     """The sample in as many parts as there are vectors, or as it can be taken apart in."""
     pieces, count = [sample], 1
-    while len(pieces) < _SIGNS:
+    while len(pieces) < _PIECES:
         pieces = [half for piece in pieces for half in (piece.halves() or (piece,))]
         if len(pieces) == count:
             break
