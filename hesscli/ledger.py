@@ -292,6 +292,7 @@ class FileLedger:
             UsageError: what was kept is of another.
         """
         now = _plain(facts)
+        assert all(self._facts.get(name, now[name]) == now[name] for name in now), "one name each"
         self._facts |= now
         if self._saved:
             then = self._saved["facts"]

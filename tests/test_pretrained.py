@@ -18,6 +18,7 @@ from program import hesscli_warm, three_lines
 
 import hesscli
 from hesscli.errors import InputError, UsageError
+from hesscli.ledger import FileLedger
 from hesscli.problem.problem import Problem
 
 FACTORY = """
@@ -249,6 +250,18 @@ def test_a_ledger_knows_data_tokenizer_and_options(folder: Path) -> None:
     config = folder / "llama" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
     assert _load(folder, sequence=LENGTH).origin.facts["config"] != first["config"]
+
+
+def test_a_run_on_a_folder_goes_on(folder: Path) -> None:
+    path = folder / "trace.ledger"
+
+    def measured(resume: bool) -> float:
+        problem = _load(folder, sequence=LENGTH)
+        ledger = FileLedger(path, problem.origin.facts, resume=resume, say=pytest.fail)
+        result = hesscli.trace(problem, matrix="ggn", rtol=0.5, budget=None, ledger=ledger)
+        return result.trace.estimate
+
+    assert measured(resume=False) == measured(resume=True)
 
 
 REFUSED = {

@@ -242,6 +242,7 @@ def _facts(problem: Problem, report: ProblemReport) -> dict[str, Any]:
     else:
         facts["checkpoint"] = report.checkpoint.sha256
     facts["examples"] = facts.pop("manifest_sha256")
+    del facts["data"]  # a place, and a hash that the origin tells
     return facts
 
 

@@ -48,7 +48,8 @@ class Table:
         if len(found) == 1:
             return self.columns[found[0]]
         what = "which column holds the text is not clear"
-        raise InputError(what, self._told(), f"--text {found[0] if found else 'COLUMN'}")
+        longest = max(found, key=lambda name: sum(map(len, self.columns[name])), default="COLUMN")
+        raise InputError(what, self._told(), f"--text {longest}")
 
     def labels(self, name: str | None) -> Sequence[Any]:
         """The column that was named; else one that is called so.
