@@ -116,7 +116,7 @@ def test_one_name_does_not_fill_the_screen(tmp_path: Path) -> None:
         ("--dtype", "fp64", "float64"),
         ("--dtype", "double", "float64"),
         ("--dtype", "torch.float64", "float64"),
-        ("--dtype", "bfloat16", "float32"),
+        ("--dtype", "bf16", "bfloat16"),
         ("--dtype", "fp32", "float32"),
         ("--mode", "forward", "forward-over-reverse"),
         ("--out", "JSON", "json"),

@@ -37,7 +37,7 @@ def some(shape: Sequence[int], dtype: torch.dtype = torch.float64, seed: int = 0
 def layer(*tensors: Tensor) -> list[Parameter]:
     offsets = itertools.accumulate((t.numel() for t in tensors), initial=0)
     pairs = zip(tensors, offsets, strict=False)
-    return [Parameter(f"l.{i}", "l", t, offset) for i, (t, offset) in enumerate(pairs)]
+    return [Parameter(f"l.{i}", "l", t, offset, (f"l.{i}",)) for i, (t, offset) in enumerate(pairs)]
 
 
 def naive_rounding(values: Sequence[float], bits: int) -> list[float]:

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from hesscli.errors import InputError, first_line, missing_file
-from hesscli.problem.checkpoint import INDEX_SUFFIXES
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # As transformers and PEFT look for them.
-_WEIGHTS = ("model.safetensors", "model" + INDEX_SUFFIXES[0])
-_PICKLED = ("pytorch_model.bin", "pytorch_model" + INDEX_SUFFIXES[1])
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _INSTALL = "pip install 'hesscli[hf]'"
 
