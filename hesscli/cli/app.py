@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -52,6 +53,10 @@ A checkpoint is read without running code in it. A spec is code: one that
 is found, and not named by --spec, must lie inside the working folder's
 tree, or be let run by --trust.
 """
+
+
+_ENDED_BY = (128 + signal.SIGTERM, 128 + signal.SIGHUP)
+"""Exit codes of runs that a scheduler or a closed terminal has ended."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -132,6 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError:  # nor can it be said what could not be written
             console.abandon()
             code = code or int(ExitCode.USAGE)
+    if argv is None and code in _ENDED_BY:
+        # Python ends by SIGINT where an interrupt has passed through exec(), whichever it was.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     return code
 
 
@@ -152,6 +163,8 @@ def _run(commands: Any, args: list[str], console: Console) -> int:
             raise error.__context__ from None  # or rich's, which typer prints help with
         if isinstance(error, SystemExit) and context is None and not error.code:
             return int(ExitCode.OK)  # of --show-completion, which has answered
+        if came and not isinstance(error, HesscliError):
+            error = KeyboardInterrupt()  # a library that was being imported may make it another
         # A command may have replaced the console by one that is quieter or more verbose.
         code = report(error, context.obj if context else console, args)
     if code == ExitCode.INTERRUPTED and came:
