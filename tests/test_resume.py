@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import hesscli
 from hesscli import ledger as ledgers
 from hesscli.cli.parsing import damping, probes
+from hesscli.diagnostics.estimation import Tolerance
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.errors import BudgetError, UsageError
 from hesscli.ledger import DamagedError, FileLedger, read_tensors, write_tensors
@@ -536,3 +537,25 @@ def test_killed_at_moments_of_chance_it_goes_on_to_the_same_bytes(
     command: str, kills: int, tmp_path: Path
 ) -> None:
     faults.resumed_after_kills(command, tmp_path, kills, random.Random(0))
+
+
+def test_who_goes_on_after_each_cut_does_not_stop_at_will(tmp_path: Path) -> None:
+    """A run's budget may end it "converged" once; gone on with, only looks that are planned may."""
+    path, left, ends, rtol = tmp_path / "trace.ledger", 0, list[tuple[str, bool]](), 0.3
+
+    def observe(snapshot: Snapshot) -> bool:
+        nonlocal left
+        left -= snapshot.phase == "probing"
+        if left < 0:
+            raise BudgetError("the budget ended before there was a result", "", "")
+        return False
+
+    measure = partial(hesscli.trace, method="hutchinson", rtol=rtol, observe=observe, budget=None)
+    while not ends or ends[-1][0] == "budget":
+        left = 12
+        result = measure(problem(), ledger=kept_in(path, resume=bool(ends)))
+        low, high = result.trace.interval
+        within = (high - low) / 2 <= Tolerance(rtol).half_width(result.trace.estimate)
+        ends.append((result.status, within))
+    assert ends[-1] == ("converged", True)
+    assert ("budget", True) in ends  # else nothing was tempting

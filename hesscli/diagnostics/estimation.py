@@ -191,7 +191,7 @@ class Estimation:
         self._target = 0
         self._looks, self._looked = 0, False
         self._asked = rethink is None
-        self._joined = False
+        self._joined = self._resumed = False
         self._turn: Turn | None = None
         self._left: tuple[Estimator, float] | None = None
         self._shown: Reading | None = None
@@ -275,7 +275,8 @@ class Estimation:
             return self._outcome(cut, self._read(miss))
         self._looks += 1
         reading = self._read(self._miss_at(self._looks))
-        reached = cut == "budget" and self._standing(reading).reached
+        # Who goes on after each cut until it says "converged" looks as often as they like.
+        reached = cut == "budget" and not self._resumed and self._standing(reading).reached
         return self._outcome("converged" if reached else cut, reading)
 
     def _through(self, probes: int) -> Iterator[Snapshot]:
@@ -316,6 +317,7 @@ class Estimation:
         What the last look has spent of the error budget stays spent; whether it was enough is
         asked again.
         """
+        self._resumed = True
         self._target, self._looks = state["target"], state["looks"]
         self._looked, self._asked = state["looked"], state["asked"]
         before = self.estimator
