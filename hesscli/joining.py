@@ -146,6 +146,9 @@ class JoinedLedger:
         for told in self._said():
             say(told)
 
+    place: None = None
+    """Nothing of it is kept: the parts are."""
+
     # -- what was typed ------------------------------------------------------------------------
 
     @property

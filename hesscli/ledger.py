@@ -133,7 +133,9 @@ def read_tensors(
             return {name: tensors.get_tensor(name) for name in names}, told["told"]
     except FileNotFoundError:
         raise DamagedError(path, "there is no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError
+    ) as error:  # fmt: skip
         raise DamagedError(path, f"it is no whole file of tensors ({error})") from None
 
 
@@ -278,6 +280,11 @@ class FileLedger:
             self._refuse_unfinished()
         self.recognise(facts)
 
+    @property
+    def place(self) -> Path | None:
+        """Where the run is kept by now, if it is."""
+        return self.path if self.path.exists() else None
+
     # -- what a run tells ----------------------------------------------------------------------
 
     def attach(self, clock: Timed, meter: Meter) -> None:
@@ -358,7 +365,17 @@ class FileLedger:
                 self._work.clear()
 
     def delivered(self) -> None:
-        """The result is where it belongs: what nobody can go on from is not needed any more."""
+        """The result is where it belongs: what nobody can go on from is not needed any more.
+
+        Raises:
+            UsageError: it is a part that nobody can join, since it could not be kept.
+        """
+        if self._part and self._failed:
+            raise UsageError(
+                "a part is of use with its ledger alone, which could not be kept",
+                str(self.path),
+                "free some space, or another --dir, then the same command again",
+            )
         if self._over and self._work:
             self._work.clear()
             self.path.unlink(missing_ok=True)
@@ -421,6 +438,7 @@ class FileLedger:
             blocks = {place: [array] for place, array in parted.arrays.items()}
             self._put(self.path, blocks, told)
             self._sweep({file.name for files in self._files.values() for file in files})
+            self._failed = False
         except HesscliError as error:
             if not self._failed:
                 self._say(f"the run goes on, but is not kept: {error.what}, {error.got}")

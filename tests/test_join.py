@@ -522,9 +522,16 @@ def test_a_join_goes_where_it_is_told_and_shows_what_is_asked(parts: Path) -> No
 def test_a_part_says_that_the_others_are_missing(parts: Path) -> None:
     """More of its own probes, or other examples, would not do."""
     line = ("trace", "mine/model.pt", *FEW, "--batches", "0:4", "--probes", 2, "--rtol", "1%")
-    run = hesscli_warm(*line, "--dir", "-", cwd=parts)
+    run = hesscli_warm(*line, "--dir", "part", cwd=parts)
     assert run.returncode == ExitCode.TOLERANCE, run.stderr
-    assert "was not reached by 4 of 16 batches; hesscli join adds the others" in run.stdout
+    said = " ".join(run.stdout.split())
+    assert "was not reached by 4 of 16 batches; hesscli join adds the others" in said
+
+
+def test_a_part_needs_a_place_for_its_ledger(parts: Path) -> None:
+    run = hesscli_warm("trace", "mine/model.pt", "--probes", "0:4", "--dir", "-", cwd=parts)
+    assert run.returncode == ExitCode.USAGE
+    assert "a part is of use with its ledger alone" in run.stderr
 
 
 def test_what_is_to_be_joined_must_be_named(tmp_path: Path) -> None:
@@ -586,6 +593,6 @@ def test_ranges_that_mean_nothing_are_refused(
     line: tuple[str, ...], what: str, tmp_path: Path
 ) -> None:
     command, *more = line
-    run = hesscli_warm(command, SUNSPOTS, *more, "--dir", "-", cwd=tmp_path)
+    run = hesscli_warm(command, SUNSPOTS, *more, "--dir", "part", cwd=tmp_path)
     assert run.returncode == ExitCode.USAGE, run.stderr
     assert what in run.stderr

@@ -75,7 +75,13 @@ def answer(
         if not isinstance(result, Answer):
             deliver(command, result, console, given, held)
             return ExitCode.OK
-        deliver(command, result.only(shown), console, given, held)
+        try:
+            deliver(command, result.only(shown), console, given, held)
+        except UsageError as error:
+            if ledger is None or ledger.place is None:
+                raise
+            hint = f"the run is kept: room for it, then the same with --resume; or {error.hint}"
+            raise UsageError(error.what, error.got, hint) from None
         if ledger is not None:
             ledger.delivered()
         return exit_code(result.status, asked=any(given.get(name) for name in _TOLERANCES))

@@ -52,7 +52,14 @@ def ledger_in(
     from hesscli.ledger import FileLedger
 
     resume = given["resume"]
+    part = any(isinstance(asked.get(name), tuple) for name in RANGES)
     if held is None:
+        if part:
+            raise UsageError(
+                "a part is of use with its ledger alone, which lies where a run's files go",
+                "--dir -, which writes none",
+                "another --dir, or none for the usual one; --probes N for a run that is no part",
+            )
         if resume:
             raise UsageError(
                 "--resume goes on from a ledger, which lies where a run's files go",
@@ -67,7 +74,7 @@ def ledger_in(
         say=console.warn,
         loaded=_typed(given, LOADED),
         begun=begun,
-        part=any(isinstance(asked.get(name), tuple) for name in RANGES),
+        part=part,
         check=held.check,
     )
 
