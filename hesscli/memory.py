@@ -19,6 +19,7 @@ _SPARE = 0.9
 _RESIDENT_GRAIN = 1 << 26
 """Resident memory is rounded up to this: its last digits differ from run to run."""
 _OWN_PAGES = Path("/proc/self/statm")
+_STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -59,9 +60,15 @@ def peak_bytes(device: torch.device) -> int:
     """The device's peak allocation, or the process's peak resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return -(-_peak_resident() // _RESIDENT_GRAIN) * _RESIDENT_GRAIN
+
+
+def _peak_resident() -> int:
+    """Of this program: what getrusage says begins at the size of the process that started it."""
+    if _STATUS.exists():
+        return _entries(_STATUS)["VmHWM:"] * 1024
     unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return -(-resident // _RESIDENT_GRAIN) * _RESIDENT_GRAIN
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -180,5 +187,5 @@ def _groups() -> Iterator[tuple[Path, str, str]]:
 
 def _entries(file: Path) -> dict[str, int]:
     """Lines of a name and a number, as the kernel writes them."""
-    lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
-    return {words[0]: int(words[1]) for words in lines}
+    lines = (line.split() for line in file.read_text(encoding="utf-8").splitlines())
+    return {words[0]: int(words[1]) for words in lines if words[1:] and words[1].isdigit()}

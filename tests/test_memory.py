@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import mmap
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -434,3 +436,11 @@ def test_what_the_run_keeps_itself_is_no_growth(kept: bool, seen: bool) -> None:
     assert (watch.warning is not None) == seen
     watch.look(Snapshot(phase="another", done=0.0), dict)
     assert bytes_of(state) == (7 * 8 << 20 if kept else 0)
+
+
+def test_a_program_s_peak_is_not_that_of_what_started_it() -> None:
+    """A process begins as large as its parent, until it becomes another program."""
+    held = torch.ones(1 << 28)  # 1 GiB
+    code = "import torch; from hesscli import memory; print(memory.peak_bytes(torch.device('cpu')))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < held.nbytes

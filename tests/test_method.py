@@ -504,10 +504,10 @@ def test_a_basis_that_was_broken_off_is_made_anew(matrices: Dense) -> None:
 
 
 LARGE_VOCABULARY = """
-import resource, sys
 import torch
 from torch import nn
 import hesscli
+from hesscli.memory import peak_bytes
 from hesscli.problem.sources import TensorRows
 
 torch.manual_seed(0)
@@ -518,8 +518,7 @@ problem = hesscli.Problem(model, "language_model", TensorRows(tokens, tokens.rol
 plan = hesscli.check(problem, rtol=2.0).plan
 planned = {command.command: command.peak_bytes for command in plan.commands}
 assert hesscli.diagonal(problem, probes=2).method.num_probes == 2
-unit = 1 if sys.platform == "darwin" else 1024
-print(planned["diag"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+print(planned["diag"], peak_bytes(torch.device("cpu")))
 """
 
 

@@ -411,6 +411,8 @@ def test_memory_is_flat_in_the_number_of_batches() -> None:
 def test_result_is_frozen_and_plain(relu: hesscli.Problem) -> None:
     result = probed(relu, probes=2)
     assert isinstance(result, TraceResult)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 <= result.cost.peak_bytes * 1.5
+    if (pages := Path("/proc/self/statm")).exists():
+        resident = int(pages.read_text().split()[1]) * resource.getpagesize()
+        assert resident <= result.cost.peak_bytes + (1 << 26)  # it is told in steps of that
     with pytest.raises(AttributeError):
         result.status = "exact"  # type: ignore[misc]
