@@ -7,6 +7,7 @@ torch is installed, and that no other module reaches for such a name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -69,6 +70,22 @@ def stored_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     if tensor.layout == torch.sparse_coo:
         return tensor._indices(), tensor._values()
     return ()
+
+
+def storages_kept(sizes: dict[int, int]) -> AbstractContextManager[object]:
+    """Meanwhile, take note of what graphs of autograd keep.
+
+    Args:
+        sizes: takes bytes by address, each storage once.
+    """
+
+    def note(tensor: Tensor) -> Tensor:
+        for part in stored_parts(tensor):
+            storage = part.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
 
 
 def saved(node: Node, name: str, default: Any) -> Any:

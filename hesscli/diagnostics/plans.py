@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hesscli.diagnostics.choice import Choice, Draw
 from hesscli.diagnostics.estimation import Goal, Tolerance
@@ -28,6 +27,7 @@ from hesscli.operators.base import Operator
 from hesscli.operators.products import flatten, gradient
 from hesscli.randomness import key
 from hesscli.results import PlannedCommand
+from hesscli.torch_private import storages_kept
 from hesscli.units import duration
 from hesscli.vocabulary import USUAL_RTOL
 
@@ -52,10 +52,6 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
     block = Probes(operator, 0, "fresh", "rademacher").block(batch.index, 0, _PRODUCTS)
     forward, kept = operator.mode == "forward-over-reverse", dict[int, int]()
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     def timed(watching: Callable[[], AbstractContextManager[Any]]) -> tuple[float, ...]:
         ticks = [_now(problem.device)]
         with watching() if forward else nullcontext():
@@ -69,7 +65,7 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
         return tuple(after - before for before, after in pairwise(ticks))
 
     began = time.perf_counter()
-    rounds = [timed(partial(torch.autograd.graph.saved_tensors_hooks, keep, lambda kept: kept))]
+    rounds = [timed(partial(storages_kept, kept))]
     while len(rounds) <= _REPEATS and time.perf_counter() - began < _TIMING:
         rounds.append(timed(nullcontext))
     scale, (graph, each) = problem.data.count / batch.count, operator.cost

@@ -23,7 +23,7 @@ from hesscli.problem.precision import doubled
 from hesscli.results import Preflight
 from hesscli.state import State
 from hesscli.sums import weighted_sum
-from hesscli.torch_private import stored_parts
+from hesscli.torch_private import storages_kept
 from hesscli.vocabulary import Mode
 
 # -- Operators: curvature matrices as weighted means of batch terms, seen only through products ----
@@ -245,13 +245,7 @@ class Operator(Curvature):
             return None
         batch = self.problem.batch(max(self.indices, key=self.counts.__getitem__))
         kept = dict[int, int]()
-
-        def weigh(tensor: Tensor) -> Tensor:
-            storages = (part.untyped_storage() for part in stored_parts(tensor))
-            kept.update((storage.data_ptr(), storage.nbytes()) for storage in storages)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+        with storages_kept(kept):
             self.problem.evaluate(batch.data)
         self.meter.add(FORWARD, batch.count / self.problem.data.count)
         held = max(1, sum(kept.values()))
@@ -405,17 +399,9 @@ class Retained:
         if term.index in self._kept or self._room <= 0:
             return self._kept.get(term.index, term).apply(row)
         sizes: dict[int, int] = {}
-
-        def weigh(tensor: Tensor) -> Tensor:
-            for part in stored_parts(tensor):
-                storage = part.untyped_storage()
-                if storage.data_ptr() not in self._storages:
-                    sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+        with storages_kept(sizes):
             product = term.apply(row)
-        self._room -= sum(sizes.values())
+        self._room -= sum(size for place, size in sizes.items() if place not in self._storages)
         if self._room >= 0:
             self._kept[term.index] = term
             self._storages.update(sizes)
