@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,15 @@ from typing import Any, NoReturn, cast
 import torch
 
 from hesscli.errors import UsageError
-from hesscli.ledger import DamagedError, as_typed, read_header, read_ledger, short
+from hesscli.ledger import (
+    DamagedError,
+    as_read,
+    as_typed,
+    differences,
+    read_header,
+    read_ledger,
+    short,
+)
 from hesscli.meter import Meter
 from hesscli.state import Joinable, Stateful, Timed
 
@@ -185,16 +192,13 @@ class JoinedLedger:
         Raises:
             UsageError: they are of something else.
         """
-        now: dict[str, Any] = json.loads(json.dumps(dict(facts), default=str))
+        now = as_read(facts)
         then = self.parts[0].facts
         if apart := [*_differing(then, now, now)]:
             name = apart[0]
-            told = [
-                f"{name} was {short(then.get(name))} and is {short(now[name])}" for name in apart
-            ]
             raise UsageError(
                 "the ledgers are of something else than what is here",
-                "; ".join(told[:3]),
+                "; ".join(differences(apart[:3], then, now)),
                 _CURES.get(name, f"{name} as it was there"),
             )
 

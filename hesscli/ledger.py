@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -260,7 +260,7 @@ class FileLedger:
     ) -> None:
         self.path, self._say, self._check = path, say, check
         self._facts: dict[str, Any] = {}
-        self._loaded, self._begun, self._part = _plain(loaded or {}), _plain(begun or {}), part
+        self._loaded, self._begun, self._part = as_read(loaded or {}), as_read(begun or {}), part
         self._decisions: dict[str, Any] = {}
         self._work: list[_Kept] = []
         self._files: dict[str, list[_RowFile]] = {}
@@ -298,7 +298,7 @@ class FileLedger:
         Raises:
             UsageError: what was kept is of another.
         """
-        now = _plain(facts)
+        now = as_read(facts)
         assert all(self._facts.get(name, now[name]) == now[name] for name in now), "one name each"
         self._facts |= now
         if self._saved:
@@ -510,7 +510,7 @@ class FileLedger:
         if typed := [name for name in self._loaded if self._loaded[name] != loaded.get(name)]:
             then, now = {**then, **loaded}, {**now, **self._loaded}
             apart = [*typed, *apart]
-        told = [f"{name} was {short(then.get(name))} and is {short(now[name])}" for name in apart]
+        told = differences(apart, then, now)
         more = f" ({len(told)} differences)" if len(told) > 3 else ""
         first = apart[0]
         cure = "what it was begun with"
@@ -525,10 +525,15 @@ class FileLedger:
         )
 
 
-def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+def as_read(facts: Mapping[str, Any]) -> dict[str, Any]:
     """As they are read again."""
     found: dict[str, Any] = json.loads(json.dumps(dict(facts), default=str))
     return found
+
+
+def differences(names: Iterable[str], then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How facts have changed, one by one, in words."""
+    return [f"{name} was {short(then.get(name))} and is {short(now[name])}" for name in names]
 
 
 def as_typed(name: str, value: Any) -> str:
