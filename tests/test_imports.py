@@ -106,8 +106,9 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
 
 def test_a_run_imports_nothing_that_it_does_not_need() -> None:
     program = (
-        "import sys; from hesscli.cli.app import main;"
+        "import gc, sys; from hesscli.cli.app import main;"
         "[main([*line.split(), '--dir', '-']) for line in sys.argv[1:]];"
+        "print(gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects()), file=sys.stderr);"
         "print(*sys.modules, file=sys.stderr)"
     )
     sunspots = "samples/sunspots/model.pt"
@@ -123,7 +124,11 @@ def test_a_run_imports_nothing_that_it_does_not_need() -> None:
         capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
     )  # fmt: skip
     assert run.stdout.count("315 parameters") == len(lines)
-    modules = set(run.stderr.splitlines()[-1].split())
+    *_, collector, loaded = run.stderr.splitlines()
+    on, frozen, others = collector.split()
+    assert on == "True"
+    assert int(frozen) > 10 * int(others), "the collector goes through all that modules hold"
+    modules = set(loaded.split())
     assert {"hesscli.engines.lanczos", "hesscli.engines.mfac.window"} <= modules
     assert not {"sympy", "torch._dynamo", "scipy.stats", "matplotlib"} & modules
 

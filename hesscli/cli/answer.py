@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from hesscli.cli import options
 from hesscli.cli.console import Console
 from hesscli.cli.ledgers import begun_as, facts_of, ledger_in
+from hesscli.cli.process import lasting
 from hesscli.cli.usage import EVERY_LAYER, Given, Layers, Measure, Usage
 from hesscli.commands import Command
 from hesscli.errors import ExitCode, InputError, UsageError
@@ -46,8 +47,10 @@ def answer(
         given: all else that was typed, by the names of its options.
         joined: what runs over parts have found, in place of all work.
     """
-    from hesscli.problem.loading import load
+    with lasting():
+        from hesscli.problem.loading import load
 
+        resolve_name(command.measure)
     with ExitStack() as until_delivered:
         with console.working() as observe:
             budget = given["budget"]
