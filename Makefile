@@ -36,6 +36,9 @@ bench-spectrum: $(VENV)/bench  ## Eigenvalues and densities against three librar
 bench-parts: $(VENV)/demo  ## The trace of a last layer beside a forward pass and the whole network's
 	$(BIN)/python tests/benchmarks/parts.py
 
+bench-scale: $(VENV)/demo  ## What commands cost by size of network and data, phase by phase (half an hour)
+	$(BIN)/python tests/benchmarks/scale.py
+
 bench-vocabulary: $(VENV)/bench  ## Memory of a product where classes are many (ten minutes, 13 GB)
 	$(BIN)/python tests/benchmarks/vocabulary.py
 
@@ -94,5 +97,5 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum bench-parts \
-	bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hf hostile reference clean
+	bench-scale bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hf hostile reference clean
 .DEFAULT_GOAL := help

@@ -1,0 +1,280 @@
+"""What commands cost as networks and data grow, in gradients of the user's own batches.
+
+``python tests/benchmarks/scale.py [NETWORK COMMAND ...]``: all rows of the table, or some, as
+``resnet ihvp`` or ``mlp:100 ihvp``. Each runs in a process of its own, on one thread: CPU time from
+the problem's making to its result, by phase, over that of a gradient of the same examples as the
+user batches them, timed around it; gradients as counted; and the process's peak memory. Slopes of
+a series come last: the power of its size with which CPU time grows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hesscli
+from hesscli.memory import peak_bytes
+from hesscli.results import Snapshot
+
+# -- Networks, with their examples -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network and what it is measured on, as a user has it."""
+
+    model: nn.Module
+    loss: str
+    inputs: Tensor
+    targets: Tensor
+    batch: int
+
+    def mean_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        outputs = self.model(inputs)
+        classes = outputs.flatten(0, -2) if outputs.dim() > 2 else outputs
+        return nn.functional.cross_entropy(classes, targets.flatten())
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.skip: nn.Module = nn.Identity()
+        if stride > 1 or channels != width:
+            conv = nn.Conv2d(channels, width, 1, stride, bias=False)
+            self.skip = nn.Sequential(conv, nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm1(self.conv1(x)).relu()
+        return torch.relu(self.norm2(self.conv2(inner)) + self.skip(x))
+
+
+def resnet() -> Task:
+    """ResNet-18 for small images: 11.2 million parameters in 41 layers."""
+    widths, channels = (64, 128, 256, 512), 64
+    parts: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    for number, width in enumerate(widths):
+        parts += [Residual(channels, width, 1 + (number > 0)), Residual(width, width, 1)]
+        channels = width
+    model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    images = torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        for _ in range(20):
+            model(images)  # so that batch norms know their statistics
+    return Task(model.eval(), "cross_entropy", images, torch.randint(10, (64,)), 64)
+
+
+class GPT(nn.Module):
+    def __init__(self, vocabulary: int, width: int, depth: int, length: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.places = nn.Parameter(torch.randn(length, width) / 50)
+        make = partial(nn.TransformerEncoderLayer, width, width // 64, 4 * width)
+        self.blocks = nn.ModuleList(
+            make(0.0, "gelu", batch_first=True, norm_first=True) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.places
+        for block in self.blocks:
+            x = block(x, src_mask=self.mask)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def gpt(millions: str) -> Task:
+    """A decoder on 64 sequences of 4 tokens."""
+    vocabulary, width, depth = {"27": (2048, 512, 8), "108": (16384, 768, 12)}[millions]
+    model = GPT(vocabulary, width, depth, 4)
+    tokens = torch.randint(vocabulary, (64, 5))
+    return Task(model.eval(), "language_model", tokens[:, :4], tokens[:, 1:], 64)
+
+
+def perceptron(layers: str) -> Task:
+    """So many layers of 16 units."""
+    model = nn.Sequential()
+    for _ in range(int(layers) - 1):
+        layer = nn.Linear(16, 16)
+        nn.init.orthogonal_(layer.weight, 1.2)  # so that nothing vanishes on the way
+        model.extend([layer, nn.Tanh()])
+    model.append(nn.Linear(16, 10))
+    return Task(model, "cross_entropy", torch.randn(64, 16), torch.randint(10, (64,)), 64)
+
+
+def examples(count: str) -> Task:
+    """A small network on so many examples, in batches of 128."""
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
+    model.append(nn.Linear(32, 10))
+    x, y = torch.randn(int(count), 20), torch.randint(10, (int(count),))
+    return Task(model, "cross_entropy", x, y, 128)
+
+
+NETWORKS: dict[str, Callable[..., Task]] = {
+    "resnet": resnet,
+    "gpt": gpt,
+    "mlp": perceptron,
+    "examples": examples,
+}
+
+
+def task_named(name: str) -> Task:
+    """``resnet``, or with a size as ``mlp:100``."""
+    torch.manual_seed(0)
+    kind, _, size = name.partition(":")
+    return NETWORKS[kind](*filter(None, [size]))
+
+
+# -- Commands, and what there is to run ------------------------------------------------------------
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"ihvp": hesscli.sensitivity}
+
+ROWS = [
+    ("resnet", "ihvp"),
+    ("gpt:27", "ihvp"),
+    *((f"mlp:{layers}", "ihvp") for layers in (50, 100, 200, 400)),
+    *((f"examples:{count}", "ihvp") for count in (2048, 8192, 60000)),
+]
+
+
+# -- One run, in its own process -------------------------------------------------------------------
+
+
+class Phases:
+    """CPU time by phase: what has passed when a phase is first heard of again is its own."""
+
+    def __init__(self) -> None:
+        self.seconds = defaultdict[str, float](float)
+        self._last = time.process_time()
+
+    def __call__(self, snapshot: Snapshot) -> bool:
+        self.add(snapshot.phase)
+        return False
+
+    def add(self, phase: str) -> None:
+        now = time.process_time()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+
+def gradient(task: Task) -> None:
+    """Over all examples, in the user's batches."""
+    parameters = list(task.model.parameters())
+    batches = zip(
+        *(torch.split(each, task.batch) for each in (task.inputs, task.targets)), strict=True
+    )
+    for inputs, targets in batches:
+        torch.autograd.grad(task.mean_loss(inputs, targets), parameters)
+
+
+def rounds_of(task: Task) -> Iterator[float]:
+    """CPU seconds of gradients."""
+    for _ in range(5):
+        began = time.process_time()
+        gradient(task)
+        yield time.process_time() - began
+
+
+def run(network: str, command: str) -> dict[str, Any]:
+    """CPU seconds by phase, of a gradient, and what was counted."""
+    torch.set_num_threads(1)
+    task = task_named(network)
+    gradient(task)
+    around = list(rounds_of(task))
+    phases = Phases()
+    problem = hesscli.Problem(
+        task.model,
+        task.loss,
+        torch.utils.data.TensorDataset(task.inputs, task.targets),
+        batch_size=task.batch,
+        examples="all",
+        observe=phases,
+    )
+    found = COMMANDS[command](problem, budget=None, observe=phases)
+    phases.add("reading off")
+    peak = peak_bytes(problem.device)
+    around += rounds_of(task)
+    return {
+        "parameters": problem.parameters.size,
+        "gradient": statistics.median(around),
+        "phases": phases.seconds,
+        "counted": found.cost.gradients,
+        "peak": peak,
+        "warnings": found.warnings,
+    }
+
+
+# -- All of them, as a table -----------------------------------------------------------------------
+
+
+def apart(network: str, command: str) -> dict[str, Any] | None:
+    """A run in a process of its own; None where it did not come to its end."""
+    arguments = [sys.executable, __file__, "--run", network, command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{network} {command}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        return None
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def show(network: str, command: str, found: dict[str, Any]) -> None:
+    """A line, and one for each phase that matters."""
+    unit, total = found["gradient"], sum(found["phases"].values())
+    print(
+        f"{network} {command}: {found['parameters']:,} parameters, {total:.1f} s = "
+        f"{total / unit:.0f} gradients of {unit * 1000:.1f} ms, counted {found['counted']:.0f}, "
+        f"peak {found['peak'] / 2**30:.2f} GiB"
+    )
+    for phase, seconds in sorted(found["phases"].items(), key=lambda item: -item[1]):
+        if seconds > 0.01 * total:
+            print(f"    {phase}: {seconds / unit:.1f}")
+    sys.stdout.flush()
+
+
+def slopes(times: dict[tuple[str, str], float]) -> None:
+    """Between neighbours of a series."""
+    for (before, t0), (after, t1) in itertools.pairwise(times.items()):
+        (one, _, small), (other, _, large) = before[0].partition(":"), after[0].partition(":")
+        if (one, before[1]) == (other, after[1]) and small:
+            power = math.log(t1 / t0) / math.log(float(large) / float(small))
+            print(f"{one} {before[1]}, {small} to {large}: power {power:.2f}")
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--run"]:
+        print(json.dumps(run(*arguments[1:3])))
+        return
+    wanted = list(zip(arguments[::2], arguments[1::2], strict=True)) or ROWS
+    times = dict[tuple[str, str], float]()
+    for row in wanted:
+        if (found := apart(*row)) is not None:
+            show(*row, found)
+            times[row] = sum(found["phases"].values())
+    slopes(times)
+
+
+if __name__ == "__main__":
+    main()
