@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import hesscli
 
@@ -104,7 +106,35 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
     assert not HEAVY & set(modules)
 
 
-def test_a_run_imports_nothing_that_it_does_not_need() -> None:
+OWN_PARAMETER = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(4, 6))
+        self.mix = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.mix(x + self.places).mean(1)
+
+def dataset():
+    x = torch.randn(20, 4, 6, generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.TensorDataset(x, torch.arange(20) % 6)
+"""
+"""A model with parameters that are in no module of their own: their examples go through vmap."""
+
+
+def test_a_run_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_PARAMETER)
+    (tmp_path / "own.toml").write_text(
+        'checkpoint = "own.pt"\n[model]\nfactory = "own:Net"\n[data]\nfactory = "own:dataset"\n'
+        '[loss]\nname = "cross_entropy"\n'
+    )
+    mix = nn.TransformerEncoderLayer(6, 2, 8).state_dict(prefix="mix.")
+    torch.save({"places": torch.zeros(4, 6), **mix}, tmp_path / "own.pt")
+    own = f"{tmp_path / 'own.pt'} --spec {tmp_path / 'own.toml'}"
     program = (
         "import gc, sys; from hesscli.cli.app import main;"
         "[main([*line.split(), '--dir', '-']) for line in sys.argv[1:]];"
@@ -118,12 +148,13 @@ def test_a_run_imports_nothing_that_it_does_not_need() -> None:
         f"trace {sunspots} --method hutchinson --probes 2",
         f"spectrum {sunspots} --matrix fisher --steps 4 --probes 1",
         f"ihvp {sunspots}",
+        f"trace {own} --matrix ggn",
     )
     run = subprocess.run(
         [sys.executable, "-c", program, *lines],
         capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
     )  # fmt: skip
-    assert run.stdout.count("315 parameters") == len(lines)
+    assert run.stdout.count(" parameters · loss") == len(lines)
     *_, collector, loaded = run.stderr.splitlines()
     on, frozen, others = collector.split()
     assert on == "True"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hesscli.memory import is_out_of_memory
 from hesscli.operators.products import gradient
@@ -70,31 +73,35 @@ class Generic:
     def _mapped(
         self, batch: Batch, columns: Tensor, parameters: Sequence[Parameter]
     ) -> list[Tensor] | None:
-        """All examples at once, or None for good where the model does not go through vmap."""
+        """All examples at once, or None for good where the model does not go through vmap.
+
+        Each example has the parameters to itself, so that one plain backward pass tells them
+        apart: ``torch.func``'s own loads torch's compiler, which takes longer than torch does.
+        """
         names = [p.name for p in parameters]
+        owned = [p.tensor.detach().expand(len(columns), *p.tensor.shape) for p in parameters]
+        owned = [tensor.requires_grad_() for tensor in owned]
 
-        def products(example: tuple[Tensor, ...], wanted: Tensor) -> list[Tensor]:
-            alone = filled(batch, (tensor[None] for tensor in example))
-
-            def outputs(*theta: Tensor) -> Tensor:
-                return self.problem.outputs(alone, dict(zip(names, theta, strict=True)))
-
-            pull = torch.func.vjp(outputs, *(p.tensor.detach() for p in parameters))[1]
-            pulled = [pull(column[None]) for column in wanted]
-            return [torch.stack(parts) for parts in zip(*pulled, strict=True)]
+        def alone(example: tuple[Tensor, ...], *theta: Tensor) -> Tensor:
+            one = filled(batch, (tensor[None] for tensor in example))
+            return self.problem.outputs(one, dict(zip(names, theta, strict=True)))
 
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of operations that vmap maps one by one
-                mapped = torch.func.vmap(products, randomness="same")(
-                    tuple(tensors_of(batch)), columns
-                )
+                with _padded():
+                    examples = tuple(tensors_of(batch))
+                    outputs = torch.func.vmap(alone, randomness="same")(examples, *owned)
+                found = [
+                    gradient(paired([outputs], [column[:, None]]), owned, retain_graph=True)
+                    for column in columns.unbind(1)
+                ]
         except Exception as error:  # of any kind: what vmap cannot do shows in many ways
             if is_out_of_memory(error):
                 raise
             self._mappable = False
             return None
-        return [part.detach().flatten(0, 1) for part in mapped]
+        return [torch.stack(parts, 1).flatten(0, 1) for parts in zip(*found, strict=True)]
 
     def _alone(
         self, batch: Batch, columns: Tensor, parameters: Sequence[Parameter]
@@ -105,3 +112,31 @@ class Generic:
             value = paired([outputs], [column[None]])
             parts = gradient(value, [p.tensor for p in parameters], retain_graph=True)
             yield [part[None] for part in parts]
+
+
+class _padded(TorchFunctionMode):  # noqa: N801 (used as a context manager)
+    """Meanwhile, padding has no gradient in tables of which each example has its own.
+
+    ``torch.func.vmap`` looks up all of them in one long table, of whose paddings it knows one.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replace what is looked up and pass on the rest."""
+        lookup = _lookup if function is F.embedding else function
+        return lookup(*args, **(kwargs or {}))
+
+
+def _lookup(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *others: Any, **named: Any
+) -> Tensor:
+    found = F.embedding(input, weight, None, *others, **named)
+    if padding_idx is None:
+        return found
+    padding = input == padding_idx % len(weight)
+    return torch.where(padding[..., None], found.detach(), found)
