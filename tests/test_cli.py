@@ -533,6 +533,18 @@ def test_init_writes_a_spec_once(tmp_path: Path) -> None:
     assert spec.read_text() == printed.stdout
 
 
+def test_init_takes_the_name_of_a_network(tmp_path: Path) -> None:
+    run = hesscli_warm("init", "timm:resnet18", cwd=tmp_path)
+    assert run.returncode == 0
+    assert "to fill in: line 10 (factory)" in run.stderr.splitlines()
+    text = (tmp_path / "resnet18.toml").read_text()
+    assert 'factory = "timm:create_model"\nkwargs = { model_name = "resnet18" }' in text
+    assert text.splitlines()[9].startswith('factory = "REPLACE:REPLACE"')
+    refused = hesscli_warm("init", str(SUNSPOTS), "--model", "resnet18", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--model timm:" in three_lines(refused.stderr)[2]
+
+
 def test_completion_is_shown_without_a_word_of_its_own() -> None:
     environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     shown = subprocess.run(

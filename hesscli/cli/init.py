@@ -6,6 +6,7 @@ import inspect
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,6 +16,9 @@ from hesscli.cli.console import Console
 from hesscli.cli.usage import Given, Panel, Usage
 from hesscli.errors import ExitCode, UsageError
 
+if TYPE_CHECKING:
+    from hesscli.problem.builders import Named
+
 
 def run(console: Console, checkpoint: Path | None, given: Given) -> ExitCode:
     """Write the spec, or print it.
@@ -23,6 +27,11 @@ def run(console: Console, checkpoint: Path | None, given: Given) -> ExitCode:
         UsageError: a spec is there already, is not needed, or cannot be written.
     """
     assert checkpoint is not None  # it is required
+    from hesscli.problem.builders import of_timm
+    from hesscli.problem.pretrained.folder import is_pretrained
+    from hesscli.problem.template import template_of, write_template
+
+    checkpoint, network = _meant(checkpoint, given["model"])
     spec = spec_path(checkpoint)
     if spec.exists() and not (given["force"] or given["stdout"]):
         raise UsageError(
@@ -30,10 +39,8 @@ def run(console: Console, checkpoint: Path | None, given: Given) -> ExitCode:
             str(spec),
             "--force to replace it, or --stdout to print the new one",
         )
-    from hesscli.problem.pretrained.folder import is_pretrained
-    from hesscli.problem.template import write_template
-
-    if is_pretrained(checkpoint) and not (given["force"] or given["stdout"]):
+    wanted = given["force"] or given["stdout"] or network or of_timm(checkpoint)
+    if is_pretrained(checkpoint) and not wanted:
         raise UsageError(
             "a Hugging Face folder needs no spec",
             str(checkpoint),
@@ -41,20 +48,41 @@ def run(console: Console, checkpoint: Path | None, given: Given) -> ExitCode:
             "other data --force or --stdout, and a spec to fill in",
         )
     with console.working():
-        text = write_template(checkpoint, trust=given["trust"])
+        if network is not None and not (given["model"] or checkpoint.exists()):
+            template = template_of(network, checkpoint)
+        else:
+            template = write_template(checkpoint, model=network, trust=given["trust"])
     if given["stdout"]:
-        console.write(text)
+        console.write(template.text)
         return ExitCode.OK
     try:
-        write_text(spec, text)
+        write_text(spec, template.text)
     except UsageError as error:
         raise UsageError(error.what, error.got, "--stdout to print the spec instead") from error
     console.note(f"wrote {spec}")
+    console.warn(*(f"not installed here: {cure}" for cure in template.needs))
+    if template.to_fill_in:
+        console.note(f"to fill in: {'; '.join(template.to_fill_in)}")
     console.note("next: look through its [model], [data] and [loss], above all at each 'a guess';")
     beside = spec.parent.resolve().is_relative_to(Path.cwd())
-    named = shlex.join([str(checkpoint), *([] if beside else ["--spec", str(spec)])])
-    console.note(f"then `hesscli check {named}` says whether they fit")
+    words = shlex.join([str(checkpoint), *([] if beside else ["--spec", str(spec)])])
+    console.note(f"then `hesscli check {words}` says whether they fit")
     return ExitCode.OK
+
+
+def _meant(checkpoint: Path, model: str | None) -> tuple[Path, Named | None]:
+    """The file of weights, and the network whose name the user has typed, alone or beside it."""
+    from hesscli.problem.builders import named
+
+    network = named(model or str(checkpoint))
+    if model is not None:
+        if network is None:
+            hint = "--model timm:resnet18 or --model torchvision:resnet18"
+            raise UsageError("--model is no name of timm's or torchvision's", repr(model), hint)
+        return checkpoint, network
+    if network is None or checkpoint.exists():
+        return checkpoint, None
+    return Path(f"{network.name}.pt"), network
 
 
 def spec_path(checkpoint: Path) -> Path:
@@ -73,6 +101,9 @@ Examples:
 
   hesscli init model.pt              writes model.toml beside it
   hesscli init model.pt --stdout     prints the spec instead
+  hesscli init model.pt --model timm:resnet18
+                                     of a network that timm builds
+  hesscli init torchvision:resnet18  of one without a file of weights yet
 """,
     options=(
         replace(
@@ -80,8 +111,16 @@ Examples:
             default=inspect.Parameter.empty,
             declared=typer.Argument(
                 metavar="CHECKPOINT",
-                help="A .pt, .pth, .safetensors or .pt2 file, or a folder of one.",
+                help="A .pt, .pth, .ckpt, .safetensors or .pt2 file, a folder of one, or "
+                "timm:NAME or torchvision:NAME.",
             ),
+        ),
+        Panel(None).text(
+            "--model",
+            "NAME",
+            type=str,
+            help="The network's name in a library: timm:NAME or torchvision:NAME. Default: a class "
+            "in the Python files beside CHECKPOINT, or what CHECKPOINT itself says.",
         ),
         options.TRUST,
         Panel(None).switch("--force", help="Replace a spec that is there."),

@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -129,7 +130,7 @@ class Checkpoint:
 
     ``module`` is the model itself, where a trusted file carried one. ``notes`` are what the
     reader should be told: what else the file held that could be taken for the model, and that
-    it has no checksums.
+    it has no checksums. ``said`` is what it says of how the model was built.
     """
 
     path: Path
@@ -137,6 +138,7 @@ class Checkpoint:
     state: dict[str, Tensor]
     module: nn.Module | None = None
     notes: tuple[str, ...] = ()
+    said: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path, *, trust: bool = False, key: str | None = None) -> Checkpoint:
@@ -168,7 +170,7 @@ def read_checkpoint(path: Path, *, trust: bool = False, key: str | None = None) 
         for name, value in found.weights.items()
         if isinstance(value, Tensor)  # a module may keep extra state of any kind
     }
-    return Checkpoint(path, digest, state, found.module, found.notes)
+    return Checkpoint(path, digest, state, found.module, found.notes, found.said)
 
 
 def _read(path: Path, trust: bool, key: str | None) -> tuple[FoundWeights, list[Path]]:

@@ -124,7 +124,7 @@ def home_of(module: ModuleType) -> Path | None:
 
 def is_standard(name: str) -> bool:
     """Whether a module, dotted or not, is of the standard library."""
-    return name.partition(".")[0] in sys.stdlib_module_names
+    return top_level(name) in sys.stdlib_module_names
 
 
 def _belongs_to_us(name: str, installed: Sequence[str]) -> bool:
@@ -269,14 +269,48 @@ def _import(name: str, folder: Path, where: str) -> ModuleType:
         except ModuleNotFoundError as error:
             # A module that the user's module lacks is the user's error, not a wrong reference.
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                if top_level(error.name or "") in PACKAGES:
+                    raise _not_installed(error, where) from error
                 raise
             raise _no_module(name, folder, where) from None
-    top = name.split(".")[0]
+    top = top_level(name)
     homes = [place for place in search_folders(folder) if top in offered(place)]
     if homes and home_of(sys.modules[top]) not in homes:
         got = f"{top} is also an installed module, {home_of(sys.modules[top])}"
         raise InputError(f"{where} names a module that is taken", got, f"rename it in {homes[0]}")
     return module
+
+
+PACKAGES = {
+    **{name: name for name in ("datasets", "einops", "lightning", "monai", "omegaconf", "pandas")},
+    **{name: name for name in ("peft", "scipy", "timm", "torchaudio", "torchmetrics")},
+    **{name: name for name in ("torchvision", "transformers")},
+    "cv2": "opencv-python-headless",
+    "hydra": "hydra-core",
+    "PIL": "pillow",
+    "pytorch_lightning": "pytorch-lightning",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "torch_geometric": "torch-geometric",
+}
+"""Of modules that networks are often made with; no other's is guessed, for anybody may take it."""
+
+
+def how_to_install(name: str) -> str:
+    """What brings a module into the environment that hesscli runs in."""
+    package = PACKAGES.get(name)
+    return f"pip install {package}" if package else f"install what has the module {name}"
+
+
+def _not_installed(error: ModuleNotFoundError, where: str) -> InputError:
+    top = top_level(error.name or "")
+    what = f"{where} needs {top}, which is not installed here"
+    return InputError(what, _one_line(error), how_to_install(top), user_frames(error))
+
+
+def top_level(name: str) -> str:
+    """The package that a dotted module is of."""
+    return name.partition(".")[0]
 
 
 def _origin(found: Any) -> str:
@@ -290,7 +324,7 @@ def _origin(found: Any) -> str:
 
 def _standard(reference: str, module: str, folder: Path, where: str) -> InputError:
     hint = 'write one of your own, such as "net:Net" for the class Net in net.py beside the spec'
-    top = module.partition(".")[0]
+    top = top_level(module)
     if home := next((place for place in search_folders(folder) if top in offered(place)), None):
         hint = f"rename {home / top}: a module of the standard library has that name"
     got = f"{reference!r}, in which {top} comes with Python"
@@ -301,12 +335,14 @@ def _no_module(name: str, folder: Path, where: str) -> InputError:
     folders = search_folders(folder)
     known = sorted({module for place in folders for module in offered(place)})
     close = nearest(name, known)
-    if close:
+    if top_level(name) in PACKAGES:
+        hint = how_to_install(top_level(name))
+    elif close:
         hint = f"did you mean {close!r}?"
     elif known:
-        hint = f"one of {', '.join(known[:5])}, or move {name.split('.')[0]}.py to one of these"
+        hint = f"one of {', '.join(known[:5])}, or move {top_level(name)}.py to one of these"
     else:
-        hint = f"move {name.split('.')[0]}.py to one of these, or correct the name before the colon"
+        hint = f"move {top_level(name)}.py to one of these, or correct the name before the colon"
     got = f"{name!r}; looked in {', '.join(map(str, folders))} and among installed packages"
     return InputError(f"{where} names a module that is not there", got, hint)
 

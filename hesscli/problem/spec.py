@@ -31,6 +31,8 @@ from hesscli.problem.pretrained.folder import is_pretrained
 from hesscli.results import Reduction
 
 SPEC_NAME = "hesscli.toml"
+FILL_IN = "REPLACE"
+"""What stands in a new spec where only its reader knows what belongs there."""
 _LARGEST = 1 << 20
 _MOST_DOTS = 32
 
@@ -333,6 +335,10 @@ def read_spec(path: Path) -> Spec:
         InputError: it is not there, cannot be read, is no TOML, or does not say what is needed.
     """
     document = _parse(path)
+    if left := list(_left_open(document, ())):
+        got = f"{path}: {', '.join(left)}"
+        hint = f"what the comments beside {FILL_IN} say"
+        raise InputError("the spec has places that are not filled in yet", got, hint)
     try:
         content = _Document.model_validate(document, context={"folder": path.parent})
     except ValidationError as error:
@@ -370,6 +376,15 @@ def _parse(path: Path) -> dict[str, Any]:
     except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         hint = "text goes in quotes, tables in [brackets], one key = value a line"
         raise InputError("the spec is not valid TOML", f"{path}: {error}", hint) from None
+
+
+def _left_open(value: object, place: tuple[str, ...]) -> Iterator[str]:
+    """Where a spec still has what `hesscli init` left for its reader."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _left_open(inner, (*place, str(key)))
+    elif value in (FILL_IN, f"{FILL_IN}:{FILL_IN}"):
+        yield _place(place)
 
 
 def _dots(text: str) -> int:

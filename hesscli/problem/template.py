@@ -5,12 +5,11 @@ Python files are parsed, never imported, and of data files only the headers are 
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,24 +17,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hesscli.errors import shorten
+from hesscli.problem.builders import (
+    Named,
+    builder_of,
+    listed,
+    of_timm,
+    outputs_of,
+    quote,
+)
 from hesscli.problem.checkpoint import read_checkpoint
+from hesscli.problem.code_beside import find_data_modules, find_loaders
+from hesscli.problem.spec import FILL_IN
 from hesscli.problem.torch_files import SeveralSetsError, key_line
 
-_PLACEHOLDER = "REPLACE:REPLACE"
+_PLACEHOLDER = f"{FILL_IN}:{FILL_IN}"
 _TARGET = re.compile(r"(^|_)(targets?|labels?|y|next|classes)(_|$)", re.IGNORECASE)
 _NOT_TRAINED_ON = re.compile(r"held|test|val", re.IGNORECASE)
-_HEAD = re.compile(r"(^|[._])(head|lm_head|classifier|fc|out|output|logits)\d*[._]", re.IGNORECASE)
 _EMBEDDING = re.compile(r"emb|wte|symbols|vocab", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A class deriving from nn.Module, as its source shows it."""
-
-    reference: str
-    attributes: frozenset[str]
-    signature: str
-    required: bool
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,34 @@ class _Data:
     alike: bool
 
 
-def write_template(checkpoint: Path, *, trust: bool = False) -> str:
-    """The text of a commented spec; every guess is marked as one.
+@dataclass(frozen=True)
+class Template:
+    """A spec that may have lines to fill in.
+
+    Attributes:
+        text: of the file.
+        needs: how to install what it needs and is not there.
+    """
+
+    text: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def to_fill_in(self) -> tuple[str, ...]:
+        """The lines that a person must complete, with their numbers."""
+        lines = enumerate(self.text.splitlines(), 1)
+        left = [(n, line) for n, line in lines if FILL_IN in line and not line.startswith("#")]
+        return tuple(f"line {n} ({line.partition(' =')[0]})" for n, line in left)
+
+
+def write_template(
+    checkpoint: Path, *, model: Named | None = None, trust: bool = False
+) -> Template:
+    """A commented spec; every guess is marked as one.
 
     Args:
         checkpoint: the file or folder that the spec is for; the spec belongs beside or in it.
+        model: the network of a library that it is of, where the user says so.
         trust: whether code in the checkpoint may run.
     """
     sets: tuple[str, ...] = ()
@@ -63,14 +84,35 @@ def write_template(checkpoint: Path, *, trust: bool = False) -> str:
         sets = several.names[::-1]
         read = read_checkpoint(checkpoint, trust=trust, key=sets[0])
     folder = (checkpoint if checkpoint.is_dir() else checkpoint.parent).absolute()
+    builder = builder_of(folder, read.state, read.said, model or of_timm(folder))
     data = _find_data(folder, exclude=read.path)
     blocks = [
         _describe(read.path.name, read.state, sets),
-        "" if read.module else _model_block(folder, read.state),
+        "" if read.module else "\n".join(("[model]", *builder.lines, "")),
         _data_block(folder, data),
-        _loss_block(read.state, data),
+        _loss_block(*_guess_loss(read.state, data, builder.loss)),
     ]
-    return "\n".join(block for block in blocks if block)
+    needs = () if read.module else builder.needs
+    return Template("\n".join(block for block in blocks if block), needs)
+
+
+def template_of(model: Named, checkpoint: Path) -> Template:
+    """A spec for a network that a library knows, and for weights that are not there yet.
+
+    Args:
+        model: the network.
+        checkpoint: where its weights will be.
+    """
+    file, folder = checkpoint.name, checkpoint.parent.absolute()
+    builder = builder_of(folder, {}, {}, model)
+    own = f"# Weights of {model.library}'s own, once: {model.save(file)}"
+    blocks = [
+        f"# Paths are relative to this file.\n{own}\ncheckpoint = {quote(file)}  # or of yours\n",
+        "\n".join(("[model]", *builder.lines, "")),
+        _data_block(folder, _find_data(folder, exclude=Path(file))),
+        _loss_block("cross_entropy", f"{model.library}'s classifiers are trained so"),
+    ]
+    return Template("\n".join(blocks), builder.needs)
 
 
 def _describe(name: str, state: Mapping[str, Tensor], sets: Sequence[str]) -> str:
@@ -78,31 +120,12 @@ def _describe(name: str, state: Mapping[str, Tensor], sets: Sequence[str]) -> st
     matrices = [(key, tuple(value.shape)) for key, value in state.items() if value.dim() > 1]
     ends = [matrices[0], matrices[-1]] if matrices else []
     shapes = " ... ".join(f"{json.dumps(shorten(name, 120))} {shape}" for name, shape in ends)
-    chosen = f"{key_line(sets[0])}  # a guess{_or(list(map(_quote, sets[1:])))}\n" if sets else ""
+    chosen = f"{key_line(sets[0])}  # a guess{listed(list(map(quote, sets[1:])))}\n" if sets else ""
     count = sum(value.numel() for value in state.values() if value.is_floating_point())
     return (
         f"# {len(state)} tensors, {count:,} numbers: {shapes}\n"
         f"# Paths are relative to this file. Try it with: hesscli check {shlex.quote(name)}\n"
-        f"checkpoint = {_quote(name)}\n{chosen}"
-    )
-
-
-def _model_block(folder: Path, state: Mapping[str, Tensor]) -> str:
-    models = sorted(_find_models(folder), key=lambda model: model.reference)
-    if not models:
-        return (
-            "[model]\n"
-            f'factory = "{_PLACEHOLDER}"  # module:callable that builds the network\n'
-            "# kwargs = { width = 16 }\n"
-        )
-    tops = {name.split(".")[0] for name in state}
-    best = max(models, key=lambda model: len(tops & model.attributes))
-    others = [model.reference for model in models if model != best]
-    kwargs = f"kwargs = {{ }}  # as trained with: {best.signature}"
-    return (
-        "[model]\n"
-        f"factory = {_quote(best.reference)}  # a guess: its attributes fit best{_or(others)}\n"
-        f"{'' if best.required else '# '}{kwargs}\n"
+        f"checkpoint = {quote(name)}\n{chosen}"
     )
 
 
@@ -111,28 +134,28 @@ def _data_block(folder: Path, data: _Data | None) -> str:
         "# batch_size = 128\n# unseen = true        # where these examples were not trained on\n"
     )
     if data:
-        names = [_quote(name) for name in data.inputs]
+        names = [quote(name) for name in data.inputs]
         inputs = names[0] if len(names) == 1 else f"[{', '.join(names)}]"
         return (
             "[data]\n"
-            f"file = {_quote(data.file)}  # a guess: a data file beside the checkpoint\n"
+            f"file = {quote(data.file)}  # a guess: a data file beside the checkpoint\n"
             f"inputs = {inputs}  # a guess\n"
-            f"targets = {_quote(data.targets)}  # a guess\n{options}"
+            f"targets = {quote(data.targets)}  # a guess\n{options}"
         )
-    found = sorted(_find_loaders(folder))
+    found = sorted(find_loaders(folder))
     if not found:
         comment = "module:callable that returns a dataset or batches"
+        if modules := list(find_data_modules(folder)):
+            comment += (
+                f", such as def data(): {modules[0]}; "
+                f"m = {modules[0].split()[-1]}(); m.setup('fit'); return m.train_dataloader()"
+            )
         return f'[data]\nfactory = "{_PLACEHOLDER}"  # {comment}\n{options}'
-    comment = f"a guess: by its name{_or(found[1:])}"
-    return f"[data]\nfactory = {_quote(found[0])}  # {comment}\n{options}"
+    comment = f"a guess: by its name{listed(found[1:])}"
+    return f"[data]\nfactory = {quote(found[0])}  # {comment}\n{options}"
 
 
-def _or(others: Sequence[str]) -> str:
-    return f"; or {', '.join(others[:3])}" if others else ""
-
-
-def _loss_block(state: Mapping[str, Tensor], data: _Data | None) -> str:
-    name, why = _guess_loss(state, data)
+def _loss_block(name: str, why: str) -> str:
     return (
         "[loss]\n"
         f'name = "{name}"  # a guess: {why}\n'
@@ -143,81 +166,25 @@ def _loss_block(state: Mapping[str, Tensor], data: _Data | None) -> str:
     )
 
 
-def _guess_loss(state: Mapping[str, Tensor], data: _Data | None) -> tuple[str, str]:
-    matrices = {name: value for name, value in state.items() if value.dim() > 1}
+def _guess_loss(
+    state: Mapping[str, Tensor], data: _Data | None, spoken_of: tuple[str, str] | None
+) -> tuple[str, str]:
+    head = outputs_of(state)
     if data and data.alike and data.whole_targets:
-        return "language_model", f"{_quote(data.targets)} are whole numbers, shaped like the inputs"
+        return "language_model", f"{quote(data.targets)} are whole numbers, shaped like the inputs"
     if data and not data.whole_targets:
-        return "mse", f"{_quote(data.targets)} are not whole numbers"
-    if not matrices:
-        return "mse", "there is no matrix to tell from"
-    last = next((name for name in reversed(matrices) if _HEAD.search(name)), list(matrices)[-1])
-    outputs = matrices[last].shape[0]
-    tables = {name for name in matrices if _EMBEDDING.search(name)}
-    if any(matrices[name].shape[0] == outputs for name in tables):
+        return "mse", f"{quote(data.targets)} are not whole numbers"
+    if head is None:
+        return spoken_of or ("mse", "there is no matrix to tell from")
+    last, outputs = head
+    tables = [value for name, value in state.items() if _EMBEDDING.search(name)]
+    if any(value.dim() > 1 and value.shape[0] == outputs for value in tables):
         return "language_model", f"an embedding has as many rows as there are outputs, {outputs}"
+    if spoken_of is not None:
+        return spoken_of
     if outputs == 1:
-        return "mse", f"{_quote(last)} has 1 output"
-    return "cross_entropy", f"{_quote(last)} has {outputs} outputs"
-
-
-def _find_models(folder: Path) -> Iterator[_Model]:
-    for path, tree in _sources(folder):
-        known: set[str] = {"Module", "LightningModule", "PreTrainedModel"}
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and _derives(node, known):
-                known.add(node.name)
-                yield _describe_class(node, path.stem)
-
-
-def _describe_class(node: ast.ClassDef, module: str) -> _Model:
-    attributes = {
-        inner.attr
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store)
-    }
-    starts = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-    arguments = starts[0].args if starts else None
-    signature = ast.unparse(arguments).removeprefix("self").lstrip(", ") if arguments else ""
-    return _Model(
-        f"{module}:{node.name}",
-        frozenset(attributes),
-        f"{node.name}({' '.join(signature.split())})",
-        arguments is not None and _needs_arguments(arguments, given=1),
-    )
-
-
-def _find_loaders(folder: Path) -> Iterator[str]:
-    """Functions without required arguments, and datasets, that are named like data."""
-    for path, tree in _sources(folder):
-        for node in tree.body:
-            match node:
-                case ast.FunctionDef() if not _needs_arguments(node.args, given=0):
-                    name = node.name
-                case ast.ClassDef() if _derives(node, {"Dataset"}):
-                    name = node.name
-                case _:
-                    continue
-            if "data" in name.lower() or "loader" in name.lower():
-                yield f"{path.stem}:{name}"
-
-
-def _sources(folder: Path) -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(folder.glob("*.py")):
-        if path.stem.isidentifier():
-            try:
-                yield path, ast.parse(path.read_bytes())
-            except (SyntaxError, ValueError, OSError):
-                continue
-
-
-def _derives(node: ast.ClassDef, bases: set[str]) -> bool:
-    return any(ast.unparse(base).split(".")[-1] in bases for base in node.bases)
-
-
-def _needs_arguments(arguments: ast.arguments, *, given: int) -> bool:
-    positional = len(arguments.posonlyargs) + len(arguments.args) - given
-    return positional > len(arguments.defaults) or None in arguments.kw_defaults
+        return "mse", f"{quote(last)} has 1 output"
+    return "cross_entropy", f"{quote(last)} has {outputs} outputs"
 
 
 def _find_data(folder: Path, *, exclude: Path) -> _Data | None:
@@ -246,8 +213,3 @@ def _look_into(path: Path) -> _Data | None:
     inputs = tuple(name for name in shapes if name != targets)
     alike = len(shapes[targets]) > 1 and shapes[inputs[0]] == shapes[targets]
     return _Data(path.name, inputs, targets, kinds[targets].startswith(("I", "U")), alike)
-
-
-def _quote(text: str) -> str:
-    """A TOML string; JSON's escapes are a part of TOML's."""
-    return json.dumps(text, ensure_ascii=False)

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, ZipInfo
@@ -303,11 +303,15 @@ _MOST_NAMED = 5
 
 @dataclass(frozen=True)
 class FoundWeights:
-    """The weights of a checkpoint, and the module itself where the file carried one."""
+    """The weights of a checkpoint, and the module itself where the file carried one.
+
+    ``said`` is what else it says of how the model was built, as far as that is plain values.
+    """
 
     weights: Mapping[str, Tensor]
     module: nn.Module | None = None
     notes: tuple[str, ...] = ()
+    said: Mapping[str, Any] = field(default_factory=dict)
 
     def noted(self, notes: Sequence[str]) -> FoundWeights:
         """The same with more notes, which come first."""
@@ -349,7 +353,31 @@ def find_weights(payload: object, path: Path, key: str | None = None) -> FoundWe
     )
     if isinstance(held, nn.Module):
         return FoundWeights(held.state_dict(), held, notes)
-    return FoundWeights(held, None, notes)
+    return FoundWeights(held, None, notes, _said(payload))
+
+
+# What Lightning, timm and other training scripts write beside the weights.
+_SAID = (
+    *("arch", "version", "hparams_name", "hyper_parameters", "hparams", "module_arguments"),
+    *("model_args", "model_kwargs"),
+)
+
+
+def _said(payload: object) -> dict[str, Any]:
+    top = payload if isinstance(payload, Mapping) else {}
+    return {key: _plain(top[key]) for key in _SAID if key in top}
+
+
+def _plain(value: object, depth: int = _DEEPEST) -> Any:
+    """Numbers, texts, and lists and tables of them; an ellipsis for what is none of these."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list() | tuple() if depth:
+            return [_plain(inner, depth - 1) for inner in value]
+        case Mapping() if depth:
+            return {str(name): _plain(inner, depth - 1) for name, inner in value.items()}
+    return ...
 
 
 def _places(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,6 +127,9 @@ def read_config(folder: Path, *, trust: bool) -> Any:
             raise InputError("the model is code that lies in its folder", got, "--trust runs it")
         got = f"{folder / CONFIG}: model_type {kind!r}"
         hint = "a newer transformers, or a spec with a [model] factory of your own"
+        if "architecture" in said:
+            got = f"{folder / CONFIG}: a network of timm's, {said['architecture']!r}"
+            hint = f"`hesscli init {shlex.quote(str(folder))}`, which writes a spec for it"
         raise InputError("transformers does not know this kind of model", got, hint)
     if "quantization_config" in said:
         hint = "the folder in floating point that it was made from: quantised weights have none"
