@@ -29,7 +29,7 @@ SMALL = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2, "max_position_embeddings": 16}
 
 
-def tokenizer() -> Any:
+def tokenizer(**more: Any) -> Any:
     """A token for each word of the lines; read from them by `tokenizers`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +40,8 @@ def tokenizer() -> Any:
     made.train_from_iterator(
         LINES, trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=16, **SPECIAL)
+    how = {"model_max_length": 16, **SPECIAL, **more}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **how)
 
 
 def tokens(vocabulary: int) -> dict[str, int]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pretrained import LENGTH, LINES
 from program import hesscli_warm, three_lines
+from tokenizers.processors import TemplateProcessing
 
 import hesscli
 from hesscli.errors import InputError, UsageError
@@ -169,6 +170,40 @@ def test_names_of_classes_are_looked_up(tmp_path: Path) -> None:
         hesscli.load(tmp_path / "model", data=tmp_path / "named.csv", labels="mood")
     assert "'awful'" in caught.value.got
     assert "bad, good, neither" in caught.value.got
+
+
+def test_pairs_are_encoded_as_the_tokenizer_encodes_pairs(tmp_path: Path) -> None:
+    model = pretrained.save("bert classes", tmp_path / "model")
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    words = pretrained.tokenizer(model_input_names=inputs)
+    # As BERT's own: the second text after a separator, and of another type.
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B:1 </s>:1", special_tokens=[("</s>", 1)]
+    )
+    words.save_pretrained(tmp_path / "model")
+    pairs = list(zip(LINES, LINES[::-1], strict=True))
+    rows = [{"premise": a, "other": b, "label": i % 3} for i, (a, b) in enumerate(pairs)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = [f"{row['premise']},{row['other']},{row['label']}" for row in rows]
+    (tmp_path / "pairs.csv").write_text("\n".join(["premise,other,label", *fields]))
+    how = {"max_length": 12, "truncation": True, "return_tensors": "pt"}
+    logits = torch.cat([model(**words(*pair, **how)).logits for pair in pairs])
+    classes = torch.tensor([row["label"] for row in rows])
+    expected = float(torch.nn.functional.cross_entropy(logits, classes).detach())
+    for name in ("pairs.jsonl", "pairs.csv"):
+        asked = {"data": tmp_path / name, "text": ["premise", "other"], "sequence": 12}
+        problem = hesscli.load(tmp_path / "model", **asked)
+        assert problem.prove().loss == pytest.approx(
+            expected, rel=1e2 * torch.finfo(torch.float32).eps
+        )
+        assert any(batch["token_type_ids"].any() for batch in problem.data.batches)
+        assert any("were cut" in warning for warning in problem.warnings)
+    with pytest.raises(InputError, match="which column holds the text") as caught:
+        hesscli.load(tmp_path / "model", data=tmp_path / "pairs.csv")
+    assert "--text premise --text other" in caught.value.hint
+    for text in (["premise", "nothing"], ["premise", "other", "label"]):
+        with pytest.raises((InputError, UsageError)):
+            hesscli.load(tmp_path / "model", data=tmp_path / "pairs.csv", text=text)
 
 
 def test_a_model_of_one_output_is_a_regression(tmp_path: Path) -> None:

@@ -105,8 +105,9 @@ DATA = _FOLDER.text(
 TEXT = _FOLDER.text(
     "--text",
     "COLUMN",
-    type=str,
-    help="The column that holds the text. Default: text, or the only one that can be.",
+    type=list[str],
+    help="The column that holds the text; twice for a classifier of pairs. Default: text, or the "
+    "only one that can be.",
 )
 LABELS = _FOLDER.text(
     "--labels",

@@ -35,7 +35,7 @@ def load(
     *,
     spec: Path | str | None = None,
     data: Path | str | None = None,
-    text: str | None = None,
+    text: str | Sequence[str] | None = None,
     labels: str | None = None,
     sequence: int | None = None,
     params: str | Sequence[str] | None = None,
@@ -59,7 +59,7 @@ def load(
             and not named must lie inside the working folder's tree.
         data: of a Hugging Face folder, which needs no spec: a .txt, .jsonl, .csv or .parquet
             file, a folder of images by class, or what ``datasets`` saved or has in its cache.
-        text: the column of ``data`` that holds texts; default ``text``.
+        text: the column of ``data`` that holds texts, or the two of pairs; default ``text``.
         labels: the column that holds labels; default ``labels`` or ``label``.
         sequence: tokens of an example at most; default 512, fewer where the model takes fewer.
         params: globs of the parameters or modules that the matrix is of, ``!GLOB`` leaving some
@@ -85,7 +85,8 @@ def load(
     asked = None if dtype is None else getattr(torch, dtype)
     chosen = None if asked is None else weights_in(asked)
     place = resolve_device(device)
-    wanted = Wanted(text, labels, sequence, seed)
+    texts = (text,) if isinstance(text, str) else tuple(text or ())
+    wanted = Wanted(texts or None, labels, sequence, seed)
     if data is None:
         _require_no_wishes(wanted)
         parts = _from_spec(path, named, place, chosen, trust=trust)
@@ -218,8 +219,7 @@ def _require_no_spec(path: Path | None, named: Path | None) -> None:
 
 def _require_no_wishes(wanted: Wanted) -> None:
     """Refuse options that nothing would follow."""
-    options = {"--text": wanted.text, "--labels": wanted.labels, "--sequence": wanted.sequence}
-    for option, value in options.items():
+    for option, value in wanted.options.items():
         if value is not None:
             raise UsageError(
                 f"{option} is about --data, and there is none",

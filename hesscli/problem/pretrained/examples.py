@@ -39,16 +39,22 @@ class Wanted:
     """What was asked for of the data.
 
     Attributes:
-        text: the column of texts.
+        text: the column of texts, or the two of pairs; None for the usual one.
         labels: the column of labels.
         sequence: tokens of an example at most.
         seed: of what is masked.
     """
 
-    text: str | None = None
+    text: tuple[str, ...] | None = None
     labels: str | None = None
     sequence: int | None = None
     seed: int = 0
+
+    @property
+    def options(self) -> dict[str, str | int | None]:
+        """What was typed, by the options' names."""
+        text = " --text ".join(self.text) if self.text else None
+        return {"--text": text, "--labels": self.labels, "--sequence": self.sequence}
 
 
 def load_tokenizer(pretrained: Pretrained, *, trust: bool = False) -> Any:
@@ -126,12 +132,8 @@ def text_examples(
     if pretrained.task in ("causal", "masked") and wanted.labels is not None:
         got = f"--labels {wanted.labels} for {type(pretrained.model).__name__}"
         raise UsageError("a language model's labels are its own tokens", got, "no --labels")
-    texts = table.texts(wanted.text, wanted.labels)
-    kind = list if pretrained.task == "token classes" else str
-    for row, text in enumerate(texts, 1):
-        if not isinstance(text, kind):
-            got = f"{table.place}: row {row} has {shorten(repr(text), 80)}"
-            raise InputError(f"a text is no {_KINDS[kind]}", got, "--text of another column")
+    columns = _columns(pretrained, table, wanted)
+    texts = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
     if pretrained.task == "causal":
         blocks = Blocks(tokenizer, texts, sequence, table.place)
         require_known(tokenizer, blocks.tokens, pretrained.model)
@@ -146,6 +148,24 @@ def text_examples(
     rows = _rows(pretrained, encode, table, texts, wanted)
     collate = Taking(_collator(pretrained.task, tokenizer), inputs_of(pretrained.model))
     return Examples(rows, collate), lambda: encode.notes
+
+
+def _columns(pretrained: Pretrained, table: Table, wanted: Wanted) -> list[Sequence[Any]]:
+    """The column of texts, or the two whose texts belong together."""
+    classes = pretrained.task == "sequence classes"
+    names = wanted.text or (None,)
+    if len(names) > 1 + classes:
+        got = f"--text {' --text '.join(map(str, names))} for {type(pretrained.model).__name__}"
+        most = "two columns, as in --text premise --text hypothesis" if classes else "one column"
+        raise UsageError("the model takes no examples of so many texts", got, f"--text of {most}")
+    columns = [table.texts(name, wanted.labels, pairs=classes) for name in names]
+    kind = list if pretrained.task == "token classes" else str
+    for column in columns:
+        for row, text in enumerate(column, 1):
+            if not isinstance(text, kind):
+                got = f"{table.place}: row {row} has {shorten(repr(text), 80)}"
+                raise InputError(f"a text is no {_KINDS[kind]}", got, "--text of another column")
+    return columns
 
 
 def _rows(
@@ -238,11 +258,12 @@ class _Encode:
         self.cut: set[str] = set()
 
     def __call__(self, text: Any, **how: Any) -> Any:
-        """One text, or the words of one."""
+        """One text, a pair of them, or the words of one."""
+        texts = text if isinstance(text, tuple) else (text,)
         with quiet():
-            row = self.tokenizer(text, truncation=True, max_length=self.length, **how)
+            row = self.tokenizer(*texts, truncation=True, max_length=self.length, **how)
             if len(row["input_ids"]) == self.length:
-                whole = self.tokenizer(text, **how)
+                whole = self.tokenizer(*texts, **how)
                 if len(whole["input_ids"]) > self.length:
                     self.cut.add(str(text))
         if row["input_ids"]:

@@ -75,9 +75,7 @@ def from_folder(
                 "config": pretrained.config_sha256,
                 "data": shown.sha256,
                 "tokenizer": shown.reader_sha256,
-                "--text": wanted.text,
-                "--labels": wanted.labels,
-                "--sequence": wanted.sequence,
+                **wanted.options,
             },
             data=DataReport(path=data, sha256=shown.sha256),
             tokenizer_sha256=None if read is _images else shown.reader_sha256,
@@ -115,8 +113,7 @@ def _texts(pretrained: Pretrained, data: str, wanted: Wanted, trust: bool) -> _S
 
 def _images(pretrained: Pretrained, data: str, wanted: Wanted, trust: bool) -> _Shown:
     """Images as the folder's processor reads them."""
-    options = {"--text": wanted.text, "--labels": wanted.labels, "--sequence": wanted.sequence}
-    for option, value in options.items():
+    for option, value in wanted.options.items():
         if value is not None:
             got = f"{option} {value} for {type(pretrained.model).__name__}"
             raise UsageError(

@@ -34,8 +34,13 @@ class Table:
     columns: Mapping[str, Sequence[Any]]
     is_plain: bool = False
 
-    def texts(self, name: str | None, labels: str | None) -> Sequence[Any]:
+    def texts(self, name: str | None, labels: str | None, *, pairs: bool) -> Sequence[Any]:
         """The column that was named; else ``text``, or the only one that holds text.
+
+        Args:
+            name: of the column.
+            labels: of another.
+            pairs: whether two texts may make an example.
 
         Raises:
             InputError: there is no such column, or there are several.
@@ -44,12 +49,17 @@ class Table:
             return self._column(name, "--text")
         if TEXT in self.columns:
             return self.columns[TEXT]
-        found = [key for key, values in self.columns.items() if _is_text(values) and key != labels]
+        others = (labels, *(_LABELS if labels is None else ()))
+        found = [k for k, values in self.columns.items() if _is_text(values) and k not in others]
         if len(found) == 1:
             return self.columns[found[0]]
         what = "which column holds the text is not clear"
         longest = max(found, key=lambda name: sum(map(len, self.columns[name])), default="COLUMN")
-        raise InputError(what, self._told(), f"--text {longest}")
+        both = " --text ".join(found) if pairs and len(found) == 2 else ""
+        hint = (
+            f"--text {both} for pairs, or --text {longest} alone" if both else f"--text {longest}"
+        )
+        raise InputError(what, self._told(), hint)
 
     def labels(self, name: str | None) -> Sequence[Any]:
         """The column that was named; else one that is called so.
