@@ -314,10 +314,9 @@ class FileLedger:
 
     def begin(self, work: Stateful) -> None:
         """Keep this work too, and let it go on from what was kept."""
-        number = len(self._work)
+        saved = self.saved(len(self._work))
         self._work.append(_Kept(work))
-        if number < len(self._saved.get("work", ())):
-            saved = self._saved["work"][number]
+        if saved is not None:
             self._meter.go_back(tuple(saved["counted"]))
             work.load_state_dict(saved["state"])
         else:
@@ -325,14 +324,30 @@ class FileLedger:
         self._ended = time.monotonic()
         self._due = self._ended + _OFTEN
 
+    def saved(self, number: int) -> dict[str, Any] | None:
+        """The work of a number as it was kept, with what it had been counted, if it was."""
+        kept: list[dict[str, Any]] = self._saved.get("work", [])
+        return kept[number] if number < len(kept) else None
+
+    def has_decided(self, name: str) -> bool:
+        """Whether something of this name was decided before."""
+        return name in self._decisions
+
     def step(self) -> None:
-        """Write what there is, if the time that takes is a small part of the time it has been."""
+        """Write what there is, if it is due."""
+        if self.is_due():
+            self.write()
+
+    def is_due(self) -> bool:
+        """Whether the time that writing takes is a small part of the time it has been."""
         if (now := time.monotonic()) < self._due:
-            return
-        parted = self._parted()
-        self._due = self._ended + self._wait(parted)
-        if now >= self._due:
-            self._write(parted)
+            return False
+        self._due = self._ended + self._wait(self._parted())
+        return now >= self._due
+
+    def write(self) -> None:
+        """Write what there is."""
+        self._write(self._parted())
 
     def cut(self, at_budget: bool) -> None:
         """The work ends here, with more to do: write what there is.

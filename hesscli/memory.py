@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hesscli import world
 from hesscli.errors import UsageError
 from hesscli.units import human_bytes
 
@@ -30,15 +31,16 @@ def available_bytes(device: torch.device | str | None = None) -> int:
     """Memory that can be taken now without pushing anything else out.
 
     On the CPU the least of what the machine has and what the limits of the process's control
-    groups, as containers set them, leave. Cached files count as free: they give way.
+    groups, as containers set them, leave. Cached files count as free: they give way. Ranks on one
+    machine have equal parts of it, and all ranks go by what the poorest has.
 
     Args:
         device: the CPU unless it says otherwise.
     """
     place = torch.device(device or "cpu")
     if place.type == "cuda":
-        return int(torch.cuda.mem_get_info(place)[0])
-    return min(_of_machine(), *_of_groups())
+        return world.least(int(torch.cuda.mem_get_info(place)[0]))
+    return world.least(min(_of_machine(), *_of_groups()) // world.neighbours())
 
 
 def room_for_more(device: torch.device | None = None) -> int:

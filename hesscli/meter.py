@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from hesscli import world
+
 OnStep = Callable[[], object]
 
 
@@ -54,6 +56,16 @@ class Meter:
     def keep(self) -> None:
         """Take note that what all this work was for is in a state now."""
         self.kept = self.products, self.gradients
+
+    @contextmanager
+    def pooled(self) -> Iterator[None]:
+        """Work that ranks share: once it is done, each counts what all have done."""
+        products, gradients = self.products, self.gradients
+        yield
+        if world.size() > 1:
+            done = world.gathered((self.products - products, self.gradients - gradients))
+            self.products = products + sum(one for one, _ in done)
+            self.gradients = gradients + sum(one for _, one in done)
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

@@ -1,7 +1,5 @@
 """Sums: the weighted one over batches, and how far rounding can push any of them.
 
-The first is made in one place: where processes that share the data will meet.
-
 A sum of n products is off by at most n u of the sum of their sizes, in whatever order a processor
 adds them up. Roundings that are like independent random numbers stay within λ √n u, but for
 2 exp(−λ²/2) of the time (Higham & Mary 2019, "A new approach to probabilistic rounding error
@@ -16,6 +14,8 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from hesscli import world
 
 
 class Weighted(Protocol):
@@ -48,6 +48,23 @@ def weighted_sum(
             into[row : row + len(part)].add_(part.detach(), alpha=batch.weight)
             row += len(part)
     return into
+
+
+def shared_sum(
+    batches: Iterable[T], into: Tensor, parts: Callable[[T], Iterable[Tensor]]
+) -> Tensor:
+    """The same where each rank has batches of its own: what they come to in all, on every rank.
+
+    Args:
+        batches: this rank's share.
+        into: the total to begin with, the same on every rank.
+        parts: as for :func:`weighted_sum`.
+    """
+    if not world.is_first():
+        into.zero_()
+    with world.apart():
+        weighted_sum(batches, into, parts)
+    return world.added_up(into)
 
 
 _SURE = 8.0

@@ -22,7 +22,7 @@ HEAVY = {"torch", "numpy", "matplotlib", "scipy"}
 # From the street up to the roof; a room may import from the floors below it.
 FLOORS = [
     {"errors", "units", "commands"},
-    {"vocabulary", "state"},
+    {"vocabulary", "state", "world"},
     {"results"},
     {"parameters", "randomness", "storage", "memory", "meter", "pairing", "sums", "torch_private"},
     {"locks", "ledger"},

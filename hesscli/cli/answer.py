@@ -8,8 +8,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from hesscli import world
 from hesscli.cli import options
 from hesscli.cli.console import Console
 from hesscli.cli.ledgers import begun_as, facts_of, ledger_in
@@ -52,42 +53,70 @@ def answer(
 
         resolve_name(command.measure)
     with ExitStack() as until_delivered:
+        until_delivered.enter_context(world.joined())
         with console.working() as observe:
             budget = given["budget"]
-            how = {option.name: given[option.name] for option in options.LOADED}
-            how["budget"] = console.left(budget)
-            problem = load(checkpoint, observe=observe, **how)
-            console.warn(*problem.warnings)
-            shown = select_layers(given.get("layers") or (), problem)
-            held = until_delivered.enter_context(
-                output(given["directory"], problem.checkpoint, console)
-            )
-            kept: dict[str, Any] = {}
             ledger: FileLedger | JoinedLedger | None = None
-            if issubclass(resolve_name(command.result), Answer):  # all else only plans
-                given = {**given, "budget": console.left(budget)}
+            with world.apart():
+                how = {option.name: given[option.name] for option in options.LOADED}
+                how["budget"] = console.left(budget)
+                problem = load(checkpoint, observe=observe, **how)
+                console.warn(*problem.warnings)
+                shown = select_layers(given.get("layers") or (), problem)
+                folder = given["directory"] if world.is_first() else NO_FILES
+                held = until_delivered.enter_context(output(folder, problem.checkpoint, console))
+                is_answer = issubclass(resolve_name(command.result), Answer)  # all else only plans
                 if joined is not None:
                     ledger = joined
                     joined.recognise(facts_of(problem, what_is_asked(usage, given)))
-                else:
+                elif is_answer and world.is_first():
                     ledger = _ledger(command, usage, console, problem, given, held, checkpoint)
-                kept = {"ledger": ledger} if ledger else {}
+            if is_answer:
+                given = {**given, "budget": world.decided(console.left(budget))}
             measure = prepared(command, usage, problem, given, shown)
+            kept = _as_kept(ledger) if is_answer else {}
             result = measure(observe=observe, **kept)
-        console.warn(*(text for text in result.warnings if text not in problem.warnings))
-        if not isinstance(result, Answer):
-            deliver(command, result, console, given, held)
+        with world.apart():
+            if world.is_first():
+                _told(command, result, console, given, shown, held, ledger, problem.warnings)
+        if not isinstance(result, Answer) or not world.is_first():
             return ExitCode.OK
-        try:
-            deliver(command, result.only(shown), console, given, held)
-        except UsageError as error:
-            if ledger is None or ledger.place is None:
-                raise
-            hint = f"the run is kept: room for it, then the same with --resume; or {error.hint}"
-            raise UsageError(error.what, error.got, hint) from None
-        if ledger is not None:
-            ledger.delivered()
         return exit_code(result.status, asked=any(given.get(name) for name in _TOLERANCES))
+
+
+def _as_kept(ledger: FileLedger | JoinedLedger | None) -> dict[str, Any]:
+    """What a measurement is told of where it is kept; of many ranks, all are kept by one."""
+    if world.size() > 1:
+        from hesscli.diagnostics.keeping import SharedLedger
+
+        return {"ledger": SharedLedger(cast("FileLedger | None", ledger))}
+    return {"ledger": ledger} if ledger else {}
+
+
+def _told(
+    command: Command,
+    result: Header,
+    console: Console,
+    given: Given,
+    shown: Layers,
+    held: Hold | None,
+    ledger: FileLedger | JoinedLedger | None,
+    warned: Sequence[str],
+) -> None:
+    """Let a result be read, and written where it is to be."""
+    console.warn(*(text for text in result.warnings if text not in warned))
+    if not isinstance(result, Answer):
+        deliver(command, result, console, given, held)
+        return
+    try:
+        deliver(command, result.only(shown), console, given, held)
+    except UsageError as error:
+        if ledger is None or ledger.place is None:
+            raise
+        hint = f"the run is kept: room for it, then the same with --resume; or {error.hint}"
+        raise UsageError(error.what, error.got, hint) from None
+    if ledger is not None:
+        ledger.delivered()
 
 
 def _ledger(

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from hesscli import __version__
+from hesscli import __version__, world
 from hesscli.cli.answer import answer
 from hesscli.cli.console import Console, interrupts
 from hesscli.cli.process import age, keep_freed_memory, results_alone, yield_waiting_cores
@@ -100,8 +100,8 @@ def _function(command: Command, usage: Usage) -> Callable[..., ExitCode]:
         if "quiet" in given:  # error reports follow it too
             console = replace(console, quiet=given["quiet"], verbose=given["verbose"])
             context.find_root().obj = console
-        if usage.run is not None:
-            return usage.run(console, checkpoint, given)
+        if usage.run is not None:  # nothing that ranks could share
+            return ExitCode.OK if world.is_silent() else usage.run(console, checkpoint, given)
         return answer(command, usage, console, checkpoint, given)
 
     first = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)

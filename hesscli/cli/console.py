@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Literal, NoReturn, Self, TextIO
+from typing import Literal, Self, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.segment import Segment
 from rich.text import Text
 
+from hesscli import world
 from hesscli.errors import HesscliError, first_line, printable
 from hesscli.results import Observe, Snapshot
 from hesscli.units import duration
@@ -58,7 +59,7 @@ class ProgressLine:
         self._progress.stop()
 
     def observe(self, snapshot: Snapshot) -> bool:
-        """Redraw the line; never asks to stop."""
+        """Redraw the line; asks to stop where this rank, of many, has had a signal to end."""
         if self._first is None or self._first.phase != snapshot.phase:
             self._begin(snapshot)
         assert self._task is not None
@@ -70,7 +71,7 @@ class ProgressLine:
             left=describe_time_left(self._first, snapshot, time.monotonic() - self._began),
             estimate=describe_estimate(snapshot),
         )
-        return False
+        return world.is_signalled()
 
     def _begin(self, snapshot: Snapshot) -> None:
         if self._task is not None:
@@ -130,7 +131,8 @@ class _Rich(RichConsole):
 class Console:
     """The two streams, and how much to say on them.
 
-    ``live`` is true where stderr is a terminal on which one line can be redrawn.
+    ``live`` is true where stderr is a terminal on which one line can be redrawn. Of many ranks one
+    speaks; the others are ``silent`` but for an error that nobody else has told of.
     """
 
     out: RichConsole
@@ -139,6 +141,7 @@ class Console:
     began: float
     quiet: bool = False
     verbose: bool = False
+    silent: bool = False
 
     @classmethod
     def open(cls, began: float) -> Console:
@@ -149,8 +152,9 @@ class Console:
         """
         stdout = sys.stdout = _writable(sys.stdout)
         stderr = sys.stderr = _writable(sys.stderr)
-        live = stderr.isatty() and os.environ.get("TERM") != "dumb"
-        return cls(out=_rich(stdout), err=_rich(stderr), live=live, began=began)
+        silent = world.is_silent()
+        live = stderr.isatty() and os.environ.get("TERM") != "dumb" and not silent
+        return cls(out=_rich(stdout), err=_rich(stderr), live=live, began=began, silent=silent)
 
     def left(self, budget: float | None) -> float | None:
         """What is left of a budget that counts from the start of the process."""
@@ -166,16 +170,18 @@ class Console:
 
     def note(self, text: str) -> None:
         """A line that -q silences."""
-        if not self.quiet:
+        if not (self.quiet or self.silent):
             self._say(Text(text))
 
     def warn(self, *warnings: str) -> None:
         """Lines that warn, which -q silences too."""
-        for text in () if self.quiet else warnings:
+        for text in () if self.quiet or self.silent else warnings:
             self._say(Text.assemble(("warning: ", "yellow"), text))
 
     def error(self, error: HesscliError) -> None:
-        """An error's lines, whatever -q says."""
+        """An error's lines, whatever -q says; of many ranks one says what all have met."""
+        if not world.may_speak():
+            return
         self._say(Text.assemble(("error: ", "bold red"), str(error)))
 
     @contextmanager
@@ -235,9 +241,11 @@ def interrupts() -> Iterator[list[int]]:
     """
     came: list[int] = []
 
-    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+    def stop(number: int, _frame: FrameType | None) -> None:
         came.append(number)
         if len(came) == 1:
+            if world.takes_note():
+                return
             raise KeyboardInterrupt
         if os.isatty(2):
             os.write(2, b"\x1b[?25h")  # the live line hides the cursor

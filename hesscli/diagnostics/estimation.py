@@ -270,6 +270,7 @@ class Estimation:
         if cut is None:
             reading = self._read(self._miss_at(self._looks))
             return self._outcome(self._status or "budget", reading)
+        self.estimator.settle()
         if self._left is not None and self.estimator.coverage() < 1:
             self.estimator, miss = self._left  # what was known before says more
             return self._outcome(cut, self._read(miss))

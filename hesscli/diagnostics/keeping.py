@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from hesscli import world
+from hesscli.errors import UsageError
 from hesscli.meter import Meter
 from hesscli.state import State, Stateful, Timed
+
+if TYPE_CHECKING:
+    from hesscli.ledger import FileLedger
 
 
 class Kept:
@@ -84,3 +89,110 @@ class Unkept:
 
 
 UNKEPT = Unkept()
+
+
+class SharedLedger:
+    """The ledger of a run on many ranks: rank 0 writes it, and all go on from what it has.
+
+    What was decided on rank 0 counts for all. Facts must be the same on every rank.
+
+    Args:
+        file: of rank 0, where the run is kept.
+    """
+
+    def __init__(self, file: FileLedger | None) -> None:
+        self._file = file
+        self._is_kept = world.any_of(file is not None)
+        self._works: list[Stateful] = []
+
+    def attach(self, clock: Timed, meter: Meter) -> None:
+        """Keep what these say as well, and let them go on from what was kept."""
+        self._meter = meter
+        if self._file is not None:
+            self._file.attach(clock, meter)
+        clock.earlier = world.decided(clock.earlier)
+
+    def recognise(self, facts: Mapping[str, Any]) -> None:
+        """Take note of what the run is of.
+
+        Raises:
+            UsageError: ranks are of different runs, or what was kept is of another.
+        """
+        require_alike(facts)
+        with world.apart():
+            if self._file is not None:
+                self._file.recognise(facts)
+
+    def decided(self, name: str, decide: Callable[[], Any]) -> Any:
+        """What was decided before; or all find it now, and what rank 0 found is kept."""
+        known = self._file is not None and self._file.has_decided(name)
+        found = None if world.any_of(known) else decide()
+        if self._file is not None:
+            found = self._file.decided(name, lambda: found)
+        return world.decided(found)
+
+    def begin(self, work: Stateful) -> None:
+        """Keep this work too, and let it go on from what was kept."""
+        saved = None if self._file is None else self._file.saved(len(self._works))
+        self._works.append(work)
+        saved = world.decided(saved)
+        if self._file is not None:
+            self._file.begin(work)
+        elif saved is not None:
+            self._meter.go_back(tuple(saved["counted"]))
+            work.load_state_dict(saved["state"])
+
+    def step(self) -> None:
+        """Write what there is where that is due on rank 0, once it has all of it."""
+        with world.apart():
+            is_due = self._file is not None and self._file.is_due()
+        if self._is_kept and world.any_of(is_due):
+            self._settle()
+            with world.apart():
+                if self._file is not None:
+                    self._file.write()
+
+    def cut(self, at_budget: bool) -> None:
+        """It ends here, between two steps, with more to do: at its budget, or interrupted."""
+        self._settle()
+        with world.apart():
+            if self._file is not None:
+                self._file.cut(at_budget)
+
+    def end(self) -> None:
+        """It has come to its own end."""
+        if self._file is not None:
+            self._file.end()
+
+    def close(self) -> None:
+        """So has the run, or it was cut."""
+        with world.apart():
+            if self._file is not None:
+                self._file.close()
+
+    def _settle(self) -> None:
+        """Let states be whole: they are, where every rank asks for them at once."""
+        if self._is_kept:
+            for work in self._works:
+                work.state_dict()
+
+
+def require_alike(facts: Mapping[str, Any]) -> None:
+    """See that all ranks are of one run.
+
+    Raises:
+        UsageError: they are not; what differs is named.
+    """
+    every = world.gathered(dict(facts))
+    for name in every[0]:
+        for rank, other in enumerate(every):
+            if name not in _OWN and other[name] != every[0][name]:
+                raise UsageError(
+                    "the ranks are not of one run",
+                    f"{name} is {every[0][name]} on rank 0, and {other[name]} on rank {rank}",
+                    "the same files, versions and kind of machine for every rank",
+                )
+
+
+_OWN = {"device"}
+"""Facts that each rank has its own of."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from hesscli import world
 from hesscli.diagnostics.growth import ExhaustedError
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.run import Clock
@@ -100,7 +101,8 @@ def drive(
             whole = True
             ledger.step()
             if clock.growth is not None:
-                clock.growth.look(snapshot, measurement.state_dict)
+                with world.apart():
+                    clock.growth.look(snapshot, measurement.state_dict)
             clock.within_budget(snapshot)
             whole = False
     except (BudgetError, KeyboardInterrupt) as end:

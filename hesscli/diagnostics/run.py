@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hesscli import world
 from hesscli.diagnostics.growth import Growth
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.errors import BudgetError
@@ -56,15 +57,20 @@ class Clock:
     growth: Growth | None = None
     cut_by: str | None = None
     _began: float = field(default_factory=lambda: time.monotonic())
+    _agreed: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds since the start, those before this process included."""
-        return self.earlier + self.elapsed
+        return self.earlier + self._passed
 
     @property
     def elapsed(self) -> float:
-        """Seconds in this process."""
+        """Seconds in this process; of many ranks, by rank 0 when they last looked together."""
+        return self._passed if world.size() == 1 or world.is_apart() else self._agreed
+
+    @property
+    def _passed(self) -> float:
         return time.monotonic() - self._began
 
     @property
@@ -84,7 +90,10 @@ class Clock:
             BudgetError: the time is up.
             Stopped: the observer wants no more.
         """
-        if self.observer is not None and self.observer(replace(snapshot, seconds=self.seconds)):
+        observed = replace(snapshot, seconds=self.seconds)
+        stop = self.observer is not None and self.observer(observed)
+        stop, self._agreed = world.at_the_clock(stop, self._passed)
+        if stop:
             raise Stopped
         self.look(snapshot)
         return False
@@ -94,7 +103,10 @@ class Clock:
 
         Raises:
             BudgetError: the time is up.
+            Stopped: this rank, of many, has had a signal to end.
         """
+        if world.is_apart() and world.is_signalled():
+            raise Stopped
         if self.left < 0:
             raise self._no_time_for(snapshot)
 
@@ -236,7 +248,9 @@ def started(
 def _facts(problem: Problem, report: ProblemReport) -> dict[str, Any]:
     """What tells runs apart: all that is said of a problem but its place, and where it runs."""
     facts = asdict(report) | asdict(environment(problem.device))
-    facts["gradient"] = _hash([problem.prove().gradient])
+    # The gradient itself is a sum over batches, whose last digits each number of ranks has its own.
+    del facts["gradient_norm"]
+    facts["gradients"] = _hash([torch.tensor(problem.prove().lengths, dtype=torch.float64)])
     if report.checkpoint is None:
         facts["weights"] = _hash((*problem.model.parameters(), *problem.model.buffers()))
     else:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from hesscli.engines.entries import Stream
+from hesscli import world
+from hesscli.engines.entries import BatchSum, Stream
 from hesscli.engines.hutchinson.table import Array
 from hesscli.meter import Meter
 from hesscli.operators.source import Source
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.state import State
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a batch has given: new rows of its cells, and its entries where they are wanted."""
+
+    rows: Array
+    entries: BatchSum | None = None
 
 
 class Cells:
@@ -110,9 +120,29 @@ class Cells:
         if self.stream is not None and rows:
             self.stream.join(state["stream"], len(self.cells[next(iter(rows))]))
 
-    def _add(self, batch: int, rows: Array) -> None:
-        """Add a batch's estimates, with which it is whole again."""
-        self.cells[batch] = np.concatenate([self.cells[batch], rows])
+    def _through(
+        self, batches: Sequence[int], visit: Callable[[int], Generator[None, None, Visit]]
+    ) -> Iterator[None]:
+        """Visit batches, each rank one at a time, and let all have what each has found.
+
+        Yields before each turn and within a visit; stopping on the way loses that turn.
+        """
+        for turn in world.turns(batches):
+            yield
+            yield from self._turn(turn, visit)
+
+    def _turn(
+        self, turn: Sequence[int], visit: Callable[[int], Generator[None, None, Visit]]
+    ) -> Iterator[None]:
+        batch = world.own(turn)
+        with self.meter.pooled():
+            found = yield from world.abreast(None if batch is None else visit(batch))
+            rows = world.gathered(None if found is None else found.rows)
+        for one, new in zip(turn, rows, strict=False):
+            assert new is not None  # each of a turn's batches falls to a rank
+            self.cells[one] = np.concatenate([self.cells[one], new])
+        if self.stream is not None and found is not None and found.entries is not None:
+            self.stream.keep(found.entries)
         self.meter.keep()
 
     @property

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hesscli import randomness
+from hesscli import randomness, world
 from hesscli.engines.diagonal import Diagonal
 from hesscli.parameters import Parameters
 from hesscli.state import State
@@ -120,7 +120,8 @@ class Stream:
     """One source's estimates of the diagonal on some parameters.
 
     Rounds that are not complete count only where there is no other: a batch with more estimates
-    than the rest would weigh more than its share.
+    than the rest would weigh more than its share. Of many ranks, each keeps what it has added
+    itself until they settle: that is the time to send so many sums.
 
     Args:
         parameters: the entries of each row.
@@ -145,6 +146,7 @@ class Stream:
         self.replicates, self.dtype, self.device = replicates, dtype, device
         self._done: _Round | None = None
         self._open: _Round | None = None
+        self._own: _Round | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -187,9 +189,7 @@ class Stream:
 
     def keep(self, found: BatchSum) -> None:
         """Add what a batch has given."""
-        if self._open is None:
-            self._open = self._empty()
-        now = self._open
+        now = self._under_way()
         now.total.add_(found.total, alpha=found.weight)
         signs = self._signs((_BETWEEN, found.batch), 1)
         now.between.addmm_(signs, found.total.to(self.dtype)[None], alpha=found.weight)
@@ -198,8 +198,36 @@ class Stream:
         now.weights[found.batch] = found.weight
         now.freedom += found.freedom
 
+    def _under_way(self) -> _Round:
+        """The round that is added to: of many ranks, this one's part of it."""
+        if world.size() > 1:
+            self._own = self._own or self._empty()
+            return self._own
+        self._open = self._open or self._empty()
+        return self._open
+
+    def settle(self) -> None:
+        """Let every rank have what all have added, unless they are apart and cannot."""
+        if world.size() == 1 or world.is_apart():
+            return
+        own, self._own = self._own, None
+        added = [one for one in world.gathered(own and (own.weights, own.freedom)) if one]
+        if not added:
+            return
+        own = own or self._empty()
+        for sums in (own.total, own.within, own.between):
+            if sums is not None:
+                world.added_up(sums)
+        own.weights = {batch: weight for each, _ in added for batch, weight in each.items()}
+        own.freedom = sum(freedom for _, freedom in added)
+        if self._open is None:
+            self._open = own
+        else:
+            self._open.add(own)
+
     def close_round(self, count: int) -> None:
         """Every batch has had ``count`` more estimates (1 where they are exact)."""
+        self.settle()
         if self._open is None:
             return
         self._open.count = count
@@ -211,10 +239,11 @@ class Stream:
 
     def drop_round(self) -> None:
         """Forget a round that was broken off."""
-        self._open = None
+        self._open = self._own = None
 
     def state_dict(self) -> State:
         """The sums, of complete rounds and of one that is under way."""
+        self.settle()
         done, now = self._done, self._open
         return {
             "number": self.number,

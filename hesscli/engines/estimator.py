@@ -158,6 +158,12 @@ class Estimator:
             else:
                 yield
 
+    def settle(self) -> None:
+        """Let every rank have the entries that others have added in a round that was cut."""
+        for source in self.sources:
+            for stream in source.streams:
+                stream.settle()
+
     def has(self, count: int) -> bool:
         """Whether each batch has so many probes and random columns, or what is exact of it."""
         return all(

@@ -8,14 +8,15 @@ the number of parameters. Random columns in their place are unbiased.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hesscli import randomness
-from hesscli.engines.cells import Cells
-from hesscli.engines.entries import Stream, groups, power_of_two
+from hesscli.engines.cells import Cells, Visit
+from hesscli.engines.entries import BatchSum, Stream, groups, power_of_two
 from hesscli.errors import UsageError
 from hesscli.meter import OnStep, go_on
 from hesscli.operators.base import BLOCK_BYTES
@@ -80,10 +81,8 @@ class PerExample(Cells):
             self._bounds = self._rounds_to(wanted)
         while len(self._bounds) > 1:
             start, stop = self._bounds[:2]
-            for index in self.indices:
-                if len(self.cells[index]) < stop:
-                    yield
-                    yield from self._visit(index, len(self.cells[index]), stop)
+            behind = [i for i in self.indices if len(self.cells[i]) < stop]
+            yield from self._through(behind, partial(self._visit, wanted=stop))
             if self.stream is not None:
                 self.stream.close_round(stop - start)
             del self._bounds[0]
@@ -112,8 +111,9 @@ class PerExample(Cells):
         rounds = groups(self.first + began, self.first + wanted, most)
         return [began, *(stop - self.first for _, stop in rounds)]
 
-    def _visit(self, batch: int, done: int, wanted: int) -> Iterator[None]:
-        """Add a batch: its parts, on one graph each, and on that all its columns."""
+    def _visit(self, batch: int, wanted: int) -> Generator[None, None, Visit]:
+        """A batch: its parts, on one graph each, and on that all its columns."""
+        done = len(self.cells[batch])
         size, masses = self.operator.parameters.size, self.operator.masses
         kept = torch.zeros(wanted - done, size, dtype=torch.float64, device=self.operator.device)
         for first, live in self.passes.of(batch):
@@ -121,14 +121,13 @@ class PerExample(Cells):
                 kept[row] += sign * live.squares(columns)
                 yield
         kept /= masses[batch]
-        weight = masses[batch] / sum(masses)
+        weight, entries = masses[batch] / sum(masses), None
         if self.stream is not None and self.sampled:
             entries = self.stream.of_batch(batch, weight)
             self.stream.add(entries, kept, self.first + done)
-            self.stream.keep(entries)
         elif self.stream is not None:
-            self.stream.add_exact(batch, weight, kept[0])
-        self._add(batch, self._sums(kept).cpu().numpy())
+            entries = BatchSum(batch, weight, kept[0], None)
+        return Visit(self._sums(kept).cpu().numpy(), entries)
 
     def _estimates(
         self, batch: int, live: Pass, first: int, done: int, wanted: int

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from hesscli.engines.cells import Cells
-from hesscli.engines.entries import Stream
+from hesscli.engines.cells import Cells, Visit
+from hesscli.engines.entries import BatchSum, Stream
 from hesscli.meter import OnStep, go_on
 from hesscli.operators.source import Source, Term
 
@@ -33,14 +34,15 @@ class UnitVectors(Cells):
 
         One that is cut short is lost. ``on_step`` is called between two products; may end it.
         """
-        for term in self.operator.batches():
-            if not len(self.cells[term.index]):
-                yield
-                yield from self._visit(term, on_step)
+        left = [i for i in self.indices if not len(self.cells[i])]
+        yield from self._through(left, partial(self._visit, on_step=on_step))
+        if left:
+            yield
         if self.stream is not None:
             self.stream.close_round(1)
 
-    def _visit(self, term: Term, on_step: OnStep) -> Iterator[None]:
+    def _visit(self, batch: int, on_step: OnStep) -> Generator[None, None, Visit]:
+        (term,) = self.operator.batches([batch])
         size = self.operator.parameters.size
         found = torch.empty(size, dtype=torch.float64, device=self.operator.device)
         for start in range(0, size, self.operator.block_size):
@@ -48,10 +50,8 @@ class UnitVectors(Cells):
                 yield
             stop = min(start + self.operator.block_size, size)
             found[start:stop] = self._entries(term, start, stop, on_step)
-        if self.stream is not None:
-            self.stream.add_exact(term.index, term.weight, found)
-        self._add(term.index, self._sums(found[None]).cpu().numpy())
-        yield
+        entries = None if self.stream is None else BatchSum(batch, term.weight, found, None)
+        return Visit(self._sums(found[None]).cpu().numpy(), entries)
 
     def _entries(self, term: Term, start: int, stop: int, on_step: OnStep) -> Tensor:
         """Diagonal entries of the rows from ``start`` to ``stop``."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli import world
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import is_out_of_memory, room_for_more
 from hesscli.meter import FORWARD, OnStep, go_on
@@ -22,7 +23,7 @@ from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.results import Preflight
 from hesscli.state import State
-from hesscli.sums import weighted_sum
+from hesscli.sums import rounding_of_sum, shared_sum
 from hesscli.torch_private import storages_kept
 from hesscli.vocabulary import Mode
 
@@ -220,15 +221,18 @@ class Operator(Curvature):
         return (products.T if exact.dim() == 2 else products[0]).to(exact)
 
     def apply(self, block: Tensor) -> Tensor:
-        """Products with rows ``(k, d)``, summed over the batches in float64."""
+        """Products with rows ``(k, d)``, summed over the batches in float64.
+
+        Of many ranks each makes those of its share of the batches, and all have the sum.
+        """
         differs = self.mode == "finite-difference"
         with doubled(self.problem) if differs else nullcontext():
             rows = block.to(self.problem.device, self.problem.dtype)
             size = self.block_size
             blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
-            return weighted_sum(
-                self.batches(), self.decay * rows.double(), lambda term: map(term.apply, blocks)
-            )
+            mine, total = self.batches(world.share(self.indices)), self.decay * rows.double()
+            with self.meter.pooled():
+                return shared_sum(mine, total, lambda term: map(term.apply, blocks))
 
     @property
     def block_size(self) -> int:
@@ -313,39 +317,49 @@ class Retained:
         self.operator, self._on_step = operator, on_step
         self._room = room if operator.mode == "double-backward" else 0
         self._kept: dict[int, LiveTerm] = {}
+        self._elsewhere: dict[int, bool] = {}
         self._parts: dict[int, float] = {}
         self._storages: set[int] = set()
 
     def __call__(self, vector: Tensor) -> Tensor:
         """A v in float64, weight decay included."""
-        problem = self.operator.problem
+        operator, problem = self.operator, self.operator.problem
         row = vector[None].to(problem.device, problem.dtype)
+        parts = dict[int, float]()
 
         def product(term: LiveTerm) -> Iterator[Tensor]:
             found = self._apply(term, row)
-            part = term.weight * float(found.norm())
-            self._parts[term.index] = max(part, self._parts.get(term.index, 0.0))
+            parts[term.index] = term.weight * float(found.norm())
             self._on_step()
             yield found
 
-        total = self.operator.decay * row.double()
-        return weighted_sum(self.operator.batches(), total, product)[0]
+        mine, total = operator.batches(world.share(operator.indices)), operator.decay * row.double()
+        with operator.meter.pooled():
+            total = shared_sum(mine, total, product)
+        every = world.gathered((parts, self._graphs()))
+        self._elsewhere = {i: fresh for _, graphs in every for i, fresh in graphs.items()}
+        for sizes, _ in every:
+            for index, part in sizes.items():
+                self._parts[index] = max(part, self._parts.get(index, 0.0))
+        return total[0]
 
     def rounding(self, vectors: Tensor) -> float:
-        """How far off a product with one of some unit vectors may be; 0 where it is float64.
+        """How far off a product with one of some unit vectors may be.
 
         Measured on the batches that have the largest part in any product so far: errors come from
-        where the curvature does, and that may be a few examples.
+        where the curvature does, and that may be a few examples. The sum over the batches is off
+        by as much as the order of its additions can make it, which ranks have their own of.
 
         Args:
             vectors: orthonormal rows ``(k, d)``, float64.
         """
-        problem = self.operator.problem
+        problem, size = self.operator.problem, sum(self._parts.values())
+        order = rounding_of_sum(len(self._parts), torch.float64) * size
         if problem.is_doubled or not problem.precision.is_float64:
-            return 0.0
+            return order
         heaviest = sorted(self._parts, key=lambda index: -self._parts[index])[:_HEAVIEST]
         relative = max(self._relative_error(index, vectors) for index in heaviest)
-        return relative * sum(self._parts.values())
+        return relative * size + order
 
     def _relative_error(self, index: int, vectors: Tensor) -> float:
         """Error of a batch's products with some vectors, beside the largest of them."""
@@ -359,10 +373,10 @@ class Retained:
 
     def state_dict(self) -> State:
         """Whose graphs are kept, of which some are to be made anew, and how large products were."""
-        made = self.operator.problem.retypings
+        graphs = {**self._elsewhere, **self._graphs()}
         return {
-            "kept": list(self._kept),
-            "fresh": [term.is_made_at(made) for term in self._kept.values()],
+            "kept": list(graphs),
+            "fresh": list(graphs.values()),
             "batches": list(self._parts),
             "parts": list(self._parts.values()),
         }
@@ -370,9 +384,12 @@ class Retained:
     def load_state_dict(self, state: State) -> None:
         """Keep the graphs that another kept: they are made anew, but not counted again."""
         problem, made = self.operator.problem, self.operator.problem.retypings
+        self._elsewhere = dict(zip(state["kept"], state["fresh"], strict=True))
+        own = self._elsewhere.keys() & set(world.share(self.operator.indices))
+        fresh = {index: self._elsewhere.pop(index) for index in sorted(own)}
         self._kept = {
-            index: LiveTerm(problem.batch(index), self.operator, made if fresh else None)
-            for index, fresh in zip(state["kept"], state["fresh"], strict=True)
+            index: LiveTerm(problem.batch(index), self.operator, made if fresh[index] else None)
+            for index in fresh
         }
         self._parts = dict(zip(state["batches"], state["parts"], strict=True))
         if self._parts:  # all that fit have been kept by then
@@ -382,6 +399,11 @@ class Retained:
         """Give the graphs back; the next product makes new ones."""
         self._kept.clear()
         self._room = 0
+
+    def _graphs(self) -> dict[int, bool]:
+        """Whose graphs are kept here, and whether they serve as they are."""
+        made = self.operator.problem.retypings
+        return {index: term.is_made_at(made) for index, term in self._kept.items()}
 
     def _apply(self, term: LiveTerm, row: Tensor) -> Tensor:
         """A product; where memory runs out for it, all graphs that were kept are given back."""

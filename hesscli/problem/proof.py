@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hesscli import world
 from hesscli.errors import UnsoundError
 from hesscli.memory import is_out_of_memory
-from hesscli.meter import FORWARD, Meter
+from hesscli.meter import FORWARD
 from hesscli.problem.batches import tensors_of
 from hesscli.problem.blame import no_gradient
 from hesscli.problem.factory import blamed_on_user
@@ -20,7 +22,7 @@ from hesscli.problem.losses import Loss, require_number, same_mean
 from hesscli.problem.objective import Objective, WeightedBatch
 from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.results import Observe, Snapshot, tell
-from hesscli.sums import weighted_sum
+from hesscli.sums import shared_sum
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Proof:
     the loss of no batch depends on. ``hidden_outputs`` says why the loss is not the function of
     the outputs that it was taken for; None where it is. ``saturated`` says that the classes of all
     examples are so sure that their loss has no digit left. ``gradients`` is the work it took.
+    ``lengths`` are of the batches' gradients: with the loss they tell problems apart.
     """
 
     loss: float
@@ -39,6 +42,7 @@ class Proof:
     unreached: tuple[str, ...]
     hidden_outputs: str | None
     gradients: float
+    lengths: tuple[float, ...] = ()
     saturated: str | None = None
 
     @property
@@ -55,6 +59,25 @@ class Proof:
         return tuple(told)
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What one batch says: its part of the loss, and the length of its gradient.
+
+    ``right`` and ``of`` are its predictions, ``reached`` is whether each parameter was; ``depends``
+    whether any loss at all was differentiable, ``hidden`` why the loss is not of the outputs.
+    """
+
+    index: int
+    loss: float
+    length: float
+    right: float
+    of: float
+    reached: tuple[bool, ...]
+    depends: bool
+    hidden: str | None
+    gradients: float
+
+
 def prove(problem: Objective, observe: Observe | None = None) -> Proof:
     """Loss, accuracy, gradient and reach over all kept examples.
 
@@ -63,37 +86,47 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         KeyboardInterrupt: the observer wanted no more.
     """
     parameters, decay = problem.parameters, problem.weight_decay
-    reached = [False] * len(parameters)
-    correct = possible = 0.0
-    hidden = problem.loss.hidden if problem.loss.is_claim else None
-    work, depends = Meter(), False
+    own = list[_Share]()
 
-    def gradient_and_loss(batch: WeightedBatch) -> Iterator[Tensor]:
-        nonlocal correct, possible, hidden, reached, depends
+    def its_gradient(batch: WeightedBatch) -> Iterator[Tensor]:
         with blamed_on_user(MODEL_RAISED, _must_fit(problem, batch)):
             seen, value = _run(problem, batch)
-        correct, possible = correct + seen.right, possible + seen.of
         _require_finite_loss(problem, value, batch)
         _require_own_weights(problem, value)
-        depends = depends or value.requires_grad
-        hidden = hidden or seen.hidden or _why_another(problem, value, seen.mean)
-        parts = _gradient(problem, value, batch)
-        reached = [r or p is not None for r, p in zip(reached, parts, strict=True)]
+        parts, square = _gradient(problem, value, batch), 0.0
         for part, tensor in zip(parts, parameters.tensors, strict=True):
             found = torch.zeros_like(tensor) if part is None else part
+            square += float(torch.linalg.vector_norm(found)) ** 2
             yield (found.to_dense() if found.is_sparse else found).reshape(-1)
-        yield value.reshape(1)
         cost = problem.gradient_cost + FORWARD * seen.has_run
-        work.add(cost, batch.count / problem.data.count)
+        own.append(
+            _Share(
+                index=batch.index,
+                loss=batch.weight * float(value.detach()),
+                length=batch.weight * math.sqrt(square),
+                right=seen.right,
+                of=seen.of,
+                reached=tuple(part is not None for part in parts),
+                depends=value.requires_grad,
+                hidden=seen.hidden or _why_another(problem, value, seen.mean),
+                gradients=cost * batch.count / problem.data.count,
+            )
+        )
         done, total = batch.index + 1, problem.num_batches
         tell(observe, Snapshot(phase="loss and gradient", done=done, total=total))
 
-    total = torch.zeros(parameters.size + 1, dtype=torch.float64, device=problem.device)
-    weighted_sum(problem.batches(), total, gradient_and_loss)
-    if not depends:
+    mine = map(problem.batch, world.share(problem.indices))
+    gradient = torch.zeros(parameters.size, dtype=torch.float64, device=problem.device)
+    gradient = shared_sum(mine, gradient, its_gradient)
+    shares = sorted((one for each in world.gathered(own) for one in each), key=lambda s: s.index)
+    if not any(one.depends for one in shares):
         raise _independent(problem)
-    gradient, loss = total[:-1], float(total[-1])
     _require_finite_gradient(problem, gradient)
+    correct, possible = sum(one.right for one in shares), sum(one.of for one in shares)
+    hidden = problem.loss.hidden if problem.loss.is_claim else None
+    hidden = hidden or next((one.hidden for one in shares if one.hidden), None)
+    reached = [any(each) for each in zip(*(one.reached for one in shares), strict=True)]
+    loss = sum(one.loss for one in shares)
     theta = parameters.flatten([t.detach() for t in parameters.tensors]).double()
     if decay:
         squares = (t.detach().double().square().sum() for t in problem.trainable.tensors)
@@ -104,7 +137,8 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         gradient=gradient + decay * theta,
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
         hidden_outputs=hidden,
-        gradients=work.gradients,
+        gradients=sum(one.gradients for one in shares),
+        lengths=tuple(one.length for one in shares),
         saturated=_saturation(problem) if possible and loss == 0 else None,
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli import randomness
+from hesscli import randomness, world
 from hesscli.engines.entries import Stream
 from hesscli.engines.hutchinson.table import Array, Sharing
 from hesscli.engines.lanczos import Lanczos
@@ -20,7 +20,7 @@ from hesscli.operators.source import Source, Term
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.randomness import Distribution, key
 from hesscli.state import State
-from hesscli.sums import weighted_sum
+from hesscli.sums import shared_sum
 
 # -- Probe vectors: keyed by (seed, batch, probe) and by each entry's place in the full vector -----
 
@@ -310,14 +310,20 @@ class Deflated(Design):
     def _product(self, vector: Tensor) -> Tensor:
         """A q without weight decay; each batch's part of the diagonal is kept on the way."""
         row = vector[None].to(self.operator.dtype)
+        offsets = dict[int, Array]()
 
         def product(term: Term) -> Iterator[Tensor]:
             found = term.apply(row).double()
             part = found * vector
-            offset = self._sums(part)[0].cpu().numpy()
-            self._offsets[term.index] = self._offsets.get(term.index, np.zeros(())) + offset
+            offsets[term.index] = self._sums(part)[0].cpu().numpy()
             if self.stream is not None:
                 self.stream.add_exact(term.index, term.weight, part[0])
             yield found
 
-        return weighted_sum(self.operator.batches(), torch.zeros_like(vector[None]), product)[0]
+        with self.operator.meter.pooled():
+            mine = self.operator.batches(world.share(self.operator.indices))
+            total = shared_sum(mine, torch.zeros_like(vector[None]), product)[0]
+            every = world.gathered(offsets)
+        for batch, offset in (one for each in every for one in each.items()):
+            self._offsets[batch] = self._offsets.get(batch, np.zeros(())) + offset
+        return total

@@ -8,17 +8,18 @@ diagonal of a matrix"), so that layers and single entries come with the total.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from hesscli.engines.cells import Cells
+from hesscli.engines.cells import Cells, Visit
 from hesscli.engines.entries import GROUP, Stream, groups, power_of_two
 from hesscli.engines.hutchinson.designs import Design, Plain, Probes
 from hesscli.engines.hutchinson.table import Sharing, Table, reduce_table
 from hesscli.meter import OnStep, go_on
-from hesscli.operators.source import Source, Term
+from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
 from hesscli.randomness import Distribution
 from hesscli.state import State
@@ -75,31 +76,26 @@ class Hutchinson(Cells):
         """
         yield from self.design.prepare()
         began = min(len(cells) for cells in self.cells.values())
-        for term in self.operator.batches(self.indices):
-            done = len(self.cells[term.index])
-            if done < num_probes:
-                yield
-                yield from self._visit(term, done, num_probes, on_step)
+        behind = [i for i in self.indices if len(self.cells[i]) < num_probes]
+        yield from self._through(behind, partial(self._visit, wanted=num_probes, on_step=on_step))
         if num_probes > began:
             if self.stream is not None:
                 self.stream.close_round(num_probes - began)
             yield
 
-    def _visit(self, term: Term, done: int, wanted: int, on_step: OnStep) -> Iterator[None]:
+    def _visit(self, batch: int, wanted: int, on_step: OnStep) -> Generator[None, None, Visit]:
+        (term,) = self.operator.batches([batch])
         forms = list[Tensor]()
-        entries = None if self.stream is None else self.stream.of_batch(term.index, term.weight)
-        for start, stop in self._blocks(done, wanted):
+        entries = None if self.stream is None else self.stream.of_batch(batch, term.weight)
+        for start, stop in self._blocks(len(self.cells[batch]), wanted):
             if forms:
                 yield
-            block = self.probes.block(term.index, start, stop - start)
+            block = self.probes.block(batch, start, stop - start)
             estimates = self.design.estimates(term, block, on_step)
             forms.append(self._sums(estimates))
             if self.stream is not None and entries is not None:
                 self.stream.add(entries, estimates, start)
-        if self.stream is not None and entries is not None:
-            self.stream.keep(entries)
-        new = torch.cat(forms).cpu().numpy() + self.design.offset(term.index)
-        self._add(term.index, new)
+        return Visit(torch.cat(forms).cpu().numpy() + self.design.offset(batch), entries)
 
     def _blocks(self, done: int, wanted: int) -> Iterator[tuple[int, int]]:
         """Numbers of probes in blocks that memory allows, of two and more to be centred."""
