@@ -29,7 +29,7 @@ MAY_DIFFER = frozenset(
     ("--probes", "--batches", "device", "device_name", "threads", "gradient", "accuracy")
 )
 """Facts that are others for another part, or on another machine."""
-_ROUNDED = ("loss", "gradient_norm")
+_ROUNDED = ("loss", "gradient_size")
 """Facts that another machine may round otherwise."""
 _CURES = {
     "checkpoint": "--checkpoint FILE, with the one that was measured",

@@ -380,7 +380,7 @@ def test_machines_may_differ(two: list[Path], tmp_path: Path) -> None:
         told["facts"] |= {"threads": 64, "device": "cuda:0", "device_name": "a GPU"}
         told["facts"] |= {"gradient": "0" * 64, "accuracy": 0.5}
         told["facts"]["loss"] *= 1 + 1e-12
-        told["facts"]["gradient_norm"] *= 1 - 1e-12
+        told["facts"]["gradient_size"] *= 1 - 1e-12
         told["decisions"]["preflight"]["relative_rounding"] = 1e-6
 
     other = told_otherwise(two[1], tmp_path / "other", change)

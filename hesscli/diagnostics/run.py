@@ -248,9 +248,10 @@ def started(
 def _facts(problem: Problem, report: ProblemReport) -> dict[str, Any]:
     """What tells runs apart: all that is said of a problem but its place, and where it runs."""
     facts = asdict(report) | asdict(environment(problem.device))
-    # The gradient itself is a sum over batches, whose last digits each number of ranks has its own.
+    # The gradient's own last digits are those of a sum over batches, which depend on the ranks.
+    lengths = torch.tensor(problem.prove().lengths, dtype=torch.float64)
     del facts["gradient_norm"]
-    facts["gradients"] = _hash([torch.tensor(problem.prove().lengths, dtype=torch.float64)])
+    facts |= {"gradient": _hash([lengths]), "gradient_size": float(lengths.norm())}
     if report.checkpoint is None:
         facts["weights"] = _hash((*problem.model.parameters(), *problem.model.buffers()))
     else:
