@@ -71,6 +71,9 @@ hostile: $(VENV)/test  ## 5,000 checkpoints, indexes and specs that nobody meant
 hf: $(VENV)/hf  ## Hugging Face folders: data sets of `datasets`, and a trained model from a package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hf -rs
 
+ranks: $(VENV)/test  ## Two, three and four ranks against one process, and ranks that are killed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks
+
 gpu: $(VENV)/test  ## Run the checks that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -rs
 

@@ -55,6 +55,7 @@ class _World:
 _ALONE = _World()
 _here = _ALONE
 _store: Any = None
+_joins = 0
 
 
 # -- Who there is ----------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
     Args:
         patience: how long a rank that says nothing is waited for.
     """
-    global _here, _store
+    global _here, _store, _joins
     if not is_launched():
         yield
         return
@@ -115,7 +116,8 @@ def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     with _missing():
         found, rank, count = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
-        _store = dist.PrefixStore("hesscli", found)  # type: ignore[attr-defined]
+        _joins += 1
+        _store = dist.PrefixStore(f"hesscli/{_joins}", found)  # type: ignore[attr-defined]
         dist.init_process_group(
             backend, store=_store, rank=rank, world_size=count, timeout=patience
         )
@@ -179,11 +181,16 @@ def any_of(flag: bool) -> bool:
 
 
 def at_the_clock(wants_no_more: bool, seconds: float) -> tuple[bool, float]:
-    """Whether any rank wants no more, or has had a signal, and the time by rank 0's clock."""
+    """Whether any rank wants no more, or has had a signal, and the time by rank 0's clock.
+
+    A signal is heeded once.
+    """
+    stop = wants_no_more or _here.signalled
+    _here.signalled = False
     if _here.size == 1 or _here.apart:
-        return wants_no_more or _here.signalled, seconds
-    stop, now = _most(wants_no_more or _here.signalled, seconds if is_first() else 0.0)
-    return bool(stop), now
+        return stop, seconds
+    any_stops, now = _most(stop, seconds if is_first() else 0.0)
+    return bool(any_stops), now
 
 
 def _most(*numbers: float) -> list[float]:

@@ -52,8 +52,12 @@ def answer(
         from hesscli.problem.loading import load
 
         resolve_name(command.measure)
+    is_answer = issubclass(resolve_name(command.result), Answer)  # all else only plans
+    if world.is_silent() and not is_answer:
+        return ExitCode.OK
     with ExitStack() as until_delivered:
-        until_delivered.enter_context(world.joined())
+        if is_answer:
+            until_delivered.enter_context(world.joined())
         with console.working() as observe:
             budget = given["budget"]
             ledger: FileLedger | JoinedLedger | None = None
@@ -65,7 +69,6 @@ def answer(
                 shown = select_layers(given.get("layers") or (), problem)
                 folder = given["directory"] if world.is_first() else NO_FILES
                 held = until_delivered.enter_context(output(folder, problem.checkpoint, console))
-                is_answer = issubclass(resolve_name(command.result), Answer)  # all else only plans
                 if joined is not None:
                     ledger = joined
                     joined.recognise(facts_of(problem, what_is_asked(usage, given)))

@@ -105,7 +105,7 @@ class Clock:
             BudgetError: the time is up.
             Stopped: this rank, of many, has had a signal to end.
         """
-        if world.is_apart() and world.is_signalled():
+        if world.is_apart() and world.at_the_clock(False, 0.0)[0]:
             raise Stopped
         if self.left < 0:
             raise self._no_time_for(snapshot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,12 +16,14 @@ from hesscli.operators.source import Source
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.state import State
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Visit:
-    """What a batch has given: new rows of its cells, and its entries where they are wanted."""
+    """What has been given by a batch, or some: new rows of their cells, and entries if wanted."""
 
-    rows: Array
+    rows: dict[int, Array]
     entries: BatchSum | None = None
 
 
@@ -121,26 +124,25 @@ class Cells:
             self.stream.join(state["stream"], len(self.cells[next(iter(rows))]))
 
     def _through(
-        self, batches: Sequence[int], visit: Callable[[int], Generator[None, None, Visit]]
+        self, places: Sequence[T], visit: Callable[[T], Generator[None, None, Visit]]
     ) -> Iterator[None]:
-        """Visit batches, each rank one at a time, and let all have what each has found.
+        """Visit batches, or some at once, each rank by itself; all have what each has found.
 
         Yields before each turn and within a visit; stopping on the way loses that turn.
         """
-        for turn in world.turns(batches):
+        for turn in world.turns(places):
             yield
             yield from self._turn(turn, visit)
 
     def _turn(
-        self, turn: Sequence[int], visit: Callable[[int], Generator[None, None, Visit]]
+        self, turn: Sequence[T], visit: Callable[[T], Generator[None, None, Visit]]
     ) -> Iterator[None]:
-        batch = world.own(turn)
+        place = world.own(turn)
         with self.meter.pooled():
-            found = yield from world.abreast(None if batch is None else visit(batch))
-            rows = world.gathered(None if found is None else found.rows)
-        for one, new in zip(turn, rows, strict=False):
-            assert new is not None  # each of a turn's batches falls to a rank
-            self.cells[one] = np.concatenate([self.cells[one], new])
+            found = yield from world.abreast(None if place is None else visit(place))
+            every = world.gathered({} if found is None else found.rows)
+        for batch, rows in (one for each in every for one in each.items()):
+            self.cells[batch] = np.concatenate([self.cells[batch], rows])
         if self.stream is not None and found is not None and found.entries is not None:
             self.stream.keep(found.entries)
         self.meter.keep()

@@ -127,7 +127,7 @@ class PerExample(Cells):
             self.stream.add(entries, kept, self.first + done)
         elif self.stream is not None:
             entries = BatchSum(batch, weight, kept[0], None)
-        return Visit(self._sums(kept).cpu().numpy(), entries)
+        return Visit({batch: self._sums(kept).cpu().numpy()}, entries)
 
     def _estimates(
         self, batch: int, live: Pass, first: int, done: int, wanted: int

@@ -51,7 +51,7 @@ class UnitVectors(Cells):
             stop = min(start + self.operator.block_size, size)
             found[start:stop] = self._entries(term, start, stop, on_step)
         entries = None if self.stream is None else BatchSum(batch, term.weight, found, None)
-        return Visit(self._sums(found[None]).cpu().numpy(), entries)
+        return Visit({batch: self._sums(found[None]).cpu().numpy()}, entries)
 
     def _entries(self, term: Term, start: int, stop: int, on_step: OnStep) -> Tensor:
         """Diagonal entries of the rows from ``start`` to ``stop``."""

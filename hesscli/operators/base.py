@@ -358,7 +358,11 @@ class Retained:
         if problem.is_doubled or not problem.precision.is_float64:
             return order
         heaviest = sorted(self._parts, key=lambda index: -self._parts[index])[:_HEAVIEST]
-        relative = max(self._relative_error(index, vectors) for index in heaviest)
+        own = set(world.share(self.operator.indices))
+        with self.operator.meter.pooled():
+            with world.apart():
+                errors = [self._relative_error(i, vectors) for i in heaviest if i in own]
+            relative = max(max(each, default=0.0) for each in world.gathered(errors))
         return relative * size + order
 
     def _relative_error(self, index: int, vectors: Tensor) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli import randomness
+from hesscli import randomness, world
 from hesscli.errors import HesscliError, UsageError
 from hesscli.memory import is_out_of_memory
 from hesscli.meter import FORWARD, Meter, OnStep, go_on
@@ -86,11 +86,18 @@ def exact_parameters(
         meter.add(FORWARD, sample.count / problem.data.count)
     except UsageError as error:
         reasons = dict.fromkeys(parameters.names, error.got)
-    for batch in problem.batches():
+    for turn in world.turns(problem.indices):
         if not (left := _without(parameters, reasons)):
             break
-        reasons |= _bends(problem, left, batch)
-        meter.add(FORWARD, batch.count / problem.data.count)
+        with meter.pooled():
+            found, index = dict[str, str](), world.own(turn)
+            with world.apart():
+                if index is not None:
+                    batch = problem.batch(index)
+                    found = _bends(problem, left, batch)
+                    meter.add(FORWARD, batch.count / problem.data.count)
+            for each in reversed(world.gathered(found)):  # the first batch's reason counts
+                reasons |= each
         on_step()
     if left := _without(parameters, reasons):
         reasons |= _found(residual, left, on_step)

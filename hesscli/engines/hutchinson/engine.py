@@ -95,7 +95,8 @@ class Hutchinson(Cells):
             forms.append(self._sums(estimates))
             if self.stream is not None and entries is not None:
                 self.stream.add(entries, estimates, start)
-        return Visit(torch.cat(forms).cpu().numpy() + self.design.offset(batch), entries)
+        new = torch.cat(forms).cpu().numpy() + self.design.offset(batch)
+        return Visit({batch: new}, entries)
 
     def _blocks(self, done: int, wanted: int) -> Iterator[tuple[int, int]]:
         """Numbers of probes in blocks that memory allows, of two and more to be centred."""

@@ -1,0 +1,151 @@
+"""What tests let each rank of a world do: `torchrun --nproc-per-node=2 tests/ranks.py FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from program import SPEC, SUNSPOTS
+from test_resume import RUNS, problem, said
+
+import hesscli
+from hesscli import world
+from hesscli.cli.app import main
+from hesscli.cli.console import interrupts
+from hesscli.diagnostics.keeping import SharedLedger
+from hesscli.errors import UnsoundError, UsageError
+from hesscli.ledger import FileLedger
+from hesscli.memory import available_bytes
+from hesscli.operators.base import Retained
+from hesscli.results import Snapshot
+
+CUT = {
+    "a trace in rounds": "probing",
+    "columns and probes": "probing",
+    "a deflated diagonal": "probing",
+    "a spectrum": "iterating",
+    "sensitivities": "perturbing",
+}
+"""Runs that are cut off in the middle of their work, and in which phase."""
+WHOLE = (
+    "a trace",
+    "shared probes",
+    "probes by layer",
+    "an exact diagonal and its noise",
+    "a spectrum of differences",
+    "a solve",
+    *CUT,
+)
+
+
+def ledger(path: Path, *, resume: bool = False) -> SharedLedger:
+    return SharedLedger(
+        FileLedger(path, {}, resume=resume, say=print) if world.is_first() else None
+    )
+
+
+def whole(name: str) -> Any:
+    make, measure = RUNS[name]
+    return said(measure(make(), budget=None, ledger=SharedLedger(None)))
+
+
+def cut(name: str, phase: str, path: Path) -> None:
+    """The last rank has had enough between two steps of a phase; the first one writes."""
+    make, measure = RUNS[name]
+    seen = 0
+
+    def observe(snapshot: Snapshot) -> bool:
+        nonlocal seen
+        seen += snapshot.phase == phase
+        return seen == 3 and not world.is_first()
+
+    with suppress(KeyboardInterrupt):
+        measure(make(), budget=None, observe=observe, ledger=ledger(path))
+
+
+def gone_on_with(name: str, path: Path) -> Any:
+    make, measure = RUNS[name]
+    return said(measure(make(), budget=None, ledger=ledger(path, resume=True)))
+
+
+def product() -> dict[str, Any]:
+    """One vector's product, and what was sent for it."""
+    operator = hesscli.Hessian(problem())
+    operator.check()
+    apply, vector = Retained(operator, 1 << 30), torch.ones(operator.parameters.size).double()
+    operator.problem.prove()
+    before = world.sums()
+    found = [apply(vector), apply(vector), operator @ vector]
+    after = world.sums()
+    return {
+        "product": found[0],
+        "alike": all(torch.equal(found[0], each) for each in found),
+        "sums": after[0] - before[0],
+        "numbers": after[1] - before[1],
+        "parts": apply.state_dict()["parts"],
+        "products": operator.meter.products,
+    }
+
+
+def ended_by_a_signal() -> dict[str, Any]:
+    """What the ranks have of a trace where the last of them is told to end."""
+    seen = 0
+
+    def observe(snapshot: Snapshot) -> bool:
+        nonlocal seen
+        seen += snapshot.phase == "probing"
+        if seen == 8 and not world.is_first():
+            signal.raise_signal(signal.SIGTERM)
+        return False
+
+    with interrupts() as came:
+        result = hesscli.trace(problem(), method="hutchinson", probes=512, observe=observe)
+    return {"came": came, "status": result.status, "probes": result.method.num_probes}
+
+
+def agreements() -> dict[str, Any]:
+    """What each rank ends up with where they see different things."""
+    told = []
+    try:
+        with world.apart():
+            if not world.is_first():
+                raise UnsoundError("the loss is not finite", "nan on batch 1", "clean inputs")
+    except UnsoundError as error:
+        told.append(str(error))
+    try:
+        SharedLedger(None).recognise({"threads": 1 if world.is_first() else 2, "device": "cpu"})
+    except UsageError as error:
+        told.append(str(error))
+    return {"told": told, "bytes": available_bytes()}
+
+
+def run(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"whole": {}, "resumed": {}}
+    with world.joined():
+        found["size"] = world.size()
+        found |= product() | agreements() | ended_by_a_signal()
+        for name in WHOLE:
+            found["whole"][name] = whole(name)
+        for name, phase in CUT.items():
+            cut(name, phase, folder / f"{name}.ledger")
+        for path in sorted((folder / "alone").glob("*.ledger")):
+            found["resumed"][path.stem] = gone_on_with(path.stem, path)
+    options = ("--method", "hutchinson", "--probes", "4", "--out", "json")
+    found["codes"] = [
+        main(["trace", str(SUNSPOTS), *SPEC, *options, "--dir", str(folder / "cli")]),
+        main(["trace", str(folder / "missing.pt"), "--dir", "-"]),
+        main(["trace", str(folder / "model.pt"), "--dir", "-", *options]),
+    ]
+    return found
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    with (place / f"{os.environ['RANK']}.pickle").open("wb") as stream:
+        pickle.dump(run(place), stream)

@@ -1,0 +1,209 @@
+"""Ranks that torchrun starts find what one process finds, and speak with one voice."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from program import environment, hesscli_warm
+from test_resume import RUNS, cut_off, kept_in, problem, said
+
+import hesscli
+from hesscli.ledger import read_ledger
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+FROM_TABLES = ("a trace", "shared probes", "probes by layer", "a trace in rounds")
+"""Runs whose numbers are made of tables by batch alone."""
+ALONE = {"a trace in rounds": "probing", "a spectrum": "iterating", "sensitivities": "perturbing"}
+"""Runs that are cut off here in some phase, and gone on with by ranks."""
+
+NET = """
+import os, signal
+from torch import nn
+from torch.nn import functional as F
+import torch
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+
+def data():
+    torch.manual_seed(1)
+    return torch.randn(35, 3), torch.randint(2, (35,))
+
+calls = 0
+
+def loss(outputs, targets):
+    global calls
+    calls += 1
+    {ending}
+    return F.cross_entropy(outputs, targets)
+"""
+SPEC = """
+[model]
+factory = "net:Net"
+training = true
+[data]
+factory = "net:data"
+batch_size = 8
+[loss]
+factory = "net:loss"
+"""
+
+
+def folder_with(path: Path, ending: str) -> Path:
+    """A model that mixes the examples of a batch, whose loss may end a rank."""
+    path.mkdir(exist_ok=True)
+    source = NET.replace("{ending}", ending)
+    (path / "net.py").write_text(source)
+    (path / "hesscli.toml").write_text(SPEC)
+    space: dict[str, Any] = {}
+    exec(source, space)
+    torch.manual_seed(0)
+    torch.save(space["Net"]().double().state_dict(), path / "model.pt")
+    return path
+
+
+def torchrun(count: int, *args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TORCHRUN, str(count), *map(str, args)],
+        cwd=cwd,
+        env=environment(PYTHONPATH=os.pathsep.join([*sys.path])),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What ranks have found, and what they said."""
+
+    folder: Path
+    found: list[dict[str, Any]]
+    said: subprocess.CompletedProcess[str]
+
+
+def ranks_of(count: int, folder: Path) -> Ranks:
+    """Let so many ranks do all that is looked at below, once."""
+    folder_with(folder, "pass")
+    (folder / "alone").mkdir()
+    for name, phase in ALONE.items():
+        make, measure = RUNS[name]
+        cut_off(measure, make(), 3, kept_in(folder / "alone" / f"{name}.ledger"), phase)
+    run = torchrun(count, ranks.__file__, folder, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    files = [folder / f"{rank}.pickle" for rank in range(count)]
+    return Ranks(folder, [pickle.loads(file.read_bytes()) for file in files], run)
+
+
+@pytest.fixture(
+    scope="module", params=[2, *(pytest.param(n, marks=pytest.mark.ranks) for n in (3, 4))]
+)
+def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return ranks_of(request.param, tmp_path_factory.mktemp("ranks"))
+
+
+def alone(name: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    make, measure = RUNS[name]
+    document, arrays = said(measure(make(), budget=None))
+    return json.loads(document), arrays
+
+
+def from_tables(document: dict[str, Any]) -> dict[str, Any]:
+    """All but what it took, and the length of the gradient, which is a vector's."""
+    return document | {"cost": None, "problem": document["problem"] | {"gradient_norm": None}}
+
+
+def require_the_same(name: str, told: tuple[str, dict[str, bytes]]) -> None:
+    """See that numbers are those of one process: to the last bit, or within their bounds."""
+    (document, arrays), (here, expected) = (json.loads(told[0]), told[1]), alone(name)
+    assert document["status"] == here["status"]
+    # Which rank measures rounding decides whether a graph is to be made anew for it.
+    near = 1e-12 if name in FROM_TABLES else 0.02
+    assert document["cost"] == pytest.approx(here["cost"], rel=near)
+    assert document["problem"]["loss"] == here["problem"]["loss"]
+    if name in FROM_TABLES:
+        assert from_tables(document) == from_tables(here)
+    for one, other in zip(
+        document.get("eigenvalues", ()), here.get("eigenvalues", ()), strict=True
+    ):
+        assert abs(one["value"] - other["value"]) <= one["residual"] + other["residual"]
+    for key in expected:  # sums over three batches, or what is made of such a sum
+        found, wanted = (np.frombuffer(each[key], "float32") for each in (arrays, expected))
+        assert np.abs(found - wanted).max() <= 8 * np.finfo("float32").eps * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ranks.WHOLE)
+def test_ranks_find_what_one_process_finds(name: str, several: Ranks) -> None:
+    every = [found["whole"][name] for found in several.found]
+    assert all(each == every[0] for each in every)
+    require_the_same(name, every[0])
+
+
+@pytest.mark.parametrize("name", ranks.CUT)
+def test_one_process_goes_on_with_what_ranks_have_kept(name: str, several: Ranks) -> None:
+    make, measure = RUNS[name]
+    path = several.folder / f"{name}.ledger"
+    assert read_ledger(path)["work"]
+    require_the_same(name, said(measure(make(), budget=None, ledger=kept_in(path, resume=True))))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_ranks_go_on_with_what_one_process_has_kept(name: str, several: Ranks) -> None:
+    require_the_same(name, several.found[0]["resumed"][name])
+
+
+def test_a_product_sends_one_vector(several: Ranks) -> None:
+    operator = hesscli.Hessian(problem())
+    size, vector = operator.parameters.size, torch.ones(operator.parameters.size).double()
+    exact = operator @ vector
+    for found in several.found:
+        assert (found["sums"], found["numbers"]) == (3, 3 * size)
+        assert found["products"] == pytest.approx(3)
+        assert found["alike"]
+        bound = 3 * torch.finfo(torch.float64).eps * sum(found["parts"])
+        assert float((found["product"] - exact).norm()) <= bound
+
+
+def test_what_one_rank_meets_all_meet(several: Ranks) -> None:
+    for found in several.found:
+        raised, differs = found["told"]
+        assert raised.splitlines()[0] == "the loss is not finite"
+        assert "threads is 1 on rank 0, and 2 on rank 1" in differs
+        assert found["bytes"] == several.found[0]["bytes"]
+
+
+def test_one_rank_speaks_and_writes(several: Ranks) -> None:
+    """Of a sample, and of a model that mixes the examples of batches of which the last is short."""
+    told = several.said.stdout.replace("\n}\n{", "\n}\0{").split("\0")
+    for document, model in zip(told, (ranks.SUNSPOTS, "model.pt"), strict=True):
+        options = ("--method", "hutchinson", "--probes", 4, "--out", "json", "--dir", "-")
+        here = hesscli_warm("trace", model, *options, cwd=several.folder)
+        found, expected = json.loads(document), json.loads(here.stdout)
+        assert found["trace"] == expected["trace"]
+        assert found["layers"] == expected["layers"]
+    errors = [line for line in several.said.stderr.splitlines() if line.startswith("error")]
+    assert errors == ["error: checkpoint not found"]
+    assert several.said.stderr.count("wrote ") == 3
+    assert all(found["codes"] == [0, 3, 0] for found in several.found)
+
+
+def test_a_signal_to_one_rank_ends_all_at_what_they_have(several: Ranks) -> None:
+    first, *_, last = several.found
+    assert (first["came"], last["came"]) == ([], [signal.SIGTERM])
+    assert {found["status"] for found in several.found} == {"interrupted"}
+    assert {found["probes"] for found in several.found} == {first["probes"]}
+    assert 2 <= first["probes"] < 512
