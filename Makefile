@@ -100,5 +100,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum bench-parts \
-	bench-scale bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hf hostile reference clean
+	bench-scale bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hf hostile ranks \
+	reference clean
 .DEFAULT_GOAL := help
