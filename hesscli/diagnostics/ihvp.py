@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Work, drive
+from hesscli.diagnostics.perturbations import kinds_of
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.predictions import SCALES, order_of
 from hesscli.diagnostics.reporting import described, warnings_of_samples
@@ -132,13 +133,13 @@ class _Layers:
 
 
 def _perturbations(study: SensitivityStudy, position: int) -> Iterator[Perturbation]:
-    """A layer's changes, with all that is known of them; none before two batches were seen."""
+    """A layer's changes, with all that is known of them."""
     predictions, reading = study.predictions, study.reading
-    if predictions is None or reading is None or predictions.seen < 2:
+    if predictions is None or reading is None or not predictions.ready:
         return
     layer = predictions.layers[position]
     known, mean_curvature = predictions.of(layer), float(reading.estimate[position]) / layer.size
-    for row, change in enumerate(layer.changes()):
+    for row, change in enumerate(kinds_of(layer.parameters)):
         measured = None if study.measured is None else study.measured[position][row]
         linear, quadratic = float(known.linear[row]), float(known.quadratic[row])
         predicted = [scale * linear + scale**2 * quadratic for scale in SCALES]
@@ -187,7 +188,7 @@ def _warnings(study: SensitivityStudy, layers: Sequence[LayerSensitivity]) -> It
         )
     if study.rank is not None and study.ranked is None:
         yield "no time for a ranking of layers: more --budget, or a smaller --window"
-    elif study.rank is not None and (study.predictions is None or study.predictions.seen < 2):
+    elif study.rank is not None and not (study.predictions and study.predictions.ready):
         yield "no time for predictions of what pruning and rounding do: more --budget"
     if study.rank is not None and study.rank.verify and study.measured is None:
         yield "no time to measure the losses that --verify asks for: more --budget"

@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hesscli.diagnostics.measurement import Pace, Work
-from hesscli.diagnostics.perturbations import BITS, PRUNED, Change, applied, changes_of, grids_of
+from hesscli.diagnostics.perturbations import Change, applied, changes_of, kinds_of
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.hutchinson.table import variance_between
 from hesscli.engines.lanczos import ROUNDING
 from hesscli.meter import FORWARD
-from hesscli.operators.base import LiveTerm, Operator
+from hesscli.operators.base import Operator
+from hesscli.operators.forms import LayerForms, Layers
 from hesscli.operators.products import gradient
-from hesscli.parameters import Parameter, Parameters
+from hesscli.parameters import Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
@@ -44,20 +45,19 @@ FEWEST_BATCHES = 4
 class Layer:
     """One layer's changes and what is known of them so far.
 
-    ``forms`` has a row δᵀA_b δ for each batch b that was seen, and ``slopes`` one of g_bᵀδ where
-    examples were left out.
+    ``sums`` has ‖δ‖² and gᵀδ of each change, ``forms`` a row δᵀA_b δ for each batch b that was
+    seen, and ``slopes`` one of g_bᵀδ where examples were left out.
     """
 
-    name: str
-    parameters: tuple[Parameter, ...]
-    operator: Operator
-    start: int
+    parameters: Parameters
+    place: slice
     saliency: Tensor
+    sums: Array | None = None
     weights: list[float] = field(default_factory=list)
     forms: list[Array] = field(default_factory=list)
     slopes: list[Array] = field(default_factory=list)
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> Iterator[Change]:
         """Made anew each time: they are cheap, and large."""
         return changes_of(self.parameters, self.saliency)
 
@@ -101,16 +101,25 @@ class Predictions:
     """
 
     def __init__(self, operator: Operator, saliency: Tensor) -> None:
-        self.problem, self.decay = operator.problem, operator.decay
-        self.layers = list(_layers(operator, saliency))
+        self.operator, self.problem = operator, operator.problem
+        self._owned = Layers(operator, _by_layer(operator.parameters))
+        places = operator.parameters.layer_places()
+        self.layers = [
+            Layer(owned, place, saliency[place])
+            for owned, place in zip(self._owned.owned, places, strict=True)
+        ]
         self._gradient = operator.problem.prove().gradient
         self._fraction = operator.problem.sampling_fraction or 1.0
-        self._meter = operator.meter
 
     @property
     def seen(self) -> int:
         """Batches that are done."""
         return min(len(layer.forms) for layer in self.layers)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are predictions with their errors: of two batches, or of all there is."""
+        return self.seen >= 2 or (self.seen == len(self.problem.indices) and self._fraction == 1)
 
     def to_tolerance(self, rtol: float) -> Generator[Snapshot, None, Status]:
         """See batches until every standard error is small beside what is predicted.
@@ -136,7 +145,12 @@ class Predictions:
         """Of each layer what is known of it, batch by batch."""
         return {
             "layers": [
-                {"weights": layer.weights, "forms": layer.forms, "slopes": layer.slopes}
+                {
+                    "sums": layer.sums,
+                    "weights": layer.weights,
+                    "forms": layer.forms,
+                    "slopes": layer.slopes,
+                }
                 for layer in self.layers
             ]
         }
@@ -144,14 +158,13 @@ class Predictions:
     def load_state_dict(self, state: State) -> None:
         """Have seen what another of the same matrix and saliencies had."""
         for layer, its in zip(self.layers, state["layers"], strict=True):
-            layer.weights = list(its["weights"])
+            layer.sums, layer.weights = its["sums"], list(its["weights"])
             layer.forms, layer.slopes = list(its["forms"]), list(its["slopes"])
 
     def of(self, layer: Layer) -> Prediction:
-        """What is predicted of a layer's changes; two batches at least must have been seen."""
-        changes = layer.changes()
-        squared = np.array([float(change.delta.square().sum()) for change in changes])
-        slope = self._gradient[layer.start : layer.start + layer.size]
+        """What is predicted of a layer's changes, once a batch was seen."""
+        assert layer.sums is not None  # so they are known
+        squared, linear = layer.sums
         masses = [self.problem.masses[i] for i in self.problem.indices]
         seen = len(layer.forms)
         probed = sum(masses[:seen]) / sum(masses)
@@ -164,37 +177,45 @@ class Predictions:
         )
         return Prediction(
             squared_norm=squared,
-            linear=np.array([float(slope @ change.delta.to(slope)) for change in changes]),
-            quadratic=mean + self.decay * squared / 2,
+            linear=linear,
+            quadratic=mean + self.operator.decay * squared / 2,
             stderr=error,
-            freedom=seen - 1,
+            freedom=max(1, seen - 1),
         )
 
     def _see(self, batch: WeightedBatch, number: int, total: int) -> Iterator[Snapshot]:
-        """One batch's quadratic forms of all layers; nothing is kept of a batch cut short."""
-        forms, slopes = [], list[Array]()
-        slope = self._slope(batch) if self._fraction < 1 else None
+        """One batch's quadratic forms, of those layers that have not seen it yet."""
+        begun, meter = len(self.layers[0].forms) == number, self.operator.meter
+        with meter.uncounted() if begun else nullcontext():
+            slope = self._slope(batch) if self._fraction < 1 else None
+        forms = LayerForms(self._owned, batch, is_counted=begun)
         for position, layer in enumerate(self.layers):
-            if position:
-                done = number - 1 + position / len(self.layers)
-                yield Snapshot(phase="perturbing", done=done, total=float(total))
-            changes = torch.stack([change.delta for change in layer.changes()])
-            forms.append(_quadratic_forms(LiveTerm(batch, layer.operator), changes))
-            if slope is not None:
-                own = slope[layer.start : layer.start + layer.size]
-                slopes.append((changes.to(own) @ own).cpu().numpy())
-        for layer, form in zip(self.layers, forms, strict=True):
-            layer.weights.append(batch.weight)
-            layer.forms.append(form)
-        for layer, row in zip(self.layers, slopes, strict=slope is not None):
-            layer.slopes.append(row)
-        self._meter.keep()
-        yield Snapshot(phase="perturbing", done=float(number), total=float(total))
+            if len(layer.forms) == number:
+                continue
+            self._see_layer(forms, position, slope)
+            meter.keep()
+            done = number - 1 + (position + 1) / len(self.layers)
+            yield Snapshot(phase="perturbing", done=done, total=float(total))
+
+    def _see_layer(self, forms: LayerForms, position: int, slope: Tensor | None) -> None:
+        """A batch's forms of a layer's changes, and the sums that go with them."""
+        layer, found, size = self.layers[position], list[Tensor](), self._owned.at_once(position)
+        vectors = [vector[layer.place] for vector in (self._gradient, slope) if vector is not None]
+        changes = layer.changes()
+        while block := [change.delta for change in islice(changes, size)]:
+            rows = torch.stack(block)
+            sums = [torch.linalg.vecdot(rows, rows), *(rows.to(v) @ v for v in vectors)]
+            found.append(torch.stack([forms(position, rows), *sums]))
+        form, squared, linear, *slopes = torch.cat(found, dim=1).cpu().numpy()
+        layer.sums = np.stack([squared, linear])
+        layer.weights.append(forms.batch.weight)
+        layer.forms.append(form)
+        layer.slopes += slopes
 
     def _slope(self, batch: WeightedBatch) -> Tensor:
         """The gradient of one batch's loss, float64 ``(d,)``."""
         problem, parameters = self.problem, self.problem.parameters
-        self._meter.add(problem.gradient_cost, batch.count / problem.data.count)
+        self.operator.meter.add(problem.gradient_cost, batch.count / problem.data.count)
         parts = gradient(problem.evaluate(batch.data), parameters.tensors)
         return parameters.flatten(parts).double()
 
@@ -203,22 +224,8 @@ class Predictions:
         return all(bool((2 * p.stderr <= rtol * p.size).all()) for p in known)
 
 
-def _layers(operator: Operator, saliency: Tensor) -> Iterator[Layer]:
-    parameters = operator.problem.parameters
-    for name, place in zip(parameters.layers, parameters.layer_places(), strict=True):
-        owned = parameters.in_layer(name)
-        yield Layer(name, owned, operator.block(Parameters(owned)), place.start, saliency[place])
-
-
-def _quadratic_forms(term: LiveTerm, changes: Tensor) -> Array:
-    """δᵀA_b δ of every change, a block of products at a time."""
-    operator = term.operator
-    block = changes.to(operator.problem.dtype)
-    parts = [
-        (term.apply(rows).double() * rows.double()).sum(1)
-        for rows in torch.split(block, operator.block_size)
-    ]
-    return np.asarray(torch.cat(parts).cpu().numpy())
+def _by_layer(parameters: Parameters) -> list[Parameters]:
+    return [Parameters(parameters.in_layer(name)) for name in parameters.layers]
 
 
 def sampled_mean(
@@ -273,7 +280,7 @@ class Measured:
 
     def changes(self, layers: list[Layer], exact: bool) -> Generator[Snapshot, None, list[Array]]:
         """Loss differences ``(k, scales)`` of each layer."""
-        counts = [len(layer.changes()) for layer in layers]
+        counts = [len(kinds_of(layer.parameters)) for layer in layers]
         with doubled(self.problem) if exact else nullcontext():
             before = self._before = self._loss() if self._before is None else self._before
             self.rounding = ROUNDING * torch.finfo(self.problem.dtype).eps * abs(before)
@@ -316,37 +323,34 @@ def order_of(errors: Array, rounding: float) -> float | None:
 # -- What predictions and measurements will take ---------------------------------------------------
 
 
-_WAY = 0.5
-"""Of a product's time, where only a layer's own part is made: the way back ends at that layer."""
-
-
-def perturbing(problem: Problem, pace: Pace) -> Work:
+def perturbing(operator: Operator, pace: Pace) -> Work:
     """All layers' changes on as many batches as are likely.
 
     A sample is seen to its end, and batches of all the data from a first look on, until all
     predictions are known: halfway, by the number of looks.
     """
-    layers, changes = len(problem.layer_names), _count(problem)
-    batches = len(problem.indices)
+    problem, layers = operator.problem, Layers(operator, _by_layer(operator.parameters))
+    changes, batches = _counts(problem), len(problem.indices)
     first = min(FEWEST_BATCHES, batches)
-    spent = pace.products(changes, layers)
-    spent.seconds *= _WAY
+    work = sum(count * cost for count, cost in zip(changes, layers.costs, strict=True))
+    spent = pace.products(work / operator.cost[1], layers.graphs)
+    spent.products = float(sum(changes))
     if problem.sampling_fraction != 1:
         first = batches
         spent += pace.gradient
     seen = math.sqrt(first * batches) / batches
     span = f"{first} to {batches}" if first < batches else f"all {batches}"
-    note = f"{changes} changes of {layers} layers, on {span} batches"
+    note = f"{sum(changes)} changes of {len(changes)} layers, on {span} batches"
     return Work(phase="perturbing", spent=spent.times(seen), note=note)
 
 
 def verifying(problem: Problem, pace: Pace) -> Work:
     """The loss with every change applied, at each scale."""
-    losses, share = 1 + _count(problem) * len(SCALES), FORWARD / problem.gradient_cost
+    losses, share = 1 + sum(_counts(problem)) * len(SCALES), FORWARD / problem.gradient_cost
     return Work(phase="verifying", spent=pace.gradient.times(share * losses))
 
 
-def _count(problem: Problem) -> int:
-    """Changes of all layers."""
+def _counts(problem: Problem) -> list[int]:
+    """Changes of each layer."""
     layers = map(problem.parameters.in_layer, problem.layer_names)
-    return sum(len(PRUNED) + len(BITS) * len(grids_of(layer)) for layer in layers)
+    return [len(kinds_of(layer)) for layer in layers]

@@ -260,7 +260,7 @@ class SensitivityStudy:
             goal, miss, probes = self._tracing
             choice = self.choice or chosen(self.run, "auto", Draw(self.seed))
             yield from expected(self.run, choice, goal, miss, pace, probes)
-            yield perturbing(problem, pace)
+            yield perturbing(self.operator, pace)
         if sweeps(problem.parameters.size):
             count = len(RELATIVE)
             yield Work(phase="inverting", spent=again.times(count) + pace.products(count))

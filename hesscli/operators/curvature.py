@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hesscli.meter import Meter
-from hesscli.operators.kernels import twice_differentiable
-from hesscli.operators.products import BATCHED, BUILDERS, Apply, Kind, Tensors, work
+from hesscli.operators.kernels import only, twice_differentiable
+from hesscli.operators.products import BATCHED, BUILDERS, FORMS, Apply, Forms, Kind, Tensors, work
 from hesscli.parameters import Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.problem import Problem
@@ -65,6 +65,17 @@ class Curvature(ABC):
         def in_the_same(block: Tensor) -> Tensor:
             with self._surroundings():  # activation checkpointing runs the forward again
                 return apply(block)
+
+        return in_the_same
+
+    def live_forms(self, batch: WeightedBatch) -> Forms:
+        """Quadratic forms of one batch's matrix, likewise, by double backward."""
+        with self._surroundings():
+            forms = FORMS[self.kind](*self.parts(batch))
+
+        def in_the_same(chosen: slice, block: Tensor) -> Tensor:
+            with self._surroundings(), only(self.parameters.tensors[chosen]):
+                return forms(chosen, block)
 
         return in_the_same
 

@@ -10,7 +10,8 @@ shift that it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +48,29 @@ class twice_differentiable(TorchFunctionMode):  # noqa: N801 (used as a context 
         if function is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+_only: frozenset[int] | None = None
+"""Where in memory the weights lie whose gradients are wanted; None for all."""
+
+
+@contextmanager
+def only(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Meanwhile, a way back through this module's convolutions makes no other weight's gradient.
+
+    autograd tells its own nodes what nobody has asked for, but not a function of one's own.
+    """
+    global _only
+    before, _only = _only, frozenset(tensor.data_ptr() for tensor in tensors)
+    try:
+        yield
+    finally:
+        _only = before
+
+
+def _is_wanted(weight: Tensor) -> bool:
+    """Whether a gradient of it is; what is made of other tensors leads on to them."""
+    return _only is None or not weight.is_leaf or weight.data_ptr() in _only
 
 
 def _convolution(
@@ -108,8 +132,10 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
-        needed = tuple(ctx.needs_input_grad[:2])
-        arguments = (*slopes, *ctx.saved_tensors, ctx.geometry, needed)
+        input, weight = ctx.saved_tensors
+        of_input, of_weight = ctx.needs_input_grad[:2]
+        needed = of_input, of_weight and _is_wanted(weight)
+        arguments = (*slopes, input, weight, ctx.geometry, needed)
         return *_ConvolutionBackward.apply(*arguments), None  # type: ignore[no-untyped-call]
 
 
@@ -137,7 +163,7 @@ class _ConvolutionBackward(torch.autograd.Function):
         for_slope = for_input = for_weight = None
         if along_input is not None:
             for_slope = _convolve(along_input, weight, None, *ctx.geometry)
-            only_weight = (False, ctx.needs_input_grad[2])
+            only_weight = (False, ctx.needs_input_grad[2] and _is_wanted(weight))
             for_weight = _gradients(slope, along_input, weight, ctx.geometry, only_weight)[1]
         if along_weight is not None:
             pushed = _convolve(input, along_weight, None, *ctx.geometry)

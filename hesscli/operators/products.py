@@ -27,6 +27,8 @@ Function = Callable[[Tensors | None], Tensor]
 """A live function of the parameters: at given tensors, or where the model stands (None)."""
 Middle = Callable[[Tensor], Apply]
 """Products with A where a function has this value, without its graph."""
+Forms = Callable[[slice, Tensor], Tensor]
+"""vᵀAv, float64 ``(k,)``, of rows ``(k, ·)`` over some consecutive tensors, 0 in the others."""
 
 _Passes = tuple[float, float]
 _PASSES: dict[Kind, dict[Mode, tuple[_Passes, _Passes]]] = {
@@ -153,16 +155,23 @@ def hessian_finite_difference(function: Function, tensors: Tensors, step: float 
 
 def sandwich_double_backward(function: Function, tensors: Tensors, at: Middle) -> Apply:
     """Jᵀ A J v, with J v by differentiating u ↦ Jᵀu, which is linear in u."""
-    value = function(None)
-    middle = at(value.detach())
-    dummy = value.detach().new_zeros(()).expand_as(value).requires_grad_()  # takes no memory
-    pulled = gradient(paired([value], [dummy]), tensors, create_graph=True)
+    value, middle, dummy, pulled = _pushing(function, tensors, at)
 
     def product(vector: Tensor) -> Tensor:
         pushed = vector_jacobian(pulled, [dummy], unflatten(vector, tensors)).view_as(value)
         return vector_jacobian([value], tensors, [middle(pushed)])
 
     return lambda block: torch.stack([*map(product, block)])
+
+
+def _pushing(
+    function: Function, tensors: Tensors, at: Middle
+) -> tuple[Tensor, Apply, Tensor, list[Tensor]]:
+    """The value, products with A there, u, and Jᵀu with its graph."""
+    value = function(None)
+    middle = at(value.detach())
+    dummy = value.detach().new_zeros(()).expand_as(value).requires_grad_()  # takes no memory
+    return value, middle, dummy, gradient(paired([value], [dummy]), tensors, create_graph=True)
 
 
 def sandwich_forward_over_reverse(function: Function, tensors: Tensors, at: Middle) -> Apply:
@@ -194,6 +203,45 @@ def sandwich_finite_difference(
         return flatten(gradient(paired([function(None)], [middle(pushed)]), tensors))
 
     return lambda block: torch.stack([*map(product, block)])
+
+
+# -- Quadratic forms of changes of some of the tensors ------------------------------------------
+
+
+FORM_PASSES: dict[Kind, float] = {"hessian": 2.0, "sandwich": 1.0}
+"""For each form on a graph that is there: passes as long as the way back to its tensors."""
+
+
+def hessian_forms(function: Function, tensors: Tensors) -> Forms:
+    """vᵀHv; of the gradient's graph no more is gone through than lies on the way to v's tensors."""
+    graph = gradient(function(None), tensors, create_graph=True)
+
+    def forms(chosen: slice, block: Tensor) -> Tensor:
+        own = tensors[chosen]
+        products = (vector_jacobian(graph[chosen], own, unflatten(v, own)) for v in block)
+        return torch.stack([_inner(v, product) for v, product in zip(block, products, strict=True)])
+
+    return forms
+
+
+def sandwich_forms(function: Function, tensors: Tensors, at: Middle) -> Forms:
+    """(Jv)ᵀ A (Jv): nothing is pulled back."""
+    value, middle, dummy, pulled = _pushing(function, tensors, at)
+
+    def form(chosen: slice, vector: Tensor) -> Tensor:
+        tangents = unflatten(vector, tensors[chosen])
+        pushed = vector_jacobian(pulled[chosen], [dummy], tangents).view_as(value)
+        return _inner(pushed, middle(pushed))
+
+    return lambda chosen, block: torch.stack([form(chosen, vector) for vector in block])
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    return (one.detach().double() * other.detach().double()).sum()
+
+
+FORMS: dict[Kind, Callable[..., Forms]] = {"hessian": hessian_forms, "sandwich": sandwich_forms}
+"""By double backward."""
 
 
 BUILDERS: dict[Kind, dict[Mode, Callable[..., Apply]]] = {

@@ -29,7 +29,7 @@ from hesscli.problem.freezing import FrozenData
 from hesscli.problem.independence import MUST_FIT, Independence
 from hesscli.problem.losses import Loss
 from hesscli.problem.precision import Narrowing, Precision, Widened, tolerance
-from hesscli.problem.restriction import held_fixed, share_of_way_back
+from hesscli.problem.restriction import held_fixed, shares_of_way_back
 
 _EXAMPLES = 8
 """That are run in float64 to see what becomes of it."""
@@ -195,14 +195,17 @@ class Objective:
     @cached_property
     def way_back(self) -> float:
         """Work of a backward pass, in gradients by all of the model's parameters."""
+        return self.ways_back([self.parameters.tensors])[0]
+
+    def ways_back(self, groups: Sequence[Sequence[Tensor]]) -> list[float]:
+        """Work of backward passes that end at some of the parameters each, in the same unit."""
 
         def loss_of_an_example() -> Tensor:
             return self.loss.evaluate(self.model, self.sample(1).data)
 
         with self.forward_context():
-            return BACKWARD * share_of_way_back(
-                loss_of_an_example, self.model, self.parameters.tensors
-            )
+            shares = shares_of_way_back(loss_of_an_example, self.model, groups)
+        return [BACKWARD * share for share in shares]
 
     @property
     def gradient_cost(self) -> float:

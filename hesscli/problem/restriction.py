@@ -6,6 +6,7 @@ it already, and meanwhile those that ``--params`` leaves out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from hesscli.errors import UsageError
 from hesscli.memory import is_out_of_memory
 from hesscli.parameters import Parameters, matches
+from hesscli.problem.batches import tensors_of
 from hesscli.torch_private import TorchDispatchMode
 
 
@@ -75,45 +77,65 @@ def _requiring(tensors: Sequence[Tensor], *, wanted: bool) -> Iterator[None]:
 # -- What the others cost: a forward pass, and no way back -----------------------------------------
 
 
-def share_of_way_back(
-    evaluate: Callable[[], Tensor], model: nn.Module, tensors: Sequence[Tensor]
-) -> float:
+def shares_of_way_back(
+    evaluate: Callable[[], Tensor], model: nn.Module, groups: Sequence[Sequence[Tensor]]
+) -> list[float]:
     """Of a model's backward pass, how much is on the way to some of its parameters.
 
-    By the multiplications that gradients by these and by all take, frozen ones included, as the
+    By the multiplications that gradients by these and by all take, frozen ones included, as one
     forward pass shows them: nothing of the size of the parameters is made. By the numbers of
     entries where nothing is multiplied.
 
     Args:
         evaluate: the loss of an example, with a graph for those parameters that require one.
         model: whose parameters they are.
-        tensors: those parameters.
+        groups: of those parameters, each with a share of its own.
     """
     whole = [tensor for tensor in model.parameters() if tensor.is_floating_point()]
-    entries, most = (sum(t.numel() for t in each) for each in (tensors, whole))
-    if entries == most:
-        return 1.0
+    entries = [sum(tensor.numel() for tensor in group) for group in (*groups, whole)]
+    most = entries.pop()
+    if set(entries) == {most}:
+        return [1.0] * len(groups)
     try:
-        with _Counting() as part:
+        with _requiring(whole, wanted=True), _Counting((*groups, whole)) as counting:
             evaluate()
-        with _requiring(whole, wanted=True), _Counting() as total:
-            evaluate()
+        *parts, total = counting.counts
     except Exception as error:  # of any kind: code that was made for frozen weights
         if is_out_of_memory(error):
             raise
-        return entries / most
-    return part.count / total.count if total.count else entries / most
+        parts, total = [], 0
+    return [part / total for part in parts] if total else [each / most for each in entries]
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the multiplications that the way back from products and convolutions will take.
 
-    It takes as many again by each of the two factors that a gradient is to reach.
+    It takes as many again by each of the two factors that a gradient is to reach: of a group of
+    parameters, those that are made of one of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
+        self._size, self._multiplied = len(groups), Counter[int]()
+        self._origins = dict[int, int]()
+        self._kept = list[Tensor]()
+        for number, group in enumerate(groups):
+            for tensor in group:
+                self._came_from(tensor, 1 << number)
+
+    @property
+    def counts(self) -> list[int]:
+        """Of each group."""
+        return [
+            sum(count for origins, count in self._multiplied.items() if origins >> number & 1)
+            for number in range(self._size)
+        ]
+
+    def _came_from(self, tensor: Tensor, origins: int) -> None:
+        """Remember of which groups, a bit for each, a tensor is made; it must stay in its place."""
+        if origins:
+            self._origins[id(tensor)] = self._origins.get(id(tensor), 0) | origins
+            self._kept.append(tensor)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -128,5 +150,12 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         counted = flop_registry.get(function.overloadpacket)
         if counted is not None:
             live = [a for a in args if isinstance(a, Tensor) and a.dim() > 1 and a.requires_grad]
-            self.count += min(2, len(live)) * counted(*args, **(kwargs or {}), out_val=result)
+            count = counted(*args, **(kwargs or {}), out_val=result) if live else 0
+            for factor in live[-2:]:
+                self._multiplied[self._origins.get(id(factor), 0)] += count
+        origins = 0
+        for tensor in tensors_of((args, kwargs)):
+            origins |= self._origins.get(id(tensor), 0)
+        for tensor in tensors_of(result):
+            self._came_from(tensor, origins)
         return result
