@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from program import HESSCLI, SPEC, environment, hesscli_warm, three_lines
 from torch import nn
+
+from hesscli.cli import console
+from hesscli.cli.console import SIGN_OF_LIFE, SignsOfLife
+from hesscli.results import Snapshot
 
 HEADER = "import torch\nfrom torch import nn\n"
 NET = "class Net(nn.Linear):\n    def __init__(self): super().__init__(6, 3)\n"
@@ -48,6 +53,34 @@ def test_stdout_is_the_document_alone_whatever_writes_to_it(tmp_path: Path) -> N
     assert json.loads(run.stdout)["command"] == "check"
     for said in ("by print", "by descriptor", "by a child", "from a buffer", "at the end"):
         assert said in run.stderr.splitlines()
+
+
+def test_a_log_has_a_line_now_and_then() -> None:
+    """Of a process that is 31 seconds old, with 15 of 60 products done since a phase began."""
+    lines: list[str] = []
+    signs = SignsOfLife(lines.append, time.monotonic() - SIGN_OF_LIFE - 1)
+    start = Snapshot(phase="probing", done=5.0, total=60.0)
+    later = Snapshot(phase="probing", done=20.0, total=60.0, estimate=12.5, interval=(11.25, 13.75))
+    assert not signs.observe(start)
+    assert not signs.observe(later)
+    (line,) = lines
+    assert line.partition(": ")[2] == "probing, 5 of 60, time left unknown"
+    old = SignsOfLife(lines.append, time.monotonic() - SIGN_OF_LIFE - 1)
+    old.observe(later)
+    assert lines[1].endswith("probing, 20 of 60, time left unknown, 12.5 ± 1.2")
+    SignsOfLife(lines.append, time.monotonic()).observe(later)
+    assert len(lines) == 2
+
+
+def test_signs_of_life_are_for_stderr_and_not_for_the_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "SIGN_OF_LIFE", 0.0)
+    line = ["trace", *SPEC, "--probes", "4", "--dir", "-", "--out", "json"]
+    run = hesscli_warm(*line, cwd=tmp_path)
+    assert json.loads(run.stdout)["command"] == "trace"
+    assert any(": probing, " in said and " ± " in said for said in run.stderr.splitlines())
+    assert hesscli_warm(*line, "-q", cwd=tmp_path).stderr == ""
 
 
 @pytest.mark.parametrize("columns", ["0", "", "-5", "wide"])

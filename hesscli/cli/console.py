@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -25,7 +25,27 @@ from hesscli.errors import HesscliError, first_line, printable
 from hesscli.results import Observe, Snapshot
 from hesscli.units import duration
 
-# -- The live progress line: what is being done, the estimate so far, and the time left ------------
+# -- Signs of life: what is being done, the estimate so far, and the time left ---------------------
+
+
+class _Phase:
+    """The phase that a run is in, from whose beginning the time left is foretold."""
+
+    def __init__(self) -> None:
+        self._first: Snapshot | None = None
+        self._began = 0.0
+
+    def begins(self, snapshot: Snapshot) -> bool:
+        """Whether a snapshot is the first of a phase."""
+        if self._first is not None and self._first.phase == snapshot.phase:
+            return False
+        self._first, self._began = snapshot, time.monotonic()
+        return True
+
+    def left(self, snapshot: Snapshot) -> str:
+        """The time until it ends."""
+        assert self._first is not None  # it has begun
+        return describe_time_left(self._first, snapshot, time.monotonic() - self._began)
 
 
 class ProgressLine:
@@ -43,8 +63,7 @@ class ProgressLine:
             disable=not live,
         )
         self._task: TaskID | None = None
-        self._first: Snapshot | None = None
-        self._began = 0.0
+        self._phase = _Phase()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -60,15 +79,14 @@ class ProgressLine:
 
     def observe(self, snapshot: Snapshot) -> bool:
         """Redraw the line; asks to stop where this rank, of many, has had a signal to end."""
-        if self._first is None or self._first.phase != snapshot.phase:
+        if self._phase.begins(snapshot):
             self._begin(snapshot)
         assert self._task is not None
-        assert self._first is not None
         self._progress.update(
             self._task,
             total=snapshot.total,
             completed=snapshot.done or 0.0,
-            left=describe_time_left(self._first, snapshot, time.monotonic() - self._began),
+            left=self._phase.left(snapshot),
             estimate=describe_estimate(snapshot),
         )
         return world.is_signalled()
@@ -77,8 +95,40 @@ class ProgressLine:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(snapshot.phase, total=None, left="", estimate="")
-        self._first = snapshot
-        self._began = time.monotonic()
+
+
+SIGN_OF_LIFE = 30.0
+"""Seconds between two lines of a run whose one line cannot be redrawn."""
+
+
+class SignsOfLife:
+    """A new line now and then, for logs and pipes.
+
+    Args:
+        say: takes a line.
+        began: when the process did, by :func:`time.monotonic`.
+    """
+
+    def __init__(self, say: Callable[[str], None], began: float) -> None:
+        self._say, self._began = say, began
+        self._next = began + SIGN_OF_LIFE
+        self._phase = _Phase()
+
+    def observe(self, snapshot: Snapshot) -> bool:
+        """Say where the run is, if nothing was said for long; asks to stop as the other does."""
+        self._phase.begins(snapshot)
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + SIGN_OF_LIFE
+            self._say(self._line(snapshot, now - self._began))
+        return world.is_signalled()
+
+    def _line(self, snapshot: Snapshot, seconds: float) -> str:
+        far, total = snapshot.done, snapshot.total
+        parts = [f"{duration(seconds)}: {snapshot.phase}"]
+        if far is not None:
+            parts.append(f"{far:.4g} of {total:.4g}" if total is not None else f"{far:.4g} so far")
+            parts.append(self._phase.left(snapshot))
+        return ", ".join((*parts, *filter(None, (describe_estimate(snapshot),))))
 
 
 def describe_time_left(first: Snapshot, now: Snapshot, seconds: float) -> str:
@@ -186,7 +236,7 @@ class Console:
 
     @contextmanager
     def working(self) -> Iterator[Observe]:
-        """A stretch of long work: a live progress line, and a stdout that only results reach.
+        """A stretch of long work: signs of life, and a stdout that only results reach.
 
         Whatever the user's own code prints, or a library warns about, goes to stderr.
         """
@@ -195,7 +245,9 @@ class Console:
                 first_line(message) or "no message"
             )
             with ProgressLine(self.err, live=self.live and not self.quiet) as line:
-                yield self._announcing(line.observe) if self.verbose else line.observe
+                signs = SignsOfLife(self.note, self.began)
+                observe = line.observe if self.live else signs.observe
+                yield self._announcing(observe) if self.verbose else observe
 
     def abandon(self) -> None:
         """Let nothing more be written: a reader has closed the pipe."""
