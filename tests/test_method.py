@@ -25,7 +25,14 @@ from hesscli.diagnostics.run import Clock
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.estimator import Estimator, Reading, Rounding
 from hesscli.engines.hutchinson.blocks import Blocks
-from hesscli.engines.hutchinson.designs import Deflated, Stratified, stratified_ratio
+from hesscli.engines.hutchinson.designs import (
+    REGIME_PROBES,
+    Deflated,
+    Stratified,
+    common_share,
+    deflated_ratio,
+    stratified_ratio,
+)
 from hesscli.errors import BudgetError, HesscliError, UsageError
 from hesscli.operators.base import Operator
 from hesscli.operators.dense import Dense
@@ -454,6 +461,29 @@ def test_the_regime_test_tells_layers_from_their_borders() -> None:
         exact = (len(ends) - 1) * own / np.square(matrix).sum()
         # Eight probes know a ratio of two variances to a factor of about 4, at one in a thousand.
         assert exact / 6 < stratified_ratio(operator, 0) < 6 * exact
+
+
+@pytest.mark.parametrize("size", [0.3, 1.0, 2.0])
+def test_what_batches_have_in_common_is_known_before_a_basis_is_made(size: float) -> None:
+    """Of C + N, C - N and C + M, where N and M are zero on the range of C, which has rank 12."""
+    rank, dim = 12, 80
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
+    inside, outside = basis[:, :rank], basis[:, rank:]
+    common = inside @ torch.diag(torch.linspace(1, 2, rank, dtype=torch.float64)) @ inside.T
+    rest = torch.randn(2, dim - rank, dim - rank, generator=generator, dtype=torch.float64)
+    own, other = size / dim**0.5 * (outside @ (rest + rest.mT) @ outside.T)
+    batches = torch.stack([common + own, common - own, common + other])
+    matrices = Dense.of((batches + batches.mT) / 2)
+    # Σ |Av|² of so many probes, whose variance each is at most 2 ‖AᵀA‖².
+    spread = [2 * (b @ b).square().sum() / REGIME_PROBES for b in batches]
+    off = 4 * max(float(s.sqrt() / b.square().sum()) for s, b in zip(spread, batches, strict=True))
+    c, n, m = (float(part.square().sum()) for part in (common, own, other))
+    assert abs(common_share(matrices, 0) - (c - n) / (c + n)) <= off
+    # One step more than the rank, of which a direction of M may be taken away.
+    left = deflated_ratio(matrices, rank + 1, 0)
+    largest = float(torch.linalg.matrix_norm(other, 2)) ** 2
+    assert abs(left - m / (m + c)) <= off * left + largest / (m + c)
 
 
 def test_many_probes_ahead_change_the_design() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli import Hessian
-from hesscli.engines.hutchinson.designs import common_share, stratified_ratio
+from hesscli.engines.hutchinson.designs import common_share, deflated_ratio, stratified_ratio
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.meter import OnStep
 from hesscli.operators.exactness import exact_parameters
@@ -42,6 +42,7 @@ WORK: dict[str, tuple[Work, int]] = {
     "exactness": (lambda p, look: exact_parameters(p, on_step=look), 4),
     "probes by layer": (lambda p, look: stratified_ratio(Hessian(p), 0, look), 2),
     "deflation": (lambda p, look: common_share(Hessian(p), 0, look), 2),
+    "a plan of it": (lambda p, look: deflated_ratio(Hessian(p), 4, 0, look), 5),
     "a whole inverse": (lambda _, look: StaticFisher(window(10_000), 0.1, on_step=look), 4),
     "blocks above the rows": (
         lambda _, look: StaticFisher(window(40), 0.1, blocks=[20, 20], on_step=look), 4

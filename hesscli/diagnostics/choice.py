@@ -17,6 +17,7 @@ from hesscli.engines.hutchinson.designs import (
     Design,
     Stratified,
     common_share,
+    deflated_ratio,
     stratified_ratio,
 )
 from hesscli.engines.hutchinson.engine import Hutchinson
@@ -51,8 +52,8 @@ DEFLATION_STEPS = 16
 """Lanczos steps: half of the 32 products from which on deflation was seen to win."""
 BASIS_BYTES = 1 << 31
 """Bytes that a float64 basis may take."""
-COMMON_SHARE = 0.75
-"""Of the probe noise that deflation could take away at best, for its basis to be worth making."""
+COMMON_SHARE = 0.5
+"""Of what makes probe noise that batches must have in common for a basis to be worth making."""
 _TURN = 0x7042
 """Separates the probes after a change of design from those that led to it."""
 
@@ -275,12 +276,14 @@ class Better:
         on_step: called after each product that is made to find out.
         fits: whether there is time for so many products.
         designs: whether other designs of probes are looked for, which takes some.
+        foretells: whether what a turn leaves to do is measured, for a plan.
     """
 
     draw: Draw
     on_step: OnStep
     fits: Callable[[int], bool] = lambda _: True
     designs: bool = True
+    foretells: bool = False
 
     def units(self, estimator: Estimator, probes: int) -> Turn | None:
         """Unit vectors, where they are fewer than so many probes.
@@ -313,7 +316,10 @@ class Better:
         if common < COMMON_SHARE:
             return None
         why = f"the top {steps} Krylov directions exactly, probes for the rest"
-        return Turn("deflated", _foretold(needed, why), steps, work=1 - common)
+        turn = Turn("deflated", _foretold(needed, why), steps)
+        if not self.foretells:
+            return turn
+        return replace(turn, work=deflated_ratio(operator, steps, seed, self.on_step))
 
     def take(self, turn: Turn, estimator: Estimator) -> Estimator:
         """All by unit vectors, or another design for what is probed."""

@@ -120,7 +120,7 @@ class Turn:
     """A better estimator for the way that is left: its kind, and why it was chosen.
 
     ``steps`` are Lanczos', where it has some; ``work`` is how much of the plain probes' is
-    expected to be left.
+    expected to be left, all of it where nobody has measured that.
     """
 
     kind: Literal["unit vectors", "stratified", "deflated"]
@@ -252,13 +252,16 @@ class Estimation:
         return self._after(turn, probes, deciding, pace)
 
     def _after(self, turn: Turn, probes: int, deciding: Spent, pace: Pace) -> tuple[Work, ...]:
-        """A first look, and what comes of the turn in place of so many probes."""
+        """A first look, and what comes of the turn in place of so many probes.
+
+        What is known without probes stays as it is, and random columns go with the probes.
+        """
         size, first = self.estimator.parameters.size, self._first_look()
         if turn.kind == "unit vectors":
             return (Work(phase=UnitVectors.phase, spent=pace.products(size), note=turn.why),)
         looks = math.ceil(math.log2(max(probes * turn.work / first, 1.0)))
-        ahead = pace.products(first * 2**looks) + pace.products(turn.steps, turn.steps)
-        spent = self.estimator.foreseen(first) + deciding + ahead
+        spent = pace.products(first) + deciding + pace.products(turn.steps, turn.steps)
+        spent += self.estimator.foreseen(first * 2**looks)
         return (Work(phase=self.estimator.phase, spent=spent, note=turn.why),)
 
     def outcome(self, cut: Status | None) -> Outcome:

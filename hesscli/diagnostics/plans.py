@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hesscli.diagnostics.choice import Choice, Draw
+from hesscli.diagnostics.choice import DEFLATION_STEPS, Choice, Draw
 from hesscli.diagnostics.estimation import Goal, Tolerance
 from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.diagnostics.reporting import chosen, expected
@@ -163,9 +163,14 @@ class Pilot:
                 if choice.estimator.exact and choice.estimator.coverage():
                     break
             if choice.rethink is not None:
-                layers = len(problem.parameters.layers)
-                designs = self._affordable(REGIME_PROBES * (layers + 2)) >= 1
-                rethink = replace(choice.rethink, fits=self._fits, designs=designs)
+                looking = REGIME_PROBES * (len(problem.parameters.layers) + 2) + 3 * DEFLATION_STEPS
+                rethink = replace(
+                    choice.rethink,
+                    draw=replace(draw, seed=self.asked.seed),  # it decides as the run will
+                    fits=self._fits,
+                    designs=self._affordable(looking) >= 1,
+                    foretells=True,
+                )
                 choice = replace(choice, rethink=rethink)
             self._choices[method] = choice
         return self._choices[method]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -172,24 +172,24 @@ def stratified_ratio(operator: Source, seed: int, on_step: OnStep = go_on) -> fl
 
 
 def common_share(operator: Source, seed: int, on_step: OnStep = go_on) -> float:
-    """Share of a batch's probe noise that its matrix has in common with another batch's.
+    """How much of what makes probe noise two batches' matrices have in common; 1 of a single one.
 
-    The correlation of two batches' quadratic forms of the same probes. A basis from the mean of
-    all batches can take away no more than that; with a single batch it is everything.
+    That is ⟨A, B⟩ / (‖A‖ ‖B‖), Frobenius' cosine, of which a basis from the mean of all batches can
+    make use. Products with the same probes say it entry by entry, E[(Av)·(Bv)] = ⟨A, B⟩, and so far
+    more surely than quadratic forms of them would, which there are only a few of.
     """
     terms = list(itertools.islice(operator.batches(), 2))
     if len(terms) == 1:
         return 1.0
     probes = Probes(operator, key(_REGIME, seed), "shared", "rademacher")
     block = probes.block(0, 0, REGIME_PROBES)
-    forms = []
+    products = []
     for term in terms:
-        forms.append((block * term.apply(block)).sum(1, dtype=torch.float64))
+        products.append(term.apply(block).double())
         on_step()
-    one, other = forms
-    one, other = one - one.mean(), other - other.mean()
+    one, other = products
     size = float(one.norm() * other.norm())
-    return float(one @ other) / size if size else 0.0
+    return float((one * other).sum()) / size if size else 0.0
 
 
 # -- Krylov-deflated probes: the large directions exactly, random vectors for what is left ---------
@@ -288,14 +288,7 @@ class Deflated(Design):
             )
 
     def _begun(self) -> Lanczos:
-        return Lanczos(
-            self._product,
-            self.operator.parameters.size,
-            seed=self.seed,
-            dtype=self.operator.dtype,
-            device=self.operator.device,
-            reserve=self.steps,
-        )
+        return _lanczos(self.operator, self._product, self.steps, self.seed)
 
     def estimates(self, term: Term, block: Tensor, on_step: OnStep = go_on) -> Tensor:
         """Estimates outside the deflated directions, one product a probe."""
@@ -327,3 +320,56 @@ class Deflated(Design):
         for batch, offset in (one for each in every for one in each.items()):
             self._offsets[batch] = self._offsets.get(batch, np.zeros(())) + offset
         return total
+
+
+def _lanczos(
+    operator: Source, product: Callable[[Tensor], Tensor], steps: int, seed: int
+) -> Lanczos:
+    return Lanczos(
+        product,
+        operator.parameters.size,
+        seed=seed,
+        dtype=operator.dtype,
+        device=operator.device,
+        reserve=steps,
+    )
+
+
+_BASIS_BATCHES = 2
+
+
+def deflated_ratio(operator: Source, steps: int, seed: int, on_step: OnStep = go_on) -> float:
+    """Work of deflated probes over that of plain ones for the same error, basis apart.
+
+    That is ‖A (I − QQᵀ)‖² / ‖A‖² of a batch's matrix A, which products with probes estimate as
+    their squared lengths, and Q a basis from two others: what they have in common with it is what
+    all have. Where there are no more than two batches, Q is of all of them, as it will be.
+
+    Args:
+        operator: the matrix.
+        steps: of Lanczos' method, as many as the basis will take.
+        seed: of its start, and of the probes.
+        on_step: called after each product with a batch; may end it.
+    """
+    *own, tested = itertools.islice(operator.batches(), _BASIS_BATCHES + 1)
+    if len(own) < _BASIS_BATCHES:
+        own.append(tested)
+
+    def product(vector: Tensor) -> Tensor:
+        total = torch.zeros_like(vector)
+        for term in own:
+            row = vector[None].to(operator.dtype)
+            total += term.weight / len(own) * term.apply(row)[0].double()
+            on_step()
+        return total
+
+    lanczos = _lanczos(operator, product, steps, seed)
+    while lanczos.count < min(steps, operator.parameters.size):
+        lanczos.step()
+    probes = Probes(operator, key(_REGIME, seed), "fresh", "rademacher")
+    block = probes.block(tested.index, 0, REGIME_PROBES)
+    basis = lanczos.basis.to(block.dtype)
+    left = block - (block @ basis.T) @ basis
+    plain, rest = (float(tested.apply(v).double().square().sum()) for v in (block, left))
+    on_step()
+    return rest / plain if plain else 1.0
