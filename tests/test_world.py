@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from program import environment, hesscli_warm
+from program import environment, hesscli_warm, three_lines
 from test_resume import RUNS, cut_off, kept_in, problem, said
 
 import hesscli
@@ -207,3 +208,25 @@ def test_a_signal_to_one_rank_ends_all_at_what_they_have(several: Ranks) -> None
     assert {found["status"] for found in several.found} == {"interrupted"}
     assert {found["probes"] for found in several.found} == {first["probes"]}
     assert 2 <= first["probes"] < 512
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others_in_three_lines(rank: int, tmp_path: Path) -> None:
+    """At once, and with no result."""
+    kill = f'if os.environ.get("RANK") == "{rank}" and calls > 40: os.kill(os.getpid(), 9)'
+    folder_with(tmp_path, kill)
+    began = time.monotonic()
+    options = ("--method", "hutchinson", "--probes", 512, "--dir", "out")
+    run = torchrun(2, "-m", "hesscli", "trace", "model.pt", *options, cwd=tmp_path)
+    assert run.returncode == 1
+    assert time.monotonic() - began < 60
+    assert not run.stdout
+    lines = run.stderr.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("error: "))
+    what, got, hint = three_lines("\n".join(lines[start : start + 3]))
+    assert what == f"rank {rank} of 2 has ended or answers no more"
+    assert got
+    assert "--resume" in hint
+    assert run.stderr.count("error: ") == 1
+    assert not list((tmp_path / "out").glob("*.json"))

@@ -358,10 +358,9 @@ class Retained:
         if problem.is_doubled or not problem.precision.is_float64:
             return order
         heaviest = sorted(self._parts, key=lambda index: -self._parts[index])[:_HEAVIEST]
-        own = set(world.share(self.operator.indices))
         with self.operator.meter.pooled():
             with world.apart():
-                errors = [self._relative_error(i, vectors) for i in heaviest if i in own]
+                errors = [self._relative_error(i, vectors) for i in world.share(heaviest)]
             relative = max(max(each, default=0.0) for each in world.gathered(errors))
         return relative * size + order
 
