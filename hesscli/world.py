@@ -66,6 +66,11 @@ def size() -> int:
     return _here.size
 
 
+def place() -> int:
+    """Which of them this is, from 0 on."""
+    return _here.rank
+
+
 def is_first() -> bool:
     """Whether this is rank 0, the one that speaks and writes."""
     return _here.rank == 0

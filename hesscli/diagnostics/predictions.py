@@ -8,7 +8,7 @@ Where the kept examples are a sample themselves, so is g, and batches differ in 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hesscli import world
 from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.diagnostics.perturbations import Change, applied, changes_of, kinds_of
 from hesscli.engines.diagonal import student_scale
@@ -33,12 +34,21 @@ from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
 from hesscli.results import Snapshot, Status
 from hesscli.state import State
-from hesscli.sums import weighted_sum
 
 Array = NDArray[np.float64]
 
 SCALES = (1.0, 0.5, 0.25)
 FEWEST_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a batch has said of a layer's changes: a row of each, and what all batches agree on."""
+
+    sums: Array
+    weight: float
+    form: Array
+    slopes: list[Array]
 
 
 @dataclass
@@ -60,6 +70,13 @@ class Layer:
     def changes(self) -> Iterator[Change]:
         """Made anew each time: they are cheap, and large."""
         return changes_of(self.parameters, self.saliency)
+
+    def add(self, seen: _Seen) -> None:
+        """Take what the next batch has said."""
+        self.sums = seen.sums
+        self.weights.append(seen.weight)
+        self.forms.append(seen.form)
+        self.slopes += seen.slopes
 
     @property
     def size(self) -> int:
@@ -132,14 +149,14 @@ class Predictions:
         """
         batches = self.problem.indices
         look = min(FEWEST_BATCHES, len(batches))
-        for number, index in enumerate(batches, 1):
-            if number > self.seen:
-                yield from self._see(self.problem.batch(index), number, len(batches))
-            if number == look:
-                if number == self.seen and self._known_within(rtol):
-                    return "converged"
-                look = min(2 * look, len(batches))
-        return "data-limited"
+        while True:
+            while self.seen < look:
+                yield from self._see(batches[self.seen : min(self.seen + world.size(), look)])
+            if self.seen == look and self._known_within(rtol):
+                return "converged"
+            if look == len(batches):
+                return "data-limited"
+            look = min(2 * look, len(batches))
 
     def state_dict(self) -> State:
         """Of each layer what is known of it, batch by batch."""
@@ -183,21 +200,37 @@ class Predictions:
             freedom=max(1, seen - 1),
         )
 
-    def _see(self, batch: WeightedBatch, number: int, total: int) -> Iterator[Snapshot]:
-        """One batch's quadratic forms, of those layers that have not seen it yet."""
-        begun, meter = len(self.layers[0].forms) == number, self.operator.meter
-        with meter.uncounted() if begun else nullcontext():
-            slope = self._slope(batch) if self._fraction < 1 else None
-        forms = LayerForms(self._owned, batch, is_counted=begun)
-        for position, layer in enumerate(self.layers):
-            if len(layer.forms) == number:
-                continue
-            self._see_layer(forms, position, slope)
-            meter.keep()
-            done = number - 1 + (position + 1) / len(self.layers)
-            yield Snapshot(phase="perturbing", done=done, total=float(total))
+    def _see(self, turn: Sequence[int]) -> Iterator[Snapshot]:
+        """The next batches' quadratic forms, of those layers that have not seen them yet.
 
-    def _see_layer(self, forms: LayerForms, position: int, slope: Tensor | None) -> None:
+        There are as many as ranks at most, each of which has one.
+        """
+        before, meter, forms, slope = self.seen, self.operator.meter, None, None
+        own = before + world.place()
+        if (index := world.own(turn)) is not None:
+            begun = len(self.layers[0].forms) > own
+            forms = LayerForms(self._owned, self.problem.batch(index), is_counted=begun)
+        with meter.pooled(), world.apart():
+            if forms is not None and self._fraction < 1:
+                with meter.uncounted() if begun else nullcontext():
+                    slope = self._slope(forms.batch)
+        for position, layer in enumerate(self.layers):
+            if len(layer.forms) == before + len(turn):
+                continue
+            with meter.pooled():
+                found = None
+                with world.apart():
+                    if forms is not None and len(layer.forms) <= own:
+                        found = self._of_layer(forms, position, slope)
+                every = [one for one in world.gathered(found) if one is not None]
+            for one in every:
+                layer.add(one)
+            meter.keep()
+            done = before + len(turn) * (position + 1) / len(self.layers)
+            total = float(len(self.problem.indices))
+            yield Snapshot(phase="perturbing", done=done, total=total)
+
+    def _of_layer(self, forms: LayerForms, position: int, slope: Tensor | None) -> _Seen:
         """A batch's forms of a layer's changes, and the sums that go with them."""
         layer, found, size = self.layers[position], list[Tensor](), self._owned.at_once(position)
         vectors = [vector[layer.place] for vector in (self._gradient, slope) if vector is not None]
@@ -207,10 +240,7 @@ class Predictions:
             sums = [torch.linalg.vecdot(rows, rows), *(rows.to(v) @ v for v in vectors)]
             found.append(torch.stack([forms(position, rows), *sums]))
         form, squared, linear, *slopes = torch.cat(found, dim=1).cpu().numpy()
-        layer.sums = np.stack([squared, linear])
-        layer.weights.append(forms.batch.weight)
-        layer.forms.append(form)
-        layer.slopes += slopes
+        return _Seen(np.stack([squared, linear]), forms.batch.weight, form, slopes)
 
     def _slope(self, batch: WeightedBatch) -> Tensor:
         """The gradient of one batch's loss, float64 ``(d,)``."""
@@ -300,12 +330,13 @@ class Measured:
     @torch.no_grad()
     def _loss(self) -> float:
         """Over all kept examples, weight decay included."""
-        problem = self.problem
-        total = weighted_sum(
-            problem.batches(),
-            torch.zeros(1, dtype=torch.float64, device=problem.device),
-            lambda batch: [problem.evaluate(batch.data).reshape(1)],
-        )
+        problem, own = self.problem, dict[int, float]()
+        with world.apart():
+            for index in world.share(problem.indices):
+                batch = problem.batch(index)
+                own[index] = batch.weight * float(problem.evaluate(batch.data))
+        each = sorted(one for every in world.gathered(own) for one in every.items())
+        total = sum(value for _, value in each)
         square = sum(t.detach().double().square().sum() for t in problem.parameters.tensors)
         self.meter.add(FORWARD)
         return float(total + 0.5 * problem.weight_decay * square)
