@@ -1,8 +1,26 @@
-"""An estimator's way to a tolerance, with intervals that hold however often one looks.
+"""An estimator's way to a tolerance: few readings, of which what is told holds as often as it says.
 
 An interval that is looked at again and again until it is narrow misses more often than it says.
-Here the looks are few (each doubles the number of probes) and share one error budget: look j
-spends α/(j(j+1)), which sums to α over any number of looks (union bound).
+How much more depends on what is looked at. Let the cells of a table be normal. Its estimate is then
+independent of all the residuals that it has had on the way (Basu 1955, "On statistics independent
+of a complete sufficient statistic"), and so of every variance and width that was read off them.
+Who goes on for want of narrowness alone has therefore not chosen among estimates, however often
+they have read: given the residuals, the estimate at the end misses with probability 2 Φ(−t s/σ),
+whose mean at a number of probes that was set beforehand is what Student's t is made for. What is
+left to go wrong is that s is taken where it looks small. That costs less than the mean suggests as
+s is of many degrees of freedom, and nothing in the limit (Chow & Robbins 1965, "On the asymptotic
+theory of fixed-width sequential confidence intervals for the mean"); with few it would cost most.
+So the error budget α is spent on looks of three kinds, which sum to α (union bound):
+
+1. α/8 on the first look, whose few probes say little of s and plan the second.
+2. 3α/4 on the second. It is foreseen to be the last: where it is not narrow enough, nothing is
+   told, and it is held again some probes later, with what it had.
+3. α/8 on all looks after a result was told, as those of a run that goes on to a smaller tolerance:
+   who asks for more has seen the estimate. The k-th of them spends 1 / (k (k + 1)) of that.
+
+A relative tolerance asks for a width in terms of the estimate, which is a choice of one side as
+often as of the other: it moves misses from one end of the interval to the other one. Measured over
+2,000 seeds on normal and on skew cells, what is told holds in 94 to 97% (tests/test_looks.py).
 """
 
 from __future__ import annotations
@@ -47,9 +65,16 @@ class Tolerance:
         return max(relative * abs(estimate) / (1 + relative), self.absolute or 0.0)
 
 
+_FIRST, _PLANNED = 1 / 8, 3 / 4
+"""Shares of the error budget that the first look and the planned one have; all others the rest."""
+
+
 def miss_probability(total: float, look: int) -> float:
-    """Share of the error budget ``total`` that look number ``look`` (from 1) spends."""
-    return total / (look * (look + 1))
+    """What look number ``look`` (from 1) spends of the error budget ``total``."""
+    if look <= 2:
+        return total * (_FIRST, _PLANNED)[look - 1]
+    told = look - 2
+    return total * (1 - _FIRST - _PLANNED) / (told * (told + 1))
 
 
 def first_look(sharing: Sharing, num_batches: int) -> int:
@@ -60,6 +85,25 @@ def first_look(sharing: Sharing, num_batches: int) -> int:
     return FIRST_CELLS if sharing == "shared" else max(2, -(-FIRST_CELLS // num_batches))
 
 
+_PAST = 1.08
+"""Times the probes that would just do: a variance that comes out larger is not to ask for more."""
+_FAR, _MOST_AT_ONCE = 3, 4
+"""Times the probes from which on a variance is read again half way there, and how far at most."""
+
+
+def next_look(probes: int, needed: float, least: int = 1) -> int:
+    """Probes of each batch at the next look.
+
+    Args:
+        probes: of each batch by now.
+        needed: of each batch, as far as the variance can tell by now.
+        least: that are worth a pass over the batches.
+    """
+    is_far = needed > _FAR * probes
+    aimed = min(needed / 2, _MOST_AT_ONCE * probes) if is_far else _PAST * needed
+    return max(math.ceil(aimed), probes + max(least, probes // 10))
+
+
 # -- An estimator's way to a tolerance -------------------------------------------------------------
 
 
@@ -67,8 +111,8 @@ _SHOW_EVERY = 0.3
 """Seconds between two readings of a growing table for the progress bar."""
 _FEWEST = 2
 """Probes of each batch, for an error bar."""
-_MOST_LOOKS = 40
-"""That are planned."""
+_MOST_FORESEEN = 2.0**40
+"""Probes of each batch that a plan has."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +147,32 @@ class Standing:
         share = drawn / (drawn + rest) if error else 0.0
         return Standing(error, self.wanted, self.floor / math.sqrt(data), share)
 
+    @property
     def factor(self) -> float | None:
-        """How many times the probes would do; None where no number would."""
-        if self.error == 0 or not math.isfinite(self.error):
+        """How many times the probes would do; None where no number would, or nothing is known."""
+        if self.error == 0:
             return 1.0
+        if not math.isfinite(self.error):
+            return None
         shrinking = self.share * self.error**2
         allowed = self.wanted**2 - (self.error**2 - shrinking)
         return shrinking / allowed if allowed > 0 else None
 
+    @property
+    def most(self) -> float:
+        """How many times the probes are worth while: those that do, or that leave other noise most.
+
+        Twice where nothing is known.
+        """
+        if (factor := self.factor) is not None:
+            return factor
+        if not math.isfinite(self.error) or self.share == 1:
+            return 2.0
+        return _BEYOND * self.share / (1 - self.share)
+
+
+_BEYOND = 1.01
+"""Times the probes at which other noise is half: past them it is the most."""
 
 Goal = Callable[[Estimator, Reading], Standing]
 
@@ -169,8 +231,8 @@ class Estimation:
         rounding: error of a quadratic form relative to its size.
         rethink: is given the estimator after a first look and the probes that it would take;
             may have a better one.
-        probes: of each batch; None to look at doubling numbers of them until the goal is reached,
-            each look with its share of the error budget.
+        probes: of each batch; None to go on until the goal is reached, each look with its share of
+            the error budget.
         look: at the time, between two products of a step; may end it.
     """
 
@@ -189,7 +251,7 @@ class Estimation:
         self.probes = 1 if probes is None and estimator.exact else probes
         self._status: Status | None = None
         self._target = 0
-        self._looks, self._looked = 0, False
+        self._looks, self._looked, self._delivered = 0, False, False
         self._asked = rethink is None
         self._joined = self._resumed = False
         self._turn: Turn | None = None
@@ -227,10 +289,21 @@ class Estimation:
             reading = self._look()
             self._status = self._settled(reading)
             if self._status is None:
-                self.estimator.balance()
-                turned = self._turns(reading)
-                self._target = self._first_look() if turned else 2 * self._target
-                self._looked = False
+                self._plan()
+            else:
+                self._delivered = True
+
+    def _plan(self) -> None:
+        """How to go on from a look that was not narrow enough."""
+        self._looked = self._looks > 1 and not self._delivered
+        self._delivered = False
+        miss = self._miss_at(self._looks + (not self._looked))
+        standing, probes = self._standing(self._read(miss)), self.estimator.num_probes
+        needed = standing.most * self.estimator.balance() * probes
+        least = 1 if self.estimator.entries is None else 2  # one alone tells nothing of noise
+        self._target = next_look(probes, needed, least)
+        if self._turns(standing, needed):
+            self._target = self._first_look()
 
     def expected(self, pace: Pace) -> tuple[Work, ...]:
         """Probes up to the look that will be the last; unit vectors where those are fewer."""
@@ -259,9 +332,8 @@ class Estimation:
         size, first = self.estimator.parameters.size, self._first_look()
         if turn.kind == "unit vectors":
             return (Work(phase=UnitVectors.phase, spent=pace.products(size), note=turn.why),)
-        looks = math.ceil(math.log2(max(probes * turn.work / first, 1.0)))
         spent = pace.products(first) + deciding + pace.products(turn.steps, turn.steps)
-        spent += self.estimator.foreseen(first * 2**looks)
+        spent += self.estimator.foreseen(max(math.ceil(probes * turn.work), first))
         return (Work(phase=self.estimator.phase, spent=spent, note=turn.why),)
 
     def outcome(self, cut: Status | None) -> Outcome:
@@ -277,7 +349,7 @@ class Estimation:
         if self._left is not None and self.estimator.coverage() < 1:
             self.estimator, miss = self._left  # what was known before says more
             return self._outcome(cut, self._read(miss))
-        self._looks += 1
+        self._looks += not self._looked
         reading = self._read(self._miss_at(self._looks))
         # Who goes on after each cut until it says "converged" looks as often as they like.
         reached = cut == "budget" and not self._resumed and self._standing(reading).reached
@@ -305,6 +377,7 @@ class Estimation:
             "target": self._target,
             "looks": self._looks,
             "looked": self._looked,
+            "delivered": self._delivered,
             "asked": self._asked,
             "turn": None if self._turn is None else asdict(self._turn),
             "estimator": self.estimator.state_dict(),
@@ -323,7 +396,8 @@ class Estimation:
         """
         self._resumed = True
         self._target, self._looks = state["target"], state["looks"]
-        self._looked, self._asked = state["looked"], state["asked"]
+        self._looked, self._delivered = state["looked"], state["delivered"]
+        self._asked = state["asked"]
         before = self.estimator
         if state["turn"] is not None:
             assert self.rethink is not None  # or there would have been no turn
@@ -384,35 +458,34 @@ class Estimation:
         return first_look(self.estimator.sharing, len(self.estimator.operator.indices))
 
     def _ahead(self) -> tuple[int, str, float]:
-        """Probes of each batch at the end, what ends it, and how many would reach the goal."""
+        """Probes of each batch at the end, what ends it, and how many would reach the goal.
+
+        The estimator may be a pilot's, of a few batches only.
+        """
         if self.probes is not None:
             exact = self.estimator.exact
             end = "one pass" if exact else f"{self.probes} probes a batch"
             return self.probes, end, self.probes
-        looks = self._looks_ahead(self._miss_at(1))[0]
-        looks, there = self._looks_ahead(self._miss_at(looks))
-        probes = self._first_look() * 2 ** (looks - 1)
+        estimator, first = self.estimator, self._first_look()
+        counts, every = estimator.operator.counts, estimator.operator.indices
+        data = sum(counts[i] for i in every) / sum(counts[i] for i in estimator.indices)
+        done = estimator.draws
+
+        def standing(look: int) -> Standing:
+            return self._standing(self._read(self._miss_at(look))).after(first / done, data)
+
+        if standing(1).reached:
+            return first, f"its tolerance is expected after {first} probes a batch", first
+        ahead = standing(2)
+        needed = min(ahead.most * first, _MOST_FORESEEN)
+        probes = max(math.ceil(_PAST * needed), first + 1)
+        there = ahead.after(probes / first)
         if there.reached:
-            return probes, f"its tolerance is expected after {probes} probes a batch", probes
+            return probes, f"its tolerance is expected after {probes} probes a batch", needed
         if there.hopeless:
             why = f"data noise is most of its error after {probes} probes a batch"
             return probes, why, math.inf
         return probes, f"not even {probes} probes a batch are expected to do", math.inf
-
-    def _looks_ahead(self, miss: float) -> tuple[int, Standing]:
-        """As many as it takes if each may spend so much, and where they lead.
-
-        The estimator may be a pilot's, of a few batches only.
-        """
-        estimator, first = self.estimator, self._first_look()
-        counts, every = estimator.operator.counts, estimator.operator.indices
-        data = sum(counts[i] for i in every) / sum(counts[i] for i in estimator.indices)
-        now, looks = self._standing(self._read(miss)), 1
-        while True:
-            there = now.after(first * 2 ** (looks - 1) / estimator.draws, data)
-            if there.reached or there.hopeless or looks == _MOST_LOOKS:
-                return looks, there
-            looks += 1
 
     def _miss_at(self, look: int) -> float:
         """What a look may spend: all of it where there is but one."""
@@ -424,20 +497,21 @@ class Estimation:
             status, self.estimator, reading, self._looks, self.rounding, turn, self._joined
         )
 
-    def _turns(self, reading: Reading) -> bool:
+    def _turns(self, standing: Standing, needed: float) -> bool:
         """Whether there is a better estimator for the way that is left.
 
         Designs of probes are looked for once, unit vectors before each look that takes more.
         """
         if self._turn is not None or self.rethink is None:
             return False
-        turn = None
+        turn, is_limited = None, standing.factor is None and math.isfinite(standing.error)
         if not self._asked:
-            needed = (self._standing(reading).factor() or math.inf) * self.estimator.num_probes
-            turn, self._asked = self.rethink.decide(self.estimator, needed), True
-        before = self.estimator
-        if self._turn_to(turn or self._units(2 * self._target)):
-            self._left = before, reading.miss
+            ahead = math.inf if is_limited else needed
+            turn, self._asked = self.rethink.decide(self.estimator, ahead), True
+        turn = turn or self._units(self._target if is_limited else math.ceil(needed))
+        before, miss = self.estimator, self._miss_at(self._looks)
+        if self._turn_to(turn):
+            self._left = before, miss
         return self._turn is not None
 
     def _units(self, probes: int) -> Turn | None:
@@ -496,9 +570,5 @@ class Estimation:
         """Products at the look that is expected to be the last."""
         if reading is None or self._looks == 0:
             return None
-        factor = self._standing(reading).factor()
-        if factor is None:
-            return float(probes)
-        needed = factor * self.estimator.num_probes
-        doublings = max(0, math.ceil(math.log2(max(needed, 1.0) / probes)))
-        return probes * 2.0**doublings
+        needed = _PAST * self._standing(reading).most * self.estimator.num_probes
+        return max(float(probes), needed)

@@ -16,7 +16,7 @@ from hesscli.engines.hutchinson.engine import Hutchinson
 from hesscli.engines.hutchinson.table import Array, MeanSquare, Sharing, Table, reduce_table
 from hesscli.engines.per_example import PerExample
 from hesscli.engines.unit_vectors import UnitVectors
-from hesscli.meter import Meter, OnStep, Spent, go_on, watched
+from hesscli.meter import BACKWARD, Meter, OnStep, Spent, go_on, watched
 from hesscli.operators.bias import Bias
 from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
@@ -26,6 +26,11 @@ from hesscli.state import State
 
 
 Engine = PerExample | UnitVectors | Hutchinson
+
+_CHEAPER = 2 / BACKWARD
+"""Work of a probe's product over that of a column, which takes one way back."""
+_MOST_UNEVEN = 8
+"""Random columns to a probe, or probes to a column: their variances are estimates."""
 
 
 class Estimator:
@@ -187,23 +192,30 @@ class Estimator:
         return total
 
     def _draws(self, count: int) -> int:
-        """Random columns that go with so many probes."""
-        return max(2, math.ceil(count * self.draws_per_probe))
+        """Random columns that go with so many probes; in pairs, for one tells nothing of noise."""
+        return 2 * max(1, math.ceil(count * self.draws_per_probe / 2))
 
-    def balance(self) -> None:
-        """Fewer random columns than probes where these leave less noise.
+    def balance(self) -> float:
+        """As many random columns to a probe as leave the least noise for the work.
 
-        For n draws of variance V each, Σ V/n at a given Σ n is least with n ∝ √V.
+        For n draws of variance V and work c each, Σ V/n at a given Σ c n is least with n ∝ √(V/c).
+
+        Returns:
+            How many times the probes have the same noise then.
         """
-        if not self.sampled or self.probes is None:
-            return
-        drawn, probed = self._energy(self.gauss_newton), self._energy(self.probes)
-        if probed:
-            self.draws_per_probe = min(1.0, math.sqrt(drawn / probed))
+        known, probes = self.gauss_newton, self.probes
+        if known is None or probes is None or not self.sampled:
+            return 1.0
+        drawn, probed = self._energy(known), self._energy(probes)
+        if not drawn + probed:
+            return 1.0
+        best = math.sqrt(_CHEAPER * drawn / probed) if probed else math.inf
+        self.draws_per_probe = min(max(best, 1 / _MOST_UNEVEN), _MOST_UNEVEN)
+        before, after = known.count / probes.count, self.draws_per_probe
+        return (probed + drawn / after) / (probed + drawn / before)
 
-    def _energy(self, source: Engine | None) -> float:
+    def _energy(self, source: Engine) -> float:
         """A single draw's squared error, of the entries where they are kept, else of the total."""
-        assert source is not None  # there are both
         if self.entries is not None:
             found = self.entries.diagonal(self._parts([source], 1.0), 0.0)
             return found.squared_norm().bias * source.count
