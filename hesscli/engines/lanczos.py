@@ -1,8 +1,11 @@
 """Lanczos' method: a growing orthonormal basis in which a symmetric matrix is tridiagonal.
 
-Every new vector is orthogonalised against all others, twice, which keeps the basis orthonormal to
+Every new vector is orthogonalised against the last two, of which it has most, and then against all
+others, once more where that took away much: "twice is enough" keeps the basis orthonormal to
 rounding (Giraud, Langou, Rozložník & van den Eshof 2005, "Rounding error analysis of the
-classical Gram-Schmidt orthogonalization process"), so that no eigenvalue comes again as a ghost.
+classical Gram-Schmidt orthogonalization process"; when once is: Daniel, Gragg, Kaufman & Stewart
+1976, "Reorthogonalization and stable algorithms for updating the Gram-Schmidt QR factorization"),
+so that no eigenvalue comes again as a ghost.
 Where the basis has become invariant, a new segment begins with a random vector orthogonal to it:
 that finds eigenvalues of any multiplicity, and after d steps the decomposition is complete.
 """
@@ -221,16 +224,25 @@ class Lanczos:
         return np.diag(self._diagonal[start:stop]) + np.diag(beside, 1) + np.diag(beside, -1)
 
 
+_LAST = 2
+"""Rows that a product's image has most of: the three-term recurrence knows no others."""
+
+
 def _orthogonalise(vector: Tensor, rows: Tensor) -> Tensor:
     """Take orthonormal rows out of a vector, in place, and say how much of each it had.
 
-    Twice: the second pass removes what rounding in the first has left.
+    A pass leaves rounding of what it takes away. So the last rows, of which the vector has most,
+    go first; where the pass through all has still taken away half of the vector or more, there is
+    another, which removes what that one has left.
     """
     overlaps = torch.zeros(len(rows), dtype=vector.dtype, device=vector.device)
-    for _ in range(2):
-        part = rows @ vector
-        vector.addmv_(rows.T, part, alpha=-1)
-        overlaps += part
+    for among in (slice(-_LAST, None), slice(None), slice(None)):
+        part = rows[among] @ vector
+        vector.addmv_(rows[among].T, part, alpha=-1)
+        overlaps[among] += part
+        taken, left = torch.stack([part.norm(), vector.norm()]).tolist()
+        if len(part) == len(rows) and taken <= left:
+            break
     return overlaps
 
 
