@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Self, overload
 
 import numpy as np
@@ -177,6 +177,16 @@ class Operator(Curvature):
         for index in self.indices if among is None else among:
             yield LiveTerm(self.problem.batch(index), self)
 
+    def shared(self) -> Iterator[LiveTerm]:
+        """This rank's terms, of batches that are best computed as one: for sums over all.
+
+        Raises:
+            UnsoundError: the products did not pass their checks.
+        """
+        self.check()
+        for group in world.share(self.problem.joint()):
+            yield LiveTerm(self.problem.batch(*group), self)
+
     def restrict(self, *patterns: str) -> Operator:
         """The diagonal block of the parameters that globs select, as ``--params`` takes them.
 
@@ -230,9 +240,9 @@ class Operator(Curvature):
             rows = block.to(self.problem.device, self.problem.dtype)
             size = self.block_size
             blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
-            mine, total = self.batches(world.share(self.indices)), self.decay * rows.double()
+            total = self.decay * rows.double()
             with self.meter.pooled():
-                return shared_sum(mine, total, lambda term: map(term.apply, blocks))
+                return shared_sum(self.shared(), total, lambda term: map(term.apply, blocks))
 
     @property
     def block_size(self) -> int:
@@ -247,7 +257,9 @@ class Operator(Curvature):
         """
         if self.mode != "forward-over-reverse":
             return None
-        batch = self.problem.batch(max(self.indices, key=self.counts.__getitem__))
+        groups = self.problem.joint()
+        largest = max(groups, key=lambda group: sum(self.counts[i] for i in group))
+        batch = self.problem.batch(*largest)
         kept = dict[int, int]()
         with storages_kept(kept):
             self.problem.evaluate(batch.data)
@@ -296,8 +308,21 @@ def _is_finite_in_float64(operator: Operator, batch: WeightedBatch, block: Tenso
 # -- Products with one matrix again and again: graphs are kept from one to the next ----------------
 
 
-_HEAVIEST = 2
-"""Batches on which rounding is measured."""
+_FEW = 8
+"""Examples on which rounding is measured, or one batch where it has more."""
+_UNSEEN = 2.0
+"""Rounding of the other examples may be so many times that of the few."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some batches as one, and how many times their rounding that of all may be beside its size.
+
+    Their products are larger than those of all where they cancel.
+    """
+
+    group: tuple[int, ...]
+    times: float
 
 
 class Retained:
@@ -316,10 +341,12 @@ class Retained:
     def __init__(self, operator: Operator, room: int, on_step: OnStep = go_on) -> None:
         self.operator, self._on_step = operator, on_step
         self._room = room if operator.mode == "double-backward" else 0
+        self._groups = {group[0]: group for group in operator.problem.joint()}
         self._kept: dict[int, LiveTerm] = {}
         self._elsewhere: dict[int, bool] = {}
         self._parts: dict[int, float] = {}
         self._storages: set[int] = set()
+        self._measured: dict[int, _Part] = {}
 
     def __call__(self, vector: Tensor) -> Tensor:
         """A v in float64, weight decay included."""
@@ -333,9 +360,11 @@ class Retained:
             self._on_step()
             yield found
 
-        mine, total = operator.batches(world.share(operator.indices)), operator.decay * row.double()
+        total = torch.zeros_like(row, dtype=torch.float64)
+        if operator.decay:
+            total.add_(row, alpha=operator.decay)
         with operator.meter.pooled():
-            total = shared_sum(mine, total, product)
+            total = shared_sum(operator.shared(), total, product)
         every = world.gathered((parts, self._graphs()))
         self._elsewhere = {i: fresh for _, graphs in every for i, fresh in graphs.items()}
         for sizes, _ in every:
@@ -346,9 +375,9 @@ class Retained:
     def rounding(self, vectors: Tensor) -> float:
         """How far off a product with one of some unit vectors may be.
 
-        Measured on the batches that have the largest part in any product so far: errors come from
-        where the curvature does, and that may be a few examples. The sum over the batches is off
-        by as much as the order of its additions can make it, which ranks have their own of.
+        Measured where products have had their largest part so far: errors come from where the
+        curvature does, and that may be a few examples. The sum over the batches is off by as much
+        as the order of its additions can make it, which ranks have their own of.
 
         Args:
             vectors: orthonormal rows ``(k, d)``, float64.
@@ -357,22 +386,53 @@ class Retained:
         order = rounding_of_sum(len(self._parts), torch.float64) * size
         if problem.is_doubled or not problem.precision.is_float64:
             return order
-        heaviest = sorted(self._parts, key=lambda index: -self._parts[index])[:_HEAVIEST]
+        heaviest = sorted(self._parts, key=lambda index: -self._parts[index])[:2]
         with self.operator.meter.pooled():
             with world.apart():
-                errors = [self._relative_error(i, vectors) for i in world.share(heaviest)]
-            relative = max(max(each, default=0.0) for each in world.gathered(errors))
+                mine = [self._seen(index, vectors) for index in world.share(heaviest)]
+            found = [one for each in world.gathered(mine) for one in each]
+        self._measured |= {index: part for index, part, _ in found}
+        relative = max(part.times * error for _, part, error in found)
         return relative * size + order
 
-    def _relative_error(self, index: int, vectors: Tensor) -> float:
-        """Error of a batch's products with some vectors, beside the largest of them."""
+    def _seen(self, index: int, vectors: Tensor) -> tuple[int, _Part, float]:
+        """Of a group that is named by its first batch: on which part of it, and which error."""
+        part = self._measured.get(index) or self._heaviest(self._groups[index], vectors[:1])
+        return index, part, self._relative_error(part.group, vectors)
+
+    def _heaviest(self, group: tuple[int, ...], vector: Tensor) -> _Part:
+        """Few of the examples of a group, in whose product with a vector they have most part."""
+        row = vector.to(self.operator.problem.device, self.operator.problem.dtype)
+        term, times, whole = self._term(group), 1.0, None
+        while len(group) > 1 and sum(self.operator.counts[i] for i in group) > _FEW:
+            if whole is None:
+                whole, times = term.weight * term.apply(row).double(), _UNSEEN
+            halves = group[: len(group) // 2], group[len(group) // 2 :]
+            term = self._term(halves[0])
+            first = term.weight * term.apply(row).double()
+            products = first, whole - first
+            sizes = [float(product.norm()) for product in products]
+            times *= max(1.0, sum(sizes) / (float(whole.norm()) or 1.0))
+            larger = int(sizes[1] > sizes[0])
+            group, whole = halves[larger], products[larger]
+        return _Part(group, times)
+
+    def _term(self, group: tuple[int, ...]) -> LiveTerm:
+        """The batches of a group as one, on the graph that was kept of them if there is one."""
+        kept = self._kept.get(group[0])
+        if kept is not None and self._groups.get(group[0]) == group:
+            return kept
+        return LiveTerm(self.operator.problem.batch(*group), self.operator)
+
+    def _relative_error(self, group: tuple[int, ...], vectors: Tensor) -> float:
+        """Error of a group's products with some vectors, beside the largest of them."""
         problem, operator = self.operator.problem, self.operator
-        kept = self._kept.get(index) or LiveTerm(problem.batch(index), operator)
-        own = kept.apply(vectors.to(problem.device, problem.dtype))
+        own = self._term(group).apply(vectors.to(problem.device, problem.dtype))
         with doubled(problem):
-            exact = LiveTerm(problem.batch(index), operator).apply(vectors.to(problem.device))
-        size = float(exact.norm(dim=1).max())
-        return float((own.double() - exact).norm(dim=1).max()) / size if size else 0.0
+            exact = LiveTerm(problem.batch(*group), operator)
+            products = exact.apply(vectors.to(problem.device))
+        size = float(products.norm(dim=1).max())
+        return float((own.double() - products).norm(dim=1).max()) / size if size else 0.0
 
     def state_dict(self) -> State:
         """Whose graphs are kept, of which some are to be made anew, and how large products were."""
@@ -382,19 +442,29 @@ class Retained:
             "fresh": list(graphs.values()),
             "batches": list(self._parts),
             "parts": list(self._parts.values()),
+            "measured": {str(index): asdict(part) for index, part in self._measured.items()},
         }
 
     def load_state_dict(self, state: State) -> None:
         """Keep the graphs that another kept: they are made anew, but not counted again."""
         problem, made = self.operator.problem, self.operator.problem.retypings
         self._elsewhere = dict(zip(state["kept"], state["fresh"], strict=True))
-        own = self._elsewhere.keys() & set(world.share(self.operator.indices))
+        mine = {group[0] for group in world.share(problem.joint())}
+        own = self._elsewhere.keys() & mine
         fresh = {index: self._elsewhere.pop(index) for index in sorted(own)}
         self._kept = {
-            index: LiveTerm(problem.batch(index), self.operator, made if fresh[index] else None)
+            index: LiveTerm(
+                problem.batch(*self._groups[index]),
+                self.operator,
+                made if fresh[index] else None,
+            )
             for index in fresh
         }
         self._parts = dict(zip(state["batches"], state["parts"], strict=True))
+        self._measured = {
+            int(index): _Part(tuple(part["group"]), part["times"])
+            for index, part in state["measured"].items()
+        }
         if self._parts:  # all that fit have been kept by then
             self._room = 0
 

@@ -45,7 +45,8 @@ class FrozenData:
 
     ``available`` is the number of examples that the loader has, None where it was not seen to
     the end. ``sliceable`` says that rows are examples; else a batch is the smallest unit.
-    ``changing`` says that some came out otherwise when they were fetched again.
+    ``changing`` says that some came out otherwise when they were fetched again. ``together`` is
+    how many examples the user has in a batch, where these were cut smaller.
     """
 
     batches: tuple[Batch, ...]
@@ -54,6 +55,7 @@ class FrozenData:
     sliceable: bool
     sha256: str
     changing: bool = False
+    together: int = 1
 
     @property
     def count(self) -> int:
@@ -187,24 +189,29 @@ def freeze(
         sliceable=kept.sliceable,
         sha256=digest_of(kept.batches),
         changing=kept.changing or _changes_behind(found),
+        together=batch_size or kept.own,
     )
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What was read: batches, how many examples each holds, and how many there were."""
+    """What was read: batches, how many examples each holds, and how many there were.
+
+    ``own`` is how many the user has in a batch.
+    """
 
     batches: list[Batch]
     counts: list[int]
     available: int | None
     sliceable: bool
+    own: int
     changing: bool = False
 
     @classmethod
-    def of(cls, batches: list[Batch], available: int | None) -> _Kept:
+    def of(cls, batches: list[Batch], available: int | None, own: int) -> _Kept:
         """Kept batches of which nothing else is known."""
         counts = [size_of(batch) for batch in batches]
-        return cls(batches, counts, available, all(map(is_sliceable, batches)))
+        return cls(batches, counts, available, all(map(is_sliceable, batches)), own)
 
 
 def _cut(order: np.ndarray, batch_size: int | None, available: int | None) -> list[np.ndarray]:
@@ -242,12 +249,12 @@ def _from_examples(
         if examples.drop_last and len(own) > 1 and len(own[-1]) < size:
             own, batches = own[:-1], batches[:-1]
         counts = [len(group) for group in own]
-        return _Kept(batches, counts, available, fetch.one_row_each, fetch.changing)
+        return _Kept(batches, counts, available, fetch.one_row_each, size, fetch.changing)
     groups = _cut(order, batch_size, available)
     cut = _regrouped(batches, np.concatenate(own[: len(batches)]), groups) if groups else []
     batches = [fetch(group) for group in groups] if cut is None else cut
     counts = [len(group) for group in groups]
-    return _Kept(batches, counts, available, fetch.one_row_each, fetch.changing)
+    return _Kept(batches, counts, available, fetch.one_row_each, size, fetch.changing)
 
 
 def _users_groups(
@@ -359,6 +366,7 @@ def _from_stream(
         trial.see(together, sliced(together))
     if not alike or not trial.separable:
         return _whole(head, stream, selection, generator)
+    own = max(map(size_of, head), default=1)
     reservoir = Reservoir(selection.count, selection.first, generator)
     for batch in itertools.chain(head, stream):
         if (form := form_of(batch)) != (first := form_of(head[0])):
@@ -369,19 +377,20 @@ def _from_stream(
             )
         for i in range(size_of(batch)):
             if not reservoir.offer(rows(batch, i, i + 1)):
-                return _of_examples(reservoir.kept, None, batch_size, generator)
-    return _of_examples(reservoir.kept, reservoir.seen, batch_size, generator)
+                return _of_examples(reservoir.kept, None, batch_size, own, generator)
+    return _of_examples(reservoir.kept, reservoir.seen, batch_size, own, generator)
 
 
 def _of_examples(
     examples: list[Batch],
     available: int | None,
     batch_size: int | None,
+    own: int,
     generator: np.random.Generator,
 ) -> _Kept:
     order = generator.permutation(len(examples))
     groups = _cut(order, batch_size, available)
-    return _Kept.of([joined([examples[i] for i in group]) for group in groups], available)
+    return _Kept.of([joined([examples[i] for i in group]) for group in groups], available, own)
 
 
 def _whole(
@@ -394,9 +403,9 @@ def _whole(
     available = 0
     for batch in itertools.chain(head, stream):
         if not reservoir.offer(batch):
-            return _Kept.of(reservoir.kept, None)
+            return _Kept.of(reservoir.kept, None, 1)
         available += size_of(batch)
-    return _Kept.of(reservoir.kept, available)
+    return _Kept.of(reservoir.kept, available, 1)
 
 
 def _regrouped(

@@ -76,6 +76,7 @@ class Independence:
         rounded: what it does to the loss that inputs were rounded to the model's type, if much.
         change: the largest relative change that was seen.
         bound: what rounding may do.
+        numbers: that are made for one example on the way to the loss; 0 where nothing was run.
     """
 
     mixes: str | None
@@ -84,6 +85,7 @@ class Independence:
     rounded: str | None
     change: float
     bound: float
+    numbers: int = 0
 
     @property
     def proven(self) -> bool:
@@ -122,7 +124,7 @@ class IndependenceTest:
         self._mixes: str | None = None
         self._random = self._widened = False
         self._rounded: str | None = None
-        self._numbers = 0
+        self._outputs_each = self._numbers = 0
         # A loss that says "sum" is already divided by its mass.
         self._reductions: set[Reduction] = {"mean"}
         if loss.reduction is None:
@@ -138,6 +140,7 @@ class IndependenceTest:
             rounded=self._rounded,
             change=self._change,
             bound=self._bound,
+            numbers=self._numbers,
         )
 
     @property
@@ -169,7 +172,7 @@ class IndependenceTest:
                 self._meet(batch if count <= _ROWS else part(range(_ROWS)))
         if count < 2 or not self.wants_more:
             return
-        most = _ROWS if self._tried else max(_ROWS, _MOST_NUMBERS // max(1, self._numbers))
+        most = _ROWS if self._tried else max(_ROWS, _MOST_NUMBERS // max(1, self._outputs_each))
         if not self._is_users and count > most:
             count, batch = most, part(range(most))
         with self._running(self._dtype):
@@ -264,9 +267,12 @@ class IndependenceTest:
         self.loss = self.loss.settled(self.model, [batch])
         if self.loss.hidden is None:
             outputs = self.loss.outputs(self.model, batch)
-            self._numbers = outputs.numel() // max(1, size_of(batch))
+            self._outputs_each = outputs.numel() // max(1, size_of(batch))
             self.loss.check(outputs, batch)
-        require_number(self.loss, self.loss.evaluate(self.model, batch))
+        with Narrowing() as watch:
+            value = self.loss.evaluate(self.model, batch)
+        self._numbers = watch.numbers // max(1, size_of(batch))
+        require_number(self.loss, value)
 
     @contextmanager
     def _running(self, dtype: torch.dtype) -> Iterator[None]:

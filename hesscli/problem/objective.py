@@ -33,11 +33,17 @@ from hesscli.problem.restriction import held_fixed, shares_of_way_back
 
 _EXAMPLES = 8
 """That are run in float64 to see what becomes of it."""
+_NUMBERS_AT_ONCE, _TIMES_THE_WEIGHTS = 1 << 22, 2
+"""That a batch of joined ones may make on the way to its loss: once calls of operations and reading
+the weights cost little beside them, larger batches only take more memory."""
 
 
 @dataclass(frozen=True)
 class WeightedBatch:
-    """One batch on the device; ``weight`` is its share of the whole weight mass."""
+    """One batch on the device; ``weight`` is its share of the whole weight mass.
+
+    Of batches that were joined ``index`` is the first's number.
+    """
 
     index: int
     data: Batch
@@ -124,11 +130,36 @@ class Objective:
         """All batches that weigh something, one at a time on the device."""
         return map(self.batch, self.indices)
 
-    def batch(self, index: int) -> WeightedBatch:
-        """One batch on the device."""
-        share = self.masses[index] / self.total_weight
-        data = place(self._batches[index], self.device, self.dtype)
-        return WeightedBatch(index, data, share, self.data.counts[index])
+    def batch(self, *indices: int) -> WeightedBatch:
+        """One batch on the device, or some of :meth:`joint` as one."""
+        share = sum(self.masses[i] for i in indices) / self.total_weight
+        parts = [place(self._batches[i], self.device, self.dtype) for i in indices]
+        data = parts[0] if len(parts) == 1 else joined(parts)
+        return WeightedBatch(indices[0], data, share, sum(self.data.counts[i] for i in indices))
+
+    def joint(self, among: Sequence[int] | None = None) -> tuple[tuple[int, ...], ...]:
+        """Batches that are best computed as one, where what is wanted is their sum or their rows.
+
+        Examples that are independent are cut into more batches than a gradient needs, so that
+        these show how examples differ. Joined they are no larger than the user's own, and no
+        larger than pays.
+
+        Args:
+            among: the numbers of some batches; default all that weigh something.
+        """
+        among = self.indices if among is None else among
+        alone = tuple((index,) for index in among)
+        if len(alone) < 2 or not (self.separable and self.independence.proven):
+            return alone
+        if not (numbers := self.independence.numbers):
+            return alone
+        pays = max(_NUMBERS_AT_ONCE, _TIMES_THE_WEIGHTS * self.trainable.size) // numbers
+        most = min(self.data.together, pays)
+        return tuple(map(tuple, _to_be_joined(self.data.batches, among, most)))
+
+    def joined(self) -> Iterator[WeightedBatch]:
+        """All batches that weigh something, some of them as one, one at a time on the device."""
+        return (self.batch(*indices) for indices in self.joint())
 
     def batch_of(self, batch: Batch, index: int, weight: float) -> WeightedBatch:
         """Kept examples as a batch on the device, in the present type."""

@@ -86,9 +86,10 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         KeyboardInterrupt: the observer wanted no more.
     """
     parameters, decay = problem.parameters, problem.weight_decay
-    own = list[_Share]()
+    own, done = list[_Share](), 0
 
     def its_gradient(batch: WeightedBatch) -> Iterator[Tensor]:
+        nonlocal done
         with blamed_on_user(MODEL_RAISED, _must_fit(problem, batch)):
             seen, value = _run(problem, batch)
         _require_finite_loss(problem, value, batch)
@@ -112,10 +113,11 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
                 gradients=cost * batch.count / problem.data.count,
             )
         )
-        done, total = batch.index + 1, problem.num_batches
+        total = problem.data.count
+        done = min(total, done + world.size() * batch.count)
         tell(observe, Snapshot(phase="loss and gradient", done=done, total=total))
 
-    mine = map(problem.batch, world.share(problem.indices))
+    mine = (problem.batch(*group) for group in world.share(problem.joint()))
     gradient = torch.zeros(parameters.size, dtype=torch.float64, device=problem.device)
     gradient = shared_sum(mine, gradient, its_gradient)
     shares = sorted((one for each in world.gathered(own) for one in each), key=lambda s: s.index)
