@@ -101,7 +101,7 @@ def test_claims_of_exactness_cost_a_forward_pass_and_little_more() -> None:
     claims = exact_parameters(problem_of(), meter=meter, on_step=lambda: steps.append(None))
     assert all(claim.exact for claim in claims)
     assert meter.gradients == pytest.approx(1 / 3 + SHARE * (1 / 3 + 1 + 2))
-    assert len(steps) == 2 + 4  # the batches, and the tensors
+    assert len(steps) == 2 + 2  # the batches, and the layers
 
 
 def test_a_losss_own_curvature_is_counted() -> None:
@@ -120,7 +120,7 @@ def test_the_products_of_one_tensor_alone_say_what_all_of_them_say(samples: Any)
     for mode in ("double-backward", "forward-over-reverse"):
         residual = Residual(problem, mode=mode)
         places = range(len(problem.parameters))
-        own = list(own_forms(residual, places, sample))
+        own = list(own_forms(residual, [[place] for place in places], sample))
         assert max(own) > 0
         dense = residual.live(sample)(torch.eye(problem.parameters.size, dtype=problem.dtype))
         for place, form in zip(places, own, strict=True):

@@ -8,9 +8,10 @@ batch, since a model may choose its path by its data; and a probe of R itself th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from hesscli.operators.base import Operator
 from hesscli.operators.hessian import Hessian, Residual
 from hesscli.operators.kernels import twice_differentiable
 from hesscli.operators.linearity import bends, normalisation, recorded
-from hesscli.operators.products import gradient, vector_jacobian
+from hesscli.operators.products import gradient, unflatten, vector_jacobian
 from hesscli.parameters import Parameters
 from hesscli.problem.named_losses import CrossEntropy
 from hesscli.problem.objective import WeightedBatch
@@ -86,14 +87,14 @@ def exact_parameters(
         meter.add(FORWARD, sample.count / problem.data.count)
     except UsageError as error:
         reasons = dict.fromkeys(parameters.names, error.got)
-    for turn in world.turns(problem.indices):
+    for turn in world.turns(problem.joint()):
         if not (left := _without(parameters, reasons)):
             break
         with meter.pooled():
-            found, index = dict[str, str](), world.own(turn)
+            found, group = dict[str, str](), world.own(turn)
             with world.apart():
-                if index is not None:
-                    batch = problem.batch(index)
+                if group is not None:
+                    batch = problem.batch(*group)
                     found = _bends(problem, left, batch)
                     meter.add(FORWARD, batch.count / problem.data.count)
             for each in reversed(world.gathered(found)):  # the first batch's reason counts
@@ -104,32 +105,36 @@ def exact_parameters(
     return tuple(Exactness(name, reasons.get(name)) for name in parameters.names)
 
 
-def own_forms(
-    residual: Residual, parameters: Iterable[int], sample: WeightedBatch
-) -> Iterator[float]:
-    """|vᵀRv| for a Gaussian v on each of some parameters alone.
+Group = Sequence[int]
+"""Parameters by their places."""
 
-    Of the gradient's graph, which serves all of them, only a parameter's own part is
-    differentiated, and by that parameter alone.
+
+def own_forms(
+    residual: Residual, groups: Iterable[Group], sample: WeightedBatch
+) -> Iterator[float]:
+    """|vᵀRv| for a random v on each of some groups of parameters alone.
+
+    Of the gradient's graph, which serves all of them, only a group's own part is differentiated,
+    and by its parameters alone.
     """
     selection, share = residual.parameters, sample.count / residual.problem.data.count
     with residual.problem.forward_context():
         apply = _own_products(residual, sample)
         residual.meter.add(residual.cost[0], share)
-        for index in parameters:
-            vector = _probe(residual, index)
-            form = abs(float(vector @ apply(index, vector)))
-            own = share * selection[index].numel / selection.size
+        for group in groups:
+            vector = torch.cat([_probe(residual, index) for index in group])
+            form = abs(float(vector @ apply(group, vector)))
+            own = share * len(vector) / selection.size
             residual.meter.add(residual.cost[1], own)
             yield form
 
 
-def _own_products(residual: Residual, sample: WeightedBatch) -> Callable[[int, Tensor], Tensor]:
-    """Products with the diagonal block of a parameter, given by its place, on some examples."""
+def _own_products(residual: Residual, sample: WeightedBatch) -> Callable[[Group, Tensor], Tensor]:
+    """Products with the diagonal block of some parameters on some examples."""
     if residual.mode != "double-backward":
 
-        def alone(index: int, vector: Tensor) -> Tensor:
-            block = residual.block(Parameters([residual.parameters[index]]))
+        def alone(group: Group, vector: Tensor) -> Tensor:
+            block = residual.block(Parameters(residual.parameters[index] for index in group))
             return block.live(sample)(vector[None])[0]
 
         return alone
@@ -137,19 +142,25 @@ def _own_products(residual: Residual, sample: WeightedBatch) -> Callable[[int, T
     with twice_differentiable():
         graph = gradient(function(None), tensors, create_graph=True)
 
-    def product(index: int, vector: Tensor) -> Tensor:
+    def product(group: Group, vector: Tensor) -> Tensor:
+        own, by = [graph[index] for index in group], [tensors[index] for index in group]
         with twice_differentiable():
-            part = vector.view_as(graph[index])
-            return vector_jacobian([graph[index]], [tensors[index]], [part])
+            return vector_jacobian(own, by, unflatten(vector, by))
 
     return product
 
 
+_STRIDE = (math.sqrt(5) - 1) / 2
+"""Multiples of the golden section are spread evenly between whole numbers, and no two agree."""
+
+
 def _probe(residual: Residual, index: int) -> Tensor:
-    """A Gaussian vector for one parameter: on f = (a² − b²) x signs would cancel."""
+    """Signs for one parameter, times sizes that differ: on f = (a² − b²) x equal ones cancel."""
     problem, size = residual.problem, residual.parameters[index].numel
     stream = randomness.key(_PROBE, index)
-    return randomness.gaussian(stream, 0, size, dtype=problem.dtype, device=problem.device)
+    signs = randomness.rademacher(stream, 0, size, dtype=problem.dtype, device=problem.device)
+    places = torch.arange(size, dtype=torch.float64, device=problem.device)
+    return signs.mul_(places.mul_(_STRIDE).remainder_(1.0).add_(0.5))
 
 
 def within_parameters(
@@ -158,7 +169,7 @@ def within_parameters(
     sample: WeightedBatch,
     beside: Operator | None = None,
 ) -> Iterator[float]:
-    """|vᵀRv| / (‖v‖ ‖Bv‖) for a Gaussian v on each of some parameters alone.
+    """|vᵀRv| / (‖v‖ ‖Bv‖) for a random v on each of some parameters alone.
 
     B is the matrix ``beside``, by default R.
     """
@@ -180,14 +191,12 @@ def within_parameters(
 
 def _found(residual: Residual, claims: Parameters, on_step: OnStep) -> dict[str, str]:
     """The claims on which a probe finds something."""
-    problem = residual.problem
-    left = [residual.parameters.names.index(name) for name in claims.names]
+    problem, left = residual.problem, _not_zero(residual, claims, on_step)
     precision = problem.precision
+    if not left:
+        return {}
     with doubled(problem) if precision.is_float64 else nullcontext():
         sample, bound = problem.sample(_SAMPLE), tolerance(precision.narrowest)
-        left = list(_above(0.0, left, own_forms(residual, left, sample), on_step))
-        if not left:
-            return {}
         found = _above(bound, left, within_parameters(residual, left, sample), on_step)
         if left := list(found):  # where R cancels as a whole, what is left is rounding beside H
             whole = Hessian(problem, parameters=residual.parameters, mode=residual.mode)
@@ -197,10 +206,34 @@ def _found(residual: Residual, claims: Parameters, on_step: OnStep) -> dict[str,
         return {names[i]: f"a probe found {found[i]:.1e} of R on it" for i in left}
 
 
+def _not_zero(residual: Residual, claims: Parameters, on_step: OnStep) -> list[int]:
+    """The claims whose form is not exactly zero: by layers, and one by one where a layer's is not.
+
+    What no path of the graph leads to is zero in any type, so that the model's own will do, but
+    for slopes that are too small for it.
+    """
+    problem = residual.problem
+    place = {name: index for index, name in enumerate(residual.parameters.names)}
+    groups = [tuple(place[p.name] for p in claims.in_layer(layer)) for layer in claims.layers]
+    has_slope = bool(residual.slope(problem.sample(_SAMPLE)).any())
+    is_wider = problem.precision.is_float64 and not has_slope
+    with doubled(problem) if is_wider else nullcontext():
+        sample = problem.sample(_SAMPLE)
+        found = _above(0.0, groups, own_forms(residual, groups, sample), on_step)
+        left = [index for group in found for index in group]
+        if len(left) == len(found):
+            return left
+        alone = [(index,) for index in left]
+        return [i for (i,) in _above(0.0, alone, own_forms(residual, alone, sample), on_step)]
+
+
+K = TypeVar("K", bound=Hashable)
+
+
 def _above(
-    bound: float, indices: Sequence[int], forms: Iterator[float], on_step: OnStep
-) -> dict[int, float]:
-    """Parameters whose quadratic form is above a bound, NaN included."""
+    bound: float, indices: Sequence[K], forms: Iterator[float], on_step: OnStep
+) -> dict[K, float]:
+    """What has a quadratic form above a bound, NaN included."""
     found = {}
     for index, form in zip(indices, forms, strict=True):
         if not form <= bound:
