@@ -125,7 +125,10 @@ class LivePass(Live):
     def passes(self) -> LivePass:
         return self
 
-    def of(self, batch: int) -> Iterator[tuple[int, LivePass]]:
+    def joint(self, among: Sequence[int]) -> list[tuple[int, ...]]:
+        return [(index,) for index in among]
+
+    def of(self, batches: Sequence[int]) -> Iterator[tuple[int, LivePass]]:
         yield 0, self
 
     def column(self, index: int) -> tuple[float, Tensor]:
@@ -133,14 +136,23 @@ class LivePass(Live):
         column[:, index] = (2 / (N * K)) ** 0.5  # the batch weighs 1, not N
         return 1.0, column
 
-    def squares(self, columns: Sequence[Tensor]) -> Tensor:
+    def pull(self, columns: Sequence[Tensor]) -> Tensor:
+        """Rows J_iᵀ s_i of all examples and columns, ``(N, C, d)``."""
         tensors = list(self.step.model.parameters())
-        total = torch.zeros(self.parameters.size, dtype=torch.float64)
-        for column in columns:
-            for output, weight in zip(self.step.outputs, column, strict=True):
-                parts = torch.autograd.grad(output @ weight, tensors, retain_graph=True)
-                total += torch.cat([part.flatten() for part in parts]).square()
-        return total
+
+        def row(output: Tensor, weight: Tensor) -> Tensor:
+            parts = torch.autograd.grad(output @ weight, tensors, retain_graph=True)
+            return torch.cat([part.flatten() for part in parts])
+
+        pairs = zip(self.step.outputs, torch.stack(list(columns), 1), strict=True)
+        return torch.stack([torch.stack([row(o, s) for s in each]) for o, each in pairs])
+
+    def norms(self, pulled: Tensor) -> Tensor:
+        parts = torch.split(pulled.square().sum(1), list(self.parameters.sizes), 1)
+        return torch.stack([part.sum(1) for part in parts], 1)
+
+    def squares(self, pulled: Tensor) -> Tensor:
+        return pulled.square().sum((0, 1))
 
 
 def test_the_gauss_newton_diagonal_of_a_live_loss(step: Step) -> None:

@@ -329,7 +329,7 @@ def test_each_gradient_is_that_of_an_example_alone(name: str) -> None:
         batch = problem.batch(index)
         outputs = problem.outputs(batch.data)
         column = _draw(*outputs.shape, seed=index)
-        parts = passes.of(index)
+        parts = passes.of((index,))
         found = torch.cat([live.each(column[i : i + live.batch.count]) for i, live in parts])
         assert not found.requires_grad
         for i, row in enumerate(found):

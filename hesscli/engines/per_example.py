@@ -74,15 +74,14 @@ class PerExample(Cells):
         """Bring every batch to so many random columns, or to its exact diagonal.
 
         Yields before each batch and after each block of columns; stopping within a batch loses
-        that one.
+        that one, or those that are computed as one.
         """
         wanted = draws if self.sampled else 1
         if self._bounds[-1:] != [wanted]:
             self._bounds = self._rounds_to(wanted)
         while len(self._bounds) > 1:
             start, stop = self._bounds[:2]
-            behind = [i for i in self.indices if len(self.cells[i]) < stop]
-            yield from self._through(behind, partial(self._visit, wanted=stop))
+            yield from self._through(self._behind(stop), partial(self._visit, wanted=stop))
             if self.stream is not None:
                 self.stream.close_round(stop - start)
             del self._bounds[0]
@@ -102,7 +101,7 @@ class PerExample(Cells):
         Raises:
             UnsoundError: examples depend on each other.
         """
-        next(self.passes.of(self.operator.indices[0]))
+        next(self.passes.of(self.operator.indices[:1]))
 
     def _rounds_to(self, wanted: int) -> list[int]:
         """Where rounds begin and end, each of as many draws as memory allows."""
@@ -111,23 +110,55 @@ class PerExample(Cells):
         rounds = groups(self.first + began, self.first + wanted, most)
         return [began, *(stop - self.first for _, stop in rounds)]
 
-    def _visit(self, batch: int, wanted: int) -> Generator[None, None, Visit]:
-        """A batch: its parts, on one graph each, and on that all its columns."""
-        done = len(self.cells[batch])
-        size, masses = self.operator.parameters.size, self.operator.masses
-        kept = torch.zeros(wanted - done, size, dtype=torch.float64, device=self.operator.device)
-        for first, live in self.passes.of(batch):
-            for row, sign, columns in self._estimates(batch, live, first, done, wanted):
-                kept[row] += sign * live.squares(columns)
+    def _behind(self, stop: int) -> Sequence[Sequence[int]]:
+        """Batches that lack estimates, some of them as one.
+
+        Sums over layers are taken batch by batch all the same. Entries are not, so that batches
+        stay alone where their differences speak of others.
+        """
+        behind = [index for index in self.indices if len(self.cells[index]) < stop]
+        source = self.operator
+        speaks_of_others = len(self.indices) < len(source.indices) or (
+            source.sampling_fraction not in (None, 1)
+        )
+        if self.stream is not None and speaks_of_others:
+            return [(index,) for index in behind]
+        return self.passes.joint(behind)
+
+    def _visit(self, batches: Sequence[int], wanted: int) -> Generator[None, None, Visit]:
+        """Some batches: their parts, on one graph each, and on that all their columns."""
+        done = len(self.cells[batches[0]])
+        parameters, device = self.operator.parameters, self.operator.device
+        counts = torch.tensor([self.operator.counts[index] for index in batches])
+        owners = torch.arange(len(batches)).repeat_interleave(counts).to(device)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        sums = zeros(wanted - done, len(batches), len(parameters))
+        entries = zeros(0 if self.stream is None else len(sums), parameters.size)
+        for first, live in self.passes.of(batches):
+            for row, sign, columns in self._estimates(batches[0], live, first, done, wanted):
+                pulled = live.pull(columns)
+                norms = live.norms(pulled)
+                sums[row].index_add_(0, owners[first : first + len(norms)], norms, alpha=sign)
+                if self.stream is not None:
+                    entries[row].add_(live.squares(pulled), alpha=sign)
                 yield
-        kept /= masses[batch]
-        weight, entries = masses[batch] / sum(masses), None
-        if self.stream is not None and self.sampled:
-            entries = self.stream.of_batch(batch, weight)
-            self.stream.add(entries, kept, self.first + done)
-        elif self.stream is not None:
-            entries = BatchSum(batch, weight, kept[0], None)
-        return Visit({batch: self._sums(kept).cpu().numpy()}, entries)
+        masses = [self.operator.masses[index] for index in batches]
+        rows = {
+            batch: self._sums.of_tensors(sums[:, place] / mass).cpu().numpy()
+            for place, (batch, mass) in enumerate(zip(batches, masses, strict=True))
+        }
+        return Visit(rows, self._entries(batches[0], sum(masses), entries, done))
+
+    def _entries(self, batch: int, mass: float, rows: Tensor, done: int) -> BatchSum | None:
+        """What batches that were computed as one have of the diagonal, where it is wanted."""
+        if self.stream is None:
+            return None
+        weight, rows = mass / sum(self.operator.masses), rows.div_(mass)
+        if not self.sampled:
+            return BatchSum(batch, weight, rows[0], None)
+        found = self.stream.of_batch(batch, weight)
+        self.stream.add(found, rows, self.first + done)
+        return found
 
     def _estimates(
         self, batch: int, live: Pass, first: int, done: int, wanted: int

@@ -7,7 +7,7 @@ its own, as an optimizer's step has one: a single batch of weight mass 1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -116,7 +116,13 @@ class Pass(Protocol):
     def block_size(self) -> int:
         """Columns that are best squared at once."""
 
-    def squares(self, columns: Sequence[Tensor]) -> Tensor:
+    def pull(self, columns: Sequence[Tensor]) -> Any:
+        """Backward passes from some columns, for :meth:`norms` and :meth:`squares`."""
+
+    def norms(self, pulled: Any) -> Tensor:
+        """Σ over columns s of ‖J_iᵀ s_i‖² by example and parameter, float64 ``(N, tensors)``."""
+
+    def squares(self, pulled: Any) -> Tensor:
         """Σ over examples and columns s of (J_iᵀ s_i)², flat float64 ``(d,)``."""
 
 
@@ -130,8 +136,11 @@ class Passes(Protocol):
     def relative_rounding(self) -> float | None:
         """Error of a layer's traces relative to their size, at most; None where nobody knows."""
 
-    def of(self, batch: int) -> Iterator[tuple[int, Pass]]:
-        """Parts of a batch, each with the place of its first example."""
+    def of(self, batches: Sequence[int]) -> Iterator[tuple[int, Pass]]:
+        """Parts of a batch, or of some as one, each with the place of its first example."""
+
+    def joint(self, among: Sequence[int]) -> Sequence[tuple[int, ...]]:
+        """Which of some batches are best computed as one."""
 
 
 class ByExample(Source, Protocol):

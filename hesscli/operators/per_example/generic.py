@@ -52,6 +52,19 @@ class Generic:
                 square += part.square().sum(0, dtype=torch.float64)
         return totals, squares
 
+    def norms(
+        self, batch: WeightedBatch, columns: Tensor, parameters: Sequence[Parameter]
+    ) -> list[Tensor]:
+        """Σ over columns of each example's squared gradient norm, ``(N,)`` float64, by parameter.
+
+        Arguments are those of :meth:`sums`.
+        """
+        found: list[list[Tensor]] = [[] for _ in parameters]
+        for chunk in self.each(batch, columns, parameters):
+            for parts, part in zip(found, chunk, strict=True):
+                parts.append(part.flatten(1).square().sum(1, dtype=torch.float64))
+        return [torch.cat(parts).view(columns.shape[:2]).sum(1) for parts in found]
+
     def each(
         self, batch: WeightedBatch, columns: Tensor, parameters: Sequence[Parameter]
     ) -> Iterator[list[Tensor]]:

@@ -26,7 +26,7 @@ from hesscli.operators.per_example.generic import Generic
 from hesscli.operators.per_example.sites import Site, known_modules, site_class
 from hesscli.operators.products import gradient
 from hesscli.pairing import paired
-from hesscli.parameters import LayerSums, Parameters
+from hesscli.parameters import LayerSums, Parameter, Parameters
 from hesscli.problem.batches import Batch, rows
 from hesscli.problem.losses import Loss
 from hesscli.problem.objective import WeightedBatch
@@ -108,6 +108,14 @@ _CHECK = 0xC4EC
 """Separates the check's stream from other uses of a seed."""
 
 
+@dataclass(frozen=True)
+class Pulled:
+    """Columns, and for each what it makes of the gradients in every call's output."""
+
+    columns: Sequence[Tensor]
+    slopes: list[dict[nn.Module, list[Tensor]]]
+
+
 class Pass:
     """Some examples on one retained graph."""
 
@@ -144,6 +152,8 @@ class Pass:
     def fitting(self) -> int:
         """Examples that make a good part of a batch."""
         room = PART_BYTES if self.outputs.device.type == "cpu" else GRADIENT_BYTES
+        tensors = self.owner.problem.parameters.tensors  # that are read anew for each part
+        room = max(room, sum(t.nbytes for t in tensors))
         return max(1, room * self.batch.count // self._column_bytes)
 
     @property
@@ -153,17 +163,40 @@ class Pass:
         numbers = self.outputs.numel() + sum(shape.numel() for shape in shapes)
         return max(1, numbers * self.outputs.element_size())
 
-    def squares(self, columns: Sequence[Tensor]) -> Tensor:
+    def pull(self, columns: Sequence[Tensor]) -> Pulled:
+        """Backward passes from some columns, for :meth:`norms` and :meth:`squares`."""
+        return Pulled(columns, [self._pulled(column) for column in columns])
+
+    def norms(self, pulled: Pulled) -> Tensor:
+        """Σ over columns s of ‖J_iᵀ s_i‖² by example and parameter, float64 ``(N, tensors)``."""
+        found = torch.zeros(
+            self.batch.count,
+            len(self.owner.parameters),
+            dtype=torch.float64,
+            device=self.outputs.device,
+        )
+        for module, names in self.owner.known.items():
+            if self.calls[module]:
+                norms = self._site(module).norms([p[module] for p in pulled.slopes])
+                for name, position in names.items():
+                    found[:, position] = norms[name]
+        if chosen := self._unspoken_for(len(pulled.columns)):
+            columns = torch.stack(list(pulled.columns), 1)
+            norms_of_rest = self.owner.mapper.norms(self.batch, columns, list(chosen.values()))
+            for position, value in zip(chosen, norms_of_rest, strict=True):
+                found[:, position] = value
+        return found
+
+    def squares(self, pulled: Pulled) -> Tensor:
         """Σ over examples and columns s of (J_iᵀ s_i)², flat float64 ``(d,)``."""
         known, tensors = self.owner.known, self.owner.parameters.tensors
         parts = [torch.zeros_like(t, dtype=torch.float64) for t in tensors]
-        pulled = [self._pulled(column) for column in columns]
         for module, names in known.items():
             if self.calls[module]:
-                sums = self._site(module).squares([p.pop(module) for p in pulled])
+                sums = self._site(module).squares([p[module] for p in pulled.slopes])
                 for name, position in names.items():
                     parts[position] = sums[name].view_as(tensors[position])
-        for position, (_, square) in self._generic(columns).items():
+        for position, (_, square) in self._generic(pulled.columns).items():
             parts[position] = square
         return self.owner.parameters.flatten(parts)
 
@@ -213,7 +246,7 @@ class Pass:
             return not any(expected[position].any() for position in names.values())
         try:
             site = self._site(module)
-            totals, squares = site.totals(pulled), site.squares([pulled])
+            totals, norms = site.totals(pulled), site.norms([pulled])
             sums = {name: totals[name].view_as(expected[at]) for name, at in names.items()}
         except Exception as error:  # of any kind: a subclass with shapes of its own
             if is_out_of_memory(error):
@@ -221,7 +254,7 @@ class Pass:
             return False
         terms = _size_of_terms(site.inputs, pulled)
         return all(
-            is_close(sums[name], expected[position], squares[name].sum().sqrt(), terms)
+            is_close(sums[name], expected[position], norms[name].sum().sqrt(), terms)
             for name, position in names.items()
         )
 
@@ -283,24 +316,25 @@ class Pass:
 
     def _generic(self, columns: Sequence[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """Sums of gradients and of squares for the parameters that no site speaks for."""
-        positions = sorted(self.owner.unspoken_for)
-        if not positions:
+        if not (chosen := self._unspoken_for(len(columns))):
             return {}
-        work = FORWARD + len(columns) * self.owner.problem.way_back
-        self.owner.meter.add(work, self.share)
-        chosen = [self.owner.parameters[position] for position in positions]
-        sums = self.owner.mapper.sums(self.batch, torch.stack(list(columns), 1), chosen)
-        return dict(zip(positions, zip(*sums, strict=True), strict=True))
+        stacked = torch.stack(list(columns), 1)
+        sums = self.owner.mapper.sums(self.batch, stacked, list(chosen.values()))
+        return dict(zip(chosen, zip(*sums, strict=True), strict=True))
 
     def _generic_each(self, column: Tensor) -> dict[int, Tensor]:
         """Gradients ``(N, *shape)`` for the parameters that no site speaks for."""
-        positions = sorted(self.owner.unspoken_for)
-        if not positions:
+        if not (chosen := self._unspoken_for(1)):
             return {}
-        self.owner.meter.add(self.owner.problem.gradient_cost, self.share)
-        chosen = [self.owner.parameters[position] for position in positions]
-        chunks = self.owner.mapper.each(self.batch, column[:, None], chosen)
-        return dict(zip(positions, map(torch.cat, zip(*chunks, strict=True)), strict=True))
+        chunks = self.owner.mapper.each(self.batch, column[:, None], list(chosen.values()))
+        return dict(zip(chosen, map(torch.cat, zip(*chunks, strict=True)), strict=True))
+
+    def _unspoken_for(self, columns: int) -> dict[int, Parameter]:
+        """The parameters that no site speaks for, by place; passes of so many columns count."""
+        owner = self.owner
+        if owner.unspoken_for:
+            owner.meter.add(FORWARD + columns * owner.problem.way_back, self.share)
+        return {position: owner.parameters[position] for position in sorted(owner.unspoken_for)}
 
     def _site(self, module: nn.Module) -> Site:
         if module not in self._sites:
@@ -426,8 +460,12 @@ class ExampleGradients:
     def _traces_of(self, batch: WeightedBatch) -> Tensor:
         """Traces ``(L + 1,)`` of a few examples by one draw, on the CPU."""
         live = self._verified(batch)
-        squares = [sign * live.squares([column]) for sign, column in live.columns.draw(0)]
-        return LayerSums(self.parameters)(torch.stack(squares).sum(0, keepdim=True))[0].cpu()
+        norms = [sign * live.norms(live.pull([s])).sum(0) for sign, s in live.columns.draw(0)]
+        return LayerSums(self.parameters).of_tensors(torch.stack(norms).sum(0)[None])[0].cpu()
+
+    def joint(self, among: Sequence[int]) -> Sequence[tuple[int, ...]]:
+        """Which of some batches are best computed as one."""
+        return self.problem.joint(among)
 
     def prepare(self) -> None:
         """Verify a few examples, which also say how many make a good part of a batch.
@@ -440,13 +478,15 @@ class ExampleGradients:
             fitting = self._verified(sample).fitting
             self._part = fitting if self._most is None else min(fitting, self._most)
 
-    def of(self, batch: int, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Pass]]:
+    def of(
+        self, batches: Sequence[int], first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, Pass]]:
         """Forward passes over parts of a batch, each with the place of its first example.
 
         A part is as large as a CPU's cache likes the activations, or as a GPU likes its work.
 
         Args:
-            batch: its number.
+            batches: its number, or those of some that are best computed as one.
             first: parts that begin before this example are left out.
             last: examples from this one on are left out, default none.
 
@@ -455,7 +495,7 @@ class ExampleGradients:
         """
         self.prepare()
         assert self._part is not None  # it is prepared
-        whole = self.problem.batch(batch)
+        whole = self.problem.batch(*batches)
         last, count = whole.count if last is None else last, -(-whole.count // self._part)
         bounds = [part * whole.count // count for part in range(count + 1)]
         for start, stop in itertools.pairwise(bounds):

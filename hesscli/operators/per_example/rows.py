@@ -131,7 +131,7 @@ class Rows:
         """Gradients of some of a batch's examples, each pulled back from its outputs."""
         stream = randomness.key(_DRAWS, self.seed, index, draw)
         scale = (self.problem.data.count / self.problem.total_weight) ** 0.5
-        for start, live in self._passes.of(index, first, last):
+        for start, live in self._passes.of((index,), first, last):
             ((_, column),) = live.columns.draw(stream, start)  # a factor's, and so with a plus
             yield live.each(scale * column)
 

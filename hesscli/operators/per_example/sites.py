@@ -11,7 +11,7 @@ Shapes: N examples, G groups, P positions, J inputs and O outputs of a product, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,33 @@ def _by_pairs(gradients: Tensor, inputs: Tensor) -> Tensor:
     return torch.bmm(left, right).clamp_(min=0)  # squares, but for rounding
 
 
+def squared_norms(gradients: Tensor, inputs: Tensor) -> Tensor:
+    """Σ over columns of the squared norm of each example's weight gradient, ``(N,)``.
+
+    ‖Σ_p g_p a_pᵀ‖² = Σ_pq (g_pᵀg_q)(a_pᵀa_q), which forms no gradient where positions are few
+    (Goodfellow 2015, "Efficient per-example gradient computations", for one position; Li et al.
+    2022, arXiv 2110.05679, section 4, for many).
+
+    Args:
+        gradients: ``(N, C, G, O, P)`` for C columns, G groups, O outputs and P positions.
+        inputs: ``(N, G, P, J)``.
+    """
+    count, columns, groups, outputs, positions = gradients.shape
+    width, tall = inputs.shape[-1], columns * outputs
+    left = gradients.transpose(1, 2).reshape(count * groups, tall, positions)
+    right = inputs.flatten(0, 1)
+    if positions**2 * (tall + width) < tall * width * (positions + 1):
+        products = torch.bmm(left.transpose(1, 2), left)
+        products *= torch.bmm(right, right.transpose(1, 2))
+        return products.view(count, -1).sum(1).clamp_(min=0)  # squares, but for rounding
+    rows = max(1, min(tall, room(gradients) // (count * groups * width)))
+    total = gradients.new_zeros(count)
+    for first in range(0, tall, rows):
+        made = torch.bmm(left[:, first : first + rows], right)
+        total += made.square_().view(count, -1).sum(1)
+    return total
+
+
 # -- Per-example parameter gradients of known modules, from their inputs and output gradients ------
 
 
@@ -110,16 +137,28 @@ class Site(ABC):
         Args:
             columns: for each the gradients of every call's output, in the output's shape.
         """
-        split = [self.by_example(column) for column in columns]
         sums: Named = {}
+        for inputs, gradients in self._parts(columns):
+            for name, value in self.squares_of(inputs, gradients).items():
+                sums[name] = sums[name] + value if name in sums else value.double()
+        return sums
+
+    def norms(self, columns: Sequence[Sequence[Tensor]]) -> Named:
+        """Σ over columns of each example's squared gradient norm, ``(N,)`` float64; likewise."""
+        found: dict[str, list[Tensor]] = {}
+        for inputs, gradients in self._parts(columns):
+            for name, value in self.norms_of(inputs, gradients).items():
+                found.setdefault(name, []).append(value.double())
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _parts(self, columns: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Inputs and columns of a few examples after the other, in this kind's own layout."""
+        split = [self.by_example(column) for column in columns]
         size = max(1, room(columns[0][0]) // self.numbers_each(split))
         for start in range(0, self.count, size):
             part = slice(start, start + size)
             inputs = self.read([x[part] for x in self.inputs])
-            gradients = [self.read_gradients([g[part] for g in column]) for column in split]
-            for name, value in self.squares_of(inputs, gradients).items():
-                sums[name] = sums[name] + value if name in sums else value.double()
-        return sums
+            yield inputs, [self.read_gradients([g[part] for g in column]) for column in split]
 
     def each(self, column: Sequence[Tensor], part: slice = slice(None)) -> Named:
         """Gradients ``(n, *shape)`` of single examples.
@@ -170,6 +209,10 @@ class Site(ABC):
     def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
         """Σ over some examples, and over columns, of squared gradients."""
 
+    @abstractmethod
+    def norms_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
+        """Σ over columns of some examples' squared gradient norms, ``(n,)``."""
+
 
 class Product(Site):
     """y = W a + b at every position: inputs (n, G, P, J), gradients (n, G, O, P)."""
@@ -197,6 +240,12 @@ class Product(Site):
         gradients = torch.stack(list(columns), 1)
         bias = gradients.sum(4).square_().sum((0, 1))
         return {"weight": squared_products(gradients, inputs), "bias": bias}
+
+    def norms_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
+        """Squared norms: the weight's by the cheaper order of sums, the bias's directly."""
+        gradients = torch.stack(list(columns), 1)
+        bias = gradients.sum(4).square_().sum((1, 2, 3))
+        return {"weight": squared_norms(gradients, inputs), "bias": bias}
 
 
 class LinearSite(Product):
@@ -273,6 +322,11 @@ class ScaleSite(Site):
         made = [self.each_of(inputs, column) for column in columns]
         return {n: torch.stack([m[n] for m in made]).square_().sum((0, 1)) for n in made[0]}
 
+    def norms_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
+        """The same, summed over entries instead of examples."""
+        made = [self.each_of(inputs, column) for column in columns]
+        return {n: torch.stack([m[n] for m in made]).square_().sum((0, 2)) for n in made[0]}
+
     def _by_position(self, values: Tensor) -> Tensor:
         """From (n, m, ...) to (n, P, W)."""
         if isinstance(self.module, (nn.LayerNorm, nn.RMSNorm)):
@@ -306,14 +360,28 @@ class LookupSite(Site):
 
     def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
         """Positions of one example that look up one row are summed before they are squared."""
+        total, table = torch.zeros_like(self.module.weight, requires_grad=False), self.module.weight
+        for found, squares in self._looked_up(inputs, columns):
+            total.index_add_(0, found % len(table), squares)
+        return {"weight": total}
+
+    def norms_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
+        """The same, summed by example."""
+        total = columns[0].new_zeros(len(inputs))
+        for found, squares in self._looked_up(inputs, columns):
+            total.index_add_(0, found // len(self.module.weight), squares.sum(1))
+        return {"weight": total}
+
+    def _looked_up(
+        self, inputs: Tensor, columns: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each column the rows that have a gradient, and its squares ``(rows, D)``."""
         table, counted = self.module.weight, self._counted(inputs)
         found, owner = torch.unique(self._places(inputs)[counted], return_inverse=True)
-        total = torch.zeros_like(table, requires_grad=False)
         for column in columns:
             sums = column.new_zeros(len(found), table.shape[1])
             sums.index_add_(0, owner, column[counted])
-            total.index_add_(0, found % len(table), sums.square_())
-        return {"weight": total}
+            yield found, sums.square_()
 
     def _places(self, inputs: Tensor) -> Tensor:
         """Rows that are looked up, in a table of each example's own, one below the other."""
