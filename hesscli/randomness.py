@@ -41,9 +41,10 @@ def rademacher(
     first = offset // 64
     words = (offset + size + 63) // 64 - first
     hashed = _hash(stream, first, words, device).view(torch.uint8)
-    bits = (hashed[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    signs = (2 * bits - 1).to(dtype).index_select(0, hashed.int())  # eight for each byte
     start = offset - 64 * first
-    return bits.view(-1)[start : start + size].to(dtype).mul_(2).sub_(1)
+    return signs.view(-1)[start : start + size]
 
 
 def gaussian(
@@ -77,7 +78,8 @@ def at(
     device: torch.device,
 ) -> Tensor:
     """One vector of the entries of some (offset, size), each drawn for its place in the whole."""
-    return torch.cat([sample(stream, *run, dtype=dtype, device=device) for run in runs])
+    parts = [sample(stream, *run, dtype=dtype, device=device) for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _mix(word: int) -> int:
