@@ -59,17 +59,17 @@ class MismatchError(Exception):
 
 def vectors(problem: Objective, count: int) -> Tensor:
     """The first Rademacher rows ``(count, d)`` of a fixed stream."""
-    rows = [
-        randomness.at(
-            problem.parameters.runs,
-            randomness.rademacher,
-            randomness.key(0x5EED, i),
-            dtype=problem.dtype,
-            device=problem.device,
-        )
-        for i in range(count)
-    ]
-    return torch.stack(rows)
+    return torch.stack([_vector(problem, number) for number in range(count)])
+
+
+def _vector(problem: Objective, number: int) -> Tensor:
+    return randomness.at(
+        problem.parameters.runs,
+        randomness.rademacher,
+        randomness.key(0x5EED, number),
+        dtype=problem.dtype,
+        device=problem.device,
+    )
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ def _at(
 ) -> Iterator[tuple[Tensor, float]]:
     """The weights of an attempt, and its unit direction and step."""
     step, shift = attempt
-    direction = vectors(problem, number + 1)[-1] * moving(problem)
+    direction = _vector(problem, number) * moving(problem)
     with moved(problem.parameters.tensors, shift):
-        yield direction / direction.norm(), step
+        yield direction.div_(direction.norm()), step
 
 
 def layers_where(parameters: Parameters, is_wrong: Callable[[Tensor], bool]) -> str:

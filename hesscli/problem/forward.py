@@ -149,10 +149,12 @@ def standing_in(model: nn.Module, theta: Mapping[str, Tensor] | None) -> Iterato
 @contextmanager
 def moved(tensors: Sequence[Tensor], relative: float) -> Iterator[None]:
     """Weights a little off where they are, by a fixed draw, and put back."""
+    if not relative:
+        yield
+        return
     originals = [tensor.detach().clone() for tensor in tensors]
     try:
-        if relative:
-            _move(tensors, relative)
+        _move(tensors, relative)
         yield
     finally:
         with torch.no_grad():
