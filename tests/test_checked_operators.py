@@ -112,7 +112,7 @@ USES: dict[str, Callable[[Any], Any]] = {
     "array": lambda a: a @ np.ones((a.shape[0], 2)),
     "dense": lambda a: a.to_dense(),
     "block": lambda a: a.restrict("last") @ torch.ones(15),
-    "engine": lambda a: next(Hutchinson(a, seed=0).extend(2)),
+    "engine": lambda a: list(Hutchinson(a, seed=0).extend(2)),
 }
 
 

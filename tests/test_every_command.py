@@ -133,7 +133,7 @@ def test_a_run_that_was_cut_off_is_gone_on_with_and_not_overwritten(
 
 
 def test_a_run_on_other_examples_is_refused_by_the_option(tmp_path: Path) -> None:
-    """Another batch size is none of another run here: examples are batched anew in any case."""
+    """Another batch size is another run: sums of larger batches have other last digits."""
     line = ("trace", SUNSPOTS, "--method", "hutchinson", "--dir", ".", "-v", "--batch-size")
     cut = hesscli_warm(*line, 32, "--examples", 99, cwd=tmp_path, ctrl_c_at="probing")
     assert cut.returncode == ExitCode.INTERRUPTED, cut.stderr
@@ -142,7 +142,12 @@ def test_a_run_on_other_examples_is_refused_by_the_option(tmp_path: Path) -> Non
     *_, got, hint = refused.stderr.splitlines()
     assert got.startswith("  got: --examples was 99 and is 98; num_examples was 99 and is 98")
     assert hint.startswith("  try: --examples 99,")
-    resumed = hesscli_warm(*line, 16, "--examples", 99, "--resume", cwd=tmp_path)
+    resized = hesscli_warm(*line, 16, "--examples", 99, "--resume", cwd=tmp_path)
+    assert resized.returncode == ExitCode.USAGE
+    *_, got, hint = resized.stderr.splitlines()
+    assert got.startswith("  got: --batch-size was 32 and is 16;")
+    assert hint.startswith("  try: --batch-size 32,")
+    resumed = hesscli_warm(*line, 32, "--examples", 99, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
 
 
