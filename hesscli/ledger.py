@@ -28,7 +28,7 @@ from hesscli.meter import Meter
 from hesscli.state import Rows, Stateful, Timed
 from hesscli.storage import write_atomically
 
-FORMAT = 2
+FORMAT = 3
 """Changes where a ledger can no longer be read by what wrote those before."""
 
 _OFTEN = 0.5

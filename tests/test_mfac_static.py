@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mfac_truth import Truth, distance, rows_of
 from torch import Tensor
 
-from hesscli.engines.mfac import GradientWindow, StaticFisher
+from hesscli.engines.mfac import GradientWindow, StaticFisher, static
+from hesscli.engines.mfac.subsets import inverse_diagonals
 from hesscli.errors import ExitCode, UnsoundError, UsageError
 
 KINDS = ["normal", "graded", "columns", "mean", "pairs", "equal"]
@@ -281,3 +283,44 @@ def test_a_window_that_has_changed() -> None:
     window.close()
     with pytest.raises(UsageError, match="not what it was"):
         fisher.ihvp(torch.ones(8))
+
+
+@every_shape
+@every_blocking
+def test_what_is_not_kept_is_made_again(
+    shape: tuple[int, int], blocking: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bits, since it is the same work."""
+    window = window_of(rows_of("normal", *shape))
+    blocks, x = blocking(window.size), normal(window.size)
+    kept = StaticFisher(window, relative(window, 1e-3), blocks=blocks)
+    monkeypatch.setattr(static, "_KEPT", 0)
+    made = StaticFisher(window, kept.damping, blocks=blocks)
+    for one, other in ((kept, made), (kept.with_damping(0.1), made.with_damping(0.1))):
+        assert torch.equal(one.ihvp(x).vector, other.ihvp(x).vector)
+        assert torch.equal(one.multiply(x), other.multiply(x))
+        assert torch.equal(one.diagonal(), other.diagonal())
+        assert one.element(3, 4) == other.element(3, 4)
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(16, 96), (61, 96), (120, 72)])
+@every_blocking
+def test_inverses_from_some_of_the_rows(kind: str, shape: tuple[int, int], blocking: Any) -> None:
+    """Of all, of halves and without a group, of rows that the groups do not share out evenly."""
+    window, groups = window_of(rows_of(kind, *shape)), 5
+    odd = torch.arange(groups) % 2 == 1
+    sets = torch.stack([odd | ~odd, odd, ~odd, *~torch.eye(groups).bool()])
+    blocks, damping = blocking(window.size), relative(window, 1e-3)
+    sizes = np.array(blocks or [window.size])
+    found = inverse_diagonals(window, slice(0, window.size), sizes, damping, sets)
+    members = torch.arange(window.count) % groups
+    for chosen, diagonal in zip(sets, found, strict=True):
+        truth = Truth(window.rows[chosen[members]], damping, blocks)
+        expected = truth.inverse().diagonal()
+        # As float32 products allow where a block is larger than its rows are many; else float64.
+        allowed = 1e-3 if sizes.max() > window.count else 64 * truth.condition * 2.0**-53
+        assert (diagonal / expected - 1).abs().max() < allowed
+    some = slice(int(sizes[:2].sum()), int(sizes[:4].sum()))
+    part = inverse_diagonals(window, some, sizes[2:4], damping, sets) if blocks else found[:, some]
+    torch.testing.assert_close(part, found[:, some], rtol=1e-9, atol=0)

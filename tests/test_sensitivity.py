@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,14 +17,7 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli.diagnostics.predictions import sampled_mean
-from hesscli.diagnostics.saliency import (
-    GROUPS,
-    Repeated,
-    _chunks,
-    rank_correlation,
-    repeats,
-    saliencies,
-)
+from hesscli.diagnostics.saliency import GROUPS, Inverted, rank_correlation
 from hesscli.diagnostics.window import block_sizes
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.mfac import GradientWindow, StaticFisher
@@ -53,18 +45,6 @@ def problem() -> hesscli.Problem:
 @pytest.fixture(scope="module")
 def result(problem: hesscli.Problem) -> IhvpResult:
     return hesscli.sensitivity(problem, rtol=ALL, verify=True, budget=None)
-
-
-Found = TypeVar("Found")
-
-
-def end_of(steps: Generator[Any, None, Found]) -> Found:
-    """What steps come to."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def flat(problem: hesscli.Problem) -> Tensor:
@@ -239,7 +219,7 @@ def test_standard_errors_of_saliencies_hold(relative: float) -> None:
     basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
     root = basis * torch.logspace(-1.5, 0, size, dtype=torch.float64)
     damping = relative * 2 * float(root.square().sum()) / size
-    weights, sizes = torch.randn(size, dtype=torch.float64), (width,) * 4
+    weights, sizes = torch.randn(size, dtype=torch.float64), np.full(4, width)
     layers = [slice(i * width, (i + 1) * width) for i in range(4)]
     logs, errors, above = [], [], []
     for _ in range(windows):
@@ -248,12 +228,14 @@ def test_standard_errors_of_saliencies_hold(relative: float) -> None:
             window.extend(scale * torch.randn(rows, size, dtype=torch.float64) @ root.T)
             fisher = StaticFisher(window, damping, blocks=sizes)
             collected: Any = SimpleNamespace(window=window, fisher=fisher, sizes=sizes)
-            found = end_of(repeats(collected, weights, layers, Repeated()))
-            saliency = saliencies(weights, fisher.diagonal())
-            means = np.array([float(saliency[layer].mean()) for layer in layers])
+            inverted = Inverted(collected, weights, layers)
+            for _ in inverted.steps():
+                pass
+            ranked = inverted.ranked
+            means = np.array([float(ranked.saliency[layer].mean()) for layer in layers])
         logs.append(np.log(means))
-        errors.append(found.relative_errors())
-        above.append(found.above(means))
+        errors.append(ranked.repeats.relative_errors())
+        above.append(ranked.repeats.above(means))
     off = np.abs(np.array(logs) - np.mean(logs, 0)) / np.array(errors)
     missed = int((off > stdtrit(GROUPS - 1, 0.975)).sum())
     # Layers share rows and the mean is the windows' own: a band around 5% at level 1e-3.
@@ -560,14 +542,3 @@ def test_blocks_make_up_the_layers_whatever_their_sizes() -> None:
     assert block_sizes(parameters, "layer", 64).tolist() == [40, 18]
     assert block_sizes(parameters, "20", 64).tolist() == [20, 20, 18]
     assert block_sizes(parameters, "whole", 64) is None
-
-
-def test_blocks_are_inverted_in_runs_of_a_bounded_width() -> None:
-    window = GradientWindow(4, 4_300_000)
-    window.extend(torch.randn(4, 4_300_000, generator=torch.Generator().manual_seed(0)))
-    sizes = np.append(np.full(4_300_000 // 3, 3), 4_300_000 % 3)
-    runs = list(_chunks(sizes, window))
-    assert [columns.start for columns, _ in runs[1:]] == [columns.stop for columns, _ in runs[:-1]]
-    assert all(columns.stop - columns.start == own.sum() for columns, own in runs)
-    assert max(columns.stop - columns.start for columns, _ in runs) * 4 <= 1 << 25
-    np.testing.assert_array_equal(np.concatenate([own for _, own in runs]), sizes)

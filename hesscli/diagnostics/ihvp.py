@@ -17,8 +17,13 @@ from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.predictions import SCALES, order_of
 from hesscli.diagnostics.reporting import described, warnings_of_samples
 from hesscli.diagnostics.run import Clock, started
-from hesscli.diagnostics.saliency import rank_correlation, saliency_edges, saliency_report
-from hesscli.diagnostics.sensitivity_study import Array, Ranked, Ranking, SensitivityStudy
+from hesscli.diagnostics.saliency import (
+    Ranked,
+    rank_correlation,
+    saliency_edges,
+    saliency_report,
+)
+from hesscli.diagnostics.sensitivity_study import Array, Ranking, SensitivityStudy
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.errors import UsageError
 from hesscli.problem.problem import Problem
@@ -91,7 +96,7 @@ class _Layers:
         self.study, self.places = study, study.problem.parameters.layer_places()
         self.saliency, self.repeats = ranked.saliency, ranked.repeats
         self.sizes = study.weights.abs()
-        self.leverage = study.collected.fisher.leverage()
+        self.leverage = 1 - study.collected.fisher.damping * ranked.diagonal
         self.edges = saliency_edges(self.saliency)
         self.means = np.array([float(self.saliency[place].mean()) for place in self.places])
         self.order = [int(i) for i in np.argsort(-self.means, kind="stable")]
@@ -105,7 +110,7 @@ class _Layers:
         return RankingReport(
             layers=tuple(names[i] for i in self.order),
             above=tuple(tuple(float(self.above[i, j]) for j in self.order) for i in self.order),
-            half_correlation=rank_correlation(self.repeats.one, self.repeats.other),
+            half_correlation=rank_correlation(*self.repeats.halves),
         )
 
     def reports(self) -> Iterator[LayerSensitivity]:
@@ -123,9 +128,7 @@ class _Layers:
                 ),
                 leverage=float(self.leverage[place].median()),
                 magnitude_correlation=rank_correlation(self.saliency[place], self.sizes[place]),
-                half_correlation=rank_correlation(
-                    self.repeats.one[place], self.repeats.other[place]
-                ),
+                half_correlation=rank_correlation(*self.repeats.halves[:, place]),
                 rank=rank + 1,
                 above_next=float(self.above[i, after[0]]) if after else None,
                 perturbations=tuple(_perturbations(self.study, i)),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,26 +12,45 @@ from numpy.typing import NDArray
 from scipy.special import stdtr
 from torch import Tensor
 
-from hesscli.diagnostics.window import Collected
-from hesscli.engines.mfac import GradientWindow, StaticFisher
+from hesscli.diagnostics.measurement import Work
+from hesscli.diagnostics.window import Collected, WindowOptions, timed_on_columns
+from hesscli.engines.mfac import GradientWindow
 from hesscli.engines.mfac.static import Sizes
+from hesscli.engines.mfac.subsets import inverse_diagonals
 from hesscli.errors import UsageError
 from hesscli.meter import OnStep, go_on
+from hesscli.problem.problem import Problem
 from hesscli.results import Histogram, Quantile, SaliencyReport, Snapshot
+from hesscli.state import Rows, State
 
 Array = NDArray[np.float64]
 
 # -- Spearman's rank correlation of large vectors, and the median ----------------------------------
 
 
+_MOST_RANKED = 1 << 20
+
+
 def rank_correlation(one: Tensor, other: Tensor) -> float | None:
-    """Spearman's, ties at their mean rank; None where either is constant."""
-    ranks = [torch.from_numpy(_ranks(v.cpu().numpy())) for v in (one, other)]
+    """Spearman's, ties at their mean rank; None where either is constant.
+
+    Of longer vectors a million entries are drawn for all: it is then known to 0.001.
+    """
+    places = sampled_places(len(one), one.device)
+    ranks = [torch.from_numpy(_ranks(v[places].cpu().numpy())) for v in (one, other)]
     centred = [r - r.mean() for r in ranks]
     sizes = [float(torch.linalg.vector_norm(c)) for c in centred]
     if not all(sizes):
         return None
     return float(centred[0] @ centred[1]) / (sizes[0] * sizes[1])
+
+
+def sampled_places(size: int, device: torch.device) -> Tensor:
+    """Places in rising order that stand for all of a vector: all, or a million drawn by chance."""
+    if size <= _MOST_RANKED:
+        return torch.arange(size, device=device)
+    drawn = np.random.default_rng(0).integers(size, size=_MOST_RANKED)
+    return torch.from_numpy(np.sort(drawn)).to(device)
 
 
 def _ranks(values: Array) -> Array:
@@ -50,8 +69,11 @@ def _ranks(values: Array) -> Array:
 
 GROUPS = 8
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_TILE_NUMBERS = 1 << 25
-"""Numbers of a window that are copied at once, unless one block has more."""
+_ODD = torch.arange(GROUPS) % 2 == 1
+_SETS = torch.stack([torch.ones(GROUPS, dtype=torch.bool), ~_ODD, _ODD, *~torch.eye(GROUPS).bool()])
+"""Groups of rows that are taken: all, one half, the other, and all but one."""
+_VECTORS = 4
+"""That a ranking holds, float64."""
 
 
 def saliencies(weights: Tensor, inverse_diagonal: Tensor) -> Tensor:
@@ -64,13 +86,12 @@ class Repeats:
     """What fewer rows say of saliencies.
 
     ``means`` is ``(groups, L)``, each layer's mean saliency without a group of rows, and
-    ``quantiles`` ``(groups, L, Q)``; ``one`` and ``other`` are the saliencies of two half-windows.
+    ``quantiles`` ``(groups, L, Q)``; ``halves`` ``(2, d)`` the saliencies of two half-windows.
     """
 
     means: Array
     quantiles: Array
-    one: Tensor
-    other: Tensor
+    halves: Tensor
 
     def relative_errors(self) -> Array:
         """Standard errors of the layers' means, relative to them ``(L,)``."""
@@ -111,57 +132,100 @@ def require_rows(count: int, capacity: int) -> None:
     )
 
 
-@dataclass
-class Repeated:
-    """Layers' mean saliencies and their quantiles, without one group of rows after the other."""
+@dataclass(frozen=True)
+class Ranked:
+    """Saliencies of all weights, and what they rest on: no ranking without.
 
-    means: list[list[float]] = field(default_factory=list)
-    quantiles: list[list[list[float]]] = field(default_factory=list)
+    ``diagonal`` ``(d,)`` is that of (F̂ + λI)⁻¹.
+    """
+
+    diagonal: Tensor
+    saliency: Tensor
+    repeats: Repeats
 
 
-def repeats(
-    collected: Collected,
-    weights: Tensor,
-    layers: Sequence[slice],
-    found: Repeated,
-    on_step: OnStep = go_on,
-) -> Generator[Snapshot, None, Repeats]:
-    """Saliencies from fewer rows, an inversion a step.
+class Inverted:
+    """Diag (F̂ + λI)⁻¹ from all rows and from some of them, layer by layer.
 
     Args:
         collected: the window and its blocks.
         weights: ``(d,)``.
         layers: where each layer lies in them.
-        found: without the first groups, as far as that is done; the others are added.
-        on_step: called within an inversion, which can be made again; may end it.
-
-    Raises:
-        UsageError: there are not two rows for each group.
     """
-    window = collected.window
-    require_rows(window.count, window.capacity)
-    group = torch.arange(window.count, device=window.device) % GROUPS
 
-    def from_rows(chosen: Tensor) -> Tensor:
-        return saliencies(weights, _inverse_diagonal(collected, chosen, on_step))
+    def __init__(self, collected: Collected, weights: Tensor, layers: Sequence[slice]) -> None:
+        self.collected, self.weights, self.layers = collected, weights, layers
+        self._vectors = weights.new_empty(len(weights), 3, dtype=torch.float64)
+        self._means, self._quantiles = list[Array](), list[Array]()
 
-    for left_out in range(len(found.means), GROUPS):
-        saliency = from_rows(group != left_out)
-        means = [float(saliency[layer].mean()) for layer in layers]
-        found.quantiles.append([quantiles(saliency[layer]).tolist() for layer in layers])
-        found.means.append(means)
-        yield Snapshot(phase="ranking", done=float(left_out + 1), total=float(GROUPS + 2))
-    one, other = (from_rows(group % 2 == half) for half in range(2))
-    return Repeats(np.array(found.means), np.array(found.quantiles), one, other)
+    def steps(self, on_step: OnStep = go_on) -> Iterator[Snapshot]:
+        """A layer a step, or all of them where a block goes beyond one.
+
+        Args:
+            on_step: called within a step, which can be made again; may end it.
+        """
+        total, stretches = float(len(self.layers)), self._stretches()
+        while self._done < len(self.layers):
+            layers, sizes = stretches[self._done]
+            self._invert(layers, sizes, on_step)
+            yield Snapshot(phase="ranking", done=float(self._done), total=total)
+
+    @property
+    def ranked(self) -> Ranked:
+        """Once all is done."""
+        diagonal, halves = self._vectors[:, 0], self._vectors[:, 1:].T
+        means, levels = np.stack(self._means, 1), np.stack(self._quantiles, 1)
+        own = saliencies(self.weights, diagonal)
+        return Ranked(diagonal, own, Repeats(means, levels, halves))
+
+    def state_dict(self) -> State:
+        """Of the layers that are done."""
+        end = self.layers[self._done - 1].stop if self._done else 0
+        return {
+            "vectors": Rows(self._vectors[:end]),
+            "means": self._means,
+            "quantiles": self._quantiles,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Have done what another had of the same window."""
+        state["vectors"].copy_to(self._vectors)
+        self._means, self._quantiles = list(state["means"]), list(state["quantiles"])
+
+    @property
+    def _done(self) -> int:
+        return len(self._means)
+
+    def _stretches(self) -> dict[int, tuple[Sequence[slice], Sizes]]:
+        """Layers that blocks lie within, by the first of them, and these blocks."""
+        sizes = self.collected.sizes
+        if sizes is None:
+            return {0: (self.layers, np.array([len(self.weights)]))}
+        ends = np.cumsum(sizes)
+        cuts = np.searchsorted(ends, [layer.stop for layer in self.layers]) + 1
+        pairs = zip(self.layers, np.split(sizes, cuts[:-1]), strict=True)
+        return {number: ([layer], own) for number, (layer, own) in enumerate(pairs)}
+
+    def _invert(self, layers: Sequence[slice], sizes: Sizes, on_step: OnStep) -> None:
+        window, place = self.collected.window, slice(layers[0].start, layers[-1].stop)
+        damping = self.collected.fisher.damping
+        found = inverse_diagonals(window, place, sizes, damping, _SETS, on_step)
+        own, halves = found[0], saliencies(self.weights[place], found[1:3])
+        self._vectors[place] = torch.stack([own, *halves], dim=1)
+        for layer in layers:
+            own = found[3:, layer.start - place.start : layer.stop - place.start]
+            fewer = [saliencies(self.weights[layer], diagonal) for diagonal in own]
+            self._quantiles.append(torch.stack([quantiles(each) for each in fewer]).numpy())
+            self._means.append(np.array([float(each.mean()) for each in fewer]))
 
 
 def quantiles(values: Tensor) -> Tensor:
     """The levels ``QUANTILES`` of a vector of any length ``(Q,)``: torch's own ends at 2^24."""
-    ordered, count = values.sort().values, len(values)
-    places = torch.tensor(QUANTILES, dtype=torch.float64) * (count - 1)
-    low = places.floor().long()
-    high, share = (low + 1).clamp_max(count - 1), (places - low).to(values.device)
-    return torch.lerp(ordered[low.to(values.device)], ordered[high.to(values.device)], share).cpu()
+    places = np.array(QUANTILES) * (len(values) - 1)
+    low = np.floor(places).astype(int)
+    high = np.minimum(low + 1, len(values) - 1)
+    ordered = np.partition(values.cpu().numpy(), [*low, *high])
+    return torch.lerp(*map(torch.from_numpy, (ordered[low], ordered[high], places - low)))
 
 
 def _jackknife(values: Array) -> Array:
@@ -176,36 +240,17 @@ def _logs(values: Array) -> Array:
         return np.asarray(np.log(values))
 
 
-def copied_bytes(numbers: int, itemsize: int) -> int:
-    """What an inversion of some rows holds beside it, of a window of so many numbers.
+def ranking(problem: Problem, options: WindowOptions, rows: int) -> Work:
+    """Diagonals of inverses from all and from fewer rows, as a part of them is timed."""
 
-    Three times as much as is copied at once: the chosen rows, as they are checked, and as kept.
-    """
-    return 3 * itemsize * min(numbers, _TILE_NUMBERS)
+    def invert(window: GradientWindow, sizes: Sizes) -> None:
+        inverse_diagonals(window, slice(0, window.size), sizes, 1.0, _SETS)
 
-
-def _inverse_diagonal(collected: Collected, chosen: Tensor, on_step: OnStep) -> Tensor:
-    """Diag (F̂ + λI)⁻¹ from some of the rows, a few blocks at a time."""
-    window, damping = collected.window, collected.fisher.damping
-    parts = []
-    for columns, sizes in _chunks(collected.sizes, window):
-        rows = window.tile(columns.start, columns.stop)[chosen]
-        fewer = GradientWindow(*rows.shape, dtype=rows.dtype, device=rows.device)
-        fewer.extend(rows)
-        parts.append(StaticFisher(fewer, damping, blocks=sizes, on_step=on_step).diagonal())
-    return torch.cat(parts)
-
-
-def _chunks(sizes: Sizes | None, window: GradientWindow) -> Iterator[tuple[slice, Sizes | None]]:
-    """Runs of blocks of a bounded number of columns, unless one has more, and their sizes."""
-    if sizes is None:
-        yield slice(0, window.size), None
-        return
-    ends, most, first, start = np.cumsum(sizes), _TILE_NUMBERS // window.count, 0, 0
-    while first < len(sizes):
-        stop = max(first + 1, int(np.searchsorted(ends, start + most, side="right")))
-        yield slice(start, int(ends[stop - 1])), sizes[first:stop]
-        first, start = stop, int(ends[stop - 1])
+    places = problem.parameters.layer_places()
+    most = max(place.stop - place.start for place in places)
+    held = torch.float64.itemsize * (len(_SETS) * most + _VECTORS * problem.parameters.size)
+    spent = timed_on_columns(problem, options, rows, invert)
+    return Work(phase="ranking", spent=spent, num_bytes=held)
 
 
 # -- A layer's saliencies in its report ------------------------------------------------------------

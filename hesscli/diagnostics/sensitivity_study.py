@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,16 +18,8 @@ from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.diagnostics.predictions import Measured, Predictions, perturbing, verifying
 from hesscli.diagnostics.reporting import chosen, estimation, expected
 from hesscli.diagnostics.run import Run
-from hesscli.diagnostics.saliency import (
-    GROUPS,
-    Repeated,
-    Repeats,
-    copied_bytes,
-    repeats,
-    require_rows,
-    saliencies,
-)
-from hesscli.diagnostics.solve import RELATIVE, DampedSolution, Solved, Solving, sweep, sweeps
+from hesscli.diagnostics.saliency import Inverted, Ranked, ranking, require_rows
+from hesscli.diagnostics.solve import RELATIVE, Solved, Solving, sweep, sweeps
 from hesscli.diagnostics.trace import standing
 from hesscli.diagnostics.window import (
     FEWEST_ROWS,
@@ -40,10 +31,9 @@ from hesscli.diagnostics.window import (
 )
 from hesscli.engines.estimator import Reading
 from hesscli.engines.mfac import GradientWindow
-from hesscli.meter import Spent
 from hesscli.problem.problem import Problem
 from hesscli.results import DampingPoint, Snapshot, Status
-from hesscli.state import Rows, Saved, State
+from hesscli.state import Saved, State
 
 Array = NDArray[np.float64]
 
@@ -61,14 +51,6 @@ class Ranking:
 
     rtol: float
     verify: bool
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """Saliencies of all weights ``(d,)``, and those from fewer rows: no ranking without."""
-
-    saliency: Tensor
-    repeats: Repeats
 
 
 class SensitivityStudy:
@@ -112,7 +94,7 @@ class SensitivityStudy:
         self.measured: list[Array] | None = None
         self.rounding = 0.0
         self.status: Status = "converged"
-        self._repeated, self._damped = Repeated(), list[DampedSolution]()
+        self._inverted: Inverted | None = None
         self._traces: Estimation | None = None
         self._measuring: Measured | None = None
         self._predicted_all = self._swept = False
@@ -175,29 +157,27 @@ class SensitivityStudy:
             yield from self._traced()
             yield from self._predicted(self.rank)
         if not self._swept:
+            own = None if self.ranked is None else self.ranked.diagonal
             self.sweep = yield from sweep(
-                self.operator, self.collected, self.mattering, self.right, self._damped
+                self.operator, self.collected, self.mattering, self.right, own
             )
-            self._swept, self._damped = True, []
+            self._swept = True
+            self.operator.meter.keep()
+            yield Snapshot(phase="inverting")
         if self.rank is not None and self.rank.verify:
             yield from self._verified()
 
     def state_dict(self) -> State:
         """The rows, and what each stage has found; what can be made of the rows is not in it."""
-        ranked, damped = self.ranked, [one.direction[None] for one in self._damped]
-        vectors = ranked and (ranked.saliency, ranked.repeats.one, ranked.repeats.other)
         return {
             "window": self.empty.state_dict(),
             "cut_short": self.solving is not None and self.collected.cut_short,
             "solving": _state_of(self.solving),
-            "repeated": asdict(self._repeated),
-            "ranked": vectors and Rows(*(each[None] for each in vectors)),
+            "inverted": _state_of(self._inverted),
             "traces": _state_of(self._traces),
             "status": self.status,
             "predictions": _state_of(self.predictions),
             "predicted_all": self._predicted_all,
-            "damped": [asdict(one.point) for one in self._damped],
-            "directions": Rows(*damped) if damped else None,
             "sweep": [asdict(point) for point in self.sweep],
             "swept": self._swept,
             "measuring": _state_of(self._measuring),
@@ -207,16 +187,7 @@ class SensitivityStudy:
         """Go on from where another was: each stage takes its own when it comes to it."""
         self._saved = state
         self.empty.load_state_dict(state["window"])
-        self._repeated = Repeated(**state["repeated"])
-        if state["ranked"] is not None:
-            saliency, one, other = _vectors(state["ranked"], self.problem.device)
-            means, levels = np.array(self._repeated.means), np.array(self._repeated.quantiles)
-            self.ranked = Ranked(saliency, Repeats(means, levels, one, other))
         self.status, self._predicted_all = state["status"], state["predicted_all"]
-        if state["directions"] is not None:
-            points = [DampingPoint(**point) for point in state["damped"]]
-            directions = _vectors(state["directions"], self.problem.device)
-            self._damped = list(map(DampedSolution, points, directions))
         self.sweep = tuple(DampingPoint(**point) for point in state["sweep"])
         self._swept = state["swept"]
 
@@ -247,23 +218,21 @@ class SensitivityStudy:
         rows = rows_to_be_had(problem, options)
         if rank is not None:
             require_rows(rows, self.empty.capacity)
-        window = collecting(problem, options, self._rows_in_time(rows, pace), pace)
+        yield collecting(problem, options, self._rows_in_time(rows, pace), pace)
         inversion = inverting(problem, options, rows)
-        again = Spent(seconds=inversion.spent.seconds)
-        yield window
         yield inversion
         yield Work(phase="refining", spent=pace.products(1))
         if rank is not None:
-            copied = copied_bytes(rows * problem.parameters.size, options.torch_dtype.itemsize)
-            held = copied + inversion.num_bytes
-            yield Work(phase="ranking", spent=again.times(GROUPS), num_bytes=held)
+            yield ranking(problem, options, rows)
             goal, miss, probes = self._tracing
             choice = self.choice or chosen(self.run, "auto", Draw(self.seed))
             yield from expected(self.run, choice, goal, miss, pace, probes)
             yield perturbing(self.operator, pace)
         if sweeps(problem.parameters.size):
             count = len(RELATIVE)
-            yield Work(phase="inverting", spent=again.times(count) + pace.products(count))
+            spent = inversion.spent.times(count) + pace.products(count)
+            held = count * problem.parameters.size * problem.dtype.itemsize
+            yield Work(phase="inverting", spent=spent, num_bytes=held)
         if rank is not None and rank.verify:
             yield verifying(problem, pace)
 
@@ -279,13 +248,12 @@ class SensitivityStudy:
         return rows >= FEWEST_ROWS and self.run.clock.spent > _COLLECTING
 
     def _ranked(self) -> Iterator[Snapshot]:
-        if self.ranked is not None:
-            return
+        require_rows(self.collected.window.count, self.collected.window.capacity)
         places = self.problem.parameters.layer_places()
-        saliency = saliencies(self.mattering, self.collected.fisher.diagonal())
-        watch = self.run.clock.watch("ranking")
-        again = yield from repeats(self.collected, self.mattering, places, self._repeated, watch)
-        self.ranked = Ranked(saliency, again)
+        self._inverted = Inverted(self.collected, self.mattering, places)
+        self._restore("inverted", self._inverted)
+        yield from self._inverted.steps(self.run.clock.watch("ranking"))
+        self.ranked = self._inverted.ranked
 
     def _traced(self) -> Iterator[Snapshot]:
         """Traces of all layers, without probes where that is possible."""
@@ -323,8 +291,3 @@ class SensitivityStudy:
 
 def _state_of(stage: Saved | None) -> State | None:
     return None if stage is None else stage.state_dict()
-
-
-def _vectors(rows: Rows, device: torch.device) -> list[Tensor]:
-    """A copy of each."""
-    return [row.to(device, copy=True) for part in rows.since(0) for row in part]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from hesscli.diagnostics.saliency import rank_correlation, saliencies
+from hesscli.diagnostics.saliency import rank_correlation, saliencies, sampled_places
 from hesscli.diagnostics.window import Collected
 from hesscli.engines.conjugate_gradients import ConjugateGradients
 from hesscli.engines.mfac import Gram, StaticFisher
@@ -143,14 +143,8 @@ def relative_residual(image: Tensor, right: Tensor) -> float | None:
 RELATIVE = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _MOST_DIRECTIONS = 1 << 28
 """Numbers in the solutions that are held at once."""
-
-
-@dataclass(frozen=True)
-class DampedSolution:
-    """What one damping makes of a window."""
-
-    point: DampingPoint
-    direction: Tensor
+_IMAGES = 1 << 28
+"""Bytes of products with them that are held at once, unless one has more."""
 
 
 def sweep(
@@ -158,37 +152,59 @@ def sweep(
     collected: Collected,
     weights: Tensor,
     right: Tensor,
-    found: list[DampedSolution],
+    own: Tensor | None,
 ) -> Generator[Snapshot, None, tuple[DampingPoint, ...]]:
     """One point for each damping, the largest first; none where the gradients are all zero.
+
+    Blocks are read once for all dampings. Leverage and ranks are those of a million weights drawn
+    by chance where there are more: then known to 0.001.
 
     Args:
         operator: the matrix that the user cares about: one product a damping.
         collected: the window.
         weights: ``(d,)``, for their saliencies.
         right: x ``(d,)``.
-        found: solutions so far, to which the others are added.
+        own: the diagonal of the inverse at the window's own damping, where it is known.
     """
-    if not collected.damping_unit or not sweeps(len(weights)):
+    unit, dtype = collected.damping_unit, operator.problem.dtype
+    if not unit or not sweeps(len(weights)):
         return ()
-    own = saliencies(weights, collected.fisher.diagonal())
-    for relative in RELATIVE[len(found) :]:
-        found.append(_at(relative, collected, weights, right.double(), own))
-        yield Snapshot(phase="inverting", done=float(len(found)), total=float(len(RELATIVE)))
-    directions = torch.stack([one.direction for one in found])
-    images = operator.apply(directions)
-    cosines = [*(_cosine(a, b) for a, b in pairwise(directions)), None]
+    dampings, right = [relative * unit for relative in RELATIVE], right.double()
+    places = sampled_places(len(weights), weights.device)
+    directions = torch.empty(len(dampings), len(right), dtype=dtype, device=right.device)
+    diagonals = torch.empty(len(dampings), len(places), dtype=torch.float64, device=right.device)
+    for part in collected.fisher.parts():
+        first, last = torch.searchsorted(places, places.new_tensor(_ends(part.columns))).tolist()
+        inside = places[first:last] - part.columns.start
+        for damping, direction, diagonal in zip(dampings, directions, diagonals, strict=True):
+            damped = part.damped(damping)
+            direction[part.columns] = damped.solve(right[None, part.columns])[0][0]
+            diagonal[first:last] = damped.diagonal[0][inside]
+        yield Snapshot(phase="inverting")
+    own = (collected.fisher.diagonal() if own is None else own)[places]
+    saliency = saliencies(weights[places], own)
+    residuals = yield from _residuals(operator, dampings, directions, right)
     shares = _span_shares(collected, directions)
+    cosines = [*(_cosine(a, b) for a, b in pairwise(directions)), None]
     return tuple(
-        replace(
-            one.point,
+        DampingPoint(
+            relative=relative,
+            absolute=damping,
             span_share=share,
             cosine=cosine,
-            operator_residual=relative_residual(
-                image + one.point.absolute * one.direction, right.double()
-            ),
+            leverage=float((1 - damping * diagonal).median()),
+            rank_correlation=rank_correlation(saliencies(weights[places], diagonal), saliency),
+            operator_residual=residual,
         )
-        for one, image, cosine, share in zip(found, images, cosines, shares, strict=True)
+        for relative, damping, diagonal, share, cosine, residual in zip(
+            RELATIVE,
+            dampings,
+            diagonals,
+            shares,
+            cosines,
+            residuals,
+            strict=True,
+        )
     )
 
 
@@ -197,22 +213,23 @@ def sweeps(size: int) -> bool:
     return len(RELATIVE) * size <= _MOST_DIRECTIONS
 
 
-def _at(
-    relative: float, collected: Collected, weights: Tensor, right: Tensor, own: Tensor
-) -> DampedSolution:
-    damping = relative * collected.damping_unit
-    fisher = collected.fisher.with_damping(damping)
-    diagonal = fisher.diagonal()
-    point = DampingPoint(
-        relative=relative,
-        absolute=damping,
-        span_share=None,
-        cosine=None,
-        leverage=float((1 - damping * diagonal).median()),
-        rank_correlation=rank_correlation(saliencies(weights, diagonal), own),
-        operator_residual=None,
-    )
-    return DampedSolution(point, fisher.ihvp(right).vector.double())
+def _ends(columns: slice) -> tuple[int, int]:
+    return columns.start, columns.stop
+
+
+def _residuals(
+    operator: Operator, dampings: Sequence[float], directions: Tensor, right: Tensor
+) -> Generator[Snapshot, None, list[float | None]]:
+    """Of each damping's direction against the matrix itself."""
+    found = list[float | None]()
+    size = max(1, _IMAGES // (torch.float64.itemsize * len(right)))
+    for start in range(0, len(dampings), size):
+        block = directions[start : start + size]
+        images = operator.apply(block)
+        for image, direction, damping in zip(images, block, dampings[start:], strict=False):
+            found.append(relative_residual(image.add_(direction, alpha=damping), right))
+        yield Snapshot(phase="inverting", done=float(len(found)), total=float(len(dampings)))
+    return found
 
 
 def _span_shares(collected: Collected, directions: Tensor) -> Sequence[float | None]:
@@ -225,7 +242,7 @@ def _span_shares(collected: Collected, directions: Tensor) -> Sequence[float | N
         @ vectors[:, kept]
         / values[kept].sqrt()
     )
-    sizes = torch.linalg.vector_norm(directions, dim=1)
+    sizes = torch.linalg.vector_norm(directions, dim=1, dtype=torch.float64)
     shares = torch.linalg.vector_norm(inside, dim=1) / sizes
     return [
         min(share, 1.0) if size else None
@@ -234,5 +251,6 @@ def _span_shares(collected: Collected, directions: Tensor) -> Sequence[float | N
 
 
 def _cosine(one: Tensor, other: Tensor) -> float | None:
+    one, other = one.double(), other.double()
     sizes = torch.linalg.vector_norm(one) * torch.linalg.vector_norm(other)
     return float(one @ other / sizes) if sizes else None

@@ -13,7 +13,7 @@ import torch
 
 from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.engines.mfac import GradientWindow, StaticFisher
-from hesscli.engines.mfac.static import Sizes
+from hesscli.engines.mfac.static import Sizes, kept_bytes
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
 from hesscli.meter import OnStep, Spent
@@ -28,6 +28,8 @@ from hesscli.vocabulary import WINDOW_DTYPES, RowKind, WindowBlocks
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WINDOW_DTYPES}
 USUAL_ROWS = 512
 FEWEST_ROWS = 16
+_USUAL_BYTES = 2 << 30
+"""That a window takes unless more are asked for: what it costs grows with its rows."""
 _BLOCKS_IN_WINDOW = 4
 """Rows for each entry of a block, at least: below that its inverse is mostly noise."""
 
@@ -39,7 +41,8 @@ class WindowOptions:
     Args:
         rows: ``auto``, ``sampled``, ``example`` or ``microbatch:N``; ``auto`` is ``sampled``
             wherever the loss allows it.
-        size: number of rows; None for 512, or as many as fit in a quarter of the free memory.
+        size: number of rows; None for 512, or as many as fit in 2 GiB and in a quarter of the
+            free memory, at least 16.
         dtype: that rows are kept in: ``float32``, ``bfloat16`` or ``float64``.
         file: where rows are kept, in place of memory.
         blocks: ``auto`` (at most a quarter as many entries as there are rows), ``whole``,
@@ -74,8 +77,8 @@ class WindowOptions:
         if self.size is not None:
             return self.size
         room = available_bytes(problem.device) // 4
-        fitting = room // (problem.parameters.size * self.torch_dtype.itemsize)
-        return USUAL_ROWS if self.file else max(FEWEST_ROWS, min(USUAL_ROWS, fitting))
+        most = min(room, _USUAL_BYTES) // (problem.parameters.size * self.torch_dtype.itemsize)
+        return USUAL_ROWS if self.file else max(FEWEST_ROWS, min(USUAL_ROWS, most))
 
     def empty(self, problem: Problem) -> GradientWindow:
         """A window with no rows yet.
@@ -197,22 +200,37 @@ def collecting(problem: Problem, options: WindowOptions, rows: int, pace: Pace) 
 
 def inverting(problem: Problem, options: WindowOptions, rows: int) -> Work:
     """The inverse of so many rows' matrix, as a part of it is timed."""
+
+    def solve(window: GradientWindow, sizes: Sizes) -> None:
+        fisher = StaticFisher(window, 1.0, blocks=sizes)
+        fisher.ihvp(torch.ones(window.size))
+        fisher.diagonal()
+
+    size = problem.parameters.size
+    sizes = block_sizes(problem.parameters, options.blocks, rows)
+    held = kept_bytes(np.array([size]) if sizes is None else sizes, rows)
+    spent = timed_on_columns(problem, options, rows, solve)
+    note = f"what inverts them {human_bytes(held)}"
+    return Work(phase="inverting", spent=spent, num_bytes=held, note=note)
+
+
+def timed_on_columns(
+    problem: Problem,
+    options: WindowOptions,
+    rows: int,
+    work: Callable[[GradientWindow, Sizes], None],
+) -> Spent:
+    """What something takes with a whole window, by how long it takes with some of its columns."""
     size = problem.parameters.size
     sizes = block_sizes(problem.parameters, options.blocks, rows)
     largest = size if sizes is None else int(sizes.max())
-    held = size * min(8 * largest, 4 * rows)
     columns = min(size, max(_TIMED_NUMBERS // rows, min(largest, rows)))
-    own = [min(largest, columns)] * (columns // min(largest, columns))
-    window = GradientWindow(rows, sum(own), dtype=options.torch_dtype, device=problem.device)
-    window.extend(torch.randn(rows, sum(own)).to(problem.device))
+    own = np.full(columns // min(largest, columns), min(largest, columns))
+    window = GradientWindow(rows, own.sum(), dtype=options.torch_dtype, device=problem.device)
+    window.extend(torch.randn(rows, window.size).to(problem.device))
     began = time.perf_counter()
-    StaticFisher(window, 1.0, blocks=own).diagonal()
-    seconds = (time.perf_counter() - began) * size / sum(own)
-    note = (
-        f"what inverts them {human_bytes(held)}; a copy for queries of single elements of the "
-        f"whole matrix {human_bytes(4 * size * rows)} more"
-    )
-    return Work(phase="inverting", spent=Spent(seconds=seconds), num_bytes=held, note=note)
+    work(window, own)
+    return Spent(seconds=(time.perf_counter() - began) * size / window.size)
 
 
 def block_sizes(parameters: Parameters, rule: str, rows: int) -> Sizes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -63,6 +64,13 @@ class Gram:
     def rounding(self) -> float:
         """Bound of an entry's error, beside ‖g_i‖‖g_j‖."""
         return inner_rounding(self.columns.stop - self.columns.start, self.dtype)
+
+    def select(self, slots: Tensor) -> Gram:
+        """That of some rows, of which no product is made anew; the window must stay."""
+        found = copy.copy(self)
+        found.window = self.window.select(slots)
+        found._entries = self.matrix[slots[:, None], slots]
+        return found
 
     def refresh(self, on_step: OnStep = go_on) -> None:
         """Make all of it from the rows."""

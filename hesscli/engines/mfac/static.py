@@ -100,6 +100,11 @@ def only(slot: int, window: GradientWindow) -> Tensor:
 
 Sizes = NDArray[np.int64]
 """Of consecutive blocks of columns, of which there may be millions."""
+Part = DualBlock | PrimalRun
+_TOGETHER = 1 << 20
+"""Numbers in the matrices that are inverted together: a processor's cache holds some of them."""
+_KEPT = 1 << 30
+"""Bytes of matrices and factors that are kept, at most."""
 
 
 class StaticFisher:
@@ -115,6 +120,9 @@ class StaticFisher:
         precise: make products with the window in float64, or in float32 where b > n. None is
             float64 where b < 2n, and elsewhere float32 unless too few digits would be left.
         on_step: called as blocks are inverted, some columns at a time; may end it.
+
+    Inverses are kept where they take little memory, and are else made anew by whatever needs them
+    all, a few at a time.
 
     Raises:
         UsageError: an empty window, blocks that do not fit, a λ that is not above 0, or more
@@ -140,32 +148,50 @@ class StaticFisher:
                 f"sizes that sum to {sizes.sum()}, for {window.size} columns",
                 "sizes above 0 of all consecutive blocks",
             )
-        _require_room(_matrix_bytes(sizes, window.count), window)
         self.window, self._pushes, self._has_room = window, window.pushes, False
-        self._parts: list[DualBlock | PrimalRun] = []
-        for size, columns in _runs(sizes, window.count):
-            if size <= window.count:
-                part: DualBlock | PrimalRun
-                part = PrimalRun(window, columns, size, self.damping, on_step=on_step)
-            else:
-                wide = precise is None and size < 2 * window.count
-                how = wide or precise
-                part = DualBlock(window, columns, self.damping, how, on_step=on_step)
-            self._parts.append(part)
-            on_step()
-        self._starts = [part.columns.start for part in self._parts]
+        self._sizes, self._precise, self._on_step = sizes, precise, on_step
+        self._starts = [columns.start for _, columns in runs(sizes, window.count)]
+        self._kept: list[Part] | None = None
+        if kept_bytes(sizes, window.count):
+            self._kept = list(self._made())
 
     def with_damping(self, damping: float) -> StaticFisher:
-        """The same matrix with another λ: what was made of the rows is used again."""
+        """The same matrix with another λ: what was kept of the rows is used again."""
         found = copy.copy(self)
         found.damping = checked_damping(damping)
-        found._parts = [part.damped(found.damping) for part in self._current()]
+        if self._kept is not None:
+            found._kept = [part.damped(found.damping) for part in self.parts()]
         return found
+
+    def parts(self) -> Iterator[Part]:
+        """Its blocks, left to right; made as they are taken where all are too large to keep.
+
+        Raises:
+            UsageError: rows were pushed or the window was closed.
+            UnsoundError: λ is lost in rounding.
+        """
+        if self.window.pushes != self._pushes or not self.window.count:
+            raise UsageError(
+                "the window is not what it was when it was inverted",
+                f"{self.window.pushes - self._pushes} new rows, {self.window.count} in all",
+                "a new StaticFisher, or a WindowedFisher that follows its window",
+            )
+        return self._made() if self._kept is None else iter(self._kept)
+
+    def _made(self) -> Iterator[Part]:
+        window, on_step = self.window, self._on_step
+        for size, columns in runs(self._sizes, window.count):
+            if size <= window.count:
+                yield PrimalRun(window, columns, size, self.damping, on_step=on_step)
+            else:
+                how = (self._precise is None and size < 2 * window.count) or self._precise
+                yield DualBlock(window, columns, self.damping, how, on_step=on_step)
+            on_step()
 
     @property
     def table_nbytes(self) -> int:
         """Memory for the table that the first ``element`` makes."""
-        return sum(part.table_nbytes for part in self._parts)
+        return sum(part.table_nbytes for part in self._held())
 
     def ihvp(self, vector: Tensor) -> Solution:
         """(F̂ + λI)⁻¹ x for x ``(d,)``."""
@@ -182,7 +208,7 @@ class StaticFisher:
         One pass, and far more digits than ``ihvp`` of the same x where λ is small.
         """
         rows = checked_rows(amounts[None], self.window.count, self.window)
-        solved, errors = _joined([part.combination(rows) for part in self._current()])
+        solved, errors = _joined([part.combination(rows) for part in self.parts()])
         return Solution.of(solved[0], errors[0])
 
     def member(self, slot: int) -> Solution:
@@ -192,16 +218,16 @@ class StaticFisher:
     def multiply(self, vector: Tensor) -> Tensor:
         """(F̂ + λI) x for x ``(d,)``, all in float64."""
         rows = checked_rows(vector[None], self.window.size, self.window)
-        parts = self._current()
-        return torch.cat([part.multiply(rows[:, part.columns]) for part in parts], dim=1)[0]
+        images = [part.multiply(rows[:, part.columns]) for part in self.parts()]
+        return torch.cat(images, dim=1)[0]
 
     def diagonal(self) -> Tensor:
-        """Diagonal of the inverse, float64 ``(d,)``: one sweep the first time."""
-        return torch.cat([part.diagonal[0] for part in self._current()])
+        """Diagonal of the inverse, float64 ``(d,)``."""
+        return torch.cat([part.diagonal[0] for part in self.parts()])
 
     def diagonal_error(self) -> Tensor:
         """Bounds of what rounding has done to each entry of ``diagonal``, float64 ``(d,)``."""
-        return torch.cat([part.diagonal[1] for part in self._current()])
+        return torch.cat([part.diagonal[1] for part in self.parts()])
 
     def leverage(self) -> Tensor:
         """1 − λ · diagonal ``(d,)``: how much of each entry the data decide, from 0 to 1."""
@@ -213,7 +239,7 @@ class StaticFisher:
         Raises:
             UsageError: no such entry, or no room for the table.
         """
-        parts = self._current()
+        parts = self._held()
         if not (0 <= row < self.window.size and 0 <= column < self.window.size):
             raise _no_entry((row, column), self.window)
         if not self._has_room:
@@ -231,7 +257,7 @@ class StaticFisher:
         Raises:
             UsageError: no such entries.
         """
-        parts, device = self._current(), self.window.device
+        parts, device = self._held(), self.window.device
         chosen = torch.as_tensor(indices, device=device, dtype=torch.long)
         inside = (chosen >= 0) & (chosen < self.window.size)
         if not bool(inside.all()):
@@ -267,21 +293,19 @@ class StaticFisher:
 
     def _solve(self, vectors: Tensor) -> Solved:
         rows = checked_rows(vectors, self.window.size, self.window)
-        return _joined([part.solve(rows[:, part.columns]) for part in self._current()])
+        return _joined([part.solve(rows[:, part.columns]) for part in self.parts()])
 
-    def _current(self) -> list[DualBlock | PrimalRun]:
-        """The parts, if they still are the window's.
+    def _held(self) -> list[Part]:
+        """All parts, kept from now on: whoever asks for single entries will ask for more.
 
         Raises:
-            UsageError: rows were pushed or the window was closed.
+            UsageError: there is no room for them.
         """
-        if self.window.pushes != self._pushes or not self.window.count:
-            raise UsageError(
-                "the window is not what it was when it was inverted",
-                f"{self.window.pushes - self._pushes} new rows, {self.window.count} in all",
-                "a new StaticFisher, or a WindowedFisher that follows its window",
-            )
-        return self._parts
+        parts = self.parts()
+        if self._kept is None:
+            _require_room(_matrix_bytes(self._sizes, self.window.count), self.window)
+            self._kept = list(parts)
+        return self._kept
 
     def _starts_tensor(self) -> Tensor:
         return torch.tensor(self._starts, device=self.window.device)
@@ -293,16 +317,28 @@ def _joined(solved: Sequence[Solved]) -> Solved:
     return torch.cat(vectors, dim=1), torch.stack(errors).square().sum(0).sqrt()
 
 
-def _runs(sizes: Sizes, rows: int) -> Iterator[tuple[int, slice]]:
-    """Columns that are inverted together: runs of equal blocks, and each block above n alone."""
+def runs(sizes: Sizes, rows: int, together: int = _TOGETHER) -> Iterator[tuple[int, slice]]:
+    """Columns that are inverted together: runs of equal blocks, and each block above n alone.
+
+    Args:
+        sizes: of all blocks.
+        rows: n.
+        together: numbers in the matrices of a run at most, unless one alone has more.
+    """
     ends = np.append(np.flatnonzero(np.diff(sizes)) + 1, len(sizes))
     start = first = 0
     for end in ends.tolist():
         size = int(sizes[first])
-        width = size * (end - first)
-        step = width if size <= rows else size
-        yield from ((size, slice(i, i + step)) for i in range(start, start + width, step))
-        start, first = start + width, end
+        stop = start + size * (end - first)
+        step = size * max(1, together // size**2) if size <= rows else size
+        yield from ((size, slice(i, min(i + step, stop))) for i in range(start, stop, step))
+        start, first = stop, end
+
+
+def kept_bytes(sizes: Sizes, rows: int) -> int:
+    """Memory for what is kept of the inverse of so many rows' matrix; 0 where nothing is."""
+    needed = _matrix_bytes(sizes, rows)
+    return needed if needed <= _KEPT else 0
 
 
 def _matrix_bytes(sizes: Sizes, rows: int) -> int:

@@ -233,6 +233,12 @@ class DualBlock:
             self.window, self.columns, damping, self.precise, self._grams, self._on_step
         )
 
+    def select(self, slots: Tensor) -> DualBlock:
+        """The same block from some of the rows."""
+        window, grams = self.window.select(slots), self._grams
+        selected = {exact: gram.select(slots) for exact, gram in grams.items()}
+        return DualBlock(window, self.columns, self.damping, self.precise, selected, self._on_step)
+
     def solve(self, rights: Tensor) -> Solved:
         """Y for rows X ``(k, size)``, and bounds ``(k,)`` of their errors."""
         return self._with_digits(lambda system: system.solve(rights))

@@ -148,6 +148,10 @@ class GradientWindow:
         self._squares[: self.count] = state["squares"].to(self._squares)
         self._let_go()
 
+    def select(self, slots: Tensor) -> GradientWindow:
+        """Some of its valid rows as a window of their own, which takes no memory, nor new rows."""
+        return _Selection(self, slots)
+
     def tile(self, start: int, stop: int) -> Tensor:
         """Columns of the valid rows, ``(n, stop - start)``, on the device; not to be changed."""
         return self._read(slice(start, stop)).to(self.device)
@@ -285,6 +289,24 @@ class GradientWindow:
         """Keep none of a file's pages in the process's memory; the system may."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)  # shared: the file keeps what was written
+
+
+class _Selection(GradientWindow):
+    """Some rows of a window, read through it."""
+
+    def __init__(self, whole: GradientWindow, slots: Tensor) -> None:
+        self._whole, self._slots = whole, slots.to(whole.device)
+        self.capacity = self.pushes = len(slots)
+        self.columns, self.size = whole.columns, whole.size
+        self.dtype, self.device = whole.dtype, whole.device
+        self._data, self._map = whole._data, whole._map
+        self._squares = whole._squares[slots.to(whole._squares.device)]
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        return self._whole.tile(start, stop)[self._slots]
+
+    def gather(self, indices: Tensor) -> Tensor:
+        return self._whole.gather(indices)[self._slots]
 
 
 def _times(matrix: Tensor, columns: Tensor) -> Tensor:
