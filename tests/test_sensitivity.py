@@ -114,6 +114,29 @@ def test_predictions_are_the_dense_quadratic_form(
             assert change.stderr == 0
 
 
+def test_a_users_batch_is_one_graph_and_all_there_is() -> None:
+    """What is cut for the sake of errors is joined again where nothing was left out."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = torch.utils.data.TensorDataset(torch.randn(48, 4).double(), torch.randint(3, (48,)))
+    problem = hesscli.Problem(model, "cross_entropy", data, batch_size=48)
+    assert problem.num_batches == 16
+    phases: list[float] = []
+    found = hesscli.sensitivity(
+        problem, observe=lambda s: phases.append(s.total or 0) if s.phase == "perturbing" else None
+    )
+    assert set(phases) == {1.0}
+    dense, theta = hesscli.Hessian(problem).to_dense(), flat(problem)
+    saliency = torch.from_numpy(
+        np.concatenate([found.saliency[n].ravel() for n in problem.parameter_names])
+    )
+    for layer in found.layers:
+        delta = naive_pruning(problem, layer.name, theta, saliency, 0.5)
+        change = next(c for c in layer.perturbations if (c.kind, c.level) == ("prune", 0.5))
+        assert change.quadratic == pytest.approx(float(delta @ dense @ delta) / 2, rel=1e-9)
+        assert change.stderr == 0
+
+
 def naive_pruning(
     problem: hesscli.Problem, layer: str, theta: Tensor, saliency: Tensor, share: float
 ) -> Tensor:

@@ -29,6 +29,7 @@ from hesscli.operators.base import Operator
 from hesscli.operators.forms import LayerForms, Layers
 from hesscli.operators.products import gradient
 from hesscli.parameters import Parameters
+from hesscli.problem.independence import MIN_GROUPS
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
@@ -127,6 +128,7 @@ class Predictions:
         ]
         self._gradient = operator.problem.prove().gradient
         self._fraction = operator.problem.sampling_fraction or 1.0
+        self._batches = _batches(operator.problem)
 
     @property
     def seen(self) -> int:
@@ -136,7 +138,7 @@ class Predictions:
     @property
     def ready(self) -> bool:
         """Whether there are predictions with their errors: of two batches, or of all there is."""
-        return self.seen >= 2 or (self.seen == len(self.problem.indices) and self._fraction == 1)
+        return self.seen >= 2 or (self.seen == len(self._batches) and self._fraction == 1)
 
     def to_tolerance(self, rtol: float) -> Generator[Snapshot, None, Status]:
         """See batches until every standard error is small beside what is predicted.
@@ -147,7 +149,7 @@ class Predictions:
         Returns:
             Whether that was reached, or what was in the way.
         """
-        batches = self.problem.indices
+        batches = self._batches
         look = min(FEWEST_BATCHES, len(batches))
         while True:
             while self.seen < look:
@@ -182,7 +184,7 @@ class Predictions:
         """What is predicted of a layer's changes, once a batch was seen."""
         assert layer.sums is not None  # so they are known
         squared, linear = layer.sums
-        masses = [self.problem.masses[i] for i in self.problem.indices]
+        masses = [sum(self.problem.masses[i] for i in group) for group in self._batches]
         seen = len(layer.forms)
         probed = sum(masses[:seen]) / sum(masses)
         mean, error = sampled_mean(
@@ -200,16 +202,16 @@ class Predictions:
             freedom=max(1, seen - 1),
         )
 
-    def _see(self, turn: Sequence[int]) -> Iterator[Snapshot]:
+    def _see(self, turn: Sequence[tuple[int, ...]]) -> Iterator[Snapshot]:
         """The next batches' quadratic forms, of those layers that have not seen them yet.
 
         There are as many as ranks at most, each of which has one.
         """
         before, meter, forms, slope = self.seen, self.operator.meter, None, None
         own = before + world.place()
-        if (index := world.own(turn)) is not None:
+        if (group := world.own(turn)) is not None:
             begun = len(self.layers[0].forms) > own
-            forms = LayerForms(self._owned, self.problem.batch(index), is_counted=begun)
+            forms = LayerForms(self._owned, self.problem.batch(*group), is_counted=begun)
         with meter.pooled(), world.apart():
             if forms is not None and self._fraction < 1:
                 with meter.uncounted() if begun else nullcontext():
@@ -227,7 +229,7 @@ class Predictions:
                 layer.add(one)
             meter.keep()
             done = before + len(turn) * (position + 1) / len(self.layers)
-            total = float(len(self.problem.indices))
+            total = float(len(self._batches))
             yield Snapshot(phase="perturbing", done=done, total=total)
 
     def _of_layer(self, forms: LayerForms, position: int, slope: Tensor | None) -> _Seen:
@@ -252,6 +254,14 @@ class Predictions:
     def _known_within(self, rtol: float) -> bool:
         known = map(self.of, self.layers)
         return all(bool((2 * p.stderr <= rtol * p.size).all()) for p in known)
+
+
+def _batches(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    """As the user has them, unless these are too few to show what was left out."""
+    joint = problem.joint()
+    if problem.sampling_fraction == 1 or len(joint) >= MIN_GROUPS:
+        return joint
+    return tuple((index,) for index in problem.indices)
 
 
 def _by_layer(parameters: Parameters) -> list[Parameters]:
@@ -332,9 +342,9 @@ class Measured:
         """Over all kept examples, weight decay included."""
         problem, own = self.problem, dict[int, float]()
         with world.apart():
-            for index in world.share(problem.indices):
-                batch = problem.batch(index)
-                own[index] = batch.weight * float(problem.evaluate(batch.data))
+            for group in world.share(problem.joint()):
+                batch = problem.batch(*group)
+                own[batch.index] = batch.weight * float(problem.evaluate(batch.data))
         each = sorted(one for every in world.gathered(own) for one in every.items())
         total = sum(value for _, value in each)
         square = sum(t.detach().double().square().sum() for t in problem.parameters.tensors)
@@ -361,7 +371,7 @@ def perturbing(operator: Operator, pace: Pace) -> Work:
     predictions are known: halfway, by the number of looks.
     """
     problem, layers = operator.problem, Layers(operator, _by_layer(operator.parameters))
-    changes, batches = _counts(problem), len(problem.indices)
+    changes, batches = _counts(problem), len(_batches(problem))
     first = min(FEWEST_BATCHES, batches)
     work = sum(count * cost for count, cost in zip(changes, layers.costs, strict=True))
     spent = pace.products(work / operator.cost[1], layers.graphs)
