@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from hesscli import world
 
@@ -82,28 +82,38 @@ class Meter:
 
 @dataclass
 class Spent:
-    """Work that was done, or is foreseen: as a meter counts it, and in seconds."""
+    """Work that was done, or is foreseen: as a meter counts it, and in seconds.
+
+    Of these, more ranks would have fewer of the ``shared`` ones each.
+    """
 
     products: float = 0.0
     gradients: float = 0.0
     seconds: float = 0.0
+    shared: float = 0.0
 
     def times(self, factor: float) -> Spent:
         """So many times as much."""
-        return Spent(factor * self.products, factor * self.gradients, factor * self.seconds)
+        return Spent(*(factor * each for each in astuple(self)))
+
+    def dealt(self, gain: float) -> Spent:
+        """What it takes where all of it is dealt out to ranks, so many times as fast as one."""
+        return replace(self, seconds=self.seconds / gain, shared=self.seconds / gain)
+
+    def alone(self) -> Spent:
+        """The same done by each rank by itself."""
+        return replace(self, shared=0.0)
 
     def add(self, other: Spent) -> None:
         """As much more."""
         self.products += other.products
         self.gradients += other.gradients
         self.seconds += other.seconds
+        self.shared += other.shared
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(
-            self.products + other.products,
-            self.gradients + other.gradients,
-            self.seconds + other.seconds,
-        )
+        both = zip(astuple(self), astuple(other), strict=True)
+        return Spent(*(one + another for one, another in both))
 
 
 @contextmanager

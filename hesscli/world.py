@@ -83,7 +83,7 @@ def is_apart() -> bool:
 
 def neighbours() -> int:
     """Ranks on this machine, which share its memory."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if _here.size > 1 else 1
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
 
 
 def sums() -> tuple[int, int]:
@@ -91,9 +91,24 @@ def sums() -> tuple[int, int]:
     return _here.sums, _here.numbers
 
 
+def launched() -> int:
+    """How many ranks torchrun has started, this process among them; 1 where it has not."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if _LAUNCHED in os.environ else 1
+
+
 def is_launched() -> bool:
     """Whether torchrun has started this process, and others beside it."""
-    return _LAUNCHED in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return launched() > 1
+
+
+def gain(batches: int, ranks: int | None = None) -> float:
+    """How many times as fast so many ranks are with so many batches, none of which is cut.
+
+    Args:
+        batches: of equal size.
+        ranks: default those that torchrun has started.
+    """
+    return batches / -(-batches // (launched() if ranks is None else ranks))
 
 
 def is_silent() -> bool:

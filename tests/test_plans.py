@@ -150,6 +150,19 @@ def test_a_plan_names_what_the_budget_would_cut() -> None:
     assert "after 75% of solving, without drawing" in plan.note
 
 
+def test_a_plan_says_how_many_ranks_would_be_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 batches three ranks have six at most, 3/8 of the time; two, planned for, have 1/2."""
+    work = Work(phase="solving", spent=Spent(seconds=4000.0, shared=4000.0))
+    with running(3500.0) as run:
+        pilot = Pilot(run, ASKED, PACE)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        plan = planned("any", lambda _: [work], pilot)
+        assert "; 3 ranks, each on a core or GPU of its own, would take 50m" in plan.note
+        alone = Work(phase="solving", spent=Spent(seconds=4000.0))
+        assert "ranks" not in planned("any", lambda _: [alone], pilot).note
+
+
 def test_a_plan_within_the_budget_is_not_cut() -> None:
     with running(60_000.0) as run:
         work = Work(phase="solving", spent=Spent(seconds=4000.0), note="of one piece")

@@ -65,7 +65,7 @@ def answer(
                 how = {option.name: given[option.name] for option in options.LOADED}
                 how["budget"] = console.left(budget)
                 problem = load(checkpoint, observe=observe, **how)
-                console.warn(*problem.warnings)
+                console.warn(*problem.warnings, *_idle(problem))
                 shown = select_layers(given.get("layers") or (), problem)
                 folder = given["directory"] if world.is_first() else NO_FILES
                 held = until_delivered.enter_context(output(folder, problem.checkpoint, console))
@@ -85,6 +85,16 @@ def answer(
         if not isinstance(result, Answer) or not world.is_first():
             return ExitCode.OK
         return exit_code(result.status, asked=any(given.get(name) for name in _TOLERANCES))
+
+
+def _idle(problem: Problem) -> Iterator[str]:
+    """What is said where there are more ranks than there is work for."""
+    if world.size() > (batches := len(problem.indices)):
+        yield (
+            f"{world.size()} ranks share {batches} batches: {world.size() - batches} of them wait; "
+            "smaller batches by --batch-size, or --nproc-per-node "
+            f"{batches}"
+        )
 
 
 def _as_kept(ledger: FileLedger | JoinedLedger | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pkgutil import resolve_name
 
+from hesscli import world
 from hesscli.commands import COMMANDS
 from hesscli.diagnostics.plans import Asked, Pilot, measured_pace, planned
 from hesscli.diagnostics.run import Clock, started
@@ -70,6 +71,7 @@ def check(
             product_bytes=product_bytes,
             parameter_bytes=problem.parameters.size * problem.dtype.itemsize,
             kept_bytes=problem.data.nbytes,
+            ranks=world.launched(),
             commands=commands,
         ),
         **run.header(),

@@ -21,6 +21,8 @@ from hesscli.state import Stateful
 class Pace:
     """How fast this machine is with a matrix: what its parts take over all kept examples.
 
+    It is that of all ranks together, which torchrun has started, where batches are dealt out.
+
     Attributes:
         gradient: of the loss.
         graph: that products share.

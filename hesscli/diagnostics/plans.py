@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hesscli import world
 from hesscli.diagnostics.choice import DEFLATION_STEPS, Choice, Draw
 from hesscli.diagnostics.estimation import Goal, Tolerance
 from hesscli.diagnostics.measurement import Pace, Work
@@ -78,6 +79,10 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
         graph=Spent(gradients=graph, seconds=second),
         product=Spent(products=1.0, gradients=each, seconds=third / _PRODUCTS),
         graph_bytes=round(scale * held),
+    )
+    gain = world.gain(len(problem.indices))
+    pace = replace(
+        pace, **{name: getattr(pace, name).dealt(gain) for name in ("gradient", "graph", "product")}
     )
     return pace, held + 2 * block.nbytes
 
@@ -217,7 +222,12 @@ def planned(command: str, plan: Planner, pilot: Pilot) -> PlannedCommand:
     except BudgetError as error:
         return _nothing(command, held, f"no time to plan it: {error.got}; {error.hint}")
     total = sum((stage.spent for stage in stages), before)
-    notes = [*(stage.note for stage in stages), _cut(stages, before, pilot.run.clock.budget)]
+    batches, budget = len(pilot.run.problem.indices), pilot.run.clock.budget
+    notes = [
+        *(stage.note for stage in stages),
+        _cut(stages, before, budget),
+        _wanted(total, batches, budget),
+    ]
     return PlannedCommand(
         command=command,
         products=total.products,
@@ -232,6 +242,20 @@ def _nothing(command: str, held: int, why: str) -> PlannedCommand:
     return PlannedCommand(
         command=command, products=0.0, gradients=0.0, seconds=0.0, peak_bytes=held, note=why
     )
+
+
+def _wanted(total: Spent, batches: int, budget: float | None) -> str:
+    """How many ranks would be in time where these are not, if any number would."""
+    if budget is None or total.seconds <= budget:
+        return ""
+    now = world.gain(batches)
+    for ranks in range(world.launched() + 1, batches + 1):
+        seconds = total.seconds - total.shared * (1 - now / world.gain(batches, ranks))
+        if seconds <= budget:
+            return (
+                f"{ranks} ranks, each on a core or GPU of its own, would take {duration(seconds)}"
+            )
+    return ""
 
 
 def _cut(stages: Sequence[Work], before: Spent, budget: float | None) -> str:

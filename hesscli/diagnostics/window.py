@@ -192,7 +192,7 @@ def collecting(problem: Problem, options: WindowOptions, rows: int, pace: Pace) 
     held = rows * problem.parameters.size * options.torch_dtype.itemsize
     return Work(
         phase="collecting gradients",
-        spent=pace.gradient.times(examples / problem.data.count),
+        spent=pace.gradient.times(examples / problem.data.count).alone(),
         num_bytes=0 if options.file else held,
         note=f"{rows} rows take {human_bytes(held)}",
     )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli import world
 from hesscli.engines.diagonal import Diagonal
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.hutchinson.engine import Hutchinson
@@ -188,7 +189,8 @@ class Estimator:
             drawn = count if source is self.probes else self._draws(count)
             wanted = drawn if source.least > 1 else 1  # an exact one is seen once
             done = sum(counts[i] * len(cells) for i, cells in source.cells.items())
-            total += self._spent[source].times(wanted * everything / done)
+            spent = self._spent[source].times(wanted * everything / done)
+            total += spent.dealt(world.gain(len(self.operator.indices)))
         return total
 
     def _draws(self, count: int) -> int:

@@ -65,7 +65,7 @@ class Plan:
     """Time and memory of one full-data product, and of the commands.
 
     ``product_bytes`` is what one product of one batch holds beyond model and examples;
-    ``kept_bytes`` the frozen examples.
+    ``kept_bytes`` the frozen examples. Seconds are those of all ``ranks``, and bytes those of each.
     """
 
     gradient_seconds: float
@@ -73,6 +73,7 @@ class Plan:
     product_bytes: int
     parameter_bytes: int
     kept_bytes: int
+    ranks: int = 1
     commands: tuple[PlannedCommand, ...]
 
 

@@ -78,8 +78,17 @@ def _unit_costs(plan: Plan, num_batches: int) -> RenderableType:
             ),
             ("model parameters", human_bytes(plan.parameter_bytes)),
             ("kept examples", f"{human_bytes(plan.kept_bytes)} in {batches}"),
+            *_ranks(plan, num_batches),
         )
     )
+
+
+def _ranks(plan: Plan, num_batches: int) -> Iterator[tuple[str, str]]:
+    """Into how many parts the work is dealt out, where that is more than one."""
+    if plan.ranks > 1:
+        most, idle = -(-num_batches // plan.ranks), plan.ranks - num_batches
+        told = f"{plan.ranks}, with {most} of {num_batches} batches at most"
+        yield "ranks", f"{told}, {idle} of them without any" if idle > 0 else told
 
 
 def _planned_commands(plan: Plan) -> FittedRows:
