@@ -194,6 +194,12 @@ def test_the_dense_spectrum(smooth: hesscli.Problem) -> None:
     nodes, weights = result.density.nodes, result.density.weights
     expected = wasserstein_distance(truth, nodes, None, weights) / np.abs(truth).mean()
     assert result.exact.distance == pytest.approx(expected, rel=1e-9)
+    # Sums are those of the dense matrix, and nothing is uncertain about them.
+    assert result.functions.trace.value == pytest.approx(float(truth.sum()), abs=1e-9)
+    negative = float(-truth[truth < 0].sum() / np.abs(truth).sum())
+    assert result.negative_mass == pytest.approx(negative, abs=1e-9)
+    assert result.functions.negative_mass.interval == (result.negative_mass,) * 2
+    assert not [warning for warning in result.warnings if "no error bar" in warning]
     assert result.layers[-1].exact is not None
     assert result.layers[-1].exact.distance == pytest.approx(0, abs=1e-9)
     with pytest.raises(UsageError, match="at most 300 parameters"):

@@ -69,7 +69,10 @@ def density(top: tuple[float, ...] = TOP, size: int = 12650) -> SpectralDensity:
 
 
 def function(value: float | None, stderr: float | None = 1.0, change: float | None = 0.0) -> Any:
-    return SpectralFunction(value=value, stderr=stderr, depth_change=change)
+    interval = None
+    if value is not None and stderr is not None:
+        interval = (value - 2.776 * stderr, value + 2.776 * stderr)  # Student's, of 5 starts
+    return SpectralFunction(value=value, stderr=stderr, depth_change=change, interval=interval)
 
 
 FUNCTIONS = SpectralFunctions(
@@ -148,6 +151,14 @@ HARD = {
         convergence=(ConvergencePoint(steps=1, values=(2.0,), residuals=(0.0,)),),
         outliers=Outliers(count=0, ratio=None, classes=2, class_ratio=None),
     ),
+    "steps side by side": spectrum_result(
+        density=density(tuple(100 / i for i in range(1, 31)), 12650),
+        outliers=Outliers(count=10, ratio=2.1, classes=12, class_ratio=1.1),
+    ),
+    "steps at the end": spectrum_result(
+        density=density(tuple(100 / i for i in range(1, 31)), 12650),
+        outliers=Outliers(count=29, ratio=2.1, classes=31, class_ratio=1.1),
+    ),
     "nothing settled": spectrum_result(
         eigenvalues=(replace(UNSETTLED, end="top"), UNSETTLED),
         layers=(layer("only", shares=2),),
@@ -216,9 +227,9 @@ def test_the_table_says_it_all() -> None:
         "10 classes: eigenvalue 9 is 1.3 times the next",
         "1 83.6090 0.00013",
         "-1 -0.21850 0.00013",
-        "trace 279.6 ± 1.2",
+        "trace 279.6 ± 3.2",
         "no error bar: the last half of the steps changed it by 0.0069",
-        "± one standard error between 5 start vectors",
+        "± 95%, between 5 start vectors",
         "converged: the bar of each largest eigenvalue is within the tolerance",
         "lanczos · 5 start vectors",
     ):
@@ -254,7 +265,7 @@ def test_shares_of_chosen_layers_are_not_said_to_sum_to_all() -> None:
 def test_what_pictures_say() -> None:
     density_texts = " ".join(drawn_texts(density_figure(HARD["exact"])))
     assert "Grey: the dense matrix." in density_texts
-    assert "trace 279.6 ± 1.2" in density_texts
+    assert "trace 279.6 ± 3.2" in density_texts
     staircase = " ".join(drawn_texts(staircase_figure(spectrum_result())))
     assert "widest step" in staircase
     parts = " ".join(drawn_texts(participation_figure(spectrum_result())))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Work, drive
@@ -47,6 +48,7 @@ from hesscli.vocabulary import USUAL_BUDGET
 APART = 1.5
 """A step of the staircase is wide if one eigenvalue is so many times the next."""
 _ROUND_OFF = 1e-9  # relative: a change of depth that says nothing
+_MISS = 0.05
 
 
 def listed(ritz: Ritz, count: int) -> list[int]:
@@ -100,24 +102,35 @@ def density(found: Exploration, bandwidth: float | None) -> SpectralDensity:
     )
 
 
-def functions(found: Exploration) -> SpectralFunctions:
+def functions(found: Exploration, dense: DenseSpectrum | None = None) -> SpectralFunctions:
     """Sums over all eigenvalues, with error bars where several runs allow them.
 
-    None under autocast: its bias is known of single eigenvalues, not of sums of small ones.
+    No bars under autocast: its bias is known of single eigenvalues, not of sums of small ones.
+
+    Args:
+        found: by Lanczos' method.
+        dense: all eigenvalues, where they are known; then nothing is estimated.
     """
+    if dense is not None:
+        known = np.array(dense.eigenvalues)
+        ones = np.ones_like(known)
+        return SpectralFunctions(**{n: _known(f(known, ones)) for n, f in FUNCTIONS.items()})
     values = {n: _function(found, function) for n, function in FUNCTIONS.items()}
     if found.operator.autocast is not None:
-        values = {name: replace(value, stderr=None) for name, value in values.items()}
+        values = {n: replace(value, stderr=None, interval=None) for n, value in values.items()}
     return SpectralFunctions(**values)
+
+
+def _known(value: float | None) -> SpectralFunction:
+    if value is None:
+        return SpectralFunction(value=None, stderr=None, depth_change=0.0)
+    return SpectralFunction(value=value, stderr=0.0, depth_change=0.0, interval=(value, value))
 
 
 def _function(found: Exploration, function: Function) -> SpectralFunction:
     """The mean over the runs; no bar where depth matters more than the start vector."""
     if found.runs[0].complete:
-        value = evaluate(function, found.measure, found.size)
-        return SpectralFunction(
-            value=value, stderr=None if value is None else 0.0, depth_change=0.0
-        )
+        return _known(evaluate(function, found.measure, found.size))
     each = _values(found.by_run, function, found.size)
     if each is None:
         return SpectralFunction(value=None, stderr=None, depth_change=None)
@@ -128,7 +141,11 @@ def _function(found: Exploration, function: Function) -> SpectralFunction:
     stderr = float(each.std(ddof=1)) / math.sqrt(len(each))
     change = float((each[1:] - half).mean())
     settled = abs(change) <= max(stderr, _ROUND_OFF * abs(value))
-    return SpectralFunction(value=value, stderr=stderr if settled else None, depth_change=change)
+    if not settled:
+        return SpectralFunction(value=value, stderr=None, depth_change=change)
+    half_width = float(stdtrit(len(each) - 1, 1 - _MISS / 2)) * stderr
+    interval = (value - half_width, value + half_width)
+    return SpectralFunction(value=value, stderr=stderr, depth_change=change, interval=interval)
 
 
 def _values(measures: list[Measure], function: Function, size: int) -> Array | None:
@@ -298,7 +315,8 @@ def _result(
 ) -> SpectrumResult:
     found, run = study.whole, study.run
     indices = listed(found.ritz, study.plan.count)
-    of_all = functions(found)
+    dense = _dense_of(study, found, slice(None))
+    of_all = functions(found, dense)
     return SpectrumResult(
         status=study.status,
         method=MethodReport(
@@ -321,7 +339,7 @@ def _result(
         outliers=outliers(found, _classes(run.problem)),
         condition=condition(found, damping, study.operator.decay) if _is_psd(study) else None,
         convergence=tuple(found.convergence),
-        exact=_dense_of(study, found, slice(None)),
+        exact=dense,
         layers=tuple(_layers(study, indices, bandwidth)),
         vectors=_vectors(study, indices) if vectors else {},
         **run.header(_warnings(run.problem, study)),
@@ -366,6 +384,7 @@ def _layers(
     shares = _participation(study, indices)
     for column, layer in enumerate(parameters.layers):
         owned, own = parameters.in_layer(layer), study.found.get(layer)
+        dense = None if own is None else _dense_of(study, own, _places(study, layer))
         yield LayerSpectrum(
             name=layer,
             num_parameters=sum(p.numel for p in owned),
@@ -376,8 +395,8 @@ def _layers(
             if own is None
             else tuple(eigenvalues(own, listed(own.ritz, own.plan.count))),
             density=None if own is None else density(own, bandwidth),
-            functions=None if own is None else functions(own),
-            exact=None if own is None else _dense_of(study, own, _places(study, layer)),
+            functions=None if own is None else functions(own, dense),
+            exact=dense,
         )
 
 
@@ -433,7 +452,7 @@ def _warnings(problem: Problem, study: SpectralStudy) -> Iterator[str]:
         )
     if study.operator.autocast is not None:
         yield "sums over all eigenvalues have no error bar in bfloat16: --dtype float32"
-    elif not study.whole.runs[0].complete and len(study.whole.runs) == 1:
+    elif study.dense is None and not study.whole.runs[0].complete and len(study.whole.runs) == 1:
         yield "one start vector: sums over all eigenvalues have no error bar"
     if study.whole.shortened:
         yield (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence, Set
 from itertools import takewhile
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from hesscli.results import (
     Answer,
@@ -60,6 +60,15 @@ def rounded_pair(value: float, half_width: float | None) -> tuple[str, str]:
         _rounded(value, max(place, _last_place(value, 6)), scientific),
         _rounded(half_width, place, scientific or half_width < 1e-4),
     )
+
+
+@overload
+def bar(stderr: float) -> float: ...
+@overload
+def bar(stderr: float | None) -> float | None: ...
+def bar(stderr: float | None) -> float | None:
+    """What ± stands for wherever it is written: 95%, by a standard error that is scaled for it."""
+    return None if stderr is None else 1.96 * stderr
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -233,12 +242,12 @@ def change_name(change: Perturbation) -> str:
 
 
 def spectral_sum(function: SpectralFunction) -> str:
-    """Write a sum over eigenvalues with its standard error where there is one."""
+    """Write a sum over eigenvalues with its interval where there is one."""
     if function.value is None:
         return "none"
-    if function.stderr is None:
+    if function.interval is None:
         return number(function.value)
-    return with_error(function.value, function.stderr)
+    return with_error(function.value, half_width(function.interval))
 
 
 def standing_apart(outliers: Outliers) -> str:

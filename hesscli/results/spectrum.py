@@ -56,13 +56,17 @@ class SpectralDensity:
 class SpectralFunction:
     """A number that depends on all eigenvalues, None where it has no meaning.
 
-    ``stderr`` is between start vectors. It is None where there is one start vector only, or where
-    the depth of the runs matters more: ``depth_change`` is what their second half changed.
+    ``stderr`` is between start vectors, and ``interval`` holds at 95% by Student's quantile for
+    as many. They are None where there is one start vector only, or where the depth of the runs
+    matters more: ``depth_change`` is what their second half changed. Of a dense matrix that was
+    formed all is known.
     """
 
     value: float | None
     stderr: float | None
     depth_change: float | None
+
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,9 @@ def _draw_layers(rows: Rows, layers: list[LayerDiagonal], spectra: list[Histogra
             draw_spread(rows.axes, row, *_spread(layer.quantiles))
     rows.columns(
         {
-            "mean": [words.with_error(layer.mean, layer.mean_stderr) for layer in layers],
+            "mean": [
+                words.with_error(layer.mean, words.bar(layer.mean_stderr)) for layer in layers
+            ],
             "negative": [words.percent(layer.negative_fraction) for layer in layers],
         }
     )
@@ -127,7 +129,7 @@ def _spread(quantiles: tuple[Quantile, ...]) -> tuple[Interval, float]:
 def _diag_notes(result: DiagResult, layers: list[LayerDiagonal], histogram: Histogram) -> list[str]:
     notes = [
         "Heights are logarithms of counts, in each layer up to its own highest.",
-        "Lines run from the 5% to the 95% quantile, dots are medians.",
+        "Lines run from the 5% to the 95% quantile, dots are medians; ± is 95%.",
     ]
     around = bins.side(histogram.edges, 0)
     if any(histogram.counts[bin] for bin in around):

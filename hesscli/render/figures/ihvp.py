@@ -81,7 +81,7 @@ def sensitivity_figure(result: IhvpResult) -> Figure:
     notes = [
         "Discs lie at linear + quadratic term; those that would touch are one, numbered from left "
         "to right. The amber line starts at the quadratic term alone.",
-        "Black lines, where wider than a disc, are ± one standard error.",
+        "Black lines, where wider than a disc, are 95% intervals.",
         *canvas.not_drawn(len(result.layers) - len(layers), "layer", " of smaller changes"),
     ]
     canvas.note(rows.figure, notes)
@@ -135,10 +135,11 @@ def _positions(change: Perturbation) -> Iterator[float]:
 
 
 def _draw_terms(axes: Axes, lane: float, change: Perturbation) -> None:
-    """What the linear term adds, the standard error, and what was measured."""
+    """What the linear term adds, the interval, and what was measured."""
     total = change.predicted
     axes.plot((change.quadratic, total), (lane, lane), color=canvas.AMBER, linewidth=1.8, zorder=2)
-    canvas.whisker(axes, lane, (total - change.stderr, total + change.stderr))
+    bar = words.bar(change.stderr)
+    canvas.whisker(axes, lane, (total - bar, total + bar))
     if change.measured is not None:
         colour = canvas.NEGATIVE if change.holds is False else canvas.INK
         axes.plot(change.measured, lane + _BELOW, "^", markersize=4.5, color=colour, zorder=5)
@@ -255,7 +256,9 @@ def saliency_figure(result: IhvpResult) -> Figure:
         _draw_saliency(rows.axes, row, layer.saliency)
     rows.columns(
         {
-            "mean": [words.with_error(x.saliency.mean, x.saliency.stderr) for x in layers],
+            "mean": [
+                words.with_error(x.saliency.mean, words.bar(x.saliency.stderr)) for x in layers
+            ],
             "above next": [words.probability(layer.above_next) for layer in layers],
             "leverage": [words.probability(layer.leverage) for layer in layers],
             "this ranking is": [layer.ranked_by for layer in layers],
@@ -294,7 +297,7 @@ def _saliency_notes(result: IhvpResult, layers: list[LayerSensitivity]) -> list[
     notes = [
         "Heights are logarithms of counts, in each layer up to its own highest.",
         "Lines run from the 5% to the 95% quantile; dots are medians, diamonds means.",
-        "Above next: probability of a higher mean; ± is one standard error.",
+        "Above next: probability of a higher mean; ± is 95%.",
     ]
     if any(layer.ranked_by == "magnitude" for layer in layers):
         limit = words.percent(LOW_LEVERAGE)

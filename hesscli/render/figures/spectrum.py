@@ -229,11 +229,11 @@ def _draw_staircase(axes: Axes, steps: list[float], result: SpectrumResult) -> N
         axes.scatter(ranks, steps, s=22, c=colours, zorder=3)
         canvas.label_round(axes, _MOST_SIZES)
     axes.set_xlim(0.3, max(len(steps), 2) + 0.7)
-    if outliers.count:
-        canvas.mark(axes, outliers.count + 0.5, "widest step", inside=True)
+    marks = [(outliers.count + 0.5, "widest step")] if outliers.count else []
     others = (outliers.classes or 1) - 1
     if 0 < others <= len(steps) and others != outliers.count:
-        canvas.mark(axes, others + 0.5, f"{outliers.classes} classes less one", inside=True)
+        marks.append((others + 0.5, f"{outliers.classes} classes less one"))
+    canvas.mark_inside(axes, marks)
     axes.set_xlabel("rank from the top")
     axes.set_ylabel("eigenvalue, log scale")
     axes.tick_params(axis="x", length=0)

@@ -64,11 +64,11 @@ def _heading(layer: LayerDiagonal) -> Facts:
 def _moments(layer: LayerDiagonal) -> Facts:
     negative = f"negative {words.percent(layer.negative_fraction)}"
     if layer.negative_stderr:
-        negative += f" ± {words.percent(layer.negative_stderr)}"
+        negative += f" ± {words.percent(words.bar(layer.negative_stderr))}"
     return facts(
         (
-            f"mean {words.with_error(layer.mean, layer.mean_stderr)}",
-            f"std {words.with_error(layer.std, layer.std_stderr)}",
+            f"mean {words.with_error(layer.mean, words.bar(layer.mean_stderr))}",
+            f"std {words.with_error(layer.std, words.bar(layer.std_stderr))}",
             negative,
         )
     )
@@ -78,7 +78,8 @@ def _largest(entries: tuple[Entry, ...]) -> RenderableType:
     rows = []
     for entry in entries:
         place = f"[{', '.join(map(str, entry.index))}]" if entry.index else ""
-        rows.append((Name(entry.parameter + place), words.with_error(entry.estimate, entry.stderr)))
+        bar = words.bar(entry.stderr)
+        rows.append((Name(entry.parameter + place), words.with_error(entry.estimate, bar)))
     return grid(rows, unbroken=(1,))
 
 
@@ -163,14 +164,14 @@ def _diagonal_lines(result: DiagResult) -> tuple[Text, Facts]:
 
 def _layer_rows(layers: list[LayerDiagonal], listing: list[str]) -> Iterator[RenderableType]:
     spectra = sparklines([layer.histogram for layer in layers])
-    means = [words.rounded_pair(layer.mean, layer.mean_stderr) for layer in layers]
+    means = [words.rounded_pair(layer.mean, words.bar(layer.mean_stderr)) for layer in layers]
     yield FittedRows(
         "layer",
         [layer.name for layer in layers],
         [
             Column(2, "entries", [words.count(layer.num_parameters) for layer in layers]),
             Column(6, "mean", [mean for mean, _ in means]),
-            Column(4, "± s.e.", [error for _, error in means]),
+            Column(4, "± (95%)", [error for _, error in means]),
             Column(1, "std", [_std(layer) for layer in layers]),
             Column(5, "< 0", [words.percent(layer.negative_fraction) for layer in layers]),
             Column(7, f"spectrum\n{spectra.marks}", spectra.lines, "left"),
@@ -178,12 +179,11 @@ def _layer_rows(layers: list[LayerDiagonal], listing: list[str]) -> Iterator[Ren
         ],
         styles=["dim" if words.includes_zero(layer.interval) else "" for layer in layers],
     )
-    notes = ("s.e.: one standard error", f"spectrum: {spectra.axis}")
-    yield facts([*notes, *listing], style="dim")
+    yield facts([f"spectrum: {spectra.axis}", *listing], style="dim")
 
 
 def _std(layer: LayerDiagonal) -> str:
-    return words.rounded_pair(layer.std, layer.std_stderr)[0] if layer.std else "0"
+    return words.rounded_pair(layer.std, words.bar(layer.std_stderr))[0] if layer.std else "0"
 
 
 def _kept(layer: LayerDiagonal) -> str:

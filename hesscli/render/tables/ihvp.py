@@ -181,7 +181,10 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
         listing: which layers have no row, in words.
     """
     spectra = sparklines([layer.saliency.histogram for layer in layers])
-    means = [words.rounded_pair(layer.saliency.mean, layer.saliency.stderr) for layer in layers]
+    means = [
+        words.rounded_pair(layer.saliency.mean, words.bar(layer.saliency.stderr))
+        for layer in layers
+    ]
     yield Text("layers by mean saliency: a ranking, not a loss change", style="dim")
     yield FittedRows(
         "layer",
@@ -189,7 +192,7 @@ def saliency_rows(layers: list[LayerSensitivity], listing: list[str]) -> Iterato
         [
             Column(2, "weights", [words.count(layer.num_parameters) for layer in layers]),
             Column(9, "mean\nsaliency", [mean for mean, _ in means]),
-            Column(6, "± s.e.", [error for _, error in means]),
+            Column(6, "± (95%)", [error for _, error in means]),
             Column(7, "above\nnext", [words.probability(layer.above_next) for layer in layers]),
             Column(8, "leverage", [words.probability(layer.leverage) for layer in layers]),
             Column(8, "ranking\nis", [layer.ranked_by for layer in layers]),
@@ -321,7 +324,7 @@ def _leverage(layer: LayerSensitivity) -> str:
 
 def _correlations(layer: LayerSensitivity) -> Iterator[str]:
     saliency = layer.saliency
-    yield f"mean saliency {words.with_error(saliency.mean, saliency.stderr)}"
+    yield f"mean saliency {words.with_error(saliency.mean, words.bar(saliency.stderr))}"
     yield f"half-windows agree to {words.correlation(layer.half_correlation)}"
     yield f"rank correlation with |w| {words.correlation(layer.magnitude_correlation)}"
 
@@ -331,7 +334,7 @@ def _changes(changes: tuple[Perturbation, ...]) -> FittedRows:
         Column(8, "linear", [_number(change.linear) for change in changes]),
         Column(7, "quadratic", [_number(change.quadratic) for change in changes]),
         Column(1, "sum", [_number(change.predicted) for change in changes]),
-        Column(5, "± s.e.", [_number(change.stderr) for change in changes]),
+        Column(5, "± (95%)", [_number(words.bar(change.stderr)) for change in changes]),
         Column(3, "HAWQ", [_number(change.hawq) for change in changes]),
     ]
     if any(change.measured is not None for change in changes):

@@ -242,7 +242,7 @@ def quantiles(found: Iterable[Quantile]) -> Iterator[str]:
     names = {0.0: "least", 0.5: "median", 1.0: "greatest"}
     for one in found:
         name = names.get(one.level, f"{100 * one.level:g}%")
-        yield f"{name} {words.with_error(one.value, one.stderr)}"
+        yield f"{name} {words.with_error(one.value, words.bar(one.stderr))}"
 
 
 def ending(

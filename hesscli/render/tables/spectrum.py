@@ -166,6 +166,8 @@ def _sums(result: SpectrumResult) -> RenderableType:
 
 def _doubt(result: SpectrumResult, function: SpectralFunction) -> str:
     """Why there is no error bar."""
+    if result.exact is not None:
+        return "of the dense matrix"
     if function.stderr == 0 and result.status != "exact" and result.method.num_probes > 1:
         return "the same from every start vector"
     if function.value is None or function.stderr is not None:
@@ -177,10 +179,10 @@ def _doubt(result: SpectrumResult, function: SpectralFunction) -> str:
 
 
 def _sum_notes(result: SpectrumResult) -> Iterator[Facts]:
-    if result.status == "exact" or result.method.num_probes < 2:
+    if result.status == "exact" or result.exact is not None or result.method.num_probes < 2:
         return
     number = words.count(result.method.num_probes, "start vector")
-    yield facts([f"± one standard error between {number}"], style="dim")
+    yield facts([f"± 95%, between {number}"], style="dim")
 
 
 def _blocks(result: SpectrumResult, full: bool) -> Iterator[RenderableType]:
