@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Literal
 
 import pytest
@@ -45,13 +45,14 @@ def drawn_texts(figure: Figure) -> list[str]:
 
 
 def assert_tidy(figure: Figure) -> None:
-    """Nothing is cut off at the page's edge, and no two labels of an axis overlap."""
+    """Nothing is cut off at the page's edge, and no two labels or texts of axes overlap."""
     figure.draw_without_rendering()
     drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert 0 <= drawn.x0 <= drawn.x1 <= width
     assert 0 <= drawn.y0 <= drawn.y1 <= height
     for axes in figure.axes:
         assert_labels_apart(axes)
+        assert_texts_apart(axes)
         assert_scale_is_named(axes)
 
 
@@ -64,6 +65,15 @@ def assert_scale_is_named(axes: Axes) -> None:
         threshold = axes.xaxis.get_transform().linthresh
         said = label.partition("± ")[2].partition(":")[0]
         assert float(said) == pytest.approx(threshold, rel=0.05)
+
+
+def assert_texts_apart(axes: Axes) -> None:
+    written = [text for text in axes.texts if text.get_visible() and text.get_text().strip()]
+    places = [(text.get_text(), text.get_window_extent()) for text in written]
+    for (one, here), (other, there) in combinations(places, 2):
+        wide = min(here.x1, there.x1) - max(here.x0, there.x0)
+        high = min(here.y1, there.y1) - max(here.y0, there.y0)
+        assert min(wide, high) < 1, (one, other)  # a pixel of the room around the letters
 
 
 def assert_labels_apart(axes: Axes) -> None:

@@ -41,6 +41,8 @@ ACCENT, PALE, NEGATIVE, AMBER, GREY = "#1f6fb4", "#a9cbe6", "#c8502f", "#d99a1c"
 DEEP = "#0b2f55"
 SMALL: Any = {"fontsize": 9}
 _DASHED = (0, (4, 3))
+_LINE_POINTS = 13
+"""From one line of small text to the next."""
 
 styled = matplotlib.style.context(["default", _SHEET])
 """Decorates what draws or writes a picture."""
@@ -193,12 +195,21 @@ def describe(axes: Axes, lines: Iterable[str]) -> None:
         write(axes, line, (1, 1), (GAP * 72, -9 - 15 * index), weight=weight)
 
 
-def mark(axes: Axes, x: float, text: str = "", *, inside: bool = False) -> None:
-    """A dashed upright line at a value, and at its upper end what it stands for."""
+def mark(axes: Axes, x: float, text: str = "") -> None:
+    """A dashed upright line at a value, and above it what it stands for."""
     axes.axvline(x, color=QUIET, linewidth=1, linestyle=_DASHED, zorder=1)
-    points, align = ((4, -10), "left") if inside else ((0, 5), "center")
     if text:
-        write(axes, text, (x, 1), points, ("data", "axes fraction"), color=QUIET, ha=align)
+        write(axes, text, (x, 1), (0, 5), ("data", "axes fraction"), color=QUIET, ha="center")
+
+
+def mark_inside(axes: Axes, marks: Iterable[tuple[float, str]]) -> None:
+    """Lines like that, each with its text beside it, at a height of its own."""
+    middle = sum(axes.get_xlim()) / 2
+    for line, (x, text) in enumerate(marks):
+        mark(axes, x)
+        points, align = (4, "left") if x < middle else (-4, "right")
+        place = (points, -10 - _LINE_POINTS * line)
+        write(axes, text, (x, 1), place, ("data", "axes fraction"), color=QUIET, ha=align)
 
 
 def whisker(axes: Axes, row: float, interval: Interval) -> None:

@@ -108,8 +108,8 @@ def _wrapped(kernels: Array) -> Array:
 # In inches: the largest image and cell, the side below which cells are stretched, what lies
 # below the image, the colour bar, and the room for a label.
 _WIDE, _HIGH, _CELL, _THIN = 8.7, 6.5, 0.6, 2.0
-_BOTTOM, _BAR, _GAP, _BAR_HIGH = 0.95, 0.2, 0.25, 1.8
-_LABEL_WIDE, _LABEL_HIGH = 0.6, 0.2
+_BOTTOM, _BAR, _GAP, _BAR_HIGH = 1.15, 0.2, 0.25, 1.8
+_LABEL_WIDE, _LABEL_HIGH, _NAME = 0.6, 0.2, 0.3
 _DECADES = 4
 """How far below the largest size the colours tell sizes apart."""
 
@@ -152,7 +152,8 @@ def heat_map(name: str, values: npt.ArrayLike, facts: Iterable[str] = ()) -> Fig
     canvas.colour_scale(figure, image, bar, ticks, [f"{tick:.2g}" for tick in ticks])
     if sheet.ordered:
         _number(axes, sheet, wide, high)
-    left = canvas.SIDE + canvas.names_width(figure, axes) + 0.05
+        _name(axes, sheet, entries.ndim)
+    left = canvas.SIDE + canvas.names_width(figure, axes) + 0.05 + _NAME * bool(axes.get_ylabel())
     canvas.place(figure, axes, left, _BOTTOM + tall - high, wide, high)
     canvas.place(figure, bar, left + wide + _GAP, _BOTTOM, _BAR, tall)
     bar.set_visible(bool(entries.any()))
@@ -226,6 +227,14 @@ def _number(axes: Axes, sheet: Sheet, wide: float, high: float) -> None:
     axes.tick_params(length=0, labelsize=9, labelcolor=canvas.QUIET)
 
 
+def _name(axes: Axes, sheet: Sheet, dimensions: int) -> None:
+    """Say which dimension of the tensor runs along an axis."""
+    names = ["first dimension", "second dimension"] if dimensions > 1 else ["", "place"]
+    down, across = reversed(names) if sheet.turned else names
+    axes.set_ylabel(down if sheet.down > 1 else "")
+    axes.set_xlabel(across if sheet.across > 1 else "")
+
+
 def _numbers(count: int, room: float) -> range:
     """Round numbers below a count, at most so many; none where there is but one."""
     steps = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
@@ -236,9 +245,6 @@ def _numbers(count: int, room: float) -> range:
 def _notes(values: Array, sheet: Sheet, threshold: float) -> list[str]:
     beyond = f"Colours are on a {canvas.log_scale_beyond(threshold)}."
     notes = [beyond if values.any() else "All entries are zero."]
-    if values.ndim >= 2 and sheet.ordered:
-        ways = ("across", "down") if sheet.turned else ("down", "across")
-        notes.append(f"The first dimension runs {ways[0]}, the second {ways[1]}.")
     if sheet.tiles:
         kernel = " × ".join(map(str, values.shape[2:]))
         order = "" if sheet.ordered else ", in reading order"
