@@ -109,6 +109,8 @@ def test_cut_short_the_first_look_stands(time_is_up_when: TimeIsUp) -> None:
     result = hesscli.trace(problem, rtol=1e-6, observe=late)
     assert result.status == "budget"
     assert result.trace.probe_stderr > 0
+    (why,) = (warning for warning in result.warnings if UnitVectors.phase in warning)
+    assert f"{result.method.num_probes} probes a batch" in why
     truth = float(dense(problem).trace())
     assert abs(result.trace.estimate - truth) < 10 * result.trace.probe_stderr
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, Protocol
 
 from hesscli.diagnostics.measurement import Pace, Work
@@ -209,7 +209,8 @@ class Outcome:
     """How an estimation ended, and with what.
 
     ``rounding`` is that of the reading; ``turn`` is why its estimator was changed; ``joined`` that
-    it is made of parts.
+    it is made of parts; ``cut_turn`` what its last estimator was doing when it was cut off, where
+    that says nothing before it is done, so that the one before it is reported.
     """
 
     status: Status
@@ -219,6 +220,7 @@ class Outcome:
     rounding: Rounding
     turn: str | None = None
     joined: bool = False
+    cut_turn: str | None = None
 
 
 class Estimation:
@@ -347,8 +349,10 @@ class Estimation:
             return self._outcome(self._status or "budget", reading)
         self.estimator.settle()
         if self._left is not None and self.estimator.coverage() < 1:
+            done, phase = self.estimator.coverage(), self.estimator.phase
             self.estimator, miss = self._left  # what was known before says more
-            return self._outcome(cut, self._read(miss))
+            under_way = f"{phase}, {done:.0%} of it done"
+            return replace(self._outcome(cut, self._read(miss)), cut_turn=under_way)
         self._looks += not self._looked
         reading = self._read(self._miss_at(self._looks))
         # Who goes on after each cut until it says "converged" looks as often as they like.

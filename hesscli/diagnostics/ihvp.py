@@ -181,13 +181,17 @@ def _warnings(study: SensitivityStudy, layers: Sequence[LayerSensitivity]) -> It
     if study.reading is not None:
         yield from warnings_of_samples(study.problem, study.reading)
     if collected.reason:
-        yield f"{collected.kind} rows, since {collected.reason}"
+        yield (
+            f"the window holds gradients of kind {collected.kind}, whose mean square is not the "
+            f"Gauss-Newton matrix, since {collected.reason}"
+        )
     if collected.cut_short:
         yield f"no time for more than {collected.window.count} rows: more --budget"
     elif collected.window.count < collected.window.capacity:
         yield (
-            f"only {collected.window.count} rows of kind {collected.kind} are to be had from "
-            f"{study.problem.data.count} examples"
+            f"the window of gradients has {collected.window.count} rows and room for "
+            f"{collected.window.capacity}: {study.problem.data.count} examples give no more of "
+            f"kind {collected.kind}"
         )
     if study.rank is not None and study.ranked is None:
         yield "no time for a ranking of layers: more --budget, or a smaller --window"

@@ -232,6 +232,12 @@ def _freedom(reading: Reading) -> float | None:
 
 def warnings(problem: Problem, outcome: Outcome, tolerance: Tolerance) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
+    if outcome.cut_turn is not None:
+        yield (
+            f"the run ended while {outcome.cut_turn}, and that says nothing before its end: these "
+            f"numbers are from the {outcome.estimator.num_probes} probes a batch before it; more "
+            "--budget, or --resume"
+        )
     if outcome.estimator.partial:
         seen, every = len(outcome.estimator.indices), len(problem.indices)
         yield (
