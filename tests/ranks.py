@@ -93,6 +93,29 @@ def product() -> dict[str, Any]:
     }
 
 
+def joined() -> dict[str, Any]:
+    """Of examples that were one batch: into how many the ranks share them, and a trace."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 6), torch.nn.ReLU(),
+        torch.nn.Linear(6, 3),
+    )  # fmt: skip
+    data = torch.randn(64, 5), torch.randint(3, (64,))
+    found = hesscli.Problem(model, "cross_entropy", data, batch_size=64)
+    traced = hesscli.trace(found, matrix="ggn", **whose())
+    top = hesscli.spectrum(found, steps=6, probes=1, **whose())
+    return {
+        "groups": len(found.joint()),
+        "ggn": (traced.trace.estimate, traced.trace.rounding_error),
+        "top": (top.eigenvalues[0].value, top.eigenvalues[0].residual),
+    }
+
+
+def whose() -> dict[str, Any]:
+    """What a run is given for its ledger: alone, nothing."""
+    return {"ledger": SharedLedger(None)} if world.size() > 1 else {}
+
+
 def ended_by_a_signal() -> dict[str, Any]:
     """What the ranks have of a trace where the last of them is told to end."""
     seen = 0
@@ -129,7 +152,7 @@ def run(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"whole": {}, "resumed": {}}
     with world.joined():
         found["size"] = world.size()
-        found |= product() | agreements() | ended_by_a_signal()
+        found |= product() | agreements() | ended_by_a_signal() | joined()
         for name in WHOLE:
             found["whole"][name] = whole(name)
         for name, phase in CUT.items():

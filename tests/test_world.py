@@ -179,6 +179,17 @@ def test_a_product_sends_one_vector(several: Ranks) -> None:
         assert float((found["product"] - exact).norm()) <= bound
 
 
+def test_examples_of_one_batch_are_cut_for_all_ranks(several: Ranks) -> None:
+    """Alone they are one again; sums are then rounded in another order."""
+    here, count = ranks.joined(), len(several.found)
+    assert here["groups"] == 1
+    for found in several.found:
+        assert found["groups"] == count
+        for name in ("ggn", "top"):
+            (one, error), (other, bound) = found[name], here[name]
+            assert abs(one - other) <= error + bound
+
+
 def test_what_one_rank_meets_all_meet(several: Ranks) -> None:
     for found in several.found:
         raised, differs = found["told"]

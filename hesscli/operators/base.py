@@ -446,8 +446,17 @@ class Retained:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Keep the graphs that another kept: they are made anew, but not counted again."""
+        """Keep the graphs that another kept: they are made anew, but not counted again.
+
+        Where it had joined other batches, as for another number of ranks, graphs begin anew.
+        """
         problem, made = self.operator.problem, self.operator.problem.retypings
+        firsts = {index: group[0] for group in self._groups.values() for index in group}
+        self._parts = {}
+        for index, part in zip(state["batches"], state["parts"], strict=True):
+            self._parts[firsts[index]] = self._parts.get(firsts[index], 0.0) + part
+        if self._parts and set(state["batches"]) != self._groups.keys():
+            return
         self._elsewhere = dict(zip(state["kept"], state["fresh"], strict=True))
         mine = {group[0] for group in world.share(problem.joint())}
         own = self._elsewhere.keys() & mine
@@ -460,7 +469,6 @@ class Retained:
             )
             for index in fresh
         }
-        self._parts = dict(zip(state["batches"], state["parts"], strict=True))
         self._measured = {
             int(index): _Part(tuple(part["group"]), part["times"])
             for index, part in state["measured"].items()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesscli import world
 from hesscli.memory import Together, is_out_of_memory
 from hesscli.meter import BACKWARD, FORWARD
 from hesscli.parameters import Parameters
@@ -141,8 +142,8 @@ class Objective:
         """Batches that are best computed as one, where what is wanted is their sum or their rows.
 
         Examples that are independent are cut into more batches than a gradient needs, so that
-        these show how examples differ. Joined they are no larger than the user's own, and no
-        larger than pays.
+        these show how examples differ. Joined they are no larger than the user's own, no larger
+        than pays, and no fewer than there are ranks, if that is possible.
 
         Args:
             among: the numbers of some batches; default all that weigh something.
@@ -155,7 +156,11 @@ class Objective:
             return alone
         pays = max(_NUMBERS_AT_ONCE, _TIMES_THE_WEIGHTS * self.trainable.size) // numbers
         most = min(self.data.together, pays)
-        return tuple(map(tuple, _to_be_joined(self.data.batches, among, most)))
+        groups = list(_to_be_joined(self.data.batches, among, most))
+        if len(groups) < world.size():
+            each = -(-len(among) // world.size()) * max(self.data.counts[i] for i in among)
+            groups = list(_to_be_joined(self.data.batches, among, each))
+        return tuple(map(tuple, groups))
 
     def joined(self) -> Iterator[WeightedBatch]:
         """All batches that weigh something, some of them as one, one at a time on the device."""
