@@ -62,7 +62,7 @@ class Generic:
         found: list[list[Tensor]] = [[] for _ in parameters]
         for chunk in self.each(batch, columns, parameters):
             for parts, part in zip(found, chunk, strict=True):
-                parts.append(part.flatten(1).square().sum(1, dtype=torch.float64))
+                parts.append(part[:, None].flatten(1).square().sum(1, dtype=torch.float64))
         return [torch.cat(parts).view(columns.shape[:2]).sum(1) for parts in found]
 
     def each(
