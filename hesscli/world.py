@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=10)
 """How long ranks wait for one that says nothing. One whose process ends is missed at once."""
-_ROLL_CALL = timedelta(seconds=3)
-"""In which those who are left make themselves known, so that a missing one can be named."""
+_ROLL_CALL, _ASKED = 3.0, 0.1
+"""Seconds in which those who are left make themselves known, so that a missing one can be named,
+and between two looks for them."""
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
 """What torchrun sets in the environment of all that it starts."""
 
@@ -339,9 +341,8 @@ def may_speak() -> bool:
     if _store is None:
         return not is_silent()
     with suppress(RuntimeError):  # the store may have ended with torchrun
-        if is_silent():
-            with suppress(RuntimeError):
-                _store.wait(["spoken"], _ROLL_CALL)
+        if is_silent() and _comes("spoken"):
+            return False
         return int(_store.add("spoken", 1)) == 1
     return not is_silent()
 
@@ -355,16 +356,20 @@ def _missing() -> Iterator[None]:
         raise _lost(first_line(error)) from error
 
 
+def _comes(key: str) -> bool:
+    """Whether a rank makes this known within the time of a roll call."""
+    end = time.monotonic() + _ROLL_CALL
+    while not (found := bool(_store.check([key]))) and time.monotonic() < end:
+        time.sleep(_ASKED)
+    return found
+
+
 def _lost(why: str) -> LostError:
     """Who does not answer a roll call."""
     missing: list[int] = []
     with suppress(RuntimeError, AttributeError):  # there may be no store yet, or no more
         _store.set(f"here/{_here.rank}", "")
-        for rank in range(_here.size):
-            try:
-                _store.wait([f"here/{rank}"], _ROLL_CALL)
-            except RuntimeError:
-                missing.append(rank)
+        missing += [rank for rank in range(_here.size) if not _comes(f"here/{rank}")]
     ranks = ", ".join(map(str, missing))
     return LostError(
         f"rank {ranks} of {_here.size} has ended or answers no more"

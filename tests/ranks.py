@@ -6,7 +6,10 @@ import os
 import pickle
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from hesscli.ledger import FileLedger
 from hesscli.memory import available_bytes
 from hesscli.operators.base import Retained
 from hesscli.results import Snapshot
+from hesscli.world import LostError
 
 CUT = {
     "a trace in rounds": "probing",
@@ -116,15 +120,15 @@ def whose() -> dict[str, Any]:
     return {"ledger": SharedLedger(None)} if world.size() > 1 else {}
 
 
-def ended_by_a_signal() -> dict[str, Any]:
-    """What the ranks have of a trace where the last of them is told to end."""
+def ended_by(what: Callable[[], object]) -> dict[str, Any]:
+    """What the ranks have of a trace in the midst of which something happens to the last."""
     seen = 0
 
     def observe(snapshot: Snapshot) -> bool:
         nonlocal seen
         seen += snapshot.phase == "probing"
-        if seen == 8 and not world.is_first():
-            signal.raise_signal(signal.SIGTERM)
+        if seen == 8 and world.place() == world.size() - 1:
+            what()
         return False
 
     with interrupts() as came:
@@ -152,7 +156,8 @@ def run(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"whole": {}, "resumed": {}}
     with world.joined():
         found["size"] = world.size()
-        found |= product() | agreements() | ended_by_a_signal() | joined()
+        found |= product() | agreements() | joined()
+        found |= ended_by(partial(signal.raise_signal, signal.SIGTERM))
         for name in WHOLE:
             found["whole"][name] = whole(name)
         for name, phase in CUT.items():
@@ -168,7 +173,26 @@ def run(folder: Path) -> dict[str, Any]:
     return found
 
 
+def told_to_end(_: Path) -> dict[str, Any]:
+    """As by a scheduler: the signal is torchrun's own, which passes it on."""
+    with world.joined():
+        return ended_by(lambda: os.kill(os.getppid(), signal.SIGTERM))
+
+
+def hung(_: Path) -> dict[str, Any]:
+    """The last rank stands still."""
+    try:
+        with world.joined(timedelta(seconds=5)):
+            return ended_by(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    except LostError as error:
+        return {"lost": str(error)}
+
+
+DOES = {"all": run, "told to end": told_to_end, "hung": hung}
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     with (place / f"{os.environ['RANK']}.pickle").open("wb") as stream:
-        pickle.dump(run(place), stream)
+        found = DOES[sys.argv[2] if len(sys.argv) > 2 else "all"](place)
+        pickle.dump(found, stream)
+    sys.exit("lost" in found)

@@ -241,3 +241,34 @@ def test_a_rank_that_is_killed_ends_the_others_in_three_lines(rank: int, tmp_pat
     assert "--resume" in hint
     assert run.stderr.count("error: ") == 1
     assert not list((tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.ranks
+def test_a_signal_to_torchrun_ends_all_at_what_they_have(tmp_path: Path) -> None:
+    torchrun(2, ranks.__file__, tmp_path, "told to end", cwd=tmp_path)
+    found = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
+    assert [each["came"] for each in found] == [[signal.SIGTERM]] * 2
+    assert [each["status"] for each in found] == ["interrupted"] * 2
+    assert found[0]["probes"] == found[1]["probes"]
+
+
+@pytest.mark.ranks
+def test_a_rank_that_stands_still_is_waited_for_no_longer_than_is_said(tmp_path: Path) -> None:
+    """Here five seconds; torchrun then gives it thirty to end by itself."""
+    began = time.monotonic()
+    torchrun(2, ranks.__file__, tmp_path, "hung", cwd=tmp_path)
+    assert time.monotonic() - began < 90
+    found = pickle.loads((tmp_path / "0.pickle").read_bytes())
+    assert found["lost"].startswith("rank 1 of 2 has ended or answers no more\n  got: ")
+
+
+@pytest.mark.ranks
+def test_a_budget_ends_all_ranks_in_time(tmp_path: Path) -> None:
+    """Start-up is in it, which takes its seconds where others work too."""
+    folder_with(tmp_path, "pass")
+    options = ("--method", "hutchinson", "--probes", 10**6, "--budget", "20s", "--dir", "-")
+    run = torchrun(2, "-m", "hesscli", "trace", "model.pt", *options, "--out", "json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    document = json.loads(run.stdout)
+    assert document["status"] == "budget"
+    assert document["method"]["num_probes"] >= 2
