@@ -123,12 +123,11 @@ class SensitivityStudy:
 
         Damping alone would rank such a tensor, by its size, and the loss does not know of it.
         """
-        found, start = self.weights.clone(), 0
-        for parameter in self.problem.parameters:
-            place = slice(start, start + parameter.numel)
-            if not self.collected.depends_on(place):
-                found[place] = 0
-            start = place.stop
+        places = self.problem.parameters.places()
+        unknown = [place for place in places if not self.collected.depends_on(place)]
+        found = self.weights.clone() if unknown else self.weights
+        for place in unknown:
+            found[place] = 0
         return found
 
     lasting = False

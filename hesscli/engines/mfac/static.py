@@ -101,7 +101,7 @@ def only(slot: int, window: GradientWindow) -> Tensor:
 Sizes = NDArray[np.int64]
 """Of consecutive blocks of columns, of which there may be millions."""
 Part = DualBlock | PrimalRun
-_TOGETHER = 1 << 20
+_TOGETHER = 1 << 17
 """Numbers in the matrices that are inverted together: a processor's cache holds some of them."""
 _KEPT = 1 << 30
 """Bytes of matrices and factors that are kept, at most."""
@@ -154,6 +154,8 @@ class StaticFisher:
         self._kept: list[Part] | None = None
         if kept_bytes(sizes, window.count):
             self._kept = list(self._made())
+            for part in self._kept:
+                part.factorise()
 
     def with_damping(self, damping: float) -> StaticFisher:
         """The same matrix with another λ: what was kept of the rows is used again."""
@@ -161,6 +163,8 @@ class StaticFisher:
         found.damping = checked_damping(damping)
         if self._kept is not None:
             found._kept = [part.damped(found.damping) for part in self.parts()]
+            for part in found._kept:
+                part.factorise()
         return found
 
     def parts(self) -> Iterator[Part]:

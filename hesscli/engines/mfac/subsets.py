@@ -16,7 +16,7 @@ from hesscli.engines.mfac.system import (
 from hesscli.engines.mfac.window import GradientWindow
 from hesscli.meter import OnStep, go_on
 
-_TOGETHER = 1 << 17
+_TOGETHER = 1 << 15
 """Numbers in the matrices of one set that are inverted together."""
 
 

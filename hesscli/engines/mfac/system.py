@@ -222,6 +222,9 @@ class DualBlock:
         self.gram, self.factor = self._factorised()
         self.system = System(self.gram, self.factor, damping, self.dtype)
 
+    def factorise(self) -> None:
+        """It is done."""
+
     @property
     def table_nbytes(self) -> int:
         """Memory for the table from which elements are read."""
@@ -251,6 +254,10 @@ class DualBlock:
         """(F̂ + λI) x for rows ``(k, size)``, all in float64."""
         images = self.window.combine(self.window.project(vectors, self.columns), self.columns)
         return images / self.gram.count + self.damping * vectors
+
+    def plain(self, rights: Tensor) -> tuple[Tensor, Tensor]:
+        """Y for rows X and the diagonal of the inverse, without bounds of their errors."""
+        return self.solve(rights)[0], self.diagonal[0]
 
     @cached_property
     def diagonal(self) -> tuple[Tensor, Tensor]:
@@ -393,13 +400,28 @@ class PrimalRun:
         self.size: int = columns.stop - columns.start
         self.blocks = self.size // block
         self.matrices = self._squares(on_step) if matrices is None else matrices
+
+    def factorise(self) -> None:
+        """Make the factor now, where a damping that is lost in rounding is to be seen at once.
+
+        Raises:
+            UnsoundError: it is.
+        """
+        _ = self.factor
+
+    @cached_property
+    def factor(self) -> CholeskyFactor:
+        """Of the damped matrices."""
         A = self.matrices.clone()
-        A.diagonal(dim1=1, dim2=2).add_(damping)
+        A.diagonal(dim1=1, dim2=2).add_(self.damping)
         try:
-            self.factor = factorised(A)
+            return factorised(A)
         except NotPositiveError as error:
-            raise too_little(damping, error.missing) from error
-        self._u = rounding_of_sum(window.count + 1, torch.float64) + self.factor.rounding
+            raise too_little(self.damping, error.missing) from error
+
+    @cached_property
+    def _u(self) -> float:
+        return rounding_of_sum(self.window.count + 1, torch.float64) + self.factor.rounding
 
     @property
     def table_nbytes(self) -> int:
@@ -419,6 +441,12 @@ class PrimalRun:
         weights = (found * self.factor.scales[..., None]).square().sum(1)
         off = self._u * (self._spreads[:, None] * weights).sum(0).sqrt()
         return self._rows(found), off
+
+    def plain(self, rights: Tensor) -> tuple[Tensor, Tensor]:
+        """Y for rows X and the diagonal of the inverse, without bounds of their errors."""
+        root = inverse_lower(self.factor.lower)
+        found = self._rows(root.mT @ (root @ self._columns(rights)))
+        return found, root.square_().sum(1).flatten()
 
     def combination(self, amounts: Tensor) -> Solved:
         """Y for X = Gᵀa, of amounts ``(k, n)``, and bounds ``(k,)`` of their errors."""

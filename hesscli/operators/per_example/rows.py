@@ -30,7 +30,9 @@ from hesscli.problem.problem import Problem
 from hesscli.vocabulary import RowKind
 
 BLOCK_BYTES = 1 << 24
-"""Bytes of rows that are made at once on a CPU; one row may be larger."""
+"""Bytes of rows that are made at once on a CPU, unless the fewest take more."""
+_FEWEST = 4
+"""Rows that are made at once at least: each pass reads all weights."""
 _DRAWS = 0xF15E2
 """Separates label streams from other uses of a seed."""
 
@@ -77,7 +79,7 @@ class Rows:
             columns,
             self.meter,
             instead="--rows microbatch:N",
-            most=max(1, room // max(1, each)),
+            most=max(_FEWEST, room // max(1, each)),
         )
         if kind.name != "microbatch":
             require_examples(problem, "ggn")
