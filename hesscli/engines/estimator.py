@@ -28,8 +28,8 @@ from hesscli.state import State
 
 Engine = PerExample | UnitVectors | Hutchinson
 
-_CHEAPER = 2 / BACKWARD
-"""Work of a probe's product over that of a column, which takes one way back."""
+_PRODUCT = 2.0
+"""Gradients that a probe's product takes; a random column takes one way back."""
 _MOST_UNEVEN = 8
 """Random columns to a probe, or probes to a column: their variances are estimates."""
 
@@ -211,7 +211,8 @@ class Estimator:
         drawn, probed = self._energy(known), self._energy(probes)
         if not drawn + probed:
             return 1.0
-        best = math.sqrt(_CHEAPER * drawn / probed) if probed else math.inf
+        cheaper = probes.design.products * _PRODUCT / BACKWARD
+        best = math.sqrt(cheaper * drawn / probed) if probed else math.inf
         self.draws_per_probe = min(max(best, 1 / _MOST_UNEVEN), _MOST_UNEVEN)
         before, after = known.count / probes.count, self.draws_per_probe
         return (probed + drawn / after) / (probed + drawn / before)
