@@ -292,7 +292,7 @@ WINDOW = _WINDOW.value(
     "a number of rows, 1 or more",
     "--window 512",
     metavar="N",
-    help="How many gradients the window holds. Default: 512, fewer where 2 GiB or a quarter of "
+    help="How many gradients the window holds. Default: 512, fewer where 1.5 GiB or a quarter of "
     "the free memory hold fewer.",
 )
 WINDOW_DTYPE = _WINDOW.choice(

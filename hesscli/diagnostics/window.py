@@ -28,7 +28,7 @@ from hesscli.vocabulary import WINDOW_DTYPES, RowKind, WindowBlocks
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WINDOW_DTYPES}
 USUAL_ROWS = 512
 FEWEST_ROWS = 16
-_USUAL_BYTES = 2 << 30
+_USUAL_BYTES = 3 << 29
 """That a window takes unless more are asked for: what it costs grows with its rows."""
 _BLOCKS_IN_WINDOW = 4
 """Rows for each entry of a block, at least: below that its inverse is mostly noise."""
@@ -41,7 +41,7 @@ class WindowOptions:
     Args:
         rows: ``auto``, ``sampled``, ``example`` or ``microbatch:N``; ``auto`` is ``sampled``
             wherever the loss allows it.
-        size: number of rows; None for 512, or as many as fit in 2 GiB and in a quarter of the
+        size: number of rows; None for 512, or as many as fit in 1.5 GiB and in a quarter of the
             free memory, at least 16.
         dtype: that rows are kept in: ``float32``, ``bfloat16`` or ``float64``.
         file: where rows are kept, in place of memory.
