@@ -114,14 +114,15 @@ class PerExample(Cells):
         """Batches that lack estimates, some of them as one.
 
         Sums over layers are taken batch by batch all the same. Entries are not, so that batches
-        stay alone where their differences speak of others.
+        stay alone where their differences speak of others; and so they do where columns are drawn,
+        which are each batch's own.
         """
         behind = [index for index in self.indices if len(self.cells[index]) < stop]
         source = self.operator
         speaks_of_others = len(self.indices) < len(source.indices) or (
             source.sampling_fraction not in (None, 1)
         )
-        if self.stream is not None and speaks_of_others:
+        if self.sampled or (self.stream is not None and speaks_of_others):
             return [(index,) for index in behind]
         return self.passes.joint(behind)
 
