@@ -97,8 +97,9 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         parts, square = _gradient(problem, value, batch), 0.0
         for part, tensor in zip(parts, parameters.tensors, strict=True):
             found = torch.zeros_like(tensor) if part is None else part
+            found = found.to_dense() if found.is_sparse else found
             square += float(torch.linalg.vector_norm(found)) ** 2
-            yield (found.to_dense() if found.is_sparse else found).reshape(-1)
+            yield found.reshape(-1)
         cost = problem.gradient_cost + FORWARD * seen.has_run
         own.append(
             _Share(
