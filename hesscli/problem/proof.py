@@ -118,7 +118,9 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         done = min(total, done + world.size() * batch.count)
         tell(observe, Snapshot(phase="loss and gradient", done=done, total=total))
 
-    mine = (problem.batch(*group) for group in world.share(problem.joint()))
+    # A claim is put to the test on every batch as it is.
+    groups = [(i,) for i in problem.indices] if problem.loss.is_claim else problem.joint()
+    mine = (problem.batch(*group) for group in world.share(groups))
     gradient = torch.zeros(parameters.size, dtype=torch.float64, device=problem.device)
     gradient = shared_sum(mine, gradient, its_gradient)
     shares = sorted((one for each in world.gathered(own) for one in each), key=lambda s: s.index)
