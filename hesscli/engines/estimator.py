@@ -194,7 +194,13 @@ class Estimator:
         return total
 
     def _draws(self, count: int) -> int:
-        """Random columns that go with so many probes; in pairs, for one tells nothing of noise."""
+        """Random columns that go with so many probes.
+
+        As many, of the same numbers, until they are balanced: ranges of them can be joined then.
+        In pairs after, for one alone tells nothing of noise.
+        """
+        if self.draws_per_probe == 1:
+            return max(2, count)
         return 2 * max(1, math.ceil(count * self.draws_per_probe / 2))
 
     def balance(self) -> float:
