@@ -75,7 +75,7 @@ class LayerForms:
         rows = changes.to(problem.device, problem.dtype)
         if not self.layers.is_shared:
             return self._apart(layer, rows)
-        first = sum(map(len, owned[:layer]))
+        first = operator.parameters.names.index(owned[layer].names[0])
         with problem.forward_context():
             found = self._together(slice(first, first + len(owned[layer])), rows)
         work = len(rows) * self.layers.costs[layer]
