@@ -79,7 +79,7 @@ def test_signs_of_life_are_for_stderr_and_not_for_the_quiet(
     line = ["trace", *SPEC, "--probes", "4", "--dir", "-", "--out", "json"]
     run = hesscli_warm(*line, cwd=tmp_path)
     assert json.loads(run.stdout)["command"] == "trace"
-    assert any(": probing, " in said and " ± " in said for said in run.stderr.splitlines())
+    assert any(": probing, " in said for said in run.stderr.splitlines())
     assert hesscli_warm(*line, "-q", cwd=tmp_path).stderr == ""
 
 
