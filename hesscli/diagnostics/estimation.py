@@ -295,12 +295,17 @@ class Estimation:
             else:
                 self._delivered = True
 
+    @property
+    def _drawn(self) -> int:
+        """Probes of each batch by now, or random columns where there are no probes."""
+        return self.estimator.num_probes or self.estimator.draws
+
     def _plan(self) -> None:
         """How to go on from a look that was not narrow enough."""
         self._looked = self._looks > 1 and not self._delivered
         self._delivered = False
         miss = self._miss_at(self._looks + (not self._looked))
-        standing, probes = self._standing(self._read(miss)), self.estimator.num_probes
+        standing, probes = self._standing(self._read(miss)), self._drawn
         needed = standing.most * self.estimator.balance() * probes
         least = 1 if self.estimator.entries is None else 2  # one alone tells nothing of noise
         self._target = next_look(probes, needed, least)
@@ -574,5 +579,5 @@ class Estimation:
         """Products at the look that is expected to be the last."""
         if reading is None or self._looks == 0:
             return None
-        needed = _PAST * self._standing(reading).most * self.estimator.num_probes
+        needed = _PAST * self._standing(reading).most * self._drawn
         return max(float(probes), needed)
