@@ -34,7 +34,7 @@ def many_outputs(activation: type[nn.Module]) -> tuple[Any, ...]:
         (classes, nn.Tanh, {"method": "split"}, (23, 30, 40, 60, 90)),
         (classes, nn.Tanh, {"method": "stratified"}, (5, 20, 40, 70)),
         (many_outputs, nn.ReLU, {}, (20, 36, 50, 100)),
-        (many_outputs, nn.Tanh, {}, (45, 70, 90, 120, 150)),
+        (many_outputs, nn.Tanh, {}, (33, 40, 45, 50, 60)),
     ],
     ids=["probes", "split", "strata", "columns", "columns and probes"],
 )
