@@ -396,15 +396,15 @@ def test_the_plan_states_the_memory(relu: hesscli.Problem) -> None:
     assert "64 steps, each of which keeps a vector" in planned.note
 
 
-def test_the_plan_counts_graphs_and_copies_of_windows() -> None:
-    """4096 examples keep at least what 32 units of each gave; 512 rows are copied three times."""
+def test_the_plan_counts_graphs_and_windows() -> None:
+    """4096 examples keep at least what 32 units of each gave, and a window its 512 rows."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1))
     data = [(torch.randn(1024, 4), torch.randn(1024, 1)) for _ in range(4)]
     plan = hesscli.check(hesscli.Problem(model, "mse", data)).plan
     taken = {command.command: command.peak_bytes for command in plan.commands}
     rows = 512 * (4 * 32 + 32 + 32 + 1) * 4
-    assert taken["ihvp"] - taken["trace"] >= 4 * rows
+    assert taken["ihvp"] - taken["trace"] >= rows
     assert taken["spectrum"] - taken["trace"] >= 4096 * 32 * 4
 
 
