@@ -277,10 +277,9 @@ def _as_kept(kept: dict[str, Any]) -> Preflight:
 def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:
     """What proof and preflight have seen of the loss and its products."""
     yield from problem.prove().warnings
-    # Else what the casts do is in the rounding that was measured, and so in the bars.
-    if problem.precision.widened and flight.mode == "finite-difference":
+    if problem.precision.widened:
         narrow = str(problem.precision.plain).removeprefix("torch.")
-        yield f"the model casts to {narrow}: its differences are of those casts made to float64"
+        yield f"the model casts to {narrow}: it was checked with those casts made to float64"
     if skipped := [check for check in flight.checks if check.state == "skipped"]:
         names = " and ".join(check.name for check in skipped)
         yield f"not checked: {names}, {skipped[0].detail}"
