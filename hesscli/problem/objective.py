@@ -162,10 +162,6 @@ class Objective:
             groups = list(_to_be_joined(self.data.batches, among, each))
         return tuple(map(tuple, groups))
 
-    def joined(self) -> Iterator[WeightedBatch]:
-        """All batches that weigh something, some of them as one, one at a time on the device."""
-        return (self.batch(*indices) for indices in self.joint())
-
     def batch_of(self, batch: Batch, index: int, weight: float) -> WeightedBatch:
         """Kept examples as a batch on the device, in the present type."""
         return WeightedBatch(index, place(batch, self.device, self.dtype), weight, size_of(batch))
