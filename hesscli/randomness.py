@@ -20,6 +20,8 @@ Distribution = Literal["rademacher", "gaussian"]
 SHARED = (1 << 64) - 1
 """The batch number that stands for all batches when they share their probes."""
 
+_AT_ONCE = 1 << 20
+"""Entries that are drawn at once: a sampler needs some times their memory."""
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
@@ -78,8 +80,15 @@ def at(
     device: torch.device,
 ) -> Tensor:
     """One vector of the entries of some (offset, size), each drawn for its place in the whole."""
-    parts = [sample(stream, *run, dtype=dtype, device=device) for run in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    runs = list(runs)
+    drawn, filled = torch.empty(sum(size for _, size in runs), dtype=dtype, device=device), 0
+    for offset, size in runs:
+        for start in range(0, size, _AT_ONCE):
+            count = min(_AT_ONCE, size - start)
+            piece = sample(stream, offset + start, count, dtype=dtype, device=device)
+            drawn[filled : filled + count] = piece
+            filled += count
+    return drawn
 
 
 def _mix(word: int) -> int:
