@@ -9,7 +9,7 @@ analysis").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
@@ -65,6 +65,32 @@ def shared_sum(
     with world.apart():
         weighted_sum(batches, into, parts)
     return world.added_up(into)
+
+
+# -- Long vectors, a piece at a time: what a piece takes in float64 is soon had again --------------
+
+_PIECE = 1 << 18
+
+
+def inner(one: Tensor, other: Tensor) -> float:
+    """⟨one, other⟩ of two vectors, in float64."""
+    return float(torch.stack([torch.dot(a, b) for a, b in _in_float64(one, other)]).sum())
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The length of the difference of two vectors, in float64."""
+    lengths = [torch.linalg.vector_norm(a - b) for a, b in _in_float64(one, other)]
+    return float(torch.stack(lengths).norm())
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are, in one pass that keeps nothing."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def _in_float64(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    pieces = (torch.split(vector.detach(), _PIECE) for vector in (one, other))
+    return ((a.double(), b.double()) for a, b in zip(*pieces, strict=True))
 
 
 _SURE = 8.0

@@ -23,7 +23,7 @@ from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.results import Preflight
 from hesscli.state import State
-from hesscli.sums import rounding_of_sum, shared_sum
+from hesscli.sums import is_finite, rounding_of_sum, shared_sum
 from hesscli.torch_private import storages_kept
 from hesscli.vocabulary import Mode
 
@@ -98,7 +98,7 @@ class LiveTerm:
             finally:
                 operator.meter.add(made * operator.cost[1], share, products=made)
         product = torch.cat(products) if len(products) > 1 else products[0]
-        if is_first and not _is_finite(product):
+        if is_first and not is_finite(product):
             raise _not_finite(operator, self.batch, block)
         return product
 
@@ -274,11 +274,6 @@ class Operator(Curvature):
         return self.apply(identity).T.contiguous().cpu()
 
 
-def _is_finite(product: Tensor) -> bool:
-    """Whether all of it is, in one pass that keeps nothing."""
-    return bool(torch.isfinite(product.sum(dtype=torch.float64)))
-
-
 def _not_finite(operator: Operator, batch: WeightedBatch, block: Tensor) -> UnsoundError:
     """The refusal of products with NaN or infinity, and what would make them finite."""
     got = f"NaN or infinity on batch {batch.index}, though loss and gradient are finite"
@@ -300,7 +295,7 @@ def _is_finite_in_float64(operator: Operator, batch: WeightedBatch, block: Tenso
         return False
     try:
         with doubled(problem), problem.forward_context():
-            return _is_finite(operator.live(problem.batch(batch.index))(block.double()))
+            return is_finite(operator.live(problem.batch(batch.index))(block.double()))
     except Exception:  # of any kind: the code is the user's, made for another type
         return False
 

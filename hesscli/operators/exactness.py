@@ -24,7 +24,7 @@ from hesscli.operators.base import Operator
 from hesscli.operators.hessian import Hessian, Residual
 from hesscli.operators.kernels import twice_differentiable
 from hesscli.operators.linearity import bends, normalisation, recorded
-from hesscli.operators.products import gradient, unflatten, vector_jacobian
+from hesscli.operators.products import flatten, gradient, unflatten, vector_jacobian
 from hesscli.parameters import Parameters
 from hesscli.problem.named_losses import CrossEntropy
 from hesscli.problem.objective import WeightedBatch
@@ -145,7 +145,7 @@ def _own_products(residual: Residual, sample: WeightedBatch) -> Callable[[Group,
     def product(group: Group, vector: Tensor) -> Tensor:
         own, by = [graph[index] for index in group], [tensors[index] for index in group]
         with twice_differentiable():
-            return vector_jacobian(own, by, unflatten(vector, by))
+            return flatten(vector_jacobian(own, by, unflatten(vector, by)))
 
     return product
 

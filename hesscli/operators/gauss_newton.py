@@ -87,7 +87,7 @@ class GaussNewton(Sandwich):
         outputs = outputs.requires_grad_()
         mean = self.problem.loss.natural.mean(outputs, batch)
         slope = gradient(mean, [outputs], create_graph=True)
-        return lambda pushed: vector_jacobian(slope, [outputs], [pushed]).view_as(pushed)
+        return lambda pushed: vector_jacobian(slope, [outputs], [pushed])[0]
 
     def columns(self, loss: Loss, outputs: Tensor, batch: Batch) -> Columns:
         """Columns of the loss's Hessian in the outputs."""

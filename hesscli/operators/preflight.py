@@ -39,6 +39,7 @@ from hesscli.problem.objective import Objective, Sample
 from hesscli.problem.precision import doubled, tolerance
 from hesscli.problem.problem import Problem
 from hesscli.results import Check, CheckState, Preflight
+from hesscli.sums import distance
 from hesscli.vocabulary import MODES, Mode
 
 _FEWEST, _FEW, _MANY, _BIASED = 8, 16, 64, 256
@@ -202,16 +203,15 @@ def _determinism(sample: Sample, meter: Meter) -> Check:
     """Loss and gradient twice on the same examples; equal but for the order of sums."""
     problem = sample.problem
 
-    def once() -> tuple[float, Tensor]:
+    def once() -> tuple[float, list[Tensor]]:
         value = sample.evaluate()
-        return float(value.detach()), flatten(gradient(value, problem.parameters.tensors))
+        return float(value.detach()), gradient(value, problem.parameters.tensors)
 
     (first, slope), (second, again) = once(), once()
     meter.add(2 * problem.gradient_cost, sample.share)
-    difference = max(
-        abs(first - second) / max(abs(first), 1e-30),
-        float((slope - again).norm() / slope.norm().clamp_min(1e-30)),
-    )
+    apart = math.hypot(*(float((a - b).norm()) for a, b in zip(slope, again, strict=True)))
+    length = math.hypot(*(float(part.norm()) for part in slope))
+    difference = max(abs(first - second) / max(abs(first), 1e-30), apart / max(length, 1e-30))
     bound = tolerance(problem.dtype)
     if not difference <= bound:
         culprit = differing_module(problem.model, sample.evaluate, sample.evaluate, torch.equal)
@@ -300,8 +300,8 @@ def _rounding(own: Products, exact: Products, largest: float) -> tuple[float, fl
     """
     forms = 2 * float((own.forms - exact.forms).norm() / exact.forms.norm().clamp_min(1e-300))
     # For signs v, ‖Ev‖² is ‖E‖² of Frobenius in the mean: no unit vector's product is off by more.
-    errors = (own.values.double() - exact.values).norm(dim=1)
-    return forms, float(errors.square().mean().sqrt()) / max(largest, 1e-300)
+    errors = list(map(distance, own.values, exact.values))
+    return forms, math.hypot(*errors) / math.sqrt(len(errors)) / max(largest, 1e-300)
 
 
 def _with_largest(operator: Curvature, sample: Sample, on_step: OnStep) -> tuple[Products, float]:
@@ -522,7 +522,7 @@ def _difference_check(
 
 def _towards(vector: Tensor, sample: Sample) -> Tensor:
     """A unit direction: a vector's, and signs in equal parts, so that it is long along both."""
-    signs = vectors(sample.problem, 1)[0] * moving(sample.problem)
+    signs = moving(sample.problem, vectors(sample.problem, 1)[0])
     length = vector.norm()
     mixed: Tensor = signs / signs.norm() + (vector / length if length else 0)
     return mixed.div_(mixed.norm())

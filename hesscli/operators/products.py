@@ -96,22 +96,30 @@ def unflatten(vector: Tensor, like: Tensors) -> list[Tensor]:
     return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
 
 
-def vector_jacobian(outputs: Tensors, tensors: Tensors, weights: Tensors) -> Tensor:
-    """Flat ``Σ weightsᵀ ∂outputs/∂tensors``, keeping the graph for the next call.
+def vector_jacobian(outputs: Tensors, tensors: Tensors, weights: Tensors) -> Tensors:
+    """``Σ weightsᵀ ∂outputs/∂tensors``, keeping the graph for the next call.
 
     Outputs that depend on nothing, as the gradient of a last bias can, count as constant.
     """
     live = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
     if not live:
-        return torch.zeros_like(flatten(tensors))
-    parts = torch.autograd.grad(
+        return [torch.zeros_like(tensor, requires_grad=False) for tensor in tensors]
+    parts: Tensors = torch.autograd.grad(
         paired(*zip(*live, strict=True)),
         tensors,
         retain_graph=True,
         allow_unused=True,
         materialize_grads=True,
     )
-    return flatten(parts)
+    return parts
+
+
+def _rows(product: Callable[[Tensor], Tensors], block: Tensor) -> Tensor:
+    """A block's products ``(k, d)``, each of which is made in parts: copied once and no more."""
+    rows = torch.empty(block.shape, dtype=block.dtype, device=block.device)
+    for row, vector in zip(rows, block, strict=True):
+        torch.cat([_dense(part).reshape(-1) for part in product(vector)], out=row)
+    return rows
 
 
 # -- Hessian of a scalar -----------------------------------------------------------------------
@@ -121,11 +129,10 @@ def hessian_double_backward(function: Function, tensors: Tensors) -> Apply:
     """Hv as the gradient of ⟨gradient, v⟩; the gradient's graph serves all probes."""
     graph = gradient(function(None), tensors, create_graph=True)
 
-    def apply(block: Tensor) -> Tensor:
-        products = [vector_jacobian(graph, tensors, unflatten(v, tensors)) for v in block]
-        return torch.stack(products)
+    def product(vector: Tensor) -> Tensors:
+        return vector_jacobian(graph, tensors, unflatten(vector, tensors))
 
-    return apply
+    return partial(_rows, product)
 
 
 def hessian_forward_over_reverse(function: Function, tensors: Tensors) -> Apply:
@@ -146,8 +153,10 @@ def hessian_finite_difference(function: Function, tensors: Tensors, step: float 
     def at_current() -> Tensor:
         return flatten(gradient(function(None), tensors)).detach()
 
-    product = partial(central_difference, at_current, tensors, step=step)
-    return lambda block: torch.stack([*map(product, block)])
+    def product(vector: Tensor) -> Tensors:
+        return [central_difference(at_current, tensors, vector, step)]
+
+    return partial(_rows, product)
 
 
 # -- Jᵀ A J through an intermediate value -------------------------------------------------------
@@ -157,11 +166,11 @@ def sandwich_double_backward(function: Function, tensors: Tensors, at: Middle) -
     """Jᵀ A J v, with J v by differentiating u ↦ Jᵀu, which is linear in u."""
     value, middle, dummy, pulled = _pushing(function, tensors, at)
 
-    def product(vector: Tensor) -> Tensor:
-        pushed = vector_jacobian(pulled, [dummy], unflatten(vector, tensors)).view_as(value)
-        return vector_jacobian([value], tensors, [middle(pushed)])
+    def product(vector: Tensor) -> Tensors:
+        (pushed,) = vector_jacobian(pulled, [dummy], unflatten(vector, tensors))
+        return vector_jacobian([value], tensors, [middle(pushed.view_as(value))])
 
-    return lambda block: torch.stack([*map(product, block)])
+    return partial(_rows, product)
 
 
 def _pushing(
@@ -180,12 +189,12 @@ def sandwich_forward_over_reverse(function: Function, tensors: Tensors, at: Midd
     value = function(None)
     middle = at(value.detach())
 
-    def product(vector: Tensor) -> Tensor:
+    def product(vector: Tensor) -> Tensors:
         tangents = tuple(unflatten(vector, tensors))
         pushed = torch.func.jvp(lambda theta: function(theta), (primals,), (tangents,))[1]
         return vector_jacobian([value], tensors, [middle(pushed.detach())])
 
-    return lambda block: torch.stack([*map(product, block)])
+    return partial(_rows, product)
 
 
 def sandwich_finite_difference(
@@ -198,11 +207,11 @@ def sandwich_finite_difference(
     def at_current() -> Tensor:
         return function(None).detach().reshape(-1)  # the model may differentiate on its way
 
-    def product(vector: Tensor) -> Tensor:
+    def product(vector: Tensor) -> Tensors:
         pushed = central_difference(at_current, tensors, vector, step).view_as(value)
-        return flatten(gradient(paired([function(None)], [middle(pushed)]), tensors))
+        return gradient(paired([function(None)], [middle(pushed)]), tensors)
 
-    return lambda block: torch.stack([*map(product, block)])
+    return partial(_rows, product)
 
 
 # -- Quadratic forms of changes of some of the tensors ------------------------------------------
@@ -218,8 +227,11 @@ def hessian_forms(function: Function, tensors: Tensors) -> Forms:
 
     def forms(chosen: slice, block: Tensor) -> Tensor:
         own = tensors[chosen]
-        products = (vector_jacobian(graph[chosen], own, unflatten(v, own)) for v in block)
-        return torch.stack([_inner(v, product) for v, product in zip(block, products, strict=True)])
+        return torch.stack([form(own, graph[chosen], unflatten(v, own)) for v in block])
+
+    def form(own: Tensors, slopes: Tensors, parts: Tensors) -> Tensor:
+        products = vector_jacobian(slopes, own, parts)
+        return torch.stack([_inner(*pair) for pair in zip(parts, products, strict=True)]).sum()
 
     return forms
 
@@ -230,8 +242,8 @@ def sandwich_forms(function: Function, tensors: Tensors, at: Middle) -> Forms:
 
     def form(chosen: slice, vector: Tensor) -> Tensor:
         tangents = unflatten(vector, tensors[chosen])
-        pushed = vector_jacobian(pulled[chosen], [dummy], tangents).view_as(value)
-        return _inner(pushed, middle(pushed))
+        (pushed,) = vector_jacobian(pulled[chosen], [dummy], tangents)
+        return _inner(pushed, middle(pushed.view_as(value)))
 
     return lambda chosen, block: torch.stack([form(chosen, vector) for vector in block])
 
@@ -265,22 +277,24 @@ def central_difference(
     evaluate: Callable[[], Tensor], tensors: Tensors, vector: Tensor, step: float
 ) -> Tensor:
     """Directional derivative of ``evaluate`` along ``vector``; the tensors are put back."""
-    length = vector.norm()
-    if length == 0:
+    length = float(vector.norm())
+    if not length:
         return torch.zeros_like(evaluate())
-    direction = unflatten(vector * (step / length), tensors)
+    direction = unflatten(vector, tensors)
     originals = [t.detach().clone() for t in tensors]
     try:
-        _write(tensors, [o + d for o, d in zip(originals, direction, strict=True)])
+        _write(tensors, originals, direction, step / length)
         ahead = evaluate()
-        _write(tensors, [o - d for o, d in zip(originals, direction, strict=True)])
+        _write(tensors, originals, direction, -step / length)
         behind = evaluate()
     finally:
-        _write(tensors, originals)
+        _write(tensors, originals, direction, 0.0)
     return (ahead - behind).mul_(length / (2 * step))
 
 
-def _write(tensors: Tensors, values: Tensors) -> None:
-    with torch.no_grad():
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
+@torch.no_grad()
+def _write(tensors: Tensors, originals: Tensors, direction: Tensors, step: float) -> None:
+    for tensor, original, part in zip(tensors, originals, direction, strict=True):
+        tensor.copy_(original)
+        if step:
+            tensor.add_(part, alpha=step)

@@ -7,6 +7,7 @@ itself a gradient that autograd was kept from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from hesscli.operators.products import (
     central_difference,
     flatten,
     gradient,
+    unflatten,
     work,
 )
 from hesscli.parameters import Parameters
@@ -33,7 +35,7 @@ from hesscli.problem.forward import moved
 from hesscli.problem.objective import Objective, Sample, WeightedBatch
 from hesscli.problem.precision import tolerance
 from hesscli.results import Check
-from hesscli.sums import weighted_sum
+from hesscli.sums import distance, inner, is_finite, weighted_sum
 
 # -- Where operators are put to the test: along which vectors, at which weights, by which steps ----
 
@@ -138,7 +140,7 @@ def _at(
 ) -> Iterator[tuple[Tensor, float]]:
     """The weights of an attempt, and its unit direction and step."""
     step, shift = attempt
-    direction = _vector(problem, number) * moving(problem)
+    direction = moving(problem, _vector(problem, number))
     with moved(problem.parameters.tensors, shift):
         yield direction.div_(direction.norm()), step
 
@@ -156,18 +158,21 @@ def layers_where(parameters: Parameters, is_wrong: Callable[[Tensor], bool]) -> 
     return f", in {', '.join(wrong[:5])}{more}" if wrong else ""
 
 
-def moving(problem: Objective) -> Tensor:
-    """Zero at padding rows of embeddings, which no gradient reaches though outputs use them."""
+def moving(problem: Objective, vector: Tensor) -> Tensor:
+    """A vector that is zero now at padding rows of embeddings.
+
+    No gradient reaches them, though outputs use them.
+    """
     rows = {
         module.weight: module.padding_idx
         for module in problem.model.modules()
         if isinstance(module, nn.Embedding)
     }
-    masks = [torch.ones_like(t, requires_grad=False) for t in problem.parameters.tensors]
-    for tensor, mask in zip(problem.parameters.tensors, masks, strict=True):
+    tensors = problem.parameters.tensors
+    for tensor, part in zip(tensors, unflatten(vector, tensors), strict=True):
         if (row := rows.get(tensor)) is not None:
-            mask[row] = 0
-    return flatten(masks)
+            part[row] = 0
+    return vector
 
 
 # -- How large the terms of a product are before they cancel ---------------------------------------
@@ -203,11 +208,11 @@ class Terms:
         """
         tensors, build = self.operator.parameters.tensors, BUILDERS["hessian"]["double-backward"]
 
-        def product(batch: WeightedBatch) -> list[Tensor]:
-            return [build(lambda _: self._uncancelled(batch), tensors)(vector[None])]
+        def product(batch: WeightedBatch) -> Tensor:
+            return build(lambda _: self._uncancelled(batch), tensors)(vector[None])
 
         with self.operator.problem.forward_context():
-            total = weighted_sum(self.sample.batches(), torch.zeros_like(vector[None]), product)
+            total = _mean(self.sample, vector[None], product)
         size = float(total.norm())
         return _ROUNDED_TERMS * torch.finfo(precision).eps * size if size < float("inf") else 0.0
 
@@ -272,6 +277,10 @@ _LONGER = 20
 """Steps of the loss to those of its gradient, which jumps at kinks where the loss bends."""
 
 
+_PIECE = 1 << 18
+"""Entries of a direction that are compared at once."""
+
+
 @dataclass(frozen=True)
 class Products:
     """A v of a few Rademacher vectors v, rows ``(k, d)``."""
@@ -282,12 +291,14 @@ class Products:
     @property
     def forms(self) -> Tensor:
         """vᵀAv, float64."""
-        return (self.vectors * self.values).sum(1, dtype=torch.float64)
+        pairs = zip(self.vectors, self.values, strict=True)
+        return torch.tensor([inner(*pair) for pair in pairs], dtype=torch.float64)
 
     def along(self, direction: Tensor) -> Tensor | None:
         """The product with a unit direction, where that is the first vector's."""
         length = self.vectors[0].norm()
-        is_first = torch.equal(direction, self.vectors[0] / length)
+        units = (piece / length for piece in torch.split(self.vectors[0], _PIECE))
+        is_first = all(map(torch.equal, torch.split(direction, _PIECE), units))
         return self.values[0] / length if is_first else None
 
 
@@ -314,7 +325,7 @@ class Product:
         graph, each = self.operator.cost
         each, problem = len(block) * each, self.operator.problem
 
-        def product(batch: WeightedBatch) -> list[Tensor]:
+        def product(batch: WeightedBatch) -> Tensor:
             apply, share = self._kept, batch.count / problem.data.count
             if apply is None:
                 apply = self.operator.live(batch)
@@ -322,11 +333,11 @@ class Product:
             if len(self.sample.parts) == 1:
                 self._kept = apply
             self.operator.meter.add(each, share)
-            return [apply(block)]
+            return apply(block)
 
         with problem.forward_context():
-            total = weighted_sum(self.sample.batches(), torch.zeros_like(block), product)
-        if not torch.isfinite(total).all():
+            total = _mean(self.sample, block, product)
+        if not is_finite(total):
             raise MismatchError("its products are not finite")
         return total
 
@@ -334,6 +345,13 @@ class Product:
         """With the first few Rademacher vectors."""
         block = vectors(self.operator.problem, FORMS)
         return Products(block, self(block))
+
+
+def _mean(sample: Sample, like: Tensor, rows: Callable[[WeightedBatch], Tensor]) -> Tensor:
+    """The mean of rows over a sample, which is its one part's own where it has no other."""
+    if len(sample.parts) == 1:
+        return rows(next(sample.batches()))
+    return weighted_sum(sample.batches(), torch.zeros_like(like), lambda batch: [rows(batch)])
 
 
 def gradient_comparison(problem: Objective, meter: Meter) -> Comparison:
@@ -348,14 +366,15 @@ def gradient_comparison(problem: Objective, meter: Meter) -> Comparison:
     def measure(part: Sample, direction: Tensor, step: float) -> tuple[float, float]:
         with problem.forward_context():
             value = part.evaluate()
-            slope = flatten(gradient(value, tensors))
-            along, step = float(slope @ direction), _LONGER * step
+            slope, parts = gradient(value, tensors), unflatten(direction, tensors)
+            along = sum(inner(*map(torch.ravel, pair)) for pair in zip(slope, parts, strict=True))
+            length, step = math.hypot(*(float(part.norm()) for part in slope)), _LONGER * step
             truth = float(
                 central_difference(lambda: part.evaluate().detach(), tensors, direction, step)
             )
         meter.add(problem.gradient_cost + 2 * FORWARD, part.share)
         # Along ±1 signs, gradient'v is about |gradient| / √d, however small it comes out.
-        typical = float(slope.norm()) / len(slope) ** 0.5
+        typical = length / problem.parameters.size**0.5
         scale = max(abs(along), abs(truth), typical, 1e-300)
         rounding = _rounding(problem, abs(float(value.detach())), step)
         return abs(along - truth) / scale, _BOUND + rounding / scale
@@ -427,7 +446,7 @@ def product_comparison(
         truth = _by_differences(operator, part, direction, step)
         on_step()
         scale = max(float(found.norm()), float(truth.norm()), 1e-300)
-        value, bound = float((found - truth).norm()) / scale, _BOUND
+        value, bound = distance(found, truth) / scale, _BOUND
         if not value <= bound:  # rounding, which takes a gradient to see
             bound += _gradient_rounding(operator.problem, part, step) / scale
         if not value <= bound:
@@ -448,13 +467,13 @@ def product_comparison(
 def _by_differences(operator: Curvature, sample: Sample, direction: Tensor, step: float) -> Tensor:
     build = BUILDERS[operator.kind]["finite-difference"]
 
-    def difference(batch: WeightedBatch) -> list[Tensor]:
-        return [build(*operator.parts(batch), step=step)(direction[None])]
+    def difference(batch: WeightedBatch) -> Tensor:
+        return build(*operator.parts(batch), step=step)(direction[None])
 
     cost = work(operator.kind, "finite-difference", operator.problem.way_back)
     operator.meter.add(sum(cost), sample.share)
     with operator.problem.forward_context():
-        return weighted_sum(sample.batches(), torch.zeros_like(direction[None]), difference)[0]
+        return _mean(sample, direction[None], difference)[0]
 
 
 def _gradient_rounding(problem: Objective, sample: Sample, step: float) -> float:
