@@ -22,7 +22,7 @@ from hesscli.memory import is_out_of_memory
 from hesscli.meter import FORWARD, Meter, OnStep, go_on
 from hesscli.operators.base import Operator
 from hesscli.operators.hessian import Hessian, Residual
-from hesscli.operators.kernels import twice_differentiable
+from hesscli.operators.kernels import only, twice_differentiable
 from hesscli.operators.linearity import bends, normalisation, recorded
 from hesscli.operators.products import flatten, gradient, unflatten, vector_jacobian
 from hesscli.parameters import Parameters
@@ -144,7 +144,7 @@ def _own_products(residual: Residual, sample: WeightedBatch) -> Callable[[Group,
 
     def product(group: Group, vector: Tensor) -> Tensor:
         own, by = [graph[index] for index in group], [tensors[index] for index in group]
-        with twice_differentiable():
+        with twice_differentiable(), only(by):
             return flatten(vector_jacobian(own, by, unflatten(vector, by)))
 
     return product
