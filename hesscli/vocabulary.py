@@ -70,14 +70,14 @@ class Selection:
 class BlockRule:
     """AdaHessian's blocks: a rule by name, and the N of ``head:N`` and ``N``."""
 
-    spelled: ClassVar[str] = "auto, row, kernel, channel, head:N or a number of entries"
-    named: ClassVar[tuple[str, ...]] = ("auto", "row", "kernel", "channel")
-    kind: Literal["auto", "row", "kernel", "channel", "head", "entries"] = "auto"
+    spelled: ClassVar[str] = "auto, image, row, kernel, channel, head:N or a number of entries"
+    named: ClassVar[tuple[str, ...]] = ("auto", "image", "row", "kernel", "channel")
+    kind: Literal["auto", "image", "row", "kernel", "channel", "head", "entries"] = "auto"
     number: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``auto``, ``row``, ``kernel``, ``channel``, ``head:N`` or ``N``.
+        """Read ``auto``, ``image``, ``row``, ``kernel``, ``channel``, ``head:N`` or ``N``.
 
         Raises:
             UsageError: it is none of these.

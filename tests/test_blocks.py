@@ -15,12 +15,14 @@ from hesscli.vocabulary import BlockRule
 
 SHAPES = [(), (1,), (5,), (4, 6), (6, 70), (8, 64), (3, 32), (4, 3, 5), (4, 3, 3, 3), (2, 3, 1, 1)]
 SHAPES += [(2, 3, 2, 2, 2), (0, 3), (3, 0), (2, 0, 3)]
-RULES = ["auto", "row", "kernel", "channel", "head:2", "1", "5", "32", "1000"]
+RULES = ["auto", "image", "row", "kernel", "channel", "head:2", "1", "5", "32", "1000"]
 
 
 def block_of(index: tuple[int, ...], shape: tuple[int, ...], rule: str) -> tuple[object, ...]:
     """What the block of an entry is called, from the table of rules."""
     if len(shape) < 2:
+        return index
+    if rule == "image" and len(shape) == 2:
         return index
     along = sum(i * math.prod(shape[k + 1 :]) for k, i in enumerate(index) if k > 0)
     if rule == "row":
@@ -91,6 +93,8 @@ def test_means_and_sizes_are_in_one_order_and_rows_of_tensors_at_once(
         ((10,), "auto", "none", 10),
         ((), "row", "none", 1),
         ((10, 100), "kernel", "32", 40),
+        ((10, 100), "image", "none", 1000),
+        ((8, 4, 3, 3), "image", "kernel", 32),
         ((8, 4, 3), "head:4", "kernel", 32),
         ((24, 8), "head:12", "head:12", 12),
         ((8, 4, 3, 3), "row", "row", 8),

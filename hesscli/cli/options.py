@@ -347,8 +347,8 @@ BLOCK = _COMPUTE.value(
     words=BlockRule.named,
     metavar="NAME|head:N|N",
     default="auto",
-    help="AdaHessian's blocks: auto (kernels of convolutions, 32 entries of a matrix's row), row, "
-    "kernel, channel, head:N or N entries. Default: auto.",
+    help="AdaHessian's blocks: auto (kernels of convolutions, 32 entries of a matrix's row), image "
+    "(kernels alone), row, kernel, channel, head:N or N entries. Default: auto.",
 )
 VECTOR = _COMPUTE.text(
     "--vector",

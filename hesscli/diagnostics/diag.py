@@ -216,7 +216,7 @@ def diagonal(
         probes: a fixed number ``N`` instead of a tolerance, or probes ``(a, b)`` of the stream.
             Where the diagonal is exact, they only show the noise that AdaHessian would face.
         batches: only the batches ``(a, b)``, whose number of probes must be fixed.
-        block: AdaHessian's block averaging: ``auto``, ``row``, ``kernel``, ``channel``,
+        block: AdaHessian's block averaging: ``auto``, ``image``, ``row``, ``kernel``, ``channel``,
             ``head:N`` or ``N`` consecutive entries.
         method: as for :func:`hesscli.trace`.
         seed: of the probes.

@@ -14,6 +14,8 @@ head:N     matrices with rows that N    one of N equal groups of rows, such as a
            divides                      head's (3 × heads for a fused query-key-value matrix)
 N          rank 2 and more              N consecutive entries of a row; the last of a row may
                                         be shorter
+image      rank 2 and more              convolutions by ``kernel``, a matrix entry by entry, as
+                                        in the authors' code for images
 auto       all                          convolutions by ``kernel``, matrices by ``32``
 ========== ============================ ==================================================
 
@@ -73,6 +75,8 @@ class Blocks:
                 return cls("channel", shape, inputs, numel // inputs, by_input=True)
             case "head" if len(shape) == 2 and outputs % rule.number == 0:
                 return cls(f"head:{rule.number}", shape, rule.number, numel // rule.number)
+            case "image" if len(shape) == 2:
+                return cls("none", shape, rows=1, size=1)
             case "entries":
                 size = min(rule.number, numel // outputs)
                 return cls(str(rule.number), shape, outputs, size)
@@ -96,6 +100,9 @@ class Blocks:
 
     def means(self, tensor: Tensor) -> Tensor:
         """Signed block means ``(…, count)`` of tensors ``(…, *shape)``."""
+        if self.size == 1:
+            lead = tensor.dim() - len(self.shape)
+            return tensor.reshape((*tensor.shape[:lead], self.count))
         rows = self._to_rows(tensor)
         whole = self._length // self.size
         cut = whole * self.size
@@ -106,9 +113,12 @@ class Blocks:
 
     def average(self, tensor: Tensor) -> Tensor:
         """Tensors ``(…, *shape)`` with each entry replaced by its block's signed mean."""
+        return tensor if self.size == 1 else self.spread(self.means(tensor))
+
+    def spread(self, means: Tensor) -> Tensor:
+        """Tensors ``(…, *shape)`` with each entry that of its block in ``(…, count)``."""
         if self.size == 1:
-            return tensor
-        means = self.means(tensor)
+            return means.reshape((*means.shape[:-1], *self.shape))
         means = means.view(*means.shape[:-1], self.rows, self.per_row, 1)
         rows = means.expand(*means.shape[:-1], self.size).flatten(-2)
         return self._from_rows(rows[..., : self._length])
