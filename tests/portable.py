@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 NUMBERS = """
-    block_variance blocks conjugate_gradients dense diagonal entries exactness
-    factors independence invariances kernels lanczos losses mfac_rows mfac_static mfac_window
-    mfac_windowed modes named_losses operators per_example perturbations precision preflight
-    quadrature residual root_mean_square shrinkage spectrum spectrum_rounding randomness widening
-    wrong_derivatives
+    adahessian block_variance blocks conjugate_gradients dense diagonal entries exactness factors
+    independence invariances kernels lanczos losses mfac_rows mfac_static mfac_window
+    mfac_windowed modes named_losses operators optimizers per_example perturbations precision
+    preflight quadrature residual root_mean_square shrinkage spectrum spectrum_rounding randomness
+    widening wrong_derivatives
 """
 """The test files in which it matters how sums are rounded."""
 

@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from optimizing import Make, chunks, net, weights
 from program import SPEC, SUNSPOTS
 from test_resume import RUNS, problem, said
+from torch import Tensor
+from torch.nn import functional as F
 
 import hesscli
 from hesscli import world
@@ -26,9 +30,16 @@ from hesscli.errors import UnsoundError, UsageError
 from hesscli.ledger import FileLedger
 from hesscli.memory import available_bytes
 from hesscli.operators.base import Retained
+from hesscli.optim import AdaHessian
 from hesscli.results import Snapshot
 from hesscli.world import LostError
 
+OPTIMIZERS: dict[str, Make] = {
+    "adahessian": lambda model, **more: AdaHessian(model.parameters(), 0.02, **more),
+    "now and then": lambda model, **more: AdaHessian(
+        model.parameters(), 0.02, hessian_every=3, **more
+    ),
+}
 CUT = {
     "a trace in rounds": "probing",
     "columns and probes": "probing",
@@ -152,11 +163,33 @@ def agreements() -> dict[str, Any]:
     return {"told": told, "bytes": available_bytes()}
 
 
+def trained() -> dict[str, Tensor]:
+    """Weights after some steps, each on a batch in unequal parts, one for each rank.
+
+    What one part alone reaches moves everywhere.
+    """
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        model = net()
+        optimizer = make(model, replicas=dist.group.WORLD if world.size() > 1 else None)
+        for number in range(6):
+            parts = list(chunks(number, world.size()))
+            share, images, labels = parts[world.place()]
+            loss = share * world.size() * F.cross_entropy(model(images), labels)
+            if world.is_first():
+                loss = loss + world.size() * model.unused.square().sum()
+            optimizer.accumulate(loss)
+            optimizer.clip(0.5)
+            optimizer.step()
+        found[name] = weights(model)
+    return found
+
+
 def run(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"whole": {}, "resumed": {}}
     with world.joined():
         found["size"] = world.size()
-        found |= product() | agreements() | joined()
+        found |= product() | agreements() | joined() | {"trained": trained()}
         found |= ended_by(partial(signal.raise_signal, signal.SIGTERM))
         for name in WHOLE:
             found["whole"][name] = whole(name)

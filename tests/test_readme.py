@@ -23,7 +23,8 @@ def test_python_examples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["operators.hessian", "operators.dense", "engines.root_mean_square"]
+    "module",
+    ["operators.hessian", "operators.dense", "engines.root_mean_square", "optim.adahessian"],
 )
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(import_module(f"hesscli.{module}"))

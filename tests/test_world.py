@@ -190,6 +190,15 @@ def test_examples_of_one_batch_are_cut_for_all_ranks(several: Ranks) -> None:
             assert abs(one - other) <= error + bound
 
 
+def test_replicas_take_one_process_s_steps(several: Ranks) -> None:
+    """A batch in parts is summed in another order, of eight terms and as many ranks."""
+    alone = ranks.trained()
+    for found in several.found:
+        for name, expected in alone.items():
+            assert torch.equal(found["trained"][name], several.found[0]["trained"][name])
+            torch.testing.assert_close(found["trained"][name], expected, rtol=0, atol=1e-11)
+
+
 def test_what_one_rank_meets_all_meet(several: Ranks) -> None:
     for found in several.found:
         raised, differs = found["told"]

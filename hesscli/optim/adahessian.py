@@ -1,0 +1,229 @@
+"""AdaHessian: gradients divided by a root mean square of the Hessian's diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from hesscli.engines.hutchinson.blocks import Blocks
+from hesscli.engines.root_mean_square import RootMeanSquare
+from hesscli.errors import UnsoundError, UsageError, first_line
+from hesscli.optim.base import LossOptimizer, Parameters, require, wide_dtype
+from hesscli.pairing import paired
+from hesscli.randomness import key, rademacher
+from hesscli.vocabulary import BlockRule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class AdaHessian(LossOptimizer):
+    """Yao, Gholami, Shen, Mustafa, Keutzer & Mahoney 2020, arXiv 2006.00719, algorithm 1.
+
+    For a probe v of independent signs, the diagonal's estimate h is v ⊙ Hv averaged over blocks
+    (the paper's "spatial averaging"), and
+
+        m ← β₁ m + (1 − β₁) g          s ← β₂ s + (1 − β₂) h²
+        θ ← θ − lr (m̂ / (√ŝ^k + ε) + w θ)
+
+    with m̂ = m / (1 − β₁ᵗ) and ŝ = s / (1 − β₂ᵘ) after t steps and u updates of s, of which there
+    are fewer where the Hessian is looked at every few steps only. The decay w is decoupled.
+
+    One step has one set of probes, drawn by a hash of (seed, step, probe, entry), whatever parts
+    its batch comes in and on whatever replica: their products add up before they are squared.
+    What is kept has float32 at least, and of s one number a block. A parameter that no loss
+    reaches stays as it is, and begins to move with the first product that it has.
+
+    Args:
+        params: tensors, or groups of them; all options up to ``diagonal`` may differ by group.
+        lr: learning rate.
+        betas: β₁ and β₂.
+        eps: ε, which is added after the power.
+        weight_decay: w.
+        hessian_power: k.
+        blocks: of :class:`hesscli.engines.hutchinson.blocks.Blocks`; ``image`` are those of the
+            authors' code for images.
+        diagonal: whether a block's mean is of v ⊙ Hv as it is (``signed``, as in the paper), which
+            is unbiased for the diagonal's, or of |v ⊙ Hv| (``abs``, as in the authors' code).
+        hessian_every: from one product to the next, in steps.
+        probes: products in an estimate, which is their mean.
+        seed: of the probes.
+        replicas: processes with the same model, over which gradients and products are averaged.
+            The model itself is called, not ``DistributedDataParallel``, which sees no
+            ``autograd.grad``.
+
+    Raises:
+        UsageError: an option that cannot be meant.
+
+    >>> import torch
+    >>> weights = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    >>> optimizer = AdaHessian([weights], lr=1.0, eps=0.0)
+    >>> optimizer.step((torch.tensor([1.0, 1e6]) * weights.square()).sum())
+    tensor(1000001.)
+    >>> weights.tolist()  # a diagonal Hessian is inverted
+    [0.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 0.15,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        weight_decay: float = 0.0,
+        *,
+        hessian_power: float = 1.0,
+        blocks: str = "auto",
+        diagonal: Literal["signed", "abs"] = "signed",
+        hessian_every: int = 1,
+        probes: int = 1,
+        seed: int = 0,
+        replicas: ProcessGroup | None = None,
+    ) -> None:
+        require("hessian_every", hessian_every, hessian_every >= 1, "hessian_every=10")
+        require("probes", probes, probes >= 1, "probes=1")
+        self.hessian_every, self.probes, self.seed = hessian_every, probes, seed
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "hessian_power": hessian_power,
+            "blocks": blocks,
+            "diagonal": diagonal,
+        }
+        super().__init__(params, defaults, replicas)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All there is to go on from between two steps, by reference as torch's own are."""
+        return super().state_dict() | {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from where another of the same parameters was; of what it has copies are made."""
+        super().load_state_dict(dict(state_dict))
+        self.seed = state_dict["seed"]
+
+    def _check(self, options: dict[str, Any]) -> None:
+        super()._check(options)
+        betas, power = options["betas"], options["hessian_power"]
+        require("betas", betas, all(0 <= beta < 1 for beta in betas), "betas=(0.9, 0.999)")
+        require("eps", options["eps"], options["eps"] >= 0, "eps=1e-4")
+        require("hessian_power", power, 0 <= power <= 1, "hessian_power=1")
+        require("diagonal", options["diagonal"], options["diagonal"] in ("signed", "abs"), "signed")
+        BlockRule.parse(options["blocks"])
+
+    def _has_products(self) -> bool:
+        return self.steps % self.hessian_every == 0
+
+    def _differentiate(self, loss: Tensor) -> None:
+        gradient = self._gradient(loss, create_graph=self._has_products())
+        self._add(gradient)
+        live = {p: part for p, part in gradient.items() if part.requires_grad}
+        for probe in range(self.probes if self._has_products() else 0):
+            signs = self._signs(probe)
+            last = probe == self.probes - 1
+            products = _product(live, signs, list(gradient), retain_graph=not last)
+            for p, product in zip(gradient, products, strict=True):
+                entries = product.detach().to(wide_dtype(p)) * signs[p] / self.probes
+                before = self._products.get(p)
+                self._products[p] = entries if before is None else before + entries
+
+    def _signs(self, probe: int) -> dict[Tensor, Tensor]:
+        """A probe of this step, for every parameter there is."""
+        tensors = self._parameters()
+        sizes = [p.numel() for p in tensors]
+        stream = key(self.seed, self.steps, probe)
+        whole = rademacher(stream, 0, sum(sizes), dtype=torch.int8, device=tensors[0].device)
+        parts = zip(tensors, torch.split(whole, sizes), strict=True)
+        return {p: part.view(p.shape).to(p) for p, part in parts}
+
+    def _move(self) -> None:
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    self._move_one(tensor, tensor.grad, group)
+
+    def _move_one(self, tensor: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        product, state = self._products.get(tensor), self.state[tensor]
+        if product is None and self._has_products():
+            raise UsageError(
+                "a step without a product with the Hessian, which it was to have",
+                "a gradient alone",
+                "optimizer.step(loss), or optimizer.accumulate(loss) instead of loss.backward()",
+            )
+        if product is None and not state:
+            return
+        dtype, blocks = wide_dtype(tensor), _blocks(tuple(tensor.shape), group["blocks"])
+        if not state:
+            state["steps"], state["momentum"] = 0, torch.zeros_like(tensor, dtype=dtype)
+            state["curvature"] = RootMeanSquare(dtype=dtype)
+        beta1, beta2 = group["betas"]
+        momentum, curvature = state["momentum"], state["curvature"]
+        state["steps"] += 1
+        momentum.lerp_(gradient.to(dtype), 1 - beta1)
+        if product is not None:
+            curvature.beta2 = beta2
+            entries = product.abs() if group["diagonal"] == "abs" else product
+            curvature.update(blocks.means(entries))
+        divisor = curvature.value.pow_(group["hessian_power"]).add_(group["eps"])
+        moved, lr = tensor.to(dtype), float(group["lr"])  # itself, unless it is of a half type
+        moved.mul_(1 - lr * group["weight_decay"])
+        rate = lr / (1 - beta1 ** state["steps"])
+        moved.addcdiv_(momentum, blocks.spread(divisor), value=-rate)
+        if moved is not tensor:
+            tensor.copy_(moved)
+
+    def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state | {"curvature": state["curvature"].state_dict()} if state else state
+
+    def _unpacked(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        dtype = wide_dtype(tensor)
+        curvature = RootMeanSquare(dtype=dtype)
+        curvature.load_state_dict(state["curvature"])
+        momentum = state["momentum"].to(tensor.device, dtype, copy=True)
+        return {"steps": state["steps"], "momentum": momentum, "curvature": curvature}
+
+
+@lru_cache(maxsize=1024)
+def _blocks(shape: tuple[int, ...], rule: str) -> Blocks:
+    return Blocks.of(shape, BlockRule.parse(rule))
+
+
+def _product(
+    gradient: dict[Tensor, Tensor],
+    signs: dict[Tensor, Tensor],
+    tensors: list[Tensor],
+    *,
+    retain_graph: bool,
+) -> list[Tensor]:
+    """Hv, from the gradient in the parameters where it is not constant.
+
+    Raises:
+        UnsoundError: the loss has no second derivative.
+    """
+    if not gradient:
+        return [torch.zeros_like(tensor, requires_grad=False) for tensor in tensors]
+    root = paired(list(gradient.values()), [signs[p] for p in gradient])
+    try:
+        return list(
+            torch.autograd.grad(
+                root,
+                tensors,
+                retain_graph=retain_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+    except RuntimeError as error:
+        if "derivative" not in str(error) and "differentiate" not in str(error):
+            raise
+        raise UnsoundError(
+            "the loss cannot be differentiated twice",
+            first_line(error),
+            "where attention is fused, a forward pass within "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+        ) from error
