@@ -28,6 +28,27 @@ class _Pairing(torch.autograd.Function):
         return None, *ctx.saved_tensors, *[None] * ctx.count
 
 
+class _Weightless(torch.autograd.Function):
+    """The identity, of whose values none is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.new_zeros(()).expand(tensor.shape) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, ...]:
+        return slopes
+
+
+def weightless(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What stands for outputs where only their graphs are wanted, and takes no memory.
+
+    To be paired all at once: what leads to one of them is gone through for any of them.
+    """
+    found: Sequence[Tensor] = _Weightless.apply(*outputs)  # type: ignore[no-untyped-call]
+    return found
+
+
 def paired(outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """A scalar whose gradient is that of Σ ⟨outputs, weights⟩, twice differentiable in the weights.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscli.pairing import paired
+from hesscli.pairing import paired, weightless
 
 
 def tensors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -45,3 +45,14 @@ def test_outputs_that_a_tensor_does_not_reach_are_unused() -> None:
     assert first is None
     assert second is not None
     assert torch.allclose(second, weights[1] * leaves[1].exp(), rtol=1e-15)
+
+
+def test_what_stands_for_outputs_leads_to_the_same_gradients_and_has_no_values() -> None:
+    leaves, outputs, weights = tensors()
+    true = torch.autograd.grad(outputs, leaves, weights, retain_graph=True)
+    standing = weightless(outputs)
+    assert [output.untyped_storage().nbytes() for output in standing] == [8, 8]
+    del outputs
+    for _ in range(2):
+        found = torch.autograd.grad(paired(standing, weights), leaves, retain_graph=True)
+        assert all(map(torch.equal, found, true))

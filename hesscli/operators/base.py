@@ -240,7 +240,9 @@ class Operator(Curvature):
             rows = block.to(self.problem.device, self.problem.dtype)
             size = self.block_size
             blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
-            total = self.decay * rows.double()
+            total = torch.zeros_like(rows, dtype=torch.float64)
+            if self.decay:
+                total.add_(rows, alpha=self.decay)
             with self.meter.pooled():
                 return shared_sum(self.shared(), total, lambda term: map(term.apply, blocks))
 

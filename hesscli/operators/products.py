@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hesscli.meter import BACKWARD, FORWARD
-from hesscli.pairing import paired
+from hesscli.pairing import paired, weightless
 from hesscli.vocabulary import Mode
 
 Kind = Literal["hessian", "sandwich"]
@@ -127,7 +127,7 @@ def _rows(product: Callable[[Tensor], Tensors], block: Tensor) -> Tensor:
 
 def hessian_double_backward(function: Function, tensors: Tensors) -> Apply:
     """Hv as the gradient of ⟨gradient, v⟩; the gradient's graph serves all probes."""
-    graph = gradient(function(None), tensors, create_graph=True)
+    graph = weightless(gradient(function(None), tensors, create_graph=True))
 
     def product(vector: Tensor) -> Tensors:
         return vector_jacobian(graph, tensors, unflatten(vector, tensors))
@@ -164,7 +164,8 @@ def hessian_finite_difference(function: Function, tensors: Tensors, step: float 
 
 def sandwich_double_backward(function: Function, tensors: Tensors, at: Middle) -> Apply:
     """Jᵀ A J v, with J v by differentiating u ↦ Jᵀu, which is linear in u."""
-    value, middle, dummy, pulled = _pushing(function, tensors, at)
+    value, middle, dummy, slopes = _pushing(function, tensors, at)
+    pulled = weightless(slopes)
 
     def product(vector: Tensor) -> Tensors:
         (pushed,) = vector_jacobian(pulled, [dummy], unflatten(vector, tensors))

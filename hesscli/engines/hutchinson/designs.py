@@ -40,7 +40,8 @@ class Probes:
 
     def block(self, batch: int, first: int, count: int) -> Tensor:
         """Probes ``first … first + count`` of a batch, ``(count, d)`` in the operator's dtype."""
-        return torch.stack([self._vector(batch, probe) for probe in range(first, first + count)])
+        rows = [self._vector(batch, probe) for probe in range(first, first + count)]
+        return torch.stack(rows) if count > 1 else rows[0][None]
 
     def _vector(self, batch: int, probe: int) -> Tensor:
         owner = randomness.SHARED if self.sharing == "shared" else batch
@@ -104,7 +105,7 @@ class Plain(Design):
 
     def estimates(self, term: Term, block: Tensor, on_step: OnStep = go_on) -> Tensor:
         """Plain Hutchinson estimates, one product a probe."""
-        return block * term.apply(block, on_step)
+        return term.apply(block, on_step).mul_(block)
 
 
 class Stratified(Design):
