@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import hesscli
 from hesscli.errors import ExitCode, HesscliError, InputError, UnsoundError, UsageError
+from hesscli.problem import proof as proofs
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.loading import resolve_device
 from hesscli.problem.problem import Problem
@@ -100,8 +101,12 @@ def test_proving_leaves_everything_as_it_was(training: bool) -> None:
     assert (random.getstate(), _legacy()) == generators[1:]
 
 
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_loss_gradient_and_accuracy_are_the_full_batchs(decay: float) -> None:
+def test_loss_gradient_and_accuracy_are_the_full_batchs(
+    decay: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proofs, "_KEPT", 8 * 1000 * kept)
     weights = torch.tensor([0.1, 2.0, 0.9], dtype=torch.float64)
     model = Net().eval()
     trainable = [p for p in model.parameters() if p.requires_grad]

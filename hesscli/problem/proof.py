@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -29,26 +29,27 @@ from hesscli.sums import shared_sum
 class Proof:
     """What shows that this is the user's model on the user's data.
 
-    ``gradient`` is of the whole loss, float64 ``(d,)``; ``unreached`` names the parameters that
-    the loss of no batch depends on. ``hidden_outputs`` says why the loss is not the function of
-    the outputs that it was taken for; None where it is. ``saturated`` says that the classes of all
-    examples are so sure that their loss has no digit left. ``gradients`` is the work it took.
-    ``lengths`` are of the batches' gradients: with the loss they tell problems apart.
+    ``unreached`` names the parameters that the loss of no batch depends on. ``hidden_outputs``
+    says why the loss is not the function of the outputs that it was taken for; None where it is.
+    ``saturated`` says that the classes of all examples are so sure that their loss has no digit
+    left. ``gradients`` is the work it took. ``lengths`` are of the batches' gradients: with the
+    loss they tell problems apart.
     """
 
     loss: float
     accuracy: float | None
-    gradient: Tensor
+    gradient_norm: float
     unreached: tuple[str, ...]
     hidden_outputs: str | None
     gradients: float
+    make_gradient: Callable[[], Tensor] = field(repr=False)
     lengths: tuple[float, ...] = ()
     saturated: str | None = None
 
     @property
-    def gradient_norm(self) -> float:
-        """Euclidean norm of the gradient."""
-        return float(self.gradient.norm())
+    def gradient(self) -> Tensor:
+        """Of the whole loss, float64 ``(d,)``; made anew where it was too large to be kept."""
+        return self.make_gradient()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -78,6 +79,40 @@ class _Share:
     gradients: float
 
 
+_KEPT = 1 << 28
+"""Bytes of a gradient up to which it is kept: few commands read it."""
+
+
+def _kept(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def _made_anew(problem: Objective) -> Tensor:
+    """The whole loss's gradient, as the proof has seen it."""
+
+    def its_gradient(batch: WeightedBatch) -> Iterator[Tensor]:
+        parts = _gradient(problem, problem.evaluate(batch.data), batch)
+        yield from map(_flat, parts, problem.parameters.tensors)
+
+    groups = world.share(problem.joint())
+    return _summed(problem, (problem.batch(*group) for group in groups), its_gradient)
+
+
+def _summed(
+    problem: Objective,
+    batches: Iterable[WeightedBatch],
+    its_gradient: Callable[[WeightedBatch], Iterator[Tensor]],
+) -> Tensor:
+    """All ranks' gradients, float64 ``(d,)``, tensor by tensor, and that of weight decay."""
+    parameters = problem.parameters
+    total = torch.zeros(parameters.size, dtype=torch.float64, device=problem.device)
+    total = shared_sum(batches, total, its_gradient)
+    if problem.weight_decay:
+        for part, tensor in zip(parameters.split(total), parameters.tensors, strict=True):
+            part.add_(tensor.detach(), alpha=problem.weight_decay)
+    return total
+
+
 def prove(problem: Objective, observe: Observe | None = None) -> Proof:
     """Loss, accuracy, gradient and reach over all kept examples.
 
@@ -96,10 +131,9 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         _require_own_weights(problem, value)
         parts, square = _gradient(problem, value, batch), 0.0
         for part, tensor in zip(parts, parameters.tensors, strict=True):
-            found = torch.zeros_like(tensor) if part is None else part
-            found = found.to_dense() if found.is_sparse else found
+            found = _flat(part, tensor)
             square += float(torch.linalg.vector_norm(found)) ** 2
-            yield found.reshape(-1)
+            yield found
         cost = problem.gradient_cost + FORWARD * seen.has_run
         own.append(
             _Share(
@@ -121,8 +155,7 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
     # A claim is put to the test on every batch as it is.
     groups = [(i,) for i in problem.indices] if problem.loss.is_claim else problem.joint()
     mine = (problem.batch(*group) for group in world.share(groups))
-    gradient = torch.zeros(parameters.size, dtype=torch.float64, device=problem.device)
-    gradient = shared_sum(mine, gradient, its_gradient)
+    gradient = _summed(problem, mine, its_gradient)
     shares = sorted((one for each in world.gathered(own) for one in each), key=lambda s: s.index)
     if not any(one.depends for one in shares):
         raise _independent(problem)
@@ -132,17 +165,19 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
     hidden = hidden or next((one.hidden for one in shares if one.hidden), None)
     reached = [any(each) for each in zip(*(one.reached for one in shares), strict=True)]
     loss = sum(one.loss for one in shares)
-    theta = parameters.flatten([t.detach() for t in parameters.tensors]).double()
     if decay:
         squares = (t.detach().double().square().sum() for t in problem.trainable.tensors)
         loss += 0.5 * decay * float(sum(squares))
     return Proof(
         loss=loss,
         accuracy=correct / possible if possible and hidden is None else None,
-        gradient=gradient + decay * theta,
+        gradient_norm=float(torch.linalg.vector_norm(gradient)),
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
         hidden_outputs=hidden,
         gradients=sum(one.gradients for one in shares),
+        make_gradient=partial(_kept, gradient)
+        if gradient.nbytes <= _KEPT
+        else partial(_made_anew, problem),
         lengths=tuple(one.length for one in shares),
         saturated=_saturation(problem) if possible and loss == 0 else None,
     )
@@ -226,6 +261,12 @@ def _gradient(problem: Objective, value: Tensor, batch: WeightedBatch) -> tuple[
             raise
         run = partial(problem.evaluate, batch.data)
         raise no_gradient(problem.model, run, error) from None
+
+
+def _flat(part: Tensor | None, tensor: Tensor) -> Tensor:
+    """A tensor's part of the gradient, with its zeros."""
+    found = torch.zeros_like(tensor, requires_grad=False) if part is None else part
+    return (found.to_dense() if found.is_sparse else found).reshape(-1)
 
 
 def _independent(problem: Objective) -> UnsoundError:
