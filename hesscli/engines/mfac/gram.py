@@ -45,6 +45,14 @@ class Gram:
         self._entries = torch.zeros(capacity, capacity, dtype=torch.float64, device=window.device)
         self.refresh(on_step)
 
+    @classmethod
+    def of(cls, window: GradientWindow, matrix: Tensor, *, exact: bool) -> Gram:
+        """One whose entries ``(n, n)`` are known already."""
+        found = cls(window, slice(0, 0), exact=exact)
+        found.columns = slice(0, window.size)
+        found.matrix.copy_(matrix)
+        return found
+
     @property
     def count(self) -> int:
         """Rows of the window that are valid."""

@@ -19,6 +19,7 @@ from hesscli.engines.mfac.system import (
     too_little,
 )
 from hesscli.engines.mfac.window import GradientWindow
+from hesscli.state import State
 
 # -- A Cholesky factor that follows rows which are replaced in turn --------------------------------
 
@@ -53,6 +54,27 @@ class TailFactor:
         ordered = gram[self._order[:, None], self._order]
         ordered.diagonal().add_(shift)
         self._lower = factorised(ordered).lower
+
+    @classmethod
+    def resumed(cls, gram: Tensor, shift: float, state: State) -> TailFactor:
+        """One that was saved, of the same matrix: made anew, it would be rounded otherwise."""
+        tail = cls.__new__(cls)
+        tail._gram, tail._shift = gram, shift
+        tail._order, tail._lower = (state[name].to(gram.device) for name in ("order", "lower"))
+        tail._lower = tail._lower.clone()
+        tail._replaced, tail._known = state["replaced"], state["known"]
+        tail.length = max(1, len(gram) // _TAILS)
+        tail._head = len(gram) - tail.length
+        return tail
+
+    def state_dict(self) -> State:
+        """What it is, beside the matrix that it is of."""
+        return {
+            "order": self._order,
+            "lower": self._lower,
+            "replaced": self._replaced,
+            "known": self._known,
+        }
 
     @property
     def used_up(self) -> bool:
@@ -159,6 +181,28 @@ class WindowedFisher:
     def member(self, slot: int) -> Solution:
         """(F̂ + λI)⁻¹ g for the row in a slot."""
         return self.combination(only(slot, self.window))
+
+    def state_dict(self) -> State:
+        """All there is to go on from to the same bits; only full windows' by reference."""
+        rows, gram = self.window.rows, self._gram.matrix
+        if not self.window.full:  # a part would be written with the whole
+            rows, gram = rows.clone(), gram.clone()
+        return {
+            "damping": self.damping,
+            "window": self.window.state_dict() | {"rows": rows},
+            "exact": self._gram.exact,
+            "gram": gram,
+            "tail": None if self._tail is None else self._tail.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Be where another with a window of the same shape was; a damping of one's own stays."""
+        self.window.load_state_dict(state["window"])
+        self._gram = Gram.of(self.window, state["gram"], exact=state["exact"])
+        self._seen, self._system, self._tail = self.window.pushes, None, None
+        if state["tail"] is not None and state["damping"] == self.damping:
+            shift = self.window.count * self.damping
+            self._tail = TailFactor.resumed(self._gram.matrix, shift, state["tail"])
 
     def _catch_up(self) -> None:
         """See what others have pushed to the window."""
