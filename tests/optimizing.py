@@ -27,6 +27,21 @@ class Net(nn.Module):
         return self.head(x) * self.scale
 
 
+class Quadratic(nn.Module):
+    """½ θᵀAθ − bᵀθ, of which every entry is a float32 number."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        A = torch.randn(size, size, generator=generator)
+        self.A, self.b = (A + A.T).to(dtype), torch.randn(size, generator=generator).to(dtype)
+        self.theta = nn.Parameter(torch.randn(size // 40, 40, generator=generator).to(dtype))
+
+    def forward(self) -> Tensor:
+        x = self.theta.flatten()
+        return x @ (self.A @ x) / 2 - self.b @ x
+
+
 def net(dtype: torch.dtype = torch.float64) -> Net:
     torch.manual_seed(0)
     return Net().to(dtype)

@@ -18,10 +18,10 @@ import torch
 
 NUMBERS = """
     adahessian block_variance blocks conjugate_gradients dense diagonal entries exactness factors
-    independence invariances kernels lanczos losses mfac_rows mfac_static mfac_window
-    mfac_windowed modes named_losses operators optimizers per_example perturbations precision
-    preflight quadrature residual root_mean_square shrinkage spectrum spectrum_rounding randomness
-    widening wrong_derivatives
+    independence invariances kernels lanczos losses mfac_optimizer mfac_rows mfac_static
+    mfac_window mfac_windowed modes named_losses operators optimizers per_example perturbations
+    precision preflight quadrature randomness residual root_mean_square shrinkage spectrum
+    spectrum_rounding widening wrong_derivatives
 """
 """The test files in which it matters how sums are rounded."""
 

@@ -30,7 +30,7 @@ from hesscli.errors import UnsoundError, UsageError
 from hesscli.ledger import FileLedger
 from hesscli.memory import available_bytes
 from hesscli.operators.base import Retained
-from hesscli.optim import AdaHessian
+from hesscli.optim import MFAC, AdaHessian
 from hesscli.results import Snapshot
 from hesscli.world import LostError
 
@@ -38,6 +38,9 @@ OPTIMIZERS: dict[str, Make] = {
     "adahessian": lambda model, **more: AdaHessian(model.parameters(), 0.02, **more),
     "now and then": lambda model, **more: AdaHessian(
         model.parameters(), 0.02, hessian_every=3, **more
+    ),
+    "mfac": lambda model, **more: MFAC(
+        model.parameters(), 0.02, window=4, damping=0.1, momentum=0.5, **more
     ),
 }
 CUT = {

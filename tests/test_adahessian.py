@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from optimizing import Net, batch, loss_of, net, weights
+from optimizing import Net, Quadratic, batch, loss_of, net, weights
 from test_blocks import block_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -144,21 +144,6 @@ def test_groups_have_options_of_their_own_and_schedulers_change_them() -> None:
             own["lr"] = own["start"] * 0.9 ** (number + 1)
         for name, expected in twin.values.items():
             torch.testing.assert_close(named[name], expected, rtol=0, atol=1e-10)
-
-
-class Quadratic(nn.Module):
-    """½ θᵀAθ − bᵀθ, of which every entry is a float32 number."""
-
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        A = torch.randn(size, size, generator=generator)
-        self.A, self.b = (A + A.T).to(dtype), torch.randn(size, generator=generator).to(dtype)
-        self.theta = nn.Parameter(torch.randn(size // 40, 40, generator=generator).to(dtype))
-
-    def forward(self) -> Tensor:
-        x = self.theta.flatten()
-        return x @ (self.A @ x) / 2 - self.b @ x
 
 
 @pytest.mark.parametrize("options", [{}, OFFICIAL], ids=["paper", "official"])

@@ -18,12 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hesscli.errors import UsageError
-from hesscli.optim import AdaHessian
+from hesscli.optim import MFAC, AdaHessian
 
 MAKES: dict[str, Make] = {
     "adahessian": lambda params, **more: AdaHessian(params, **{"lr": 0.02} | more),
     "now and then": lambda params, **more: AdaHessian(
         params, **{"lr": 0.02, "hessian_every": 3, "diagonal": "abs"} | more
+    ),
+    "mfac": lambda params, seed=0, **more: MFAC(
+        params, **{"lr": 1e-3, "window": 6, "damping": 1e-2, "momentum": 0.5} | more
+    ),
+    "a wide window": lambda params, seed=0, **more: MFAC(
+        params, **{"lr": 1e-2, "window": 200, "damping": 0.1, "momentum": 0.9} | more
     ),
 }
 every = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())

@@ -1,9 +1,11 @@
 """Optimizers on the engines: they differentiate a live loss, and need no problem.
 
 :class:`AdaHessian` divides by the Hessian's diagonal (Yao, Gholami, Shen, Mustafa, Keutzer &
-Mahoney 2020, arXiv 2006.00719).
+Mahoney 2020, arXiv 2006.00719). :class:`MFAC` multiplies by the inverse Fisher matrix of a window
+of gradients (Frantar, Kurtic & Alistarh 2021, arXiv 2107.03356).
 """
 
 from hesscli.optim.adahessian import AdaHessian
+from hesscli.optim.mfac import MFAC
 
-__all__ = ["AdaHessian"]
+__all__ = ["MFAC", "AdaHessian"]

@@ -128,16 +128,18 @@ class AdaHessian(LossOptimizer):
             last = probe == self.probes - 1
             products = _product(live, signs, list(gradient), retain_graph=not last)
             for p, product in zip(gradient, products, strict=True):
-                entries = product.detach().to(wide_dtype(p)) * signs[p] / self.probes
+                entries = product.detach().to(wide_dtype(p)) * signs[p]
+                if self.probes > 1:
+                    entries /= self.probes
                 before = self._products.get(p)
                 self._products[p] = entries if before is None else before + entries
 
     def _signs(self, probe: int) -> dict[Tensor, Tensor]:
         """A probe of this step, for every parameter there is."""
         tensors = self._parameters()
-        sizes = [p.numel() for p in tensors]
+        sizes, dtype, device = [p.numel() for p in tensors], tensors[0].dtype, tensors[0].device
         stream = key(self.seed, self.steps, probe)
-        whole = rademacher(stream, 0, sum(sizes), dtype=torch.int8, device=tensors[0].device)
+        whole = rademacher(stream, 0, sum(sizes), dtype=dtype, device=device)
         parts = zip(tensors, torch.split(whole, sizes), strict=True)
         return {p: part.view(p.shape).to(p) for p, part in parts}
 
@@ -145,9 +147,12 @@ class AdaHessian(LossOptimizer):
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
-                    self._move_one(tensor, tensor.grad, group)
+                    direction = self._direction(tensor, tensor.grad, group)
+                    if direction is not None:
+                        self._move_one(tensor, direction, group)
 
-    def _move_one(self, tensor: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _direction(self, tensor: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """m̂ / (√ŝ^k + ε), with m and s brought up to date; None before the first product."""
         product, state = self._products.get(tensor), self.state[tensor]
         if product is None and self._has_products():
             raise UsageError(
@@ -156,7 +161,7 @@ class AdaHessian(LossOptimizer):
                 "optimizer.step(loss), or optimizer.accumulate(loss) instead of loss.backward()",
             )
         if product is None and not state:
-            return
+            return None
         dtype, blocks = wide_dtype(tensor), _blocks(tuple(tensor.shape), group["blocks"])
         if not state:
             state["steps"], state["momentum"] = 0, torch.zeros_like(tensor, dtype=dtype)
@@ -169,13 +174,12 @@ class AdaHessian(LossOptimizer):
             curvature.beta2 = beta2
             entries = product.abs() if group["diagonal"] == "abs" else product
             curvature.update(blocks.means(entries))
-        divisor = curvature.value.pow_(group["hessian_power"]).add_(group["eps"])
-        moved, lr = tensor.to(dtype), float(group["lr"])  # itself, unless it is of a half type
-        moved.mul_(1 - lr * group["weight_decay"])
-        rate = lr / (1 - beta1 ** state["steps"])
-        moved.addcdiv_(momentum, blocks.spread(divisor), value=-rate)
-        if moved is not tensor:
-            tensor.copy_(moved)
+        divisor = curvature.value
+        if group["hessian_power"] != 1:
+            divisor.pow_(group["hessian_power"])
+        divisor.add_(group["eps"]).mul_(1 - beta1 ** state["steps"])
+        direction: Tensor = momentum / blocks.spread(divisor)
+        return direction
 
     def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
         return state | {"curvature": state["curvature"].state_dict()} if state else state

@@ -158,6 +158,14 @@ class LossOptimizer(torch.optim.Optimizer):
         """Move the parameters that have a gradient."""
         raise NotImplementedError
 
+    def _move_one(self, tensor: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
+        """θ ← θ − lr (direction + w θ), rounded once where a parameter is of a half type."""
+        lr = float(group["lr"])
+        moved = tensor.to(direction.dtype)  # itself, unless it is of a half type
+        moved.mul_(1 - lr * group["weight_decay"]).sub_(direction, alpha=lr)
+        if moved is not tensor:
+            tensor.copy_(moved)
+
     def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state as tensors and numbers."""
         return state
