@@ -45,9 +45,20 @@ def weighted_sum(
     for batch in batches:
         row = 0
         for part in parts(batch):
-            into[row : row + len(part)].add_(part.detach(), alpha=batch.weight)
+            _add(into[row : row + len(part)], part.detach(), batch.weight)
             row += len(part)
     return into
+
+
+def _add(into: Tensor, part: Tensor, weight: float) -> None:
+    """Add rows of whatever type, which are not copied into the total's as a whole."""
+    if part.dtype == into.dtype:
+        into.add_(part, alpha=weight)
+        return
+    size = max(1, _PIECE * part.shape[-1] // max(1, part.numel()))
+    pieces = torch.split(into, size, -1), torch.split(part, size, -1)
+    for total, piece in zip(*pieces, strict=True):
+        total.add_(piece, alpha=weight)
 
 
 def shared_sum(

@@ -207,8 +207,12 @@ class Lanczos:
     def _fresh(self) -> Tensor:
         """A random unit vector orthogonal to the basis, with which a segment begins."""
         stream = randomness.key(_START, self.seed, len(self._starts))
-        vector = randomness.gaussian(
-            stream, 0, self.size, dtype=torch.float64, device=self._rows.device
+        vector = randomness.at(
+            [(0, self.size)],
+            randomness.gaussian,
+            stream,
+            dtype=torch.float64,
+            device=self._rows.device,
         )
         _orthogonalise(vector, self.basis)
         self._starts.append(self.count)
