@@ -7,6 +7,7 @@ eigenvalue has copies, which one start vector cannot see.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -45,8 +46,8 @@ _RESTARTS = 3
 _FIRST_MEASURED = 4
 """Steps after which the rounding of products is measured with the largest Ritz vector, lest a run
 that is cut short has to spend products that it has no time for."""
-MEASURED = 5
-"""Ritz vectors by which it is measured once there are many."""
+_MIXED, MEASURED = 4, 2
+"""Ritz vectors by which it is measured once there are many, and products in which they are."""
 _GRAPHS_SHARE = 4
 """Graphs may take this part of the memory that is free then."""
 _NEXT_START = 0x5BEC7
@@ -138,7 +139,7 @@ class Exploration:
         """
         if not self._first_over:
             yield from self._first()
-            self._allow_for_rounding(MEASURED)
+            self._allow_for_rounding(_MIXED)
             self._first_over = True
         yield from self._others()
         if reached(self):
@@ -216,10 +217,19 @@ class Exploration:
         return self.shortened
 
     def _allow_for_rounding(self, count: int) -> None:
-        """Measure the rounding of products with so many Ritz vectors; all bars count it."""
+        """Measure the rounding of products with the largest Ritz vectors; all bars count it.
+
+        Of a mixture of m vectors with signs the error is ‖Σ ± e_j‖ / √m. Over all signs that is
+        the root mean square of the vectors' own, of which none is more than √m times as long.
+        Two mixtures whose signs are orthogonal do not both take away what errors have in common.
+        """
         largest = np.argsort(-np.abs(self.ritz.values))[:count]
-        vectors = self.lanczos.vectors(self.ritz, largest.tolist())
-        self.lanczos.allow(self.product.rounding(vectors))
+        signs = np.ones((min(len(largest), MEASURED), len(largest)))
+        signs[1:, 1::2] = -1
+        coordinates = self.ritz.coordinates[:, largest] @ signs.T / math.sqrt(len(largest))
+        mixed = replace(self.ritz, coordinates=coordinates)
+        vectors = self.lanczos.vectors(mixed, slice(None))
+        self.lanczos.allow(math.sqrt(len(largest)) * self.product.rounding(vectors))
         self.rounding_measured = True
         self.convergence.pop()
         self.runs.clear()

@@ -23,7 +23,7 @@ from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.results import Preflight
 from hesscli.state import State
-from hesscli.sums import is_finite, rounding_of_sum, shared_sum
+from hesscli.sums import distance, is_finite, rounding_of_sum, shared_sum
 from hesscli.torch_private import storages_kept
 from hesscli.vocabulary import Mode
 
@@ -400,19 +400,23 @@ class Retained:
     def _heaviest(self, group: tuple[int, ...], vector: Tensor) -> _Part:
         """Few of the examples of a group, in whose product with a vector they have most part."""
         row = vector.to(self.operator.problem.device, self.operator.problem.dtype)
-        term, times, whole = self._term(group), 1.0, None
+        times, whole = 1.0, None
         while len(group) > 1 and sum(self.operator.counts[i] for i in group) > _FEW:
             if whole is None:
-                whole, times = term.weight * term.apply(row).double(), _UNSEEN
-            halves = group[: len(group) // 2], group[len(group) // 2 :]
-            term = self._term(halves[0])
-            first = term.weight * term.apply(row).double()
-            products = first, whole - first
+                whole, times = self._weighted(group, row), _UNSEEN
+            halves, size = (group[: len(group) // 2], group[len(group) // 2 :]), float(whole.norm())
+            first = self._weighted(halves[0], row)
+            products = first, whole.sub_(first)
             sizes = [float(product.norm()) for product in products]
-            times *= max(1.0, sum(sizes) / (float(whole.norm()) or 1.0))
+            times *= max(1.0, sum(sizes) / (size or 1.0))
             larger = int(sizes[1] > sizes[0])
             group, whole = halves[larger], products[larger]
         return _Part(group, times)
+
+    def _weighted(self, group: tuple[int, ...], row: Tensor) -> Tensor:
+        """What some batches have of a product, in float64."""
+        term = self._term(group)
+        return term.apply(row).double().mul_(term.weight)
 
     def _term(self, group: tuple[int, ...]) -> LiveTerm:
         """The batches of a group as one, on the graph that was kept of them if there is one."""
@@ -429,7 +433,7 @@ class Retained:
             exact = LiveTerm(problem.batch(*group), operator)
             products = exact.apply(vectors.to(problem.device))
         size = float(products.norm(dim=1).max())
-        return float((own.double() - products).norm(dim=1).max()) / size if size else 0.0
+        return max(map(distance, own, products)) / size if size else 0.0
 
     def state_dict(self) -> State:
         """Whose graphs are kept, of which some are to be made anew, and how large products were."""
