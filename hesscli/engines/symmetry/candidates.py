@@ -1,0 +1,378 @@
+"""From what a pass has shown to families of transformations that might leave the loss as it is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from hesscli.engines.symmetry.families import Algebra, Family, Mixing, Scaling, Told, Translation
+from hesscli.engines.symmetry.seen import Seen, Shift
+from hesscli.parameters import Parameters
+
+_CAUSES = {
+    "clipped": "a clipped activation",
+    "padding_idx": "padding_idx, whose row autograd leaves without its gradient",
+    "turned": "rotary positions",
+    "RMS norm": "an RMS norm, which keeps the mean",
+}
+_TOLD = {"running statistics": "batch norm in evaluation mode, whose statistics are fixed"}
+"""What breaks a factor and is worth a word: all else was never expected to let one through."""
+
+
+def candidates(seen: Seen, parameters: Parameters) -> list[Family]:
+    """All families that a pass suggests, in the order in which it met them.
+
+    Args:
+        seen: the pass.
+        parameters: that it was watched with, in this order in the flat vector.
+    """
+    return list(_Reading(seen, parameters).families())
+
+
+def _components(count: int, pairs: Sequence[Tensor]) -> np.ndarray:
+    """The number of the part that each channel is in."""
+    both = torch.cat([torch.zeros(2, 0, dtype=torch.long), *pairs], dim=1).numpy()
+    graph = coo_array((np.ones(both.shape[1]), (both[0], both[1])), shape=(count, count))
+    return np.asarray(connected_components(graph, directed=False)[1])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """An action's entries whose factors all have exponents of one sign."""
+
+    number: int
+    entries: np.ndarray
+    channels: np.ndarray
+    exponent: float
+    use: int
+    shift: bool
+
+
+class _Reading:
+    """Families of a pass."""
+
+    def __init__(self, seen: Seen, parameters: Parameters) -> None:
+        self.seen, self.parameters = seen, parameters
+        count = seen.num_channels
+        self.channel = _components(count, seen.same)
+        self.factor = _components(count, [*seen.same, *seen.merged])
+        self.source = torch.cat([torch.zeros(0, dtype=torch.long), *seen.source_of]).numpy()
+        self.sign = np.ones(count)
+        for inverse in seen.inverse:
+            self.sign[inverse.numpy()] = -1.0
+        self._starts = np.array([place.start for place in parameters.places()])
+
+    @cached_property
+    def parts(self) -> list[_Part]:
+        """The actions, cut by sign."""
+        found = list[_Part]()
+        for action in self.seen.actions:
+            entries, channels = action.entries.numpy(), action.channels.numpy()
+            for sign in (1.0, -1.0):
+                chosen = self.sign[channels] == sign
+                if chosen.any():
+                    found.append(
+                        _Part(
+                            len(found),
+                            entries[chosen],
+                            channels[chosen],
+                            sign * action.exponent,
+                            action.use,
+                            action.shift,
+                        )
+                    )
+        return found
+
+    @cached_property
+    def _uses(self) -> np.ndarray:
+        """How many operations read each entry."""
+        uses = np.zeros(self.parameters.size, dtype=np.int64)
+        for entries in self.seen.uses:
+            uses[entries.numpy()] += 1
+        return uses
+
+    def _by_factor(self, found: dict[str, list[Tensor]]) -> dict[str, np.ndarray]:
+        """For each name the factors that have it."""
+        sets = dict[str, np.ndarray]()
+        for name, channels in found.items():
+            has = np.zeros(self.factor.max(initial=-1) + 1, dtype=bool)
+            for each in channels:
+                has[self.factor[each.numpy()]] = True
+            sets[name] = has
+        return sets
+
+    @cached_property
+    def marks(self) -> dict[str, np.ndarray]:
+        """What factors go through."""
+        return self._by_factor(self.seen.marks)
+
+    @cached_property
+    def broken(self) -> dict[str, np.ndarray]:
+        """What factors do not go through."""
+        return self._by_factor(self.seen.broken)
+
+    def _of(self, sets: dict[str, np.ndarray], factors: np.ndarray) -> set[str]:
+        return {name for name, has in sets.items() if has[factors].any()}
+
+    def layers(self, entries: np.ndarray) -> tuple[str, ...]:
+        """Layers that have entries, in order."""
+        numbers = np.unique(np.searchsorted(self._starts, entries, side="right") - 1)
+        return tuple(dict.fromkeys(self.parameters[int(number)].layer for number in numbers))
+
+    def families(self) -> Iterator[Family]:
+        """All of them."""
+        for factors, parts in self._groups():
+            yield from self._group(factors, parts)
+        yield from self._shifts()
+
+    # -- factors ---------------------------------------------------------------------------------
+
+    def _groups(self) -> Iterator[tuple[np.ndarray, list[_Part]]]:
+        """Factors that act on the same parameters in the same way, and what they do."""
+        acting = defaultdict[int, list[int]](list)
+        for part in self.parts:
+            for factor in np.unique(self.factor[part.channels]):
+                acting[int(factor)].append(part.number)
+        names = [*self.marks, *self.broken]
+        sets = [*self.marks.values(), *self.broken.values()]
+        groups = defaultdict[tuple[tuple[int, ...], tuple[str, ...]], list[int]](list)
+        for factor, numbers in acting.items():
+            has = tuple(name for name, each in zip(names, sets, strict=True) if each[factor])
+            groups[tuple(numbers), has].append(factor)
+        for (alike, _), factors in groups.items():
+            yield np.sort(np.array(factors)), [self.parts[number] for number in alike]
+
+    def _group(self, factors: np.ndarray, parts: list[_Part]) -> Iterator[Family]:
+        marks, broken = self._of(self.marks, factors), self._of(self.broken, factors)
+        undone = any(part.exponent < 0 for part in parts)
+        if not (undone or "normalised" in marks) or broken - _TOLD.keys():
+            return
+        channels = np.isin(self.factor, factors)
+        kinds = {self.seen.sources[number] for number in np.unique(self.source[channels])}
+        few = [self._within(part, channels) for part in parts]
+        told = self._told(_name(marks, kinds, undone), few, marks, broken)
+        free = kinds <= {"map", "embedding", "tensor"} and all(abs(p.exponent) == 1 for p in few)
+        if free and "turned" in marks:
+            yield from self._planes(factors, few, told, marks)
+        elif free and undone and not marks & {"diagonal", "activation", "gated", "normalised"}:
+            mixed = list(self._mixed(few, told))
+            if mixed:
+                yield from mixed
+                return
+        yield self._scaled(factors, few, told)
+
+    def _within(self, part: _Part, channels: np.ndarray) -> _Part:
+        """What is done to some channels."""
+        chosen = channels[part.channels]
+        entries, own = part.entries[chosen], part.channels[chosen]
+        return _Part(part.number, entries, own, part.exponent, part.use, part.shift)
+
+    def _told(self, name: str, parts: list[_Part], marks: set[str], broken: set[str]) -> Told:
+        entries = np.concatenate([part.entries for part in parts])
+        causes = [_TOLD[each] for each in sorted(broken)]
+        causes += [_CAUSES[each] for each in ("clipped", "padding_idx") if each in marks]
+        tied = self._elsewhere(parts)
+        if tied:
+            causes.append(f"{tied} is used elsewhere too")
+        return Told(
+            name=name, layers=self.layers(entries), causes=tuple(causes), eps="eps" in marks
+        )
+
+    def _elsewhere(self, parts: list[_Part]) -> str | None:
+        """A parameter that is read by more than what these account for."""
+        covered = np.zeros(self.parameters.size, dtype=np.int64)
+        for use in {part.use for part in parts}:
+            own = np.unique(np.concatenate([p.entries for p in parts if p.use == use]))
+            covered[own] += 1
+        entries = np.unique(np.concatenate([part.entries for part in parts]))
+        more = entries[self._uses[entries] > covered[entries]]
+        if not len(more):
+            return None
+        number = int(np.searchsorted(self._starts, more[0], side="right") - 1)
+        return str(self.parameters[number].name)
+
+    def _scaled(self, factors: np.ndarray, parts: list[_Part], told: Told) -> Scaling:
+        place = {int(factor): number for number, factor in enumerate(factors)}
+        numbers = [self.factor[part.channels] for part in parts]
+        channel = np.array([place[int(each)] for each in np.concatenate(numbers)])
+        exponent = np.concatenate([np.full(len(p.entries), p.exponent) for p in parts])
+        return Scaling(
+            told,
+            torch.from_numpy(np.concatenate([part.entries for part in parts])),
+            torch.from_numpy(channel),
+            torch.from_numpy(exponent),
+            len(factors),
+        )
+
+    # -- matrices --------------------------------------------------------------------------------
+
+    @cached_property
+    def _blocks(self) -> np.ndarray:
+        """Which block of channels that may be mixed each is in."""
+        apart = np.zeros(self.seen.num_channels, dtype=bool)
+        for name in ("attended", "paired"):
+            for channels in self.seen.marks.get(name, []):
+                apart[channels.numpy()] = True
+        free = [pairs[:, ~apart[pairs[0].numpy()]] for pairs in self.seen.map_rows]
+        return _components(self.seen.num_channels, [*self.seen.same, *self.seen.rows, *free])
+
+    def _mixed(self, parts: list[_Part], told: Told) -> Iterator[Family]:
+        """Blocks of equal size as one family; none where channels are no counterparts."""
+        channels = np.unique(np.concatenate([part.channels for part in parts]))
+        blocks = defaultdict[int, set[int]](set)
+        for channel in channels:
+            blocks[int(self._blocks[channel])].add(int(self.channel[channel]))
+        merged = len(np.unique(self.factor[channels])) < len(np.unique(self.channel[channels]))
+        if merged and "turned" not in self._of(self.marks, self.factor[channels]):
+            return
+        yield from self._matrices([sorted(block) for block in blocks.values()], parts, told)
+
+    def _matrices(
+        self,
+        blocks: list[list[int]],
+        parts: list[_Part],
+        told: Told,
+        algebra: Algebra = "general",
+    ) -> Iterator[Family]:
+        if all(len(block) == 1 for block in blocks):
+            return
+        tables = [_by_channel(part, self.channel) for part in parts]
+        alike = defaultdict[tuple[int, ...], list[list[int]]](list)
+        for block in blocks:
+            sizes = [{len(table.get(channel, ())) for channel in block} for table in tables]
+            if any(len(size) != 1 for size in sizes):
+                return
+            alike[len(block), *(size.pop() for size in sizes)].append(block)
+        for same in alike.values():
+            ahead, behind = list[Tensor](), list[Tensor]()
+            for table, part in zip(tables, parts, strict=True):
+                if same[0][0] in table:
+                    rows = np.stack([np.stack([table[c] for c in block]) for block in same])
+                    (ahead if part.exponent > 0 else behind).append(torch.from_numpy(rows))
+            if ahead and behind:
+                yield Mixing(told, tuple(ahead), tuple(behind), algebra)
+
+    def _planes(
+        self, factors: np.ndarray, parts: list[_Part], told: Told, marks: set[str]
+    ) -> Iterator[Family]:
+        """What rotary positions leave: the rotations of each plane; and what they break."""
+        planes = list[list[int]]()
+        for factor in factors:
+            plane = np.unique(self.channel[self.factor == factor])
+            if len(plane) == 2:
+                planes.append([int(each) for each in plane])
+        name = f"{told.name} rotation"
+        turned = Told(name=name, layers=told.layers, causes=told.causes, eps=told.eps)
+        if planes:
+            yield from self._matrices(planes, parts, turned, "rotation")
+        if "paired" in marks:
+            causes = (*told.causes, _CAUSES["turned"])
+            whole = Told(name="query-key", layers=told.layers, causes=causes, eps=told.eps)
+            yield from self._mixed(parts, whole)
+
+    # -- constants -------------------------------------------------------------------------------
+
+    def _shifts(self) -> Iterator[Family]:
+        done = set[tuple[object, ...]]()
+        for shift in self.seen.shifts:
+            rows = np.unique(self.channel[shift.rows.numpy()], axis=0)
+            key = shift.name, rows.tobytes()
+            if key in done or rows.shape[1] != len(np.unique(rows[0])):
+                continue
+            done.add(key)
+            family = self._constants(shift) if rows.shape[1] == 1 else self._same(rows)
+            groups = [group for group in family if group[1].size]
+            if groups:
+                yield from self._translations(shift, rows, groups)
+
+    def _constants(self, shift: Shift) -> list[tuple[_Part, np.ndarray]]:
+        """Parameters that are added to channels, each by itself."""
+        wanted = np.zeros(self.seen.num_channels, dtype=bool)
+        wanted[shift.rows[:, 0].numpy()] = True
+        found = [self._within(part, wanted) for part in self.parts if part.shift]
+        return [(part, part.entries[:, None]) for part in found if len(part.entries)]
+
+    def _same(self, rows: np.ndarray) -> list[tuple[_Part, np.ndarray]]:
+        """Columns of parameters whose rows are the channels of a row."""
+        found = list[tuple[_Part, np.ndarray]]()
+        wanted = np.isin(self.channel, rows)
+        for part in self.parts:
+            few = self._within(part, wanted)
+            if not len(few.entries) or few.exponent != 1:
+                continue
+            if not (few.shift or self._kind(few) in ("map", "embedding", "tensor")):
+                continue
+            table = _by_channel(few, self.channel)
+            for row in rows:
+                columns = [table[int(channel)] for channel in row if int(channel) in table]
+                if len(columns) == len(row) and len(set(map(len, columns))) == 1:
+                    found.append((few, np.stack(columns).T))
+        return found
+
+    def _kind(self, part: _Part) -> str:
+        return self.seen.sources[int(self.source[part.channels[0]])]
+
+    def _translations(
+        self, shift: Shift, rows: np.ndarray, groups: list[tuple[_Part, np.ndarray]]
+    ) -> Iterator[Family]:
+        factors = np.unique(self.factor[np.isin(self.channel, rows)])
+        marks, broken = self._of(self.marks, factors), self._of(self.broken, factors)
+        ends = {"softmax"} if shift.name == "softmax" else set()
+        if broken - ends or (shift.name != "keys" and marks & {"read", "activation", "gated"}):
+            return
+        causes = [_CAUSES["padding_idx"]] if "padding_idx" in marks else []
+        if shift.name == "keys" and "turned" in marks:
+            causes.append(_CAUSES["turned"])
+        if shift.name in ("layer norm", "RMS norm") and "RMS norm" in marks:
+            causes.append(_CAUSES["RMS norm"])
+        parts = [
+            _Part(part.number, entries.reshape(-1), part.channels, 1.0, part.use, part.shift)
+            for part, entries in groups
+        ]
+        tied = self._elsewhere(parts)
+        if tied:
+            causes.append(f"{tied} is used elsewhere too")
+        every = np.concatenate([entries.reshape(-1) for _, entries in groups])
+        names = {
+            "softmax": "softmax head",
+            "keys": "key bias",
+            "batch norm": "bias before batch norm",
+            "layer norm": "residual shift",
+            "RMS norm": "residual shift",
+        }
+        told = Told(name=names[shift.name], layers=self.layers(every), causes=tuple(causes))
+        yield Translation(told, tuple(torch.from_numpy(entries) for _, entries in groups))
+
+
+def _by_channel(part: _Part, channel: np.ndarray) -> dict[int, np.ndarray]:
+    """A part's entries by channel, in their order."""
+    own = channel[part.channels]
+    order = np.lexsort((part.entries, own))
+    numbers, starts = np.unique(own[order], return_index=True)
+    pieces = np.split(part.entries[order], starts[1:])
+    return {int(number): piece for number, piece in zip(numbers, pieces, strict=True)}
+
+
+def _name(marks: set[str], kinds: set[str], undone: bool) -> str:
+    """What the field calls it."""
+    if "paired" in marks:
+        return "query-key plane" if "turned" in marks else "query-key"
+    if not undone:
+        if "batch norm" in marks:
+            return "map before batch norm"
+        return "residual writers" if "summed" in marks else "map before a norm"
+    if kinds <= {"norm", "gain"}:
+        return "norm gain" if "norm" in kinds else "gain"
+    if "gated" in marks:
+        return "gated unit"
+    if "attended" in marks:
+        return "value-output"
+    return "homogeneous activation" if "activation" in marks else "linear maps"
