@@ -74,6 +74,14 @@ COMMANDS: dict[str, Command] = {
         table="hesscli.render.tables.spectrum:spectrum_table",
         figures="hesscli.render.figures.spectrum:figures",
     ),
+    "symmetry": Command(
+        usage="hesscli.cli.symmetry:USAGE",
+        result="hesscli.results.symmetry:SymmetryResult",
+        measure="hesscli.diagnostics.symmetry:symmetries",
+        plan="hesscli.diagnostics.symmetry:plan",
+        table="hesscli.render.tables.symmetry:symmetry_table",
+        figures="hesscli.render.figures.symmetry:figures",
+    ),
     "join": Command(usage="hesscli.cli.join:USAGE"),
     "schema": Command(usage="hesscli.cli.schema:USAGE"),
 }

@@ -21,7 +21,7 @@ NUMBERS = """
     independence invariances kernels lanczos losses mfac_optimizer mfac_rows mfac_static
     mfac_window mfac_windowed modes named_losses operators optimizers per_example perturbations
     precision preflight quadrature randomness residual root_mean_square shrinkage spectrum
-    spectrum_rounding widening wrong_derivatives
+    spectrum_rounding symmetry widening wrong_derivatives
 """
 """The test files in which it matters how sums are rounded."""
 

@@ -359,6 +359,7 @@ def test_schema_describes_every_command() -> None:
         "diag",
         "ihvp",
         "spectrum",
+        "symmetry",
     }
     for definition in described["$defs"].values():
         assert definition["description"]

@@ -72,4 +72,11 @@ from hesscli.results.spectrum import (
     SpectralFunctions,
     SpectrumResult,
 )
+from hesscli.results.symmetry import (
+    Charge,
+    FlatReport,
+    LayerSymmetry,
+    SymmetryFamily,
+    SymmetryResult,
+)
 from hesscli.results.trace import TraceResult

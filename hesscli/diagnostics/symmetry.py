@@ -1,0 +1,406 @@
+"""Which transformations of the parameters leave the loss of every batch as it is?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import astuple
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesscli.diagnostics.keeping import UNKEPT, Kept, Ledger
+from hesscli.diagnostics.measurement import Pace, Work, drive
+from hesscli.diagnostics.plans import Pilot
+from hesscli.diagnostics.reporting import described
+from hesscli.diagnostics.run import Clock, Run, started
+from hesscli.engines.symmetry.candidates import candidates
+from hesscli.engines.symmetry.families import Family, Scaling, Translation, rank_of
+from hesscli.engines.symmetry.identities import Place, Residuals, tested, worst_of
+from hesscli.engines.symmetry.watch import Watch
+from hesscli.meter import FORWARD
+from hesscli.operators.base import LiveTerm
+from hesscli.operators.products import flatten, gradient
+from hesscli.problem.forward import moved
+from hesscli.problem.objective import WeightedBatch
+from hesscli.problem.precision import doubled, tolerance
+from hesscli.problem.problem import Problem
+from hesscli.results import (
+    Charge,
+    FlatReport,
+    LayerSymmetry,
+    MethodReport,
+    Observe,
+    Snapshot,
+    SymmetryFamily,
+    SymmetryResult,
+)
+from hesscli.vocabulary import USUAL_BUDGET
+
+_FINDING, _TESTING = "finding symmetries", "testing symmetries"
+_WATCHED = 2
+"""Examples of the pass in which families are found."""
+_PLACES = ((0.0, True), (0.0, False), (0.1, True), (0.1, False))
+"""How far from the weights each test is made, relative to their size, and whether with products:
+symmetry is a matter of the function and not of a point, which may be too special to tell."""
+_SCALES, _STEP = 40, 4.0
+"""At most so many scales are looked at for one where the breaking can be measured, so far apart."""
+_WINDOW = (1e-9, 1e-5)
+"""Relative breaking between rounding, and where the next power of eps would be seen."""
+_FAR, _GONE = 5.0, 1e-4
+"""Where the scale is e to this, and to its double, eps has no more than that share in the loss."""
+_Three = tuple[float, float | None, float]
+_LISTED = 256
+"""Charges of a family that a document lists at most: files have all."""
+
+
+def symmetries(
+    problem: Problem,
+    *,
+    matrix: str = "hessian",
+    budget: float | None = USUAL_BUDGET,
+    seed: int = 0,
+    mode: str = "auto",
+    observe: Observe | None = None,
+    ledger: Ledger = UNKEPT,
+) -> SymmetryResult:
+    """Symmetries of the data loss: null directions, charges, and what breaks them.
+
+    Families are found by watching how a forward pass uses the parameters, and each is tested in
+    float64 on several batches, at the weights and off them: by ⟨∇L, ξ⟩ = 0, by
+    Hξ = −(∂ξ/∂θ)ᵀ∇L, and by a finite transformation. What passes all three holds.
+
+    Args:
+        problem: model, loss and frozen examples. Weight decay is left out: it breaks every family
+            that scales.
+        matrix: whose products are tested; ``ggn`` and ``fisher`` have Gξ = 0 everywhere.
+        budget: seconds; None for no limit.
+        seed: of random elements of the groups.
+        mode: autodiff mode of the products.
+        observe: told how far the run is; returning True ends it at its result so far.
+        ledger: keeps the run, so that it can go on from there.
+
+    Raises:
+        UsageError: a matrix that this problem does not have.
+        UnsoundError: the problem's curvature would mean nothing.
+        BudgetError: there was no time for one test.
+        KeyboardInterrupt: stopped before there was one.
+    """
+    with started(problem, matrix, mode, Clock(budget, observe), ledger) as run, doubled(problem):
+        testing = Testing(run, seed)
+        status = drive(run.clock, testing, run.ledger) or "exact"
+        families = [testing.report(number) for number in range(len(testing.families))]
+        holding = [
+            family
+            for family, report in zip(testing.families, families, strict=True)
+            if report.status == "holds"
+        ]
+        theta = testing.theta
+        return SymmetryResult(
+            status=status,
+            method=MethodReport(
+                name="identities in float64",
+                seed=seed,
+                mode=run.flight.mode,
+                attention_kernel=run.flight.attention_kernel,
+                note=f"{len(testing.found)} of {len(_PLACES)} places; holds is within "
+                f"{testing.bound:.0e}",
+            ),
+            cost=run.cost(),
+            flat=_flat(holding, theta),
+            families=tuple(families),
+            charges=tuple(_charges(testing.families, families, theta)),
+            charge_values=_values(testing.families, families, theta),
+            layers=tuple(_layers(problem, families)),
+            **run.header(_warnings(problem)),
+        )
+
+
+def found_in(problem: Problem) -> list[Family]:
+    """Families that a pass over a few examples suggests, and no test has been put to."""
+    places = [place.start for place in problem.parameters.places()]
+    watch = Watch(problem.parameters.tensors, places)
+    batch = problem.sample(_WATCHED)
+    with problem.forward_context(), torch.enable_grad(), watch:
+        problem.evaluate(batch.data)
+    return candidates(watch.seen, problem.parameters)
+
+
+class Testing(Kept):
+    """Families, and their residuals at the places where they have been tested so far.
+
+    Args:
+        run: the matrix; its problem computes in float64 as far as it can.
+        seed: of random elements.
+    """
+
+    kept = ("found", "sizes", "exponents")
+
+    def __init__(self, run: Run, seed: int) -> None:
+        self.run, self.seed = run, seed
+        self.found = list[list[_Three]]()
+        self.sizes = list[_Three]()
+        self.exponents = dict[str, float | None]()
+        """By the number of a family; None where nothing falls."""
+
+    # -- what is tested --------------------------------------------------------------------------
+
+    @cached_property
+    def families(self) -> list[Family]:
+        """Those that a pass over a few examples suggests."""
+        self.run.operator.meter.add(FORWARD, _WATCHED / self.run.problem.data.count)
+        return found_in(self.run.problem)
+
+    @property
+    def theta(self) -> Tensor:
+        """The weights as they are, float64."""
+        parameters = self.run.problem.parameters
+        return parameters.flatten([t.detach().double().cpu() for t in parameters.tensors])
+
+    @cached_property
+    def bound(self) -> float:
+        """What may still be rounding."""
+        return tolerance(self.run.problem.precision.narrowest)
+
+    @cached_property
+    def _indices(self) -> list[int]:
+        """The batches of the places, as far apart as they can be."""
+        every = self.run.problem.indices
+        return [every[number * len(every) // len(_PLACES)] for number in range(len(_PLACES))]
+
+    # -- the work --------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether every family was tested somewhere."""
+        return bool(self.found)
+
+    def expected(self, pace: Pace) -> Iterator[Work]:
+        """Gradients and losses of some batches, and products of some of these."""
+        problem, count = self.run.problem, len(self.families)
+        shares = [problem.data.counts[i] / problem.data.count for i in self._indices]
+        made = [share for share, (_, is_made) in zip(shares, _PLACES, strict=True) if is_made]
+        gradients = (1 + FORWARD * 2 * count) * sum(shares)
+        work = pace.gradient.times(gradients) + pace.products((count + 1) * sum(made), sum(made))
+        yield Work(phase=_TESTING, spent=work, note=f"{count} families")
+
+    def steps(self) -> Iterator[Snapshot]:
+        """A place each, and then what eps breaks."""
+        self.run.clock.within_budget(Snapshot(phase=_FINDING))
+        with self.run.operator.meter.uncounted() if self.found else nullcontext():
+            self.families  # noqa: B018 - they are found now, and were counted if they were before
+        for place in range(len(self.found), len(_PLACES)):
+            sizes, found = self._at(place)
+            self.sizes.append(sizes)
+            self.found.append(found)
+            self.run.operator.meter.keep()
+            yield Snapshot(phase=_TESTING, done=float(place + 1), total=float(len(_PLACES)))
+        for number, family in enumerate(self.families):
+            if (
+                family.told.eps
+                and isinstance(family, Scaling)
+                and str(number) not in self.exponents
+            ):
+                self.exponents[str(number)] = self._exponent(family)
+                self.run.operator.meter.keep()
+                yield Snapshot(phase=_TESTING)
+
+    def _at(self, number: int) -> tuple[_Three, list[_Three]]:
+        """What is usual at one place, and each family's residuals there."""
+        problem, (relative, is_made) = self.run.problem, _PLACES[number]
+        generator = torch.Generator().manual_seed(self.seed * len(_PLACES) + number)
+        batch = problem.batch(self._indices[number])
+        snapshot = Snapshot(phase=_TESTING, done=float(number), total=float(len(_PLACES)))
+        with moved(problem.parameters.tensors, relative):
+            place = self._place(batch, is_made, generator)
+            results = list[_Three]()
+            for family in self.families:
+                results.append(astuple(tested(family, place, generator)))
+                self.run.clock.look(snapshot)
+            return astuple(place.sizes), results
+
+    def _place(self, batch: WeightedBatch, is_made: bool, generator: torch.Generator) -> Place:
+        theta = self.theta
+        value, found = self._gradient(batch)
+        product = self._product(batch) if is_made else None
+        spread = 0.0
+        if product is not None:
+            vector = torch.randn(len(theta), generator=generator, dtype=torch.float64)
+            spread = float(product(vector / vector.norm()).norm())
+        hessian = self.run.operator.name == "hessian"
+        return Place(
+            theta,
+            lambda there: self._loss(batch, there),
+            value,
+            found,
+            product,
+            spread,
+            turns=hessian,
+        )
+
+    def _share(self, batch: WeightedBatch) -> float:
+        return batch.count / self.run.problem.data.count
+
+    def _gradient(self, batch: WeightedBatch) -> tuple[float, Tensor]:
+        problem = self.run.problem
+        value = problem.evaluate(batch.data)
+        found = flatten(gradient(value, problem.parameters.tensors)).double().cpu()
+        self.run.operator.meter.add(problem.gradient_cost, self._share(batch))
+        return float(value.detach()), found
+
+    def _loss(self, batch: WeightedBatch, theta: Tensor) -> float:
+        """The loss of a batch at other weights."""
+        problem = self.run.problem
+        parts = problem.parameters.split(theta.to(problem.device, problem.dtype))
+        named = dict(zip(problem.parameters.names, parts, strict=True))
+        self.run.operator.meter.add(FORWARD, self._share(batch))
+        return float(problem.evaluate(batch.data, named).detach())
+
+    def _product(self, batch: WeightedBatch) -> _Product:
+        return _Product(LiveTerm(batch, self.run.operator))
+
+    # -- what eps breaks -------------------------------------------------------------------------
+
+    def _exponent(self, family: Scaling) -> float | None:
+        """With which power of the scale the breaking falls; None where it cannot be measured."""
+        problem = self.run.problem
+        batch, theta, ones = problem.batch(self._indices[0]), self.theta, torch.ones(family.size)
+
+        def breaking(scale: float) -> tuple[float, float]:
+            there = family.moved(math.log(scale) * ones.double(), theta)
+            parts = problem.parameters.split(there.to(problem.device, problem.dtype))
+            leaves = [part.detach().clone().requires_grad_() for part in parts]
+            named = dict(zip(problem.parameters.names, leaves, strict=True))
+            found = flatten(gradient(problem.evaluate(batch.data, named), leaves)).double().cpu()
+            self.run.operator.meter.add(problem.gradient_cost, self._share(batch))
+            moment = float(family.moments(there, found).norm())
+            usual = float(found.norm()) * float(family.lengths(there).norm())
+            return moment, moment / usual if usual else 0.0
+
+        scale, direction = 1.0, 0.0
+        for _ in range(_SCALES):
+            _, relative = breaking(scale)
+            wanted = (relative > _WINDOW[1]) - (relative < _WINDOW[0])
+            if not wanted or (direction and wanted != direction):
+                break
+            direction = wanted
+            scale *= _STEP**wanted
+        sizes = [breaking(scale * factor)[0] for factor in (1.0, 1.5, 2.25)]
+        far = (family.moved(power * _FAR * ones.double(), theta) for power in (1, 2))
+        one, other = (self._loss(batch, there) for there in far)
+        if not all(sizes) or not abs(one - other) <= _GONE * abs(one):
+            return None
+        slopes = [math.log(one / other) / math.log(1.5) for one, other in pairwise(sizes)]
+        return sum(slopes) / len(slopes)
+
+    # -- what came of it -------------------------------------------------------------------------
+
+    def report(self, number: int) -> SymmetryFamily:
+        """Where one family stands."""
+        family, told = self.families[number], self.families[number].told
+        sizes = [Residuals(*each) for each in self.sizes]
+        worst = worst_of([Residuals(*place[number]) for place in self.found], sizes)
+        exponent = self.exponents.get(str(number))
+        # Differences are too rough to tell, which the other two tests are not.
+        rough = self.run.flight.mode == "finite-difference"
+        judged = [worst.gradient, worst.finite, 0.0 if rough else worst.hessian or 0.0]
+        passes = max(judged) <= self.bound
+        if told.eps:
+            status = "asymptotic" if (exponent or 0.0) > 1 else "broken"
+        else:
+            status = "holds" if passes else "broken"
+        return SymmetryFamily(
+            name=told.name,
+            layer=told.layers[0],
+            layers=told.layers,
+            status=status,  # type: ignore[arg-type]
+            causes=("eps", *told.causes) if told.eps else told.causes,
+            directions=family.num_directions,
+            null_directions=family.num_directions if status == "holds" else 0,
+            charges=family.num_charges if status == "holds" else 0,
+            gradient_residual=worst.gradient,
+            hessian_residual=worst.hessian,
+            finite_residual=worst.finite,
+            exponent=exponent if status == "asymptotic" else None,
+        )
+
+
+class _Product:
+    """A batch's matrix times a vector."""
+
+    def __init__(self, term: LiveTerm) -> None:
+        self._term = term
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        problem = self._term.operator.problem
+        row = vector[None].to(problem.device, problem.dtype)
+        return self._term.apply(row)[0].double().cpu()
+
+
+# -- What is said of all families together ---------------------------------------------------------
+
+
+def _flat(holding: Sequence[Family], theta: Tensor) -> FlatReport:
+    directions = sum(family.num_directions for family in holding)
+    independent = rank_of(holding, theta)
+    count = directions if independent is None else independent
+    return FlatReport(
+        directions=directions,
+        independent=independent,
+        share=count / len(theta),
+        everywhere=sum(x.num_directions for x in holding if isinstance(x, Translation)),
+    )
+
+
+def _charges(
+    families: Sequence[Family], reports: Sequence[SymmetryFamily], theta: Tensor
+) -> Iterator[Charge]:
+    for family, report in zip(families, reports, strict=True):
+        if report.status != "holds" or report.charges > _LISTED:
+            continue
+        for value in family.charges(theta).tolist():
+            yield Charge(name=report.name, layer=report.layer, value=value)
+
+
+def _values(
+    families: Sequence[Family], reports: Sequence[SymmetryFamily], theta: Tensor
+) -> dict[str, np.ndarray]:
+    return {
+        f"{report.name}: {', '.join(report.layers)}": family.charges(theta).numpy()
+        for family, report in zip(families, reports, strict=True)
+        if report.status == "holds" and report.charges
+    }
+
+
+def _layers(problem: Problem, reports: Sequence[SymmetryFamily]) -> Iterator[LayerSymmetry]:
+    holding = [report for report in reports if report.status == "holds"]
+    for name in problem.parameters.layers:
+        owned = problem.parameters.in_layer(name)
+        yield LayerSymmetry(
+            name=name,
+            num_parameters=sum(p.numel for p in owned),
+            parameters=described(owned),
+            families=sum(name in report.layers for report in holding),
+            null_directions=sum(x.null_directions for x in holding if x.layer == name),
+        )
+
+
+def _warnings(problem: Problem) -> Iterator[str]:
+    if problem.weight_decay:
+        yield "weight decay breaks every family that scales: the data loss alone is tested"
+    if not problem.precision.is_float64:
+        narrow = str(problem.precision.narrowest).removeprefix("torch.")
+        yield f"tested in {narrow}: what breaks a family by less than its rounding is not seen"
+
+
+# -- What ``hesscli symmetry`` will take -----------------------------------------------------------
+
+
+def plan(pilot: Pilot) -> Iterator[Work]:
+    """Tests of what a pass suggests."""
+    with doubled(pilot.run.problem):
+        yield from Testing(pilot.run, pilot.asked.seed).expected(pilot.pace)

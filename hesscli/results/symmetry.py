@@ -1,0 +1,132 @@
+"""What ``hesscli symmetry`` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+from hesscli.results.header import IN_FILES, Answer, Layer
+
+Standing = Literal["holds", "broken", "asymptotic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SymmetryFamily:
+    """One family of transformations, and whether the loss of every batch is left as it is.
+
+    Attributes:
+        name: its kind, as the field calls it.
+        layer: the first that it acts on.
+        layers: all of them.
+        status: ``holds``; ``broken``; or ``asymptotic``, which is broken by an eps, and less and
+            less as the scale grows.
+        causes: what is on its way that can break it, where that is known.
+        directions: of the group, each a null direction where it holds.
+        null_directions: the same where it holds, else 0.
+        charges: numbers that gradient flow keeps where it holds.
+        gradient_residual: |⟨∇L, ξ⟩| / (|∇L| |ξ|), the largest of all directions and batches.
+        hessian_residual: |Hξ + (∂ξ/∂θ)ᵀ∇L| / (|Hv| |ξ|) of random ones, v being a random unit
+            vector; of another matrix |Gξ| / (|Gv| |ξ|). None where no product was made.
+        finite_residual: the change of the loss by a finite transformation, relative to its size.
+        exponent: with which power of the scale the breaking falls; None where that was not asked.
+    """
+
+    name: str
+    layer: str
+    layers: tuple[str, ...]
+    status: Standing
+    causes: tuple[str, ...]
+    directions: int
+    null_directions: int
+    charges: int
+    gradient_residual: float
+    hessian_residual: float | None
+    finite_residual: float
+    exponent: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charge:
+    """A number that gradient flow keeps.
+
+    ``later`` is its value at a second checkpoint and ``predicted`` what is expected there; None
+    where there is none, or nothing is known of the way.
+    """
+
+    name: str
+    layer: str
+    value: float
+    later: float | None = None
+    predicted: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSymmetry(Layer):
+    """A layer, and the families that hold and act on it.
+
+    ``null_directions`` are those of families that act on no layer before it, so that all layers'
+    add up to the whole.
+    """
+
+    families: int
+    null_directions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatReport:
+    """How much of the Hessian symmetry makes flat.
+
+    Attributes:
+        directions: null directions of all families that hold.
+        independent: as many of them as are linearly independent here; None where that was too much
+            work, and the count is then the number of directions at most.
+        share: of the parameters.
+        everywhere: of the directions those that are null for the Hessian wherever it is taken. The
+            others are where the gradient is 0, and for the Gauss-Newton matrix everywhere.
+    """
+
+    directions: int
+    independent: int | None
+    share: float
+    everywhere: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SymmetryResult(Answer):
+    """The answer of ``hesscli symmetry``."""
+
+    command: Literal["symmetry"] = "symmetry"
+    flat: FlatReport
+    families: tuple[SymmetryFamily, ...]
+    charges: tuple[Charge, ...]
+    layers: tuple[LayerSymmetry, ...]
+    charge_values: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
+
+    def only(self, names: Collection[str] | None) -> Self:
+        """With no layers but those of these names, and the families and charges that touch them."""
+        if names is None:
+            return self
+        families = tuple(x for x in self.families if set(names) & set(x.layers))
+        kept = {(x.name, x.layer) for x in families}
+        return replace(
+            super().only(names),
+            families=families,
+            charges=tuple(x for x in self.charges if (x.name, x.layer) in kept),
+        )
+
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """All charges, by family."""
+        return {"symmetry": self.charge_values} if self.charge_values else {}
+
+    def __str__(self) -> str:
+        """One honest line."""
+        counts = [sum(x.status == status for x in self.families) for status in _STANDINGS]
+        told = ", ".join(f"{n} {status}" for n, status in zip(counts, _STANDINGS, strict=True) if n)
+        return (
+            f"symmetry: {told or 'no family found'}; {self.flat.directions} null directions of "
+            f"{self.problem.num_parameters} parameters, {self.status}"
+        )
+
+
+_STANDINGS: tuple[Standing, ...] = ("holds", "asymptotic", "broken")

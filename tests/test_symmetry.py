@@ -1,0 +1,519 @@
+"""Symmetries: which hold, which do not and why, against dense Hessians and plain derivatives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from symmetric_networks import (
+    GROUPS,
+    HEADS,
+    LENGTH,
+    RANK,
+    TOKENS,
+    WIDTH,
+    Decoder,
+    Pictures,
+    Squared,
+    gpt_like,
+    llama_like,
+    problem_of,
+    spread,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hesscli
+from hesscli.diagnostics.symmetry import found_in
+from hesscli.engines.symmetry.families import (
+    Family,
+    Mixing,
+    Scaling,
+    Told,
+    Translation,
+    tangents,
+)
+from hesscli.problem.problem import Problem
+from hesscli.results import SymmetryResult
+
+HOLDS = 1e-12
+"""Residuals of what holds: a thousand units of rounding, or a few thousand."""
+
+
+@functools.cache
+def answered(make: Callable[[], nn.Module]) -> SymmetryResult:
+    """The answer for a network of which several tests ask."""
+    result: SymmetryResult = hesscli.symmetries(problem_of(spread(make())))
+    return result
+
+
+def standing(result: SymmetryResult) -> dict[str, set[str]]:
+    """How the families of each name stand."""
+    found: dict[str, set[str]] = {}
+    for family in result.families:
+        found.setdefault(family.name, set()).add(family.status)
+    return found
+
+
+def require_exact(result: SymmetryResult) -> None:
+    """What holds does so to rounding, and what is broken by much more."""
+    for one in result.families:
+        sizes = one.gradient_residual, one.hessian_residual or 0.0, one.finite_residual
+        if one.status == "holds":
+            assert max(sizes) < HOLDS, one
+            assert one.null_directions == one.directions > 0
+        else:
+            assert max(sizes) > 1e-8, one
+            assert (one.null_directions, one.charges) == (0, 0)
+
+
+def normed() -> nn.Module:
+    return llama_like(normed=True)
+
+
+# -- The families of known architectures -----------------------------------------------------------
+
+
+COMMON = {
+    "softmax head": {"holds"},
+    "norm gain": {"holds"},
+    "value-output": {"holds"},
+    "residual writers": {"asymptotic"},
+}
+GPT = COMMON | {"query-key": {"holds"}, "key bias": {"holds"}, "residual shift": {"holds"}}
+LLAMA = COMMON | {
+    "gated unit": {"holds"},
+    "query-key": {"broken"},
+    "query-key plane": {"holds"},
+    "query-key plane rotation": {"holds"},
+    "key bias": {"broken"},
+}
+NORMED = COMMON | {
+    "gated unit": {"holds"},
+    "query-key plane": {"holds"},
+    "map before a norm": {"asymptotic"},
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(gpt_like, GPT), (llama_like, LLAMA), (normed, NORMED)],
+    ids=["gpt", "llama", "query and key norms"],
+)
+def test_the_families_of_transformers(
+    make: Callable[[], nn.Module], expected: dict[str, set[str]]
+) -> None:
+    result = answered(make)
+    assert standing(result) == expected
+    require_exact(result)
+    rotary = [one for one in result.families if one.status == "broken"]
+    assert all(one.causes == ("rotary positions",) for one in rotary)
+
+
+def counts(result: SymmetryResult, name: str) -> set[tuple[int, int]]:
+    return {(one.directions, one.charges) for one in result.families if one.name == name}
+
+
+def test_directions_and_charges_are_counted_by_groups_of_heads() -> None:
+    gpt = answered(gpt_like)
+    square, triangle = RANK * RANK, RANK * (RANK + 1) // 2
+    assert counts(gpt, "value-output") == {(HEADS * square, HEADS * triangle)}
+    assert counts(gpt, "query-key") == {(HEADS * square, HEADS * triangle)}
+    assert counts(gpt, "key bias") == {(HEADS * RANK, HEADS * RANK)}
+    assert counts(gpt, "softmax head") == {(WIDTH, WIDTH)}
+    # A column of each writer's weight and its bias; and one for each token and position.
+    shifts = TOKENS + LENGTH + HEADS * RANK + 1 + 9 + 1
+    assert counts(gpt, "residual shift") == {(shifts, shifts)}
+    llama = answered(llama_like)
+    planes = GROUPS * RANK // 2
+    assert counts(llama, "value-output") == {(GROUPS * square, GROUPS * triangle)}
+    assert counts(llama, "query-key plane") == {(planes, planes)}
+    assert counts(llama, "query-key plane rotation") == {(planes, 0)}
+    assert counts(llama, "gated unit") == {(9, 9)}
+    assert llama.flat.independent == llama.flat.directions
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "leaky": nn.LeakyReLU,
+    "prelu": lambda: nn.PReLU(4),
+    "squared": Squared,
+    "dropout": lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.5)),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+def test_homogeneous_activations_between_maps(activation: Callable[[], nn.Module]) -> None:
+    layers = nn.Linear(5, 4), activation(), nn.Linear(4, 4), activation(), nn.Linear(4, 3)
+    result = hesscli.symmetries(problem_of(spread(nn.Sequential(*layers))))
+    assert standing(result) == {"homogeneous activation": {"holds"}, "softmax head": {"holds"}}
+    assert result.flat.directions == 4 + 4 + 5
+    require_exact(result)
+
+
+def test_the_charge_has_the_degree_of_the_activation() -> None:
+    one, other = nn.Linear(5, 4), nn.Linear(4, 3)
+    result = hesscli.symmetries(problem_of(spread(nn.Sequential(one, Squared(), other))))
+    values = [charge.value for charge in result.charges if charge.layer == "0"]
+    ahead = one.weight.square().sum(1) + one.bias.square()
+    assert values == pytest.approx((ahead - 2 * other.weight.square().sum(0)).tolist())
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.PReLU(1)], ids=["relu", "prelu"])
+def test_batch_norm_in_both_modes(activation: nn.Module) -> None:
+    model = spread(Pictures(activation))
+    fixed = hesscli.symmetries(problem_of(model))
+    shared = {"norm gain": {"holds"}, "softmax head": {"holds"}}
+    assert standing(fixed) == shared | {"map before batch norm": {"broken"}}
+    require_exact(fixed)
+    (cause,) = {cause for one in fixed.families for cause in one.causes}
+    assert "statistics are fixed" in cause
+    training = hesscli.symmetries(problem_of(model.train()))
+    moving = {"map before batch norm": {"asymptotic"}, "bias before batch norm": {"holds"}}
+    assert standing(training) == shared | moving
+    require_exact(training)
+
+
+class Fused(nn.Module):
+    """Queries, keys and values of one map, whose heads come first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.out = nn.Linear(WIDTH, 3 * HEADS * RANK), nn.Linear(HEADS * RANK, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.whole(x).unflatten(-1, (HEADS, 3, RANK)).transpose(1, 2).unbind(3)
+        seen = (query @ key.mT / RANK**0.5).softmax(-1) @ value
+        return self.out(seen.transpose(1, 2).flatten(-2))
+
+
+class Heads(nn.Module):
+    """Torch's own."""
+
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("make", [Fused, Heads], ids=["fused", "torch's"])
+def test_attention_however_it_is_written(make: Callable[[], nn.Module]) -> None:
+    model = Decoder(lambda: nn.LayerNorm(WIDTH), make(), nn.Linear(WIDTH, WIDTH))
+    result = hesscli.symmetries(problem_of(spread(model)))
+    require_exact(result)
+    for name in ("value-output", "query-key", "key bias"):
+        assert standing(result)[name] == {"holds"}
+    rank = RANK if make is Fused else WIDTH // HEADS
+    assert counts(result, "query-key") == {(HEADS * rank**2, HEADS * rank * (rank + 1) // 2)}
+
+
+# -- What breaks a family, planted -----------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """What is added comes from before the map, whose scale it does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + F.relu(self.inner(x)))
+
+
+class Twice(nn.Module):
+    """One map that is used before the activation and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.inner(F.relu(self.inner(x)))))
+
+
+class Clamped(nn.Module):
+    """Far from where it clips, on these data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).clamp(max=100.0)
+
+
+class Offset(nn.Module):
+    """A constant so small that only a scale shows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) + 1e-9
+
+
+def perceptron(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), activation, nn.Linear(4, 3))
+
+
+def tied() -> nn.Module:
+    return gpt_like(tied=True)
+
+
+BROKEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "relu6": (lambda: perceptron(nn.ReLU6()), "homogeneous activation", "clipped"),
+    "clamp": (lambda: perceptron(Clamped()), "homogeneous activation", "clipped"),
+    "offset": (lambda: perceptron(Offset()), "homogeneous activation", "eps"),
+    "hardtanh": (lambda: perceptron(nn.Hardtanh()), "homogeneous activation", "clipped"),
+    "residual": (Residual, "homogeneous activation", ""),
+    "shared": (Twice, "homogeneous activation", "inner.weight is used elsewhere"),
+    "tied gain": (tied, "norm gain", "tokens.weight is used elsewhere"),
+    "tied head": (tied, "softmax head", "tokens.weight is used elsewhere"),
+    "tied shift": (tied, "residual shift", "tokens.weight is used"),
+    "tied scale": (tied, "residual writers", "tokens.weight is used"),
+    "padding": (lambda: llama_like(padding=3), "residual writers", "padding_idx"),
+    "added keys": (
+        lambda: Decoder(
+            lambda: nn.LayerNorm(WIDTH), Heads(add_zero_attn=True), nn.Linear(WIDTH, WIDTH)
+        ),
+        "key bias",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "name", "cause"), BROKEN.values(), ids=BROKEN.keys())
+def test_what_is_broken_is_refused(make: Callable[[], nn.Module], name: str, cause: str) -> None:
+    result = answered(make)
+    found = [one for one in result.families if one.name == name]
+    acting = [one for one in found if one.status != "holds"] if cause else found
+    assert all(one.status == "broken" for one in acting)
+    if cause:
+        assert any(cause in " ".join(one.causes) for one in acting)
+    holding = {one.layers for one in result.families if one.status == "holds"}
+    assert not holding & {one.layers for one in acting}
+    require_sound(result)
+
+
+def require_sound(result: SymmetryResult) -> None:
+    """No residual of what holds is more than rounding."""
+    for one in result.families:
+        if one.status == "holds":
+            assert one.gradient_residual < HOLDS
+            assert one.finite_residual < HOLDS
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm], ids=["layer norm", "rms norm"])
+@pytest.mark.parametrize("eps", [1e-2, 1e-5, 1e-12])
+def test_eps_breaks_by_the_inverse_square_of_the_scale(
+    norm: Callable[..., nn.Module], eps: float
+) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), norm(8, eps=eps), nn.Linear(8, 3))
+    result = hesscli.symmetries(problem_of(spread(model)))
+    (scale,) = [one for one in result.families if one.name == "map before a norm"]
+    assert (scale.status, scale.null_directions) == ("asymptotic", 0)
+    assert scale.exponent == pytest.approx(2, abs=0.05)
+
+
+# -- Against plain derivatives ---------------------------------------------------------------------
+
+
+def plain(problem: Problem) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Weights, gradient and loss of the first batch, by nothing but torch."""
+    model, (x, y) = problem.model, problem.data.batches[0]
+    names, shapes = problem.parameters.names, [t.shape for t in problem.parameters.tensors]
+
+    def loss(theta: Tensor) -> Tensor:
+        pieces = theta.split([shape.numel() for shape in shapes])
+        named = {n: p.view(s) for n, p, s in zip(names, pieces, shapes, strict=True)}
+        outputs = torch.func.functional_call(model, named, (x,))
+        return F.cross_entropy(outputs.flatten(0, -2), y.flatten())
+
+    theta = torch.cat([t.detach().flatten() for t in problem.parameters.tensors])
+    return theta, torch.func.grad(loss)(theta), loss
+
+
+MODELS = {
+    "gpt": gpt_like,
+    "llama": llama_like,
+    "norms": normed,
+    "pictures": Pictures,
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_charges_are_kept_by_gradient_flow(make: Callable[[], nn.Module]) -> None:
+    """Their gradient is orthogonal to the loss's, and the transformed loss is the loss."""
+    problem = problem_of(spread(make()))
+    theta, slope, loss = plain(problem)
+    generator = torch.Generator().manual_seed(0)
+    result = answered(make)
+    for family, report in zip(found_in(problem), result.families, strict=True):
+        if report.status != "holds":
+            continue
+        moved = family.moved(family.draw(generator, 0.3), theta)
+        assert loss(moved).item() == pytest.approx(loss(theta).item(), rel=HOLDS)
+        if family.num_charges:
+            flow = torch.func.jvp(family.charges, (theta,), (slope,))[1]
+            assert flow.abs().max() <= HOLDS * max(theta.norm(), 1) * slope.norm()
+
+
+@pytest.mark.parametrize("make", [gpt_like, llama_like], ids=["gpt", "llama"])
+def test_the_outputs_of_a_transformer_do_not_change_along_what_holds(
+    make: Callable[[], nn.Module],
+) -> None:
+    """So that JᵀJ, the Hessian at weights that fit their data, has all of it in its null space."""
+    problem = problem_of(spread(make()))
+    theta, _, _ = plain(problem)
+    result = answered(make)
+    names, shapes = problem.parameters.names, [t.shape for t in problem.parameters.tensors]
+    x = problem.data.batches[0][0]
+
+    def outputs(theta: Tensor) -> Tensor:
+        pieces = theta.split([shape.numel() for shape in shapes])
+        named = {n: p.view(s) for n, p, s in zip(names, pieces, shapes, strict=True)}
+        logits = torch.func.functional_call(problem.model, named, (x,))
+        return logits - logits.mean(-1, keepdim=True)
+
+    def change(direction: Tensor) -> Tensor:
+        return torch.func.jvp(outputs, (theta,), (direction / direction.norm(),))[1].norm()
+
+    held = [
+        torch.stack(tangents(family, theta))
+        for family, report in zip(found_in(problem), result.families, strict=True)
+        if report.status == "holds"
+    ]
+    directions = torch.cat(held)
+    with sdpa_kernel(SDPBackend.MATH):
+        changes = torch.func.vmap(change)(directions)
+        usual = change(torch.ones_like(theta))
+    assert (changes < HOLDS * usual).all()
+    rank = int(torch.linalg.matrix_rank(directions, rtol=1e-9))
+    assert rank == result.flat.independent == result.flat.directions == len(directions)
+
+
+@pytest.mark.parametrize("widths", [(3, 4, 2), (3, 4, 3, 2)], ids=str)
+def test_relu_networks_have_no_other_null_directions(widths: tuple[int, ...]) -> None:
+    """One a hidden unit, which is all that there are (Marcotte, Gribonval, Peyré 2023)."""
+    torch.manual_seed(1)
+    layers: list[nn.Module] = []
+    for one, other in pairwise(widths):
+        layers += [nn.Linear(one, other), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1]).double()
+    x = 3 * torch.randn(400, widths[0], dtype=torch.float64)  # all units are on here and off there
+    problem = hesscli.Problem(model, "mse", [(x, model(x).detach())])
+    result = hesscli.symmetries(problem)
+    assert standing(result) == {"homogeneous activation": {"holds"}}
+    assert result.problem.gradient_norm == 0
+    sizes = torch.linalg.eigvalsh(hesscli.Hessian(problem).to_dense())
+    nullity = int((sizes.abs() < 1e-12 * sizes[-1]).sum())
+    assert nullity == result.flat.directions == result.flat.independent == sum(widths[1:-1])
+
+
+# -- Groups by themselves --------------------------------------------------------------------------
+
+
+TOLD = Told(name="own", layers=("all",))
+FAMILIES: dict[str, Family] = {
+    "scaling": Scaling(
+        TOLD,
+        torch.tensor([0, 1, 2, 5, 7]),
+        torch.tensor([0, 0, 1, 1, 0]),
+        torch.tensor([1.0, -2.0, 1.0, -1.0, 0.5], dtype=torch.float64),
+        2,
+    ),
+    "general": Mixing(
+        TOLD, (torch.arange(12).view(2, 3, 2),), (torch.arange(12, 24).view(2, 3, 2),)
+    ),
+    "rotation": Mixing(
+        TOLD, (torch.arange(8).view(2, 2, 2),), (torch.arange(8, 16).view(2, 2, 2),), "rotation"
+    ),
+    "translation": Translation(TOLD, (torch.tensor([[0, 2], [1, 3]]), torch.tensor([[5, 6, 7]]))),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+def test_tangents_are_derivatives_and_moments_their_products(family: Family) -> None:
+    generator = torch.Generator().manual_seed(0)
+    theta, vector = torch.randn(2, 24, generator=generator, dtype=torch.float64)
+    drawn = family.draw(generator, 1.0)
+    tangent = family.tangent(drawn, theta)
+
+    def path(t: Tensor) -> Tensor:
+        return family.moved(t * drawn, theta)
+
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    assert torch.allclose(torch.func.jvp(path, (zero,), (one,))[1], tangent)
+    transposed = torch.func.vjp(lambda there: family.tangent(drawn, there), theta)[1](vector)[0]
+    assert torch.allclose(family.transposed(drawn, vector), transposed)
+    flat = torch.eye(drawn.numel(), dtype=torch.float64).view(-1, *drawn.shape)
+    if isinstance(family, Mixing) and family.algebra == "rotation":
+        flat = flat[1::4] - flat[2::4]  # one plane each
+    rows = torch.stack([family.tangent(each, theta) for each in flat])
+    assert len(rows) == family.num_directions
+    assert torch.allclose(family.moments(theta, vector), rows @ vector)
+    assert torch.allclose(family.lengths(theta), rows.norm(dim=1))
+    assert family.charges(theta).shape == (family.num_charges,)
+
+
+# -- The answer ------------------------------------------------------------------------------------
+
+
+def test_the_gauss_newton_matrix_has_them_everywhere() -> None:
+    result = hesscli.symmetries(problem_of(spread(llama_like())), matrix="ggn")
+    for one in result.families:
+        assert one.hessian_residual is not None
+        if one.status == "holds":
+            assert one.hessian_residual < HOLDS
+
+
+def test_weight_decay_is_left_out_and_said() -> None:
+    problem = problem_of(spread(perceptron(nn.ReLU())))
+    decayed = hesscli.Problem(
+        problem.model, "cross_entropy", list(problem.data.batches), weight_decay=0.1
+    )
+    result = hesscli.symmetries(decayed)
+    assert standing(result) == standing(hesscli.symmetries(problem))
+    assert any("weight decay" in told for told in result.warnings)
+
+
+def test_a_model_that_is_sure_of_its_examples_is_no_broken_one() -> None:
+    """Its gradient is the rounding of much larger numbers, which says nothing."""
+    model = spread(perceptron(nn.ReLU()))
+    x = problem_of(model).data.batches[0][0]
+    with torch.no_grad():
+        model[-1].weight *= 1e3  # type: ignore[operator, index]
+    sure = hesscli.Problem(model, "cross_entropy", [(x, model(x).argmax(1))])
+    assert standing(hesscli.symmetries(sure))["homogeneous activation"] == {"holds"}
+
+
+def test_some_parameters_alone_have_what_needs_no_others() -> None:
+    problem = problem_of(spread(nn.Sequential(*perceptron(nn.ReLU()), nn.ReLU(), nn.Linear(3, 3))))
+    few = hesscli.Problem(
+        problem.model, "cross_entropy", list(problem.data.batches), params=["0", "2"]
+    )
+    result = hesscli.symmetries(few)
+    assert {one.layers for one in result.families} == {("0", "2")}
+    assert standing(result) == {"homogeneous activation": {"holds"}}
+
+
+def test_layers_that_are_shown_have_their_families() -> None:
+    result = answered(gpt_like)
+    few = result.only({"attention.key"})
+    assert {one.name for one in few.families} == {"norm gain", "query-key", "key bias"}
+    assert {layer.name for layer in few.layers} == {"attention.key"}
+    assert sum(layer.null_directions for layer in result.layers) == result.flat.directions
+    assert dataclasses.replace(few, families=result.families).flat == result.flat
+
+
+def test_work_is_little() -> None:
+    """At most twelve gradients, and two products a family, of the batches that are looked at."""
+    problem = problem_of(spread(gpt_like()), batches=8)
+    checked = hesscli.check(problem)
+    result = hesscli.symmetries(problem)
+    (planned,) = [one for one in checked.plan.commands if one.command == "symmetry"]
+    assert result.cost.products == pytest.approx(planned.products, rel=0.1)
+    assert result.cost.gradients == pytest.approx(planned.gradients, rel=0.5)
+    # Places are batches, of which each is an eighth of the data.
+    assert result.cost.products <= 2 * (len(result.families) + 1) / 8 + 1
