@@ -1,8 +1,8 @@
 """What commands cost as networks and data grow, in gradients of the user's own batches.
 
 ``python tests/benchmarks/scale.py [NETWORK COMMAND ...]``: all rows of the table, or some, as
-``resnet ihvp`` or ``mlp:100 ihvp``. Each runs in a process of its own, on one thread: CPU time from
-the problem's making to its result, by phase, over that of a gradient of the same examples as the
+``resnet trace`` or ``mlp:100 ihvp``. Each runs in a process of its own, on one thread: CPU time
+from problem to result, by phase, over that of a gradient of the same examples as the
 user batches them, timed around it; gradients as counted; and the process's peak memory. Slopes of
 a series come last: the power of its size with which CPU time grows.
 """
@@ -129,11 +129,20 @@ def examples(count: str) -> Task:
     return Task(model, "cross_entropy", x, y, 128)
 
 
+def classes(count: str) -> Task:
+    """A small network with so many classes."""
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, int(count)))
+    return Task(
+        model, "cross_entropy", torch.randn(256, 20), torch.randint(int(count), (256,)), 128
+    )
+
+
 NETWORKS: dict[str, Callable[..., Task]] = {
     "resnet": resnet,
     "gpt": gpt,
     "mlp": perceptron,
     "examples": examples,
+    "classes": classes,
 }
 
 
@@ -147,13 +156,32 @@ def task_named(name: str) -> Task:
 # -- Commands, and what there is to run ------------------------------------------------------------
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"ihvp": hesscli.sensitivity}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "trace": partial(hesscli.trace, budget=None),
+    "minute": partial(hesscli.trace, budget=60),
+    "probes": partial(hesscli.trace, budget=None, probes=8),
+    "diag": partial(hesscli.diagonal, budget=None),
+    "lanczos": partial(hesscli.spectrum, budget=None, steps=16, probes=1),
+    "spectrum": partial(hesscli.spectrum, budget=None),
+    "ihvp": partial(hesscli.sensitivity, budget=None),
+}
+"""``minute`` is a trace within one, ``probes`` one of eight probes, ``lanczos`` 16 steps."""
 
+SERIES = {
+    "examples": (2048, 8192, 60000),
+    "mlp": (50, 100, 200, 400),
+    "classes": (32, 1024, 32000),
+}
 ROWS = [
-    ("resnet", "ihvp"),
-    ("gpt:27", "ihvp"),
-    *((f"mlp:{layers}", "ihvp") for layers in (50, 100, 200, 400)),
-    *((f"examples:{count}", "ihvp") for count in (2048, 8192, 60000)),
+    *(("resnet", command) for command in ("trace", "diag", "lanczos", "ihvp")),
+    *(("gpt:27", command) for command in ("minute", "lanczos", "spectrum", "ihvp")),
+    *(("gpt:108", command) for command in ("minute", "lanczos")),
+    *(
+        (f"{network}:{size}", command)
+        for network, sizes in SERIES.items()
+        for command in ("probes", "lanczos", "ihvp")
+        for size in sizes
+    ),
 ]
 
 
@@ -210,7 +238,7 @@ def run(network: str, command: str) -> dict[str, Any]:
         examples="all",
         observe=phases,
     )
-    found = COMMANDS[command](problem, budget=None, observe=phases)
+    found = COMMANDS[command](problem, observe=phases)
     phases.add("reading off")
     peak = peak_bytes(problem.device)
     around += rounds_of(task)
