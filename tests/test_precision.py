@@ -52,3 +52,13 @@ def test_what_gives_no_numbers_of_its_own_narrows_nothing(name: str, dtype: torc
 @pytest.mark.parametrize("name", NARROW)
 def test_casts_are_seen(name: str) -> None:
     assert precision(NARROW[name], torch.float64) == torch.float32
+
+
+@pytest.mark.parametrize("outputs", [3, 300])
+def test_a_weight_is_not_made_by_turning_it(outputs: int) -> None:
+    """What an example makes grows with its outputs, and not with the weights that make them."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(12, 500), torch.randint(3, (12,)))
+    problem = hesscli.Problem(nn.Linear(500, outputs), "cross_entropy", data)
+    assert outputs <= problem.precision.numbers < 12 * outputs + 500
+    assert outputs <= problem.independence.numbers < 12 * outputs + 500

@@ -47,8 +47,6 @@ _FEWEST, _FEW, _MANY, _BIASED = 8, 16, 64, 256
 bias, which many examples have in common."""
 _NUMBERS = 1 << 20
 """That a forward pass over the many may make, lest checks cost more than what they check."""
-_TOGETHER = 1 << 22
-"""Numbers of examples that are differentiated at once: a product's graph is some times as large."""
 
 _FLOOR = 100 * torch.finfo(torch.float64).eps
 """Rounding of quadratic forms in float64 itself."""
@@ -170,7 +168,7 @@ def preflight(
 def _samples(problem: Problem) -> tuple[Sample, Sample]:
     """Few examples and many, which are the same where that is all there are."""
     numbers = max(1, problem.precision.numbers)
-    together = max(1, _TOGETHER // numbers)
+    together = problem.at_once(numbers)
     many = Sample.of(problem, min(max(_NUMBERS // numbers, _FEWEST), _MANY), together)
     few = many if many.count <= _FEW else Sample.of(problem, _FEW, together)
     if few.count == many.count:  # whole batches, of which one may do for both
@@ -191,7 +189,7 @@ def bias_of(operator: Curvature, on_step: OnStep = go_on) -> Bias | None:
     if key not in known:
         numbers, before = max(1, problem.precision.numbers), operator.meter.gradients
         count = min(max(4 * _NUMBERS // numbers, _FEWEST), _BIASED)
-        sample = Sample.of(problem, count, max(1, _TOGETHER // numbers))
+        sample = Sample.of(problem, count, problem.at_once(numbers))
         found = measured(operator, sample, on_step)
         known[key] = found, operator.meter.gradients - before
     else:

@@ -35,8 +35,7 @@ from hesscli.problem.restriction import held_fixed, shares_of_way_back
 _EXAMPLES = 8
 """That are run in float64 to see what becomes of it."""
 _NUMBERS_AT_ONCE, _TIMES_THE_WEIGHTS = 1 << 22, 2
-"""That a batch of joined ones may make on the way to its loss: once calls of operations and reading
-the weights cost little beside them, larger batches only take more memory."""
+"""That the examples of a batch may make at least."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +153,20 @@ class Objective:
             return alone
         if not (numbers := self.independence.numbers):
             return alone
-        pays = max(_NUMBERS_AT_ONCE, _TIMES_THE_WEIGHTS * self.trainable.size) // numbers
-        most = min(self.data.together, pays)
+        most = min(self.data.together, self.at_once(numbers))
         groups = list(_to_be_joined(self.data.batches, among, most))
         if len(groups) < world.size():
             each = -(-len(among) // world.size()) * max(self.data.counts[i] for i in among)
             groups = list(_to_be_joined(self.data.batches, among, each))
         return tuple(map(tuple, groups))
+
+    def at_once(self, numbers: int) -> int:
+        """Examples in a batch that pays, where each makes so many numbers on its way to the loss.
+
+        Once calls of operations and reading the weights cost little beside them, larger batches
+        only take more memory.
+        """
+        return max(1, max(_NUMBERS_AT_ONCE, _TIMES_THE_WEIGHTS * self.trainable.size) // numbers)
 
     def batch_of(self, batch: Batch, index: int, weight: float) -> WeightedBatch:
         """Kept examples as a batch on the device, in the present type."""

@@ -189,7 +189,7 @@ def doubled(problem: Retyped) -> AbstractContextManager[None]:
 class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches for operations that turn float64 values into a narrower type, ``narrowest``.
 
-    ``numbers`` counts what the operations make.
+    ``numbers`` counts what the operations make, and not views: a weight is not made by turning it.
     """
 
     def __init__(self) -> None:
@@ -206,7 +206,8 @@ class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         made = _floating(result)
-        self.numbers += sum(tensor.numel() for tensor in made)
+        if not func.is_view:
+            self.numbers += sum(tensor.numel() for tensor in made)
         if torch.float64 in map(_real, _floating(args)):
             met = {self.narrowest, *map(_real, made)}  # a comparison's result has none
             self.narrowest = max(met, key=lambda dtype: torch.finfo(dtype).eps)
