@@ -39,6 +39,9 @@ bench-parts: $(VENV)/demo  ## The trace of a last layer beside a forward pass an
 bench-scale: $(VENV)/demo  ## What commands cost by size of network and data, phase by phase (half an hour)
 	$(BIN)/python tests/benchmarks/scale.py
 
+bench-large: $(VENV)/demo  ## Memory of a product with a billion parameters (a quarter of an hour, 18 GB)
+	$(BIN)/python tests/benchmarks/large.py
+
 bench-vocabulary: $(VENV)/bench  ## Memory of a product where classes are many (ten minutes, 13 GB)
 	$(BIN)/python tests/benchmarks/vocabulary.py
 
@@ -100,6 +103,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum bench-parts \
-	bench-scale bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hf hostile ranks \
+	bench-scale bench-large bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hf hostile ranks \
 	reference clean
 .DEFAULT_GOAL := help

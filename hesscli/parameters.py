@@ -130,6 +130,17 @@ class Parameters(Sequence[Parameter]):
             f"one of {', '.join(near or self.layers[:5])} (of {len(self.layers)} layers)",
         )
 
+    def portions(self, count: int) -> tuple[Parameters, ...]:
+        """All of them in their order, in about so many groups of about equal size."""
+        groups, held = [list[Parameter]()], 0
+        for parameter in self._items:
+            if held and held + parameter.numel > self.size / count:
+                groups.append([])
+                held = 0
+            groups[-1].append(parameter)
+            held += parameter.numel
+        return tuple(map(Parameters, groups))
+
     def without(self, others: Parameters) -> Parameters:
         """All but some."""
         left_out = set(others.names)

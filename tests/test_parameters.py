@@ -103,3 +103,14 @@ def test_split_is_the_inverse_of_flatten(parameters: Parameters) -> None:
     columns: Tensor = vector[:, None].expand(52, 3).clone()
     assert torch.equal(parameters.flatten(parameters.split(columns[:, 1])), vector)
     assert parameters.flatten([]).shape == (0,)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 100])
+def test_portions_are_all_of_it_in_order_and_no_larger_than_they_must(
+    parameters: Parameters, count: int
+) -> None:
+    found = parameters.portions(count)
+    assert [p for portion in found for p in portion] == list(parameters)
+    for portion in found:
+        assert 0 < portion.size <= max(parameters.size / count, max(portion.sizes))
+    assert len(found) == 1 or count > 1

@@ -233,6 +233,8 @@ def started(
     def found() -> dict[str, Any]:
         return asdict(checked(problem, build, mode, meter, clock.watch("preflight")))
 
+    fits = ledger.decided("room for float64", lambda: problem.has_room_for_float64)
+    problem.has_room_for_float64 = fits
     flight = _as_kept(ledger.decided("preflight", found))
     recall(problem, build, mode, flight)
     with doubled(problem) if flight.mode == "finite-difference" else nullcontext():
@@ -284,8 +286,8 @@ def warnings_of_products(problem: Problem, flight: Preflight) -> Iterator[str]:
         names = " and ".join(check.name for check in skipped)
         yield f"not checked: {names}, {skipped[0].detail}"
     if flight.relative_rounding is None:
-        narrow = str(problem.precision.narrowest).removeprefix("torch.")
-        yield f"rounding is unknown: the model computes in {narrow}, whatever it is asked for"
+        own = str(problem.precision.narrowest).removeprefix("torch.")
+        yield f"rounding is unknown, and checks were in {own}: {problem.precision.why_narrow}"
     if flight.fallback is not None:
         yield f"slower {flight.mode} products, for {flight.fallback}"
     if flight.mode == "finite-difference":

@@ -25,8 +25,9 @@ from hesscli.operators.verification import (
     gradient_comparison,
     moving,
     product_comparison,
-    vectors,
+    signs,
 )
+from hesscli.parameters import Parameters
 from hesscli.problem.blame import (
     Attempt,
     differentiate,
@@ -39,7 +40,7 @@ from hesscli.problem.objective import Objective, Sample
 from hesscli.problem.precision import doubled, tolerance
 from hesscli.problem.problem import Problem
 from hesscli.results import Check, CheckState, Preflight
-from hesscli.sums import distance
+from hesscli.sums import distance, inner
 from hesscli.vocabulary import MODES, Mode
 
 _FEWEST, _FEW, _MANY, _BIASED = 8, 16, 64, 256
@@ -244,7 +245,7 @@ def _gradient(sample: Sample, meter: Meter) -> Check:
         ) from None
 
 
-Make = Callable[[], Curvature]
+Make = Callable[..., Curvature]
 """Makes the operator anew, in the mode that is tried and the problem's present type."""
 
 
@@ -280,7 +281,7 @@ def _against_float64(make: Make, few: Sample, many: Sample, on_step: OnStep) -> 
         operator = make()
         exact = Product(operator, few).with_signs()
         on_step()
-        symmetry = check_symmetry(operator, few, exact, torch.float64)
+        symmetry = check_symmetry(operator, few, exact.crossing, torch.float64)
         on_step()
         difference = product_comparison(operator, few, exact, on_step).check(many)
     forms, error = (0.0, 0.0) if own is None else _rounding(own, exact, largest)
@@ -321,7 +322,7 @@ def _by_differences(make: Make, few: Sample, many: Sample, on_step: OnStep) -> _
         operator = make()
         exact = Product(operator, few).with_signs()
         on_step()
-        symmetry = check_symmetry(operator, few, exact, torch.float64)
+        symmetry = check_symmetry(operator, few, exact.crossing, torch.float64)
         difference = product_comparison(operator, few, exact, on_step).check(many)
     error = max(difference.value or 0.0, _FLOOR)
     return _Outcome((symmetry, difference), error, error)
@@ -332,13 +333,12 @@ def _in_own_type(mode: Mode, make: Make, few: Sample, many: Sample, on_step: OnS
     problem = few.problem
     precision = problem.precision.narrowest
     if mode == "finite-difference":
-        told = str(precision).removeprefix("torch.")
-        raise MismatchError(f"central differences need float64: the model computes in {told}")
+        raise MismatchError(f"central differences need float64: {problem.precision.why_narrow}")
     operator = make()
-    exact = Product(operator, few).with_signs()
+    crossing = Product(operator, few).crossing()
     on_step()
-    symmetry = check_symmetry(operator, few, exact, precision)
-    difference = _difference_in_own_type(operator, many, precision, on_step)
+    symmetry = check_symmetry(operator, few, crossing, precision)
+    difference = _differences_in_own_type(make, many, precision, on_step)
     return _Outcome((symmetry, difference), None, None)
 
 
@@ -411,6 +411,8 @@ _BLIND = 0.5
 """From here on rounding could hide anything."""
 _ROUNDED = 30
 """Rounding of a loss or a gradient in units of eps, at most."""
+_PORTIONS = 3
+"""In which a network is that is too large for float64: a difference takes six vectors at once."""
 
 
 def _gradient_in_own_type(sample: Sample, precision: torch.dtype, meter: Meter) -> Check:
@@ -429,8 +431,9 @@ def _gradient_in_own_type(sample: Sample, precision: torch.dtype, meter: Meter) 
         loss = sample.evaluate()
         slope = flatten(gradient(loss, problem.parameters.tensors)).detach()
     meter.add(problem.gradient_cost, sample.share)
-    direction = _towards(slope, sample)
-    along = float(slope @ direction)
+    direction = _towards(slope, problem, problem.parameters)
+    along = inner(slope, direction)
+    del slope
 
     def measure(step: float) -> tuple[float, float]:
         def value() -> Tensor:
@@ -450,44 +453,55 @@ def _gradient_in_own_type(sample: Sample, precision: torch.dtype, meter: Meter) 
     )
 
 
-def _difference_in_own_type(
-    operator: Curvature, sample: Sample, precision: torch.dtype, on_step: OnStep
+def _differences_in_own_type(
+    make: Make, sample: Sample, precision: torch.dtype, on_step: OnStep
 ) -> Check:
-    """‖Av − difference‖ / ‖Av‖ along a direction that the matrix stretches, and signs.
+    """‖Av − difference‖ / ‖Av‖ along directions that the matrix stretches, and signs.
 
     Args:
-        operator: what makes the products, in the problem's own type.
+        make: of what makes the products, in the problem's own type.
         sample: some examples.
         precision: the type that it computes in.
         on_step: called after each difference; may end it.
     """
-    problem, tensors = operator.problem, operator.problem.parameters.tensors
-    if operator.kind != "hessian":
-        detail = f"the model computes in {_name(precision)}"
-        return Check(name="central difference", state="skipped", detail=detail)
-    signs = vectors(problem, 1)
-    product = Product(operator, sample)
-    direction = _towards(product(signs)[0], sample)
+    problem, name = sample.problem, "central difference"
+    if make().kind != "hessian":
+        return Check(name=name, state="skipped", detail=problem.precision.why_narrow)
+    portions = problem.parameters.portions(_PORTIONS if problem.precision.too_large else 1)
+    pairs = [
+        _difference_in_own_type(make(parameters=each), sample, precision, on_step)
+        for each in portions
+    ]
+    value, bound = max(pairs, key=lambda pair: (pair[1] >= _BLIND, pair[0] / pair[1]))
+    detail = "|Hv - difference| / |Hv|"
+    if len(pairs) > 1:
+        detail += f" of the blocks of {len(pairs)} portions of the parameters"
+    return _difference_check(name, detail, value, bound, precision)
+
+
+def _difference_in_own_type(
+    operator: Curvature, sample: Sample, precision: torch.dtype, on_step: OnStep
+) -> tuple[float, float]:
+    """The relative error of a block's products, and its bound."""
+    problem, parameters = operator.problem, operator.parameters
+    product, slopes = Product(operator, sample), list[float]()
+    direction = _towards(product(signs(problem, 0, parameters)[None])[0], problem, parameters)
     found = product(direction[None])[0]
-    slopes: list[float] = []
 
     def slope() -> Tensor:
-        part = flatten(gradient(sample.evaluate(), tensors)).detach()
+        part = flatten(gradient(sample.evaluate(), parameters.tensors)).detach()
         slopes.append(float(part.norm()))
         return part
 
     def measure(step: float) -> tuple[float, float]:
         with problem.forward_context():
-            truth = central_difference(slope, tensors, direction, step)
+            truth = central_difference(slope, parameters.tensors, direction, step)
         operator.meter.add(2 * problem.gradient_cost, sample.share)
         on_step()
-        return float((found - truth).norm()), max(float(found.norm()), float(truth.norm()))
+        return distance(found, truth), max(float(found.norm()), float(truth.norm()))
 
     measure(float(torch.finfo(precision).eps) ** (1 / 3))  # which shows how long gradients are
-    value, bound = _nearest_to_bound(measure, problem.loss.multiple + max(slopes), precision)
-    return _difference_check(
-        "central difference", "|Hv - difference| / |Hv|", value, bound, precision
-    )
+    return _nearest_to_bound(measure, problem.loss.multiple + max(slopes), precision)
 
 
 def _nearest_to_bound(
@@ -518,11 +532,12 @@ def _difference_check(
     return Check(name=name, state="passed", detail=told, value=value, bound=bound)
 
 
-def _towards(vector: Tensor, sample: Sample) -> Tensor:
+def _towards(vector: Tensor, problem: Objective, parameters: Parameters) -> Tensor:
     """A unit direction: a vector's, and signs in equal parts, so that it is long along both."""
-    signs = moving(sample.problem, vectors(sample.problem, 1)[0])
-    length = vector.norm()
-    mixed: Tensor = signs / signs.norm() + (vector / length if length else 0)
+    mixed = moving(problem, signs(problem, 0, parameters), parameters)
+    mixed.div_(mixed.norm())
+    if length := float(vector.norm()):
+        mixed.add_(vector, alpha=1 / length)
     return mixed.div_(mixed.norm())
 
 

@@ -115,10 +115,14 @@ def vector_jacobian(outputs: Tensors, tensors: Tensors, weights: Tensors) -> Ten
 
 
 def _rows(product: Callable[[Tensor], Tensors], block: Tensor) -> Tensor:
-    """A block's products ``(k, d)``, each of which is made in parts: copied once and no more."""
+    """A block's products ``(k, d)``, each of which is made in parts: as one is copied, it goes."""
     rows = torch.empty(block.shape, dtype=block.dtype, device=block.device)
     for row, vector in zip(rows, block, strict=True):
-        torch.cat([_dense(part).reshape(-1) for part in product(vector)], out=row)
+        parts, end = [*product(vector)], len(row)
+        while parts:
+            part = _dense(parts.pop()).reshape(-1)
+            row[end - len(part) : end].copy_(part)
+            end -= len(part)
     return rows
 
 

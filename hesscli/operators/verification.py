@@ -59,14 +59,10 @@ class MismatchError(Exception):
     """Something that runs and is wrong."""
 
 
-def vectors(problem: Objective, count: int) -> Tensor:
-    """The first Rademacher rows ``(count, d)`` of a fixed stream."""
-    return torch.stack([_vector(problem, number) for number in range(count)])
-
-
-def _vector(problem: Objective, number: int) -> Tensor:
+def signs(problem: Objective, number: int, parameters: Parameters | None = None) -> Tensor:
+    """A Rademacher vector of a fixed stream, for all parameters or some of them."""
     return randomness.at(
-        problem.parameters.runs,
+        (problem.parameters if parameters is None else parameters).runs,
         randomness.rademacher,
         randomness.key(0x5EED, number),
         dtype=problem.dtype,
@@ -140,7 +136,7 @@ def _at(
 ) -> Iterator[tuple[Tensor, float]]:
     """The weights of an attempt, and its unit direction and step."""
     step, shift = attempt
-    direction = moving(problem, _vector(problem, number))
+    direction = moving(problem, signs(problem, number))
     with moved(problem.parameters.tensors, shift):
         yield direction.div_(direction.norm()), step
 
@@ -158,8 +154,8 @@ def layers_where(parameters: Parameters, is_wrong: Callable[[Tensor], bool]) -> 
     return f", in {', '.join(wrong[:5])}{more}" if wrong else ""
 
 
-def moving(problem: Objective, vector: Tensor) -> Tensor:
-    """A vector that is zero now at padding rows of embeddings.
+def moving(problem: Objective, vector: Tensor, parameters: Parameters | None = None) -> Tensor:
+    """A vector of all parameters or some that is zero now at padding rows of embeddings.
 
     No gradient reaches them, though outputs use them.
     """
@@ -168,7 +164,7 @@ def moving(problem: Objective, vector: Tensor) -> Tensor:
         for module in problem.model.modules()
         if isinstance(module, nn.Embedding)
     }
-    tensors = problem.parameters.tensors
+    tensors = (problem.parameters if parameters is None else parameters).tensors
     for tensor, part in zip(tensors, unflatten(vector, tensors), strict=True):
         if (row := rows.get(tensor)) is not None:
             part[row] = 0
@@ -282,6 +278,15 @@ _PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """What products with two vectors say of symmetry: vᵀAw, wᵀAv, and the larger length."""
+
+    one: float
+    other: float
+    length: float
+
+
+@dataclass(frozen=True)
 class Products:
     """A v of a few Rademacher vectors v, rows ``(k, d)``."""
 
@@ -293,6 +298,13 @@ class Products:
         """vᵀAv, float64."""
         pairs = zip(self.vectors, self.values, strict=True)
         return torch.tensor([inner(*pair) for pair in pairs], dtype=torch.float64)
+
+    @property
+    def crossing(self) -> Crossing:
+        """Of the first two."""
+        (v, w), (product_v, product_w) = self.vectors[:2], self.values[:2]
+        length = float(torch.maximum(product_v.norm(), product_w.norm()))
+        return Crossing(inner(v, product_w), inner(w, product_v), length)
 
     def along(self, direction: Tensor) -> Tensor | None:
         """The product with a unit direction, where that is the first vector's."""
@@ -343,8 +355,18 @@ class Product:
 
     def with_signs(self) -> Products:
         """With the first few Rademacher vectors."""
-        block = vectors(self.operator.problem, FORMS)
+        problem = self.operator.problem
+        block = torch.stack([signs(problem, number) for number in range(FORMS)])
         return Products(block, self(block))
+
+    def crossing(self) -> Crossing:
+        """Of the same, of which no more than two vectors are there at once."""
+        problem, found = self.operator.problem, list[tuple[float, float]]()
+        for number in range(2):
+            product = self(signs(problem, number)[None])[0]
+            found.append((inner(signs(problem, 1 - number), product), float(product.norm())))
+        (other, first), (one, second) = found
+        return Crossing(one, other, max(first, second))
 
 
 def _mean(sample: Sample, like: Tensor, rows: Callable[[WeightedBatch], Tensor]) -> Tensor:
@@ -388,39 +410,37 @@ def gradient_comparison(problem: Objective, meter: Meter) -> Comparison:
 
 
 def check_symmetry(
-    operator: Curvature, sample: Sample, found: Products, precision: torch.dtype
+    operator: Curvature, sample: Sample, found: Crossing, precision: torch.dtype
 ) -> Check:
     """|vᵀAw − wᵀAv| / ‖Aw‖ for Rademacher v and w, which does not depend on d.
 
     Args:
         operator: what made the products.
         sample: the examples.
-        found: the products with v and w first.
+        found: by the products with v and w.
         precision: the type that the model computes in.
 
     Raises:
         MismatchError: it is above rounding; the layers are named.
     """
-    (v, w), (product_v, product_w) = found.vectors[:2], found.values[:2]
-    scale = float(torch.maximum(product_v.norm(), product_w.norm()).clamp_min(1e-300))
-    bound = tolerance(precision) + _EPS * float(v.norm()) / scale
+    problem, scale = operator.problem, max(found.length, 1e-300)
+    length = problem.parameters.size**0.5
+    bound = tolerance(precision) + _EPS * length / scale
     if operator.mode == "finite-difference":
-        rounding = _gradient_rounding(operator.problem, sample, STEP) * float(v.norm())
-        bound = 1e-6 + rounding / scale
-
-    def asymmetry(v: Tensor, product: Tensor) -> float:
-        return float((v @ product_w - w @ product).abs()) / scale
-
-    value = asymmetry(v, product_v)
+        bound = 1e-6 + _gradient_rounding(problem, sample, STEP) * length / scale
+    value = abs(found.one - found.other) / scale
     if not value <= bound:  # what cancels is rounded as it was before, which takes a product to see
-        bound += Terms(operator, sample).rounding_of(w, precision) / scale
+        bound += Terms(operator, sample).rounding_of(signs(problem, 1), precision) / scale
     if not value <= bound:
-        layers = layers_where(
-            operator.parameters,
-            lambda part: (
-                asymmetry(part * v, Product(operator, sample)((part * v)[None])[0]) > bound
-            ),
-        )
+        v, w = signs(problem, 0), signs(problem, 1)
+        product_w = Product(operator, sample)(w[None])[0]
+
+        def is_wrong(mask: Tensor) -> bool:
+            part = mask.mul_(v)
+            product = Product(operator, sample)(part[None])[0]
+            return bool(abs(inner(part, product_w) - inner(w, product)) / scale > bound)
+
+        layers = layers_where(operator.parameters, is_wrong)
         raise MismatchError(f"products are not symmetric: {value:.1e} above {bound:.0e}{layers}")
     return Check(
         name="symmetry", state="passed", detail="|v'Hw - w'Hv| / |Hw|", value=value, bound=bound

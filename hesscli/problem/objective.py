@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli import world
-from hesscli.memory import Together, is_out_of_memory
+from hesscli.memory import Together, is_out_of_memory, room_for_more
 from hesscli.meter import BACKWARD, FORWARD
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import (
@@ -31,9 +31,12 @@ from hesscli.problem.independence import MUST_FIT, Independence
 from hesscli.problem.losses import Loss
 from hesscli.problem.precision import Narrowing, Precision, Widened, tolerance
 from hesscli.problem.restriction import held_fixed, shares_of_way_back
+from hesscli.units import human_bytes
 
 _EXAMPLES = 8
 """That are run in float64 to see what becomes of it."""
+_CHECKS_IN_FLOAT64 = 28
+"""Times the weights that checks take at most: the weights in float64, and a dozen vectors."""
 _NUMBERS_AT_ONCE, _TIMES_THE_WEIGHTS = 1 << 22, 2
 """That the examples of a batch may make at least."""
 
@@ -276,9 +279,21 @@ class Objective:
             self.retypings += 1
 
     @cached_property
+    def has_room_for_float64(self) -> bool:
+        """Whether it can be put to the test in float64; a run that goes on keeps what it found."""
+        return self.dtype == torch.float64 or self._float64_bytes <= room_for_more(self.device)
+
+    @property
+    def _float64_bytes(self) -> int:
+        return _CHECKS_IN_FLOAT64 * sum(p.nbytes for p in self.model.parameters())
+
+    @cached_property
     def precision(self) -> Precision:
         """What becomes of it where float64 is asked for."""
         own = torch.float32 if self.dtype == torch.float64 else self.dtype
+        if not self.has_room_for_float64:
+            numbers = self._seen(self.sample(_EXAMPLES))[2]
+            return Precision(own, own, numbers, human_bytes(self._float64_bytes))
         seen = self._seen_in_float64(widened=False)
         plain, numbers = (own, 0) if seen is None else seen
         if plain != torch.float64:
@@ -289,12 +304,10 @@ class Objective:
 
     def _seen_in_float64(self, *, widened: bool) -> tuple[torch.dtype, int] | None:
         """The narrowest type, and how much is made for an example; None where it does not run."""
-        watch = Narrowing()
         with self.in_dtype(torch.float64, widened=widened):
             sample = self.sample(_EXAMPLES)
             try:
-                with watch:
-                    value = self.evaluate(sample.data)
+                value, narrowest, numbers = self._seen(sample)
                 # Compiled code may run as Python while it is watched, and not be widened otherwise.
                 unwatched = self.evaluate(sample.data)
                 with self.forward_context():
@@ -308,7 +321,17 @@ class Objective:
         size = max(1.0, abs(float(value.detach())))
         if widened and not change <= tolerance(torch.float64) * size:
             return None
-        return watch.narrowest, watch.numbers // sample.count
+        return narrowest, numbers
+
+    def _seen(self, sample: WeightedBatch) -> tuple[Tensor, torch.dtype, int]:
+        """The loss of a few, the narrowest type on the way there, and numbers made for an example.
+
+        Of types only those are told that float64 was turned into.
+        """
+        watch = Narrowing()
+        with watch:
+            value = self.evaluate(sample.data)
+        return value, watch.narrowest, watch.numbers // sample.count
 
     @property
     def is_doubled(self) -> bool:

@@ -153,11 +153,13 @@ class Precision:
         plain: the narrowest type between parameters and loss; where float64 fails, its own.
         narrowest: the same once casts and constants are widened as well, if that helps.
         numbers: that are made for one example on the way to the loss; 0 where float64 fails.
+        too_large: what checks in float64 would have taken, where there was no room for them.
     """
 
     plain: torch.dtype
     narrowest: torch.dtype
     numbers: int
+    too_large: str | None = None
 
     @property
     def widened(self) -> bool:
@@ -168,6 +170,13 @@ class Precision:
     def is_float64(self) -> bool:
         """Whether checks in float64 mean anything."""
         return self.narrowest == torch.float64
+
+    @property
+    def why_narrow(self) -> str:
+        """Why they do not, in words."""
+        if self.too_large is not None:
+            return f"checks in float64 would take {self.too_large}"
+        return f"the model computes in {str(self.narrowest).removeprefix('torch.')}"
 
 
 class Retyped(Protocol):

@@ -298,10 +298,9 @@ def _require_float64(problem: Problem) -> None:
     """
     if problem.precision.is_float64:
         return
-    narrow = str(problem.precision.narrowest).removeprefix("torch.")
     raise UsageError(
         "what bfloat16 does to products is measured in float64",
-        f"a model that computes in {narrow}, whatever it is asked for",
+        problem.precision.why_narrow,
         "--dtype float32",
     )
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.cells import Cells, Visit
-from hesscli.engines.entries import GROUP, Stream, groups, power_of_two
+from hesscli.engines.entries import GROUP, BatchSum, Stream, groups, power_of_two
 from hesscli.engines.hutchinson.designs import Design, Plain, Probes
 from hesscli.engines.hutchinson.table import Sharing, Table, reduce_table
 from hesscli.meter import OnStep, go_on
-from hesscli.operators.source import Source
+from hesscli.operators.source import Source, Term
 from hesscli.parameters import Parameters
 from hesscli.randomness import Distribution
 from hesscli.state import State
@@ -90,13 +90,19 @@ class Hutchinson(Cells):
         for start, stop in self._blocks(len(self.cells[batch]), wanted):
             if forms:
                 yield
-            block = self.probes.block(batch, start, stop - start)
-            estimates = self.design.estimates(term, block, on_step)
-            forms.append(self._sums(estimates))
-            if self.stream is not None and entries is not None:
-                self.stream.add(entries, estimates, start)
+            forms.append(self._estimated(term, start, stop, entries, on_step))
         new = torch.cat(forms).cpu().numpy() + self.design.offset(batch)
         return Visit({batch: new}, entries)
+
+    def _estimated(
+        self, term: Term, start: int, stop: int, entries: BatchSum | None, on_step: OnStep
+    ) -> Tensor:
+        """Sums of some probes' estimates, which are gone then but for what is kept of them."""
+        block = self.probes.block(term.index, start, stop - start)
+        estimates = self.design.estimates(term, block, on_step)
+        if self.stream is not None and entries is not None:
+            self.stream.add(entries, estimates, start)
+        return self._sums(estimates)
 
     def _blocks(self, done: int, wanted: int) -> Iterator[tuple[int, int]]:
         """Numbers of probes in blocks that memory allows, of two and more to be centred."""
