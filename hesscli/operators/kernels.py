@@ -73,6 +73,15 @@ def _is_wanted(weight: Tensor) -> bool:
     return _only is None or not weight.is_leaf or weight.data_ptr() in _only
 
 
+def _leads_nowhere(slope: Tensor) -> bool:
+    """Whether it is zero, as all that comes back from the steps of piecewise linear functions is.
+
+    Looked at where some weights alone are wanted, which is where there may be nothing else, and on
+    a CPU: elsewhere it would be waited for.
+    """
+    return _only is not None and slope.device.type == "cpu" and not slope.any()
+
+
 def _convolution(
     function: Any,
     input: Tensor,
@@ -133,6 +142,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
         input, weight = ctx.saved_tensors
+        if _leads_nowhere(slopes[0]):
+            return None, None, None
         of_input, of_weight = ctx.needs_input_grad[:2]
         needed = of_input, of_weight and _is_wanted(weight)
         arguments = (*slopes, input, weight, ctx.geometry, needed)
