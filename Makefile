@@ -51,6 +51,9 @@ calibration: $(VENV)/demo  ## Predicted against measured loss changes, in float6
 fuzz: $(VENV)/test  ## Random networks with faults planted in them, and without (a quarter of an hour)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
+symmetries: $(VENV)/test  ## A hundred random networks, and every family planted in several forms
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m study tests/test_symmetry_study.py
+
 reference: $(VENV)/demo  ## Write .github/OPTIONS.md from what --help shows
 	$(BIN)/python tests/reference.py
 
@@ -103,6 +106,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum bench-parts \
-	bench-scale bench-large bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hf hostile ranks \
-	reference clean
+	bench-scale bench-large bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hf \
+	hostile ranks reference symmetries clean
 .DEFAULT_GOAL := help

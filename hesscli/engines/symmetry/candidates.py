@@ -99,6 +99,12 @@ class _Reading:
             uses[entries.numpy()] += 1
         return uses
 
+    @cached_property
+    def _labels(self) -> np.ndarray:
+        """A number for each channel by which its factor is known."""
+        drawn = np.random.default_rng(0).random(self.factor.max(initial=-1) + 1)
+        return np.asarray(drawn[self.factor])
+
     def _by_factor(self, found: dict[str, list[Tensor]]) -> dict[str, np.ndarray]:
         """For each name the factors that have it."""
         sets = dict[str, np.ndarray]()
@@ -187,13 +193,20 @@ class _Reading:
         )
 
     def _elsewhere(self, parts: list[_Part]) -> str | None:
-        """A parameter that is read by more than what these account for."""
+        """A parameter that is read by more than what these account for, or not in one way."""
         covered = np.zeros(self.parameters.size, dtype=np.int64)
+        done, alike = np.zeros(self.parameters.size), np.ones(self.parameters.size, dtype=bool)
         for use in {part.use for part in parts}:
-            own = np.unique(np.concatenate([p.entries for p in parts if p.use == use]))
-            covered[own] += 1
+            own = np.zeros(self.parameters.size)
+            for part in parts:
+                if part.use == use:
+                    np.add.at(own, part.entries, part.exponent * self._labels[part.channels])
+            acted = np.unique(np.concatenate([p.entries for p in parts if p.use == use]))
+            alike[acted] &= (covered[acted] == 0) | np.isclose(done[acted], own[acted])
+            done[acted] = own[acted]
+            covered[acted] += 1
         entries = np.unique(np.concatenate([part.entries for part in parts]))
-        more = entries[self._uses[entries] > covered[entries]]
+        more = entries[(self._uses[entries] > covered[entries]) | ~alike[entries]]
         if not len(more):
             return None
         number = int(np.searchsorted(self._starts, more[0], side="right") - 1)

@@ -131,6 +131,8 @@ def _reduction(known: Known, call: Call) -> None:
         labels, merged = known.merge(flow.labels, dims)
         labels = labels.reshape(call.result.shape)
         degree = _REDUCTIONS[call.name]
+        if not linear:
+            known.seen.mark("activation", flow)
         flows.append(flow.through(labels, degree=degree, linear=linear and not merged))
     call.give(flows)
 
@@ -141,6 +143,8 @@ def _pool(known: Known, call: Call) -> None:
     for flow in known.flows_of(call.args[0]):
         labels, _ = known.merge(flow.labels, range(kept, flow.labels.dim()))
         linear = "max" not in call.name
+        if not linear:
+            known.seen.mark("activation", flow)
         flows.append(flow.through(labels.expand(out.shape), linear=linear))
     call.give(flows, out)
 

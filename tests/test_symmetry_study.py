@@ -1,0 +1,143 @@
+"""A hundred random networks: what is said to hold does; and what was planted is found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from fuzz.dice import Dice
+from fuzz.grammar import plain
+from symmetric_networks import (
+    GROUPS,
+    HEADS,
+    WIDTH,
+    Attention,
+    Decoder,
+    Gated,
+    Perceptron,
+    Pictures,
+    Squared,
+    layer_norm,
+    problem_of,
+    rms_norm,
+    spread,
+)
+from torch import nn
+
+import hesscli
+from hesscli.diagnostics.symmetry import found_in
+from hesscli.errors import HesscliError
+
+pytestmark = pytest.mark.study
+
+Make = Callable[[random.Random], nn.Module]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_what_holds_does_so_at_other_weights_by_other_transformations(seed: int) -> None:
+    subject = plain(Dice(seed))
+    try:
+        problem = hesscli.Problem(subject.model, subject.loss, subject.data, **subject.options)
+        result = hesscli.symmetries(problem)
+    except HesscliError as refused:
+        pytest.fail(f"nothing was planted: {refused}")
+    generator = torch.Generator().manual_seed(seed)
+    with problem.in_dtype(torch.float64):
+        families = found_in(problem)
+        parameters = problem.parameters
+        weights = parameters.flatten([tensor.detach() for tensor in parameters.tensors])
+
+        def loss(theta: torch.Tensor, batch: object) -> float:
+            named = dict(zip(parameters.names, parameters.split(theta), strict=True))
+            return float(problem.evaluate(batch, named).detach())
+
+        for family, report in zip(families, result.families, strict=True):
+            if report.status != "holds":
+                assert report.causes, report
+                continue
+            for distance in (0.0, 0.3, 1.0):
+                noise = torch.randn(weights.shape, generator=generator, dtype=torch.float64)
+                theta = weights + distance * weights.std() * noise
+                moved = family.moved(family.draw(generator, 1.0), theta)
+                for batch in problem.batches():
+                    before, after = loss(theta, batch.data), loss(moved, batch.data)
+                    assert after == pytest.approx(before, rel=1e-9, abs=1e-12), report
+
+
+# -- Planted families, each in several forms -------------------------------------------------------
+
+
+def decoder(choose: random.Random, **options: bool) -> nn.Module:
+    rotary, normed = options.get("rotary", False), options.get("normed", False)
+    groups = choose.choice([1, GROUPS, HEADS])
+    attention = Attention(groups=groups, rotary=rotary, normed=normed)
+    norm = layer_norm if options.get("shifts") else choose.choice([layer_norm, rms_norm])
+    perceptron = Gated() if options.get("gated") else choose.choice([Gated, Perceptron])()
+    return Decoder(norm, attention, perceptron, positions=choose.random() < 0.5)
+
+
+def perceptron(choose: random.Random) -> nn.Module:
+    width = choose.randint(2, 6)
+    kinds = (nn.ReLU, nn.LeakyReLU, nn.PReLU, lambda: nn.PReLU(width), Squared)
+    middle = [nn.Linear(width, width), choose.choice(kinds)()] if choose.random() < 0.5 else []
+    first = nn.Linear(5, width, bias=choose.random() < 0.5)
+    return nn.Sequential(first, choose.choice(kinds)(), *middle, nn.Linear(width, 3))
+
+
+def low_rank(choose: random.Random) -> nn.Module:
+    rank = choose.randint(2, 4)
+    return nn.Sequential(nn.Linear(5, rank, bias=choose.random() < 0.5), nn.Linear(rank, 3))
+
+
+def pictures(choose: random.Random, *, training: bool) -> nn.Module:
+    model = Pictures(choose.choice([nn.ReLU, nn.PReLU, nn.LeakyReLU])())
+    return model.train(training)
+
+
+def normalised(choose: random.Random) -> nn.Module:
+    width = choose.randint(4, 8)
+    norm = choose.choice([nn.LayerNorm, nn.RMSNorm, lambda width, eps: nn.GroupNorm(1, width, eps)])
+    return nn.Sequential(nn.Linear(5, width), norm(width, eps=1e-5), nn.Linear(width, 3))
+
+
+PLANTED: dict[str, tuple[Make, str]] = {
+    "softmax head": (perceptron, "holds"),
+    "homogeneous activation": (perceptron, "holds"),
+    "linear maps": (low_rank, "holds"),
+    "key bias": (decoder, "holds"),
+    "query-key": (decoder, "holds"),
+    "value-output": (decoder, "holds"),
+    "norm gain": (decoder, "holds"),
+    "residual writers": (decoder, "asymptotic"),
+    "residual shift": (lambda choose: decoder(choose, shifts=True), "holds"),
+    "gated unit": (lambda choose: decoder(choose, gated=True), "holds"),
+    "query-key plane": (lambda choose: decoder(choose, rotary=True), "holds"),
+    "query-key plane rotation": (lambda choose: decoder(choose, rotary=True), "holds"),
+    "map before a norm": (normalised, "asymptotic"),
+    "map before batch norm": (lambda choose: pictures(choose, training=True), "asymptotic"),
+    "bias before batch norm": (lambda choose: pictures(choose, training=True), "holds"),
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_was_planted_is_found(name: str, seed: int) -> None:
+    make, expected = PLANTED[name]
+    model = make(random.Random(f"{name} {seed}"))
+    training = model.training and isinstance(model, Pictures)
+    result = hesscli.symmetries(problem_of(spread(model, seed).train(training), seed=seed))
+    found = {one.status for one in result.families if one.name == name}
+    assert found == {expected}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_heads_with_norms_keep_the_scale_of_each_query_map(seed: int) -> None:
+    choose = random.Random(seed)
+    model = decoder(choose, rotary=choose.random() < 0.5, normed=True)
+    result = hesscli.symmetries(problem_of(spread(model, seed), seed=seed))
+    scales = [one for one in result.families if one.name == "map before a norm"]
+    assert {one.status for one in scales} == {"asymptotic"}
+    assert max(one.directions for one in scales) == HEADS
+    assert WIDTH > HEADS
