@@ -251,6 +251,12 @@ def _sequence_net() -> nn.Module:
     return _sequential(nn.Linear(3, 5), nn.Tanh(), nn.LayerNorm((4, 5)), nn.Linear(5, 2))
 
 
+def _turned_net() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return _sequential(Conv1D(5, 3), nn.GELU(), Conv1D(2, 5))
+
+
 TOKENS, NEXT = _classes(7, N, 5), _classes(7, N, 5)
 POINTS, KINDS = _draw(N, 3), _classes(3, N)
 SMALL = (POINTS, KINDS)
@@ -267,6 +273,7 @@ CASES: dict[str, Case] = {
     "signals": (_signal_net, "mse", (_draw(N, 2, 11), _draw(N, 3, 1)), set()),
     "volumes": (_volume_net, BCE, (_draw(N, 2, 4, 5, 4), _draw(N, 2).sigmoid()), set()),
     "sequences": (_sequence_net, "mse", (_draw(N, 4, 3), _draw(N, 4, 2)), set()),
+    "turned": (_turned_net, "mse", (_draw(N, 4, 3), _draw(N, 4, 2)), set()),
     "text": (Text, "language_model", TEXT, ATTENTION),
     "tied": (lambda: Text(tied=True), "language_model", TEXT, ATTENTION | {"tokens.weight"}),
     "functional": (Functional, "cross_entropy", SMALL, {"first.weight", "first.bias"}),

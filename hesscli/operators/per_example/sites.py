@@ -221,11 +221,16 @@ class Product(Site):
         """The windows of the input, the gradients, and what is made of the two."""
         first = [x[:1] for x in self.inputs]
         _, groups, positions, width = self.read(first).shape
-        outputs, many = len(self.module.weight) // groups, len(columns)
+        outputs, many = self.outputs // groups, len(columns)
         numbers = groups * positions * (width + many * outputs)
         if pairs_are_cheaper(many, outputs, positions, width):
             return positions * numbers
         return numbers + groups * many * outputs * width
+
+    @property
+    def outputs(self) -> int:
+        """Features, or channels, of the output."""
+        return len(self.module.weight)
 
     def each_of(self, inputs: Tensor, gradients: Tensor) -> Named:
         """Gradients summed over positions."""
@@ -258,6 +263,27 @@ class LinearSite(Product):
     def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
         """Gradients in the outputs as (n, 1, O, P)."""
         return self.read(gradients).transpose(2, 3)
+
+
+class TransposedSite(LinearSite):
+    """``Conv1D`` of transformers, GPT-2's linear layer: y = a W + b, W of inputs by outputs."""
+
+    def each_of(self, inputs: Tensor, gradients: Tensor) -> Named:
+        """Gradients summed over positions."""
+        return {
+            "weight": torch.matmul(gradients, inputs)[:, 0].transpose(1, 2).contiguous(),
+            "bias": gradients.sum(3).flatten(1),
+        }
+
+    def squares_of(self, inputs: Tensor, columns: Sequence[Tensor]) -> Named:
+        """Squared gradients as a linear layer's, the weight's turned."""
+        found = super().squares_of(inputs, columns)
+        return found | {"weight": found["weight"][0].T.contiguous()}
+
+    @property
+    def outputs(self) -> int:
+        """Features of the output."""
+        return int(self.module.weight.shape[1])
 
 
 class ConvolutionSite(Product):
@@ -405,6 +431,8 @@ def site_class(module: nn.Module) -> type[Site] | None:
     """The kind of site that fits a module, if any does."""
     if isinstance(module, nn.Linear):
         return LinearSite
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return TransposedSite
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return ConvolutionSite
     if isinstance(module, _NORMS):
