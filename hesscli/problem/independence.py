@@ -40,6 +40,8 @@ _MODEL_BATCHES = 3
 """Batches on which the model is run on parts; a loss of one's own is tried on all of them."""
 _ROWS = 16
 """Rows that named losses are tried on, but of the first batch: they mix no more than the model."""
+_QUARTERED = 16
+"""Rows from which on they are tried in quarters."""
 _MOST_NUMBERS = 1 << 23
 """Numbers in the outputs of the first batch's rows, lest the trial takes more than the run."""
 _ABSOLUTE = 1e3
@@ -418,10 +420,17 @@ def _take(tensor: Tensor, places: Places) -> Tensor:
 
 
 def _splits(count: int) -> Iterator[list[list[int]]]:
-    """Halves, and a random third against the rest: pairs of whatever arrangement are broken."""
+    """Pairs of whatever arrangement are broken, and no example is alone if that can be helped.
+
+    Random quarters break three pairs of four. Where there are too few examples for them, halves
+    and a random third against the rest do.
+    """
+    order = np.random.Generator(np.random.Philox(key=count)).permutation(count).tolist()
+    if count >= _QUARTERED:
+        yield [order[part::4] for part in range(4)]
+        return
     yield [list(range(count // 2)), list(range(count // 2, count))]
     if count > 2:
-        order = np.random.Generator(np.random.Philox(key=count)).permutation(count).tolist()
         third = max(count // 3, min(2, count // 2))
         yield [order[:third], order[third:]]
 
