@@ -45,13 +45,13 @@ def weighted_sum(
     for batch in batches:
         row = 0
         for part in parts(batch):
-            _add(into[row : row + len(part)], part.detach(), batch.weight)
+            add_rows(into[row : row + len(part)], part.detach(), batch.weight)
             row += len(part)
     return into
 
 
-def _add(into: Tensor, part: Tensor, weight: float) -> None:
-    """Add rows of whatever type, which are not copied into the total's as a whole."""
+def add_rows(into: Tensor, part: Tensor, weight: float) -> None:
+    """Add weighted rows of whatever type, which are not copied into the total's as a whole."""
     if part.dtype == into.dtype:
         into.add_(part, alpha=weight)
         return

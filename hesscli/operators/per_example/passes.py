@@ -189,16 +189,16 @@ class Pass:
 
     def squares(self, pulled: Pulled) -> Tensor:
         """Σ over examples and columns s of (J_iᵀ s_i)², flat float64 ``(d,)``."""
-        known, tensors = self.owner.known, self.owner.parameters.tensors
-        parts = [torch.zeros_like(t, dtype=torch.float64) for t in tensors]
-        for module, names in known.items():
+        parameters = self.owner.parameters
+        total = torch.zeros(parameters.size, dtype=torch.float64, device=self.outputs.device)
+        parts = parameters.split(total)
+        for module, names in self.owner.known.items():
             if self.calls[module]:
-                sums = self._site(module).squares([p[module] for p in pulled.slopes])
-                for name, position in names.items():
-                    parts[position] = sums[name].view_as(tensors[position])
+                into = {name: parts[position] for name, position in names.items()}
+                self._site(module).add_squares([p[module] for p in pulled.slopes], into)
         for position, (_, square) in self._generic(pulled.columns).items():
-            parts[position] = square
-        return self.owner.parameters.flatten(parts)
+            parts[position].add_(square)
+        return total
 
     def each(self, column: Tensor) -> Tensor:
         """Rows J_iᵀ s_i ``(N, d)``, s_i the example's part of one column."""

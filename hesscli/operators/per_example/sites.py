@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hesscli.parameters import Parameters
+from hesscli.sums import add_rows
 
 # -- Sums of squared products: Σ_{n,c} (Σ_p g_ncop a_npj)² without keeping all that is squared -----
 
@@ -131,17 +132,17 @@ class Site(ABC):
         self.module, self.count = module, count
         self.inputs = self.by_example([self.prepare(x) for x in inputs])
 
-    def squares(self, columns: Sequence[Sequence[Tensor]]) -> Named:
+    def add_squares(self, columns: Sequence[Sequence[Tensor]], into: Named) -> None:
         """Σ over examples and columns of squared gradients, a few examples at a time.
 
         Args:
             columns: for each the gradients of every call's output, in the output's shape.
+            into: float64 totals of the parameters that are wanted, which are added to.
         """
-        sums: Named = {}
         for inputs, gradients in self._parts(columns):
-            for name, value in self.squares_of(inputs, gradients).items():
-                sums[name] = sums[name] + value if name in sums else value.double()
-        return sums
+            found = self.squares_of(inputs, gradients)
+            for name, total in into.items():
+                add_rows(total.view(-1), found[name].reshape(-1), 1.0)
 
     def norms(self, columns: Sequence[Sequence[Tensor]]) -> Named:
         """Σ over columns of each example's squared gradient norm, ``(N,)`` float64; likewise."""
