@@ -12,6 +12,7 @@ from mfac_truth import Truth, distance, rows_of
 from torch import Tensor
 
 from hesscli.engines.mfac import GradientWindow, StaticFisher, WindowedFisher
+from hesscli.engines.mfac.system import ENOUGH
 from hesscli.errors import UnsoundError, UsageError
 
 SHAPES = {"few rows": (16, 96), "half as many rows": (60, 96), "many rows": (120, 72)}
@@ -164,6 +165,20 @@ def test_what_does_not_fit() -> None:
     ):
         with pytest.raises(UsageError):
             attempt()
+
+
+def test_whoever_asks_for_fewer_digits_stays_in_float32() -> None:
+    """Nearly equal rows: what they differ by is all that λ is to tell apart."""
+    window = GradientWindow(8, 4096)
+    window.extend(rows_of("equal", 8, 4096) + 1e-4 * rows_of("normal", 8, 4096))
+    damping = 1e-4 * window.mean_square()
+    truth = StaticFisher(window, damping, precise=True).member(3).vector
+    bounds = []
+    for enough in (1.0, ENOUGH):
+        solution = WindowedFisher(window, damping, enough=enough).member(3)
+        assert distance(solution.vector, truth) <= solution.error <= enough
+        bounds.append(solution.error)
+    assert bounds[0] > ENOUGH > 1e6 * bounds[1]
 
 
 def test_a_damping_that_rounding_swallows() -> None:

@@ -135,7 +135,7 @@ class RootMeanSquare:
         """The mean moved towards a new value, in place; from zero if there is none."""
         if mean is None:
             return new * (1 - self.beta2)
-        return mean.mul_(self.beta2).add_(new, alpha=1 - self.beta2)
+        return mean.lerp_(new, 1 - self.beta2)
 
     def _copy(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.dtype, copy=True)

@@ -117,9 +117,9 @@ ENOUGH = 1e-2
 _TINY = torch.finfo(torch.float64).tiny
 
 
-def is_enough(vectors: Tensor, errors: Tensor) -> bool:
+def is_enough(vectors: Tensor, errors: Tensor, enough: float = ENOUGH) -> bool:
     """Whether every row has its digits."""
-    return bool((errors <= ENOUGH * torch.linalg.vector_norm(vectors, dim=1)).all())
+    return bool((errors <= enough * torch.linalg.vector_norm(vectors, dim=1)).all())
 
 
 class System:

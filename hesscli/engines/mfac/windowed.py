@@ -10,6 +10,7 @@ from torch import Tensor
 from hesscli.engines.mfac.gram import Gram
 from hesscli.engines.mfac.static import Solution, checked_damping, checked_rows, only
 from hesscli.engines.mfac.system import (
+    ENOUGH,
     CholeskyFactor,
     NotPositiveError,
     Solved,
@@ -125,13 +126,14 @@ class WindowedFisher:
     Args:
         window: may have rows already.
         damping: λ, absolute.
+        enough: bound of a relative error that is left as it is.
 
     Raises:
         UsageError: λ is not above 0.
     """
 
-    def __init__(self, window: GradientWindow, damping: float) -> None:
-        self.window, self.damping = window, checked_damping(damping)
+    def __init__(self, window: GradientWindow, damping: float, *, enough: float = ENOUGH) -> None:
+        self.window, self.damping, self.enough = window, checked_damping(damping), enough
         self._gram = Gram(window, exact=2 * window.capacity > window.size)
         self._seen = window.pushes
         self._tail: TailFactor | None = None
@@ -213,7 +215,7 @@ class WindowedFisher:
     def _with_digits(self, attempt: Callable[[System], Solved]) -> Solution:
         """What an attempt finds; in float64 from now on where float32 leaves too few digits."""
         solved = attempt(self._current())
-        if not (self._gram.exact or is_enough(*solved)):
+        if not (self._gram.exact or is_enough(*solved, self.enough)):
             self._sharpen()
             solved = attempt(self._current())
         return Solution.of(solved[0][0], solved[1][0])
