@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from hesscli.engines.hutchinson.blocks import Blocks
 from hesscli.engines.root_mean_square import RootMeanSquare
 from hesscli.errors import UnsoundError, UsageError, first_line
-from hesscli.optim.base import LossOptimizer, Parameters, require, wide_dtype
+from hesscli.optim.base import LossOptimizer, Params, Sums, require, wide_dtype
 from hesscli.pairing import paired
 from hesscli.randomness import key, rademacher
 from hesscli.vocabulary import BlockRule
@@ -70,7 +69,7 @@ class AdaHessian(LossOptimizer):
 
     def __init__(
         self,
-        params: Parameters,
+        params: Params,
         lr: float = 0.15,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
@@ -102,9 +101,9 @@ class AdaHessian(LossOptimizer):
         """All there is to go on from between two steps, by reference as torch's own are."""
         return super().state_dict() | {"seed": self.seed}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from where another of the same parameters was; of what it has copies are made."""
-        super().load_state_dict(dict(state_dict))
+        super().load_state_dict(state_dict)
         self.seed = state_dict["seed"]
 
     def _check(self, options: dict[str, Any]) -> None:
@@ -127,14 +126,19 @@ class AdaHessian(LossOptimizer):
             signs = self._signs(probe)
             last = probe == self.probes - 1
             products = _product(live, signs, list(gradient), retain_graph=not last)
-            for p, product in zip(gradient, products, strict=True):
-                entries = product.detach().to(wide_dtype(p)) * signs[p]
-                if self.probes > 1:
-                    entries /= self.probes
-                before = self._products.get(p)
-                self._products[p] = entries if before is None else before + entries
+            self._add_products(dict(zip(gradient, products, strict=True)), signs)
 
-    def _signs(self, probe: int) -> dict[Tensor, Tensor]:
+    @torch.no_grad()
+    def _add_products(self, products: Sums, signs: Sums) -> None:
+        """Add v ⊙ Hv, each product's share of an estimate."""
+        for tensor, product in products.items():
+            entries = product.to(wide_dtype(tensor)) * signs[tensor]
+            if self.probes > 1:
+                entries /= self.probes
+            before = self._products.get(tensor)
+            self._products[tensor] = entries if before is None else before.add_(entries)
+
+    def _signs(self, probe: int) -> Sums:
         """A probe of this step, for every parameter there is."""
         tensors = self._parameters()
         sizes, dtype, device = [p.numel() for p in tensors], tensors[0].dtype, tensors[0].device
@@ -198,8 +202,8 @@ def _blocks(shape: tuple[int, ...], rule: str) -> Blocks:
 
 
 def _product(
-    gradient: dict[Tensor, Tensor],
-    signs: dict[Tensor, Tensor],
+    gradient: Sums,
+    signs: Sums,
     tensors: list[Tensor],
     *,
     retain_graph: bool,

@@ -13,7 +13,7 @@ from hesscli.errors import UsageError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Sums = dict[Tensor, Tensor]
 """Of some parameters, a tensor of the same shape."""
 
@@ -34,7 +34,7 @@ class LossOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Parameters, defaults: dict[str, Any], replicas: ProcessGroup | None
+        self, params: Params, defaults: dict[str, Any], replicas: ProcessGroup | None
     ) -> None:
         super().__init__(params, defaults)
         self.replicas, self.steps = replicas, 0
@@ -162,7 +162,9 @@ class LossOptimizer(torch.optim.Optimizer):
         """θ ← θ − lr (direction + w θ), rounded once where a parameter is of a half type."""
         lr = float(group["lr"])
         moved = tensor.to(direction.dtype)  # itself, unless it is of a half type
-        moved.mul_(1 - lr * group["weight_decay"]).sub_(direction, alpha=lr)
+        if group["weight_decay"]:
+            moved.mul_(1 - lr * group["weight_decay"])
+        moved.sub_(direction, alpha=lr)
         if moved is not tensor:
             tensor.copy_(moved)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesscli.engines.mfac import GradientWindow, WindowedFisher
 from hesscli.errors import HesscliError, UnsoundError, UsageError
-from hesscli.optim.base import LossOptimizer, Parameters, require, wide_dtype
+from hesscli.optim.base import LossOptimizer, Params, require, wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,7 +57,7 @@ class MFAC(LossOptimizer):
 
     def __init__(
         self,
-        params: Parameters,
+        params: Params,
         lr: float = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -104,7 +104,7 @@ class MFAC(LossOptimizer):
         Raises:
             UsageError: its window is another.
         """
-        fisher = state_dict["fisher"]
+        fisher, new = state_dict["fisher"], None
         if fisher is not None:
             new, rows = self._new_fisher(), fisher["window"]["rows"]
             room, pushes = new.window.capacity, fisher["window"]["pushes"]
@@ -115,10 +115,8 @@ class MFAC(LossOptimizer):
                     f"MFAC(..., window={len(rows)}) with the same parameters",
                 )
             new.load_state_dict(fisher)
-            self._fisher = new
-        else:
-            self._fisher = None
         super().load_state_dict(state_dict)
+        self._fisher = new
 
     def _check(self, options: dict[str, Any]) -> None:
         super()._check(options)
@@ -132,7 +130,7 @@ class MFAC(LossOptimizer):
             window = GradientWindow(self.window, columns, dtype=dtype, device=tensors[0].device)
         except UsageError as error:
             raise _in_python(error) from error
-        return WindowedFisher(window, self.damping)
+        return WindowedFisher(window, self.damping, enough=_ENOUGH)
 
     def _move(self) -> None:
         tensors = self._parameters()
@@ -145,7 +143,8 @@ class MFAC(LossOptimizer):
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
-                    direction = places[tensor].view(tensor.shape).to(wide_dtype(tensor))
+                    direction = places[tensor].view_as(tensor)
+                    direction = direction.to(tensor.device, wide_dtype(tensor))
                     self._move_one(tensor, self._with_momentum(tensor, direction, group), group)
 
     def _preconditioned(self, fisher: WindowedFisher) -> Tensor:
@@ -182,6 +181,9 @@ class MFAC(LossOptimizer):
         return {"momentum": state["momentum"].to(tensor.device, wide_dtype(tensor), copy=True)}
 
 
+_ENOUGH = 0.1
+"""Bound of a step's relative error that is left to float32. What was seen is a hundredth of the
+bound, and of a gradient's own noise much less."""
 _WORDS = {
     " or --window-file FILE": "",
     "--window-dtype ": "window_dtype=torch.",
