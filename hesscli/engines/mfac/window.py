@@ -152,6 +152,10 @@ class GradientWindow:
         """Some of its valid rows as a window of their own, which takes no memory, nor new rows."""
         return _Selection(self, slots)
 
+    def without(self, gone: Tensor) -> GradientWindow:
+        """A window with zeros in some columns ``(d,)``, which takes no memory, nor new rows."""
+        return _Masked(self, gone)
+
     def tile(self, start: int, stop: int) -> Tensor:
         """Columns of the valid rows, ``(n, stop - start)``, on the device; not to be changed."""
         return self._read(slice(start, stop)).to(self.device)
@@ -307,6 +311,28 @@ class _Selection(GradientWindow):
 
     def gather(self, indices: Tensor) -> Tensor:
         return self._whole.gather(indices)[self._slots]
+
+
+class _Masked(GradientWindow):
+    """A window with zeros in some of its columns, read through it."""
+
+    def __init__(self, whole: GradientWindow, gone: Tensor) -> None:
+        self._whole, self._stays = whole, ~gone.to(whole.device)
+        self.capacity = self.pushes = whole.count
+        self.columns, self.size = whole.columns, whole.size
+        self.dtype, self.device = whole.dtype, whole.device
+        self._data, self._map = whole._data, whole._map
+
+    @property
+    def _squares(self) -> Tensor:  # type: ignore[override]
+        tiles = (tile for _, tile in self.tiles(slice(0, self.size)))
+        return torch.stack([_squares(tile) for tile in tiles]).sum(0)
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        return self._whole.tile(start, stop) * self._stays[start:stop]
+
+    def gather(self, indices: Tensor) -> Tensor:
+        return self._whole.gather(indices) * self._stays[indices.to(self.device)]
 
 
 def _times(matrix: Tensor, columns: Tensor) -> Tensor:

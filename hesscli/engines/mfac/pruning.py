@@ -1,0 +1,71 @@
+"""What weights cost to remove, and how the others make up for it: Optimal Brain Surgeon's step.
+
+To second order the removal of weights Q costs ½ w_Qᵀ ([(F̂ + λI)⁻¹]_QQ)⁻¹ w_Q if the others move by
+the best there is (Hassibi & Stork 1993, "Optimal Brain Surgeon"; Singh & Alistarh 2020,
+"WoodFisher", arXiv 2004.14340; Frantar, Kurtic & Alistarh 2021, "M-FAC", arXiv 2107.03356).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hesscli.engines.mfac.static import StaticFisher
+from hesscli.engines.mfac.system import DualBlock
+from hesscli.meter import OnStep, go_on
+
+
+def compensation(
+    fisher: StaticFisher, weights: Tensor, gone: Tensor, on_step: OnStep = go_on
+) -> Tensor:
+    """How all others are to move when some weights go to zero together.
+
+    δ = −(F̂ + λI)⁻¹_:Q ([(F̂ + λI)⁻¹]_QQ)⁻¹ w_Q, which is −w_Q in Q, is solved where it is small:
+    by what stays, S, it is (F̂_SS + λI) δ_S = F̂_SQ w_Q. The right side is a combination of the
+    window's rows, whose solution is one pass over them and is not divided by λ. So it takes no
+    longer for a million weights than for one.
+
+    Args:
+        fisher: F̂ + λI, whole or by blocks.
+        weights: w ``(d,)``.
+        gone: which of them go ``(d,)``, boolean.
+        on_step: called between blocks; may end it.
+
+    Returns:
+        δ, float64 ``(d,)``.
+
+    Raises:
+        UnsoundError: λ is lost in rounding.
+    """
+    removed = torch.where(gone, weights.double(), 0.0)
+    change = -removed
+    window = fisher.window
+    for part, others in zip(fisher.parts(), fisher.without(gone).parts(), strict=True):
+        place, own = part.columns, removed[None, part.columns]
+        if isinstance(others, DualBlock):
+            found, _ = others.combination(window.project(own, place) / window.count)
+        else:
+            pull = part.multiply(own).masked_fill(gone[None, place], 0.0)  # λw is all in Q
+            found, _ = others.solve(pull)
+        change[place] += found[0]
+        on_step()
+    return change
+
+
+def sum_of_columns(fisher: StaticFisher, weights: Tensor, gone: Tensor) -> Tensor:
+    """The same as if each went alone: −Σ_q w_q / [(F̂ + λI)⁻¹]_qq · (F̂ + λI)⁻¹ e_q.
+
+    This is what the authors of M-FAC take (section 4), who then set Q to zero. Where weights that
+    go depend on each other it makes up for the same loss several times.
+
+    Args:
+        fisher: F̂ + λI.
+        weights: w ``(d,)``.
+        gone: which of them go ``(d,)``, boolean.
+
+    Returns:
+        δ, float64 ``(d,)``, −w_Q in Q.
+    """
+    removed = torch.where(gone, weights.double(), 0.0)
+    change = fisher.ihvp(-removed / fisher.diagonal()).vector
+    return torch.where(gone, -removed, change)
