@@ -6,9 +6,10 @@ word before anything is loaded.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, cast, get_args
+from typing import ClassVar, Literal, NamedTuple, Self, cast, get_args
 
 from hesscli.errors import UsageError
 
@@ -64,6 +65,56 @@ class Selection:
         if (number := _number(digits)) is None:
             raise UsageError(f"examples must be {cls.spelled}", repr(text), "examples=4096")
         return cls(number, digits != str(text))
+
+
+class TrainedWith(NamedTuple):
+    """How weights came from others: the optimizer's settings, and a log of its updates.
+
+    ``lr`` None is not known, nor are ``steps``; ``updates`` is a file of what each step added.
+    """
+
+    optimizer: str = "sgd"
+    lr: float | None = None
+    wd: float = 0.0
+    momentum: float = 0.0
+    steps: int | None = None
+    updates: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``lr=0.1,wd=5e-4,momentum=0.9,steps=500,updates=FILE,optimizer=sgd``, any of them.
+
+        Raises:
+            UsageError: another name, or a value that cannot be meant.
+        """
+        given = dict(part.partition("=")[::2] for part in text.split(","))
+        numbers = [given[name] for name in ("lr", "wd", "momentum") if name in given]
+        try:
+            wrong = not all(0 <= float(number) < math.inf for number in numbers)
+            wrong |= float(given.get("momentum", 0)) >= 1 or int(given.get("steps", 0)) < 0
+        except ValueError:
+            wrong = True
+        named = given.get("optimizer", "sgd")
+        if wrong or given.keys() - set(cls._fields) or named not in OPTIMIZERS:
+            raise UsageError(f"training must be {SPELLED}", repr(text), "lr=0.1,wd=5e-4")
+        return cls(
+            optimizer=named,
+            lr=float(given["lr"]) if "lr" in given else None,
+            wd=float(given.get("wd", 0)),
+            momentum=float(given.get("momentum", 0)),
+            steps=int(given["steps"]) if "steps" in given else None,
+            updates=given.get("updates"),
+        )
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        pairs = zip(self._fields, self, strict=True)
+        return ",".join(f"{name}={value}" for name, value in pairs if value is not None)
+
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+"""Whose steps are known; the latter two keep no charges."""
+SPELLED = "lr=X,wd=X,momentum=X,steps=N,updates=FILE,optimizer=sgd|adam|adamw, any of them"
 
 
 @dataclass(frozen=True)

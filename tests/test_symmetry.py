@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import io
+import json
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from program import SPEC, SUNSPOTS, hesscli_warm, three_lines
+from rich.console import Console
+from safetensors.torch import save_file
 from symmetric_networks import (
     GROUPS,
     HEADS,
@@ -38,8 +44,12 @@ from hesscli.engines.symmetry.families import (
     Translation,
     tangents,
 )
+from hesscli.errors import ExitCode
 from hesscli.problem.problem import Problem
+from hesscli.render.figures.symmetry import figures
+from hesscli.render.tables.symmetry import symmetry_table
 from hesscli.results import SymmetryResult
+from hesscli.vocabulary import TrainedWith
 
 HOLDS = 1e-12
 """Residuals of what holds: a thousand units of rounding, or a few thousand."""
@@ -517,3 +527,118 @@ def test_work_is_little() -> None:
     assert result.cost.gradients == pytest.approx(planned.gradients, rel=0.5)
     # Places are batches, of which each is an eighth of the data.
     assert result.cost.products <= 2 * (len(result.families) + 1) / 8 + 1
+
+
+# -- Two ends of a run -----------------------------------------------------------------------------
+
+
+RATE, STEPS = 0.05, 60
+
+
+def trained(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    steps: int = STEPS,
+) -> dict[str, Tensor]:
+    """Train, and log what each step adds to each parameter."""
+    updates: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    for step in range(steps):
+        x, y = batches[step % len(batches)]
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            updates[name].append(parameter.detach() - before[name])
+    return {name: torch.stack(each) for name, each in updates.items()}
+
+
+@pytest.mark.parametrize(
+    ("make", "decay", "momentum"),
+    [(gpt_like, 0.0, 0.0), (llama_like, 0.1, 0.0), (llama_like, 0.0, 0.9), (gpt_like, 0.1, 0.9)],
+    ids=["plain", "decay", "momentum", "both"],
+)
+def test_what_sgd_does_to_charges_is_predicted(
+    make: Callable[[], nn.Module], decay: float, momentum: float, tmp_path: Path
+) -> None:
+    model = spread(make())
+    problem = problem_of(spread(make()))
+    sgd = torch.optim.SGD(model.parameters(), RATE, momentum=momentum, weight_decay=decay)
+    save_file(trained(model, sgd, problem.data.batches), tmp_path / "log.safetensors")
+    torch.save(model.state_dict(), tmp_path / "late.pt")
+    log = str(tmp_path / "log.safetensors")
+    way = TrainedWith(lr=RATE, wd=decay, momentum=momentum, updates=log)
+    result = hesscli.symmetries(problem, later=[tmp_path / "late.pt"], trained_with=way)
+    assert len(result.drifts) == sum(one.charges > 0 for one in result.families)
+    for drift in result.drifts:
+        (change,) = drift.changes
+        assert drift.error is not None
+        linear = drift.name in ("softmax head", "key bias", "residual shift")
+        if linear and not decay:
+            assert change < 1e-12 * STEPS * max(drift.size, 1)
+        else:
+            assert change > 1e-6
+            assert drift.error < 1e-7
+    assert all(one.later is not None and one.predicted is not None for one in result.charges)
+
+
+def test_decay_alone_is_a_factor(tmp_path: Path) -> None:
+    """Where nothing is learned quadratic charges shrink by (1 − lr · wd)² a step, linear ones by
+    its root."""
+    model = spread(perceptron(nn.ReLU()))
+    problem = problem_of(model)
+    shrunk = {name: p.detach() * (1 - RATE * 0.1) ** STEPS for name, p in model.named_parameters()}
+    torch.save(shrunk, tmp_path / "late.pt")
+    way = TrainedWith(lr=RATE, wd=0.1, steps=STEPS)
+    result = hesscli.symmetries(problem, later=[tmp_path / "late.pt"], trained_with=way)
+    factor = (1 - RATE * 0.1) ** STEPS
+    for charge in result.charges:
+        linear = charge.name == "softmax head"
+        assert charge.later == pytest.approx(charge.value * factor ** (1 if linear else 2))
+        assert charge.predicted == (pytest.approx(charge.later) if linear else None)
+
+
+def test_adam_keeps_no_charges_and_that_is_no_fault(tmp_path: Path) -> None:
+    model = spread(perceptron(nn.ReLU()))
+    problem = problem_of(spread(perceptron(nn.ReLU())))
+    trained(model, torch.optim.Adam(model.parameters(), RATE), problem.data.batches)
+    torch.save(model.state_dict(), tmp_path / "late.pt")
+    way = TrainedWith("adam", lr=RATE, steps=STEPS)
+    result = hesscli.symmetries(problem, later=[tmp_path / "late.pt"], trained_with=way)
+    assert all(drift.predicted_change is None for drift in result.drifts)
+    assert min(drift.changes[0] / drift.size for drift in result.drifts) > 1e-3
+    (told,) = [warning for warning in result.warnings if "adam" in warning]
+    assert "no fault" in told
+    drawn = dict(figures(result, {}))
+    assert drawn.keys() == {"symmetry", "symmetry_charges"}
+    for figure in drawn.values():
+        labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+        assert labels
+        assert not any("$" in label for label in labels)
+    console = Console(width=120, file=io.StringIO())
+    console.print(symmetry_table(result))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "charges at late.pt" in shown
+    assert "homogeneous activation: 0" in shown
+
+
+def test_ends_in_the_program(tmp_path: Path) -> None:
+    problem = hesscli.load(SUNSPOTS, spec=SPEC[1])
+    names, tensors = problem.parameters.names, problem.parameters.tensors
+    log = {name: torch.zeros(3, *t.shape) for name, t in zip(names, tensors, strict=True)}
+    save_file(log, tmp_path / "log.safetensors")
+    how = "lr=0.1,updates=log.safetensors"
+    line = ("symmetry", SUNSPOTS, SUNSPOTS, *SPEC, "--trained-with", how, "--out", "json")
+    run = hesscli_warm(*line, "--dir", "-", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    document = json.loads(run.stdout)
+    assert [Path(end["path"]) for end in document["later"]] == [SUNSPOTS]
+    for wrong in ("lr=fast", "speed=1", "optimizer=lion", "momentum=1"):
+        refused = hesscli_warm(*line[:-3], wrong, cwd=tmp_path)
+        assert refused.returncode == ExitCode.USAGE
+        what, got, _ = three_lines(refused.stderr)
+        assert "--trained-with" in what
+        assert wrong in got
+    missing = hesscli_warm("symmetry", SUNSPOTS, "nothing.pt", *SPEC, cwd=tmp_path)
+    assert missing.returncode == ExitCode.INPUT

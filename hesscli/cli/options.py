@@ -13,6 +13,7 @@ from hesscli.vocabulary import (
     MATRICES,
     METHODS,
     MODES,
+    SPELLED,
     USUAL_BUDGET,
     USUAL_CONFIDENCE,
     USUAL_RTOL,
@@ -42,6 +43,15 @@ CHECKPOINT = Option(
         "one; or with --data a Hugging Face folder.",
     ),
     type=Path | None,
+)
+LATER = Option(
+    name="later",
+    declared=typer.Argument(
+        metavar="[LATER]...",
+        show_default=False,
+        help="Later checkpoints of the same run, whose charges are matched one by one.",
+    ),
+    type=list[str] | None,
 )
 SPEC = _PROBLEM.text(
     "--spec",
@@ -411,6 +421,18 @@ MODE = _COMPUTE.choice(
     default="auto",
     help=f"How products are differentiated: {listed(_MODES)}. Default: auto, the cheapest that "
     "passes its checks.",
+)
+
+
+TRAINED_WITH = _COMPUTE.value(
+    "--trained-with",
+    parsing.training,
+    SPELLED,
+    "--trained-with lr=0.1,wd=5e-4,momentum=0.9,updates=log.safetensors",
+    metavar="KEY=X,...",
+    help="How LATER came from CHECKPOINT: lr, wd, momentum and optimizer (sgd, adam or adamw), and "
+    "updates, a .safetensors log of what each step added to each parameter, or the number of "
+    "steps. Charges are then predicted.",
 )
 
 

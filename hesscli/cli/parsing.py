@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from hesscli.vocabulary import BlockRule, RowKind, Selection, WindowBlocks
+from hesscli.vocabulary import BlockRule, RowKind, Selection, TrainedWith, WindowBlocks
 
 
 class Range(NamedTuple):
@@ -126,6 +126,9 @@ def rows(text: str) -> str:
 def damping(text: str) -> DampingValue:
     """``1e-3`` in units of tr F̂ / d, or ``abs:1e-5``."""
     return DampingValue(positive(text.removeprefix("abs:")), text.startswith("abs:"))
+
+
+training = TrainedWith.parse
 
 
 def bandwidth(text: str) -> float | None:

@@ -15,13 +15,18 @@ USAGE = Usage(
 Examples:
 
   hesscli symmetry model.pt                    families that hold, and those that do not
+  hesscli symmetry early.pt late.pt            whose charges have drifted, and how far?
+  hesscli symmetry early.pt late.pt --trained-with lr=0.1,wd=5e-4,updates=log.safetensors
   hesscli symmetry --layer                     every layer, in full detail
   hesscli symmetry --matrix ggn                whose null directions are so everywhere
   hesscli symmetry --params 'blocks.0.*'       all else stays as it is
   hesscli symmetry --out json --dir - > symmetry.json
 """,
     options=(
-        *options.PROBLEM,
+        options.CHECKPOINT,
+        options.LATER,
+        *options.PROBLEM[1:],
+        options.TRAINED_WITH,
         options.BUDGET,
         *options.COMPUTE,
         options.LAYERS,

@@ -8,11 +8,12 @@ from contextlib import nullcontext
 from dataclasses import astuple
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.diagnostics.charges import by_family, drifts, listed
 from hesscli.diagnostics.keeping import UNKEPT, Kept, Ledger
 from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.plans import Pilot
@@ -25,12 +26,12 @@ from hesscli.engines.symmetry.watch import Watch
 from hesscli.meter import FORWARD
 from hesscli.operators.base import LiveTerm
 from hesscli.operators.products import flatten, gradient
+from hesscli.problem.ends import End, read_end
 from hesscli.problem.forward import moved
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled, tolerance
 from hesscli.problem.problem import Problem
 from hesscli.results import (
-    Charge,
     FlatReport,
     LayerSymmetry,
     MethodReport,
@@ -39,7 +40,7 @@ from hesscli.results import (
     SymmetryFamily,
     SymmetryResult,
 )
-from hesscli.vocabulary import USUAL_BUDGET
+from hesscli.vocabulary import USUAL_BUDGET, TrainedWith
 
 _FINDING, _TESTING = "finding symmetries", "testing symmetries"
 _WATCHED = 2
@@ -54,8 +55,6 @@ _WINDOW = (1e-9, 1e-5)
 _FAR, _GONE = 5.0, 1e-4
 """Where the scale is e to this, and to its double, eps has no more than that share in the loss."""
 _Three = tuple[float, float | None, float]
-_LISTED = 256
-"""Charges of a family that a document lists at most: files have all."""
 
 
 def symmetries(
@@ -65,6 +64,8 @@ def symmetries(
     budget: float | None = USUAL_BUDGET,
     seed: int = 0,
     mode: str = "auto",
+    later: Sequence[Path | str] | None = None,
+    trained_with: TrainedWith | None = None,
     observe: Observe | None = None,
     ledger: Ledger = UNKEPT,
 ) -> SymmetryResult:
@@ -81,15 +82,19 @@ def symmetries(
         budget: seconds; None for no limit.
         seed: of random elements of the groups.
         mode: autodiff mode of the products.
+        later: checkpoints of the same run, in their order, whose charges are compared.
+        trained_with: how the last of these came from the problem's weights.
         observe: told how far the run is; returning True ends it at its result so far.
         ledger: keeps the run, so that it can go on from there.
 
     Raises:
+        InputError: a later checkpoint, or a log of updates, that is not of this model.
         UsageError: a matrix that this problem does not have.
         UnsoundError: the problem's curvature would mean nothing.
         BudgetError: there was no time for one test.
         KeyboardInterrupt: stopped before there was one.
     """
+    ends = [read_end(problem, path) for path in later or ()]
     with started(problem, matrix, mode, Clock(budget, observe), ledger) as run, doubled(problem):
         testing = Testing(run, seed)
         status = drive(run.clock, testing, run.ledger) or "exact"
@@ -100,6 +105,7 @@ def symmetries(
             if report.status == "holds"
         ]
         theta = testing.theta
+        charted = drifts(problem, testing.families, families, theta, ends, trained_with)
         return SymmetryResult(
             status=status,
             method=MethodReport(
@@ -113,10 +119,12 @@ def symmetries(
             cost=run.cost(),
             flat=_flat(holding, theta),
             families=tuple(families),
-            charges=tuple(_charges(testing.families, families, theta)),
-            charge_values=_values(testing.families, families, theta),
+            charges=tuple(listed(testing.families, families, theta, charted)),
+            later=tuple(end.file for end in ends),
+            drifts=tuple(one.report for one in charted.values()),
+            charge_values=by_family(testing.families, families, theta),
             layers=tuple(_layers(problem, families)),
-            **run.header(_warnings(problem)),
+            **run.header(_warnings(problem, ends, trained_with)),
         )
 
 
@@ -356,26 +364,6 @@ def _flat(holding: Sequence[Family], theta: Tensor) -> FlatReport:
     )
 
 
-def _charges(
-    families: Sequence[Family], reports: Sequence[SymmetryFamily], theta: Tensor
-) -> Iterator[Charge]:
-    for family, report in zip(families, reports, strict=True):
-        if report.status != "holds" or report.charges > _LISTED:
-            continue
-        for value in family.charges(theta).tolist():
-            yield Charge(name=report.name, layer=report.layer, value=value)
-
-
-def _values(
-    families: Sequence[Family], reports: Sequence[SymmetryFamily], theta: Tensor
-) -> dict[str, np.ndarray]:
-    return {
-        f"{report.name}: {', '.join(report.layers)}": family.charges(theta).numpy()
-        for family, report in zip(families, reports, strict=True)
-        if report.status == "holds" and report.charges
-    }
-
-
 def _layers(problem: Problem, reports: Sequence[SymmetryFamily]) -> Iterator[LayerSymmetry]:
     holding = [report for report in reports if report.status == "holds"]
     for name in problem.parameters.layers:
@@ -389,7 +377,21 @@ def _layers(problem: Problem, reports: Sequence[SymmetryFamily]) -> Iterator[Lay
         )
 
 
-def _warnings(problem: Problem) -> Iterator[str]:
+def _warnings(
+    problem: Problem, ends: Sequence[End], trained_with: TrainedWith | None
+) -> Iterator[str]:
+    if trained_with is not None and not ends:
+        yield "--trained-with is of use with a later checkpoint, and there is none"
+    elif trained_with is not None and trained_with.optimizer != "sgd":
+        yield (
+            f"{trained_with.optimizer} keeps no charges, for its steps are no gradients: that they "
+            "drift is no fault, and nothing is predicted"
+        )
+    elif ends and (trained_with is None or trained_with.updates is None):
+        yield (
+            "quadratic charges drift by what each step adds to them: they are predicted by a log "
+            "of the updates alone, --trained-with lr=X,updates=FILE"
+        )
     if problem.weight_decay:
         yield "weight decay breaks every family that scales: the data loss alone is tested"
     if not problem.precision.is_float64:

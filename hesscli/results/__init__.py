@@ -74,6 +74,7 @@ from hesscli.results.spectrum import (
 )
 from hesscli.results.symmetry import (
     Charge,
+    Drift,
     FlatReport,
     LayerSymmetry,
     SymmetryFamily,

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
-from hesscli.results.header import IN_FILES, Answer, Layer
+from hesscli.results.header import IN_FILES, Answer, CheckpointReport, Layer
 
 Standing = Literal["holds", "broken", "asymptotic"]
 
@@ -62,6 +62,30 @@ class Charge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drift:
+    """What became of a family's charges, together.
+
+    Attributes:
+        name: of the family.
+        layer: the first that it acts on.
+        charges: how many.
+        size: their norm at the first end.
+        changes: the norm of the difference from there at each later end.
+        predicted_change: what is predicted for the last of these; None where nothing is known of
+            the way.
+        error: the norm of what was found there less what was predicted, over that of the change.
+    """
+
+    name: str
+    layer: str
+    charges: int
+    size: float
+    changes: tuple[float, ...]
+    predicted_change: float | None
+    error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSymmetry(Layer):
     """A layer, and the families that hold and act on it.
 
@@ -100,6 +124,8 @@ class SymmetryResult(Answer):
     flat: FlatReport
     families: tuple[SymmetryFamily, ...]
     charges: tuple[Charge, ...]
+    later: tuple[CheckpointReport, ...] = ()
+    drifts: tuple[Drift, ...] = ()
     layers: tuple[LayerSymmetry, ...]
     charge_values: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
 
@@ -113,6 +139,7 @@ class SymmetryResult(Answer):
             super().only(names),
             families=families,
             charges=tuple(x for x in self.charges if (x.name, x.layer) in kept),
+            drifts=tuple(x for x in self.drifts if (x.name, x.layer) in kept),
         )
 
     def tensors(self) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ def residual_figure(result: SymmetryResult) -> Figure:
     rows.put(rows.axes, left, width)
     _draw(rows.axes, families)
     hidden = len(result.families) - len(families)
-    canvas.note(rows.figure, _notes() + canvas.not_drawn(hidden, "family", "more "))
+    canvas.note(rows.figure, _notes() + canvas.not_drawn(hidden, "family", " more"))
     return rows.figure
 
 
@@ -64,27 +65,85 @@ def _title(result: SymmetryResult) -> str:
 
 def _draw(axes: Axes, families: tuple[SymmetryFamily, ...]) -> None:
     axes.set_xscale("log")
-    axes.set_xlim(_LEAST, _MOST)
     for row, family in enumerate(families):
         for attribute, marker, _ in _RESIDUALS:
             value = getattr(family, attribute)
             if value is not None:
                 place = min(max(value, _LEAST), _MOST)
                 axes.plot(place, row, marker, color=_COLOURS[family.status], markersize=5)
-    ticks = [10.0**power for power in range(-18, 1, 6)]
-    axes.set_xticks(ticks, [f"{tick:.0e}" for tick in ticks])
-    axes.minorticks_off()
+    _decades(axes, _LEAST, _MOST)
     axes.set_xlabel("residual, relative to what would be usual")
     axes.grid(axis="x")
+
+
+def _decades(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic axis with a few powers of ten."""
+    axes.set_xlim(low, high)
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    step = max(1, (last - first + 3) // 4)
+    ticks = [10.0**power for power in range(first, last + 1, step)]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def _notes() -> list[str]:
     return ["What is rounding lies at the left; pale families are broken."]
 
 
+@canvas.styled
+def charge_figure(result: SymmetryResult) -> Figure:
+    """Draw how far each family's charges have come at every later end, and what was predicted.
+
+    Args:
+        result: the answer of ``hesscli symmetry``, with a later checkpoint at least.
+
+    Returns:
+        The figure, for ``save_figure`` or for one's own canvas.
+    """
+    drifts = result.drifts[: canvas.MOST_LAYERS]
+    names = [f"{one.name}: {one.layer}" for one in drifts]
+    ends = words.count(len(result.later), "later checkpoint")
+    rows = Rows(
+        f"Charges at {ends}", canvas.provenance(result), names, above=_LEGEND if drifts else 0.0
+    )
+    rows.columns({"charges": [words.count(one.charges) for one in drifts]})
+    canvas.legend(
+        rows.figure,
+        [
+            canvas.symbol("o", canvas.PALE, "earlier ends"),
+            canvas.symbol("o", canvas.ACCENT, "the last"),
+            canvas.symbol("D", canvas.INK, "predicted for it"),
+        ],
+    )
+    left, width = rows.room()
+    rows.put(rows.axes, left, width)
+    rows.axes.set_xscale("log")
+    places = list[float]()
+    for row, drift in enumerate(drifts):
+        size = drift.size or 1.0
+        *earlier, last = [max(change / size, _LEAST) for change in drift.changes]
+        rows.axes.plot(earlier, [row] * len(earlier), "o", color=canvas.PALE, markersize=4)
+        rows.axes.plot(last, row, "o", color=canvas.ACCENT, markersize=6)
+        places += [*earlier, last]
+        if drift.predicted_change is not None:
+            place = max(drift.predicted_change / size, _LEAST)
+            style: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": canvas.INK}
+            rows.axes.plot(place, row, "D", markersize=8, **style)
+            places.append(place)
+    if places:
+        _decades(rows.axes, min(places) / 3, max(places) * 3)
+    rows.axes.set_xlabel("change of a family's charges, relative to their size at the first end")
+    rows.axes.grid(axis="x")
+    hidden = len(result.drifts) - len(drifts)
+    canvas.note(rows.figure, canvas.not_drawn(hidden, "family", " more"))
+    return rows.figure
+
+
 # -- Which pictures an answer has, by the names of their files -------------------------------------
 
 
 def figures(result: SymmetryResult, _asked: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
-    """The residuals, family by family."""
+    """The residuals, family by family; and what became of charges."""
     yield "symmetry", residual_figure(result)
+    if result.drifts:
+        yield "symmetry_charges", charge_figure(result)

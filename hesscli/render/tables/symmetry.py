@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -41,6 +42,7 @@ def symmetry_table(result: SymmetryResult, full: bool = False) -> RenderableType
             *rows,
             *([facts(notes, style="dim")] if notes else []),
             *_causes(families),
+            *_drifts(result),
             GAP,
             status_text(result.status, _ending(result)),
             *cost_lines(result),
@@ -102,6 +104,29 @@ def _causes(families: tuple[SymmetryFamily, ...]) -> Iterator[RenderableType]:
             told.setdefault((one.name, said), []).append(one.layer)
     for (name, said), layers in told.items():
         yield Text(f"{name} of {words.few(layers, layers)}: {said}", style="dim")
+
+
+def _drifts(result: SymmetryResult) -> Iterator[RenderableType]:
+    """What became of charges at the last end, and what was to be expected."""
+    drifts = result.drifts[:_MANY]
+    if not drifts:
+        return
+    yield GAP
+    yield FittedRows(
+        f"charges at {words.shorten(Path(result.later[-1].path).name, 32)}",
+        [f"{one.name}: {one.layer}" for one in drifts],
+        [
+            Column(2, "charges", [words.count(one.charges) for one in drifts]),
+            Column(3, "size", [words.number(one.size) for one in drifts]),
+            Column(6, "change", [words.number(one.changes[-1]) for one in drifts]),
+            Column(5, "predicted", [_maybe(one.predicted_change) for one in drifts]),
+            Column(4, "off by", ["" if one.error is None else _size(one.error) for one in drifts]),
+        ],
+    )
+
+
+def _maybe(value: float | None) -> str:
+    return "" if value is None else words.number(value)
 
 
 def _ending(result: SymmetryResult) -> str:
