@@ -18,6 +18,8 @@ from test_preflight import check_of, lying, problem_of, tanh_net
 
 import hesscli
 from hesscli import memory
+from hesscli.diagnostics.check import check
+from hesscli.engines.entries import most_entries, needed_bytes
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.gauss_newton import GaussNewton
 from hesscli.operators.hessian import Hessian
@@ -89,3 +91,21 @@ def test_bfloat16_is_refused_where_nobody_can_measure_what_it_does() -> None:
     given = problem_of(tanh_net())
     with pytest.raises(UsageError, match="bfloat16 does to products is measured in float64"):
         hesscli.Problem(given.model, "cross_entropy", given.data, dtype=torch.bfloat16)
+
+
+@pytest.mark.usefixtures("little")
+def test_a_diagonal_that_does_not_fit_is_refused_and_planned_as_that() -> None:
+    problem = problem_of(tanh_net())
+    with pytest.raises(UsageError, match="entries of the diagonal do not fit") as refusal:
+        hesscli.diagonal(problem)
+    assert "hesscli trace" in refusal.value.hint
+    plans = {plan.command: plan for plan in check(problem).plan.commands}
+    assert plans["diag"].note.startswith("refused: the entries of the diagonal do not fit")
+    assert plans["trace"].products > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("room", [10**5, 10**8, 10**10, 10**12])
+def test_as_many_entries_fit_as_is_said(room: int, dtype: torch.dtype) -> None:
+    most = most_entries(room, dtype)
+    assert 0 < needed_bytes(most, dtype) <= room

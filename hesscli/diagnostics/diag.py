@@ -29,7 +29,7 @@ from hesscli.diagnostics.reporting import (
 from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.diagnostics.summary import histogram_edges, summarise, total_histogram
 from hesscli.engines.diagonal import Diagonal, shrunk
-from hesscli.engines.entries import Entries, Part
+from hesscli.engines.entries import Entries, Part, most_entries, needed_bytes
 from hesscli.engines.estimator import Estimator, Reading
 from hesscli.engines.hutchinson.designs import Plain
 from hesscli.engines.hutchinson.engine import Hutchinson
@@ -238,8 +238,8 @@ def diagonal(
     with started(problem, matrix, mode, clock, ledger) as run:
         measured = batches_within(problem, batches, method)
         draw = Draw(seed, first=first, entries=_entries(problem), batches=measured)
+        _require_room(problem)
         choice = chosen(run, method, draw)
-        _require_room(choice.estimator)
         goal = partial(_standing, tolerance=tolerance)
         ending = _reading_off(choice.estimator)
         outcome = estimated(run, choice, goal, 1 - confidence, fixed, ending)
@@ -275,20 +275,20 @@ def _is_known(problem: Problem, outcome: Outcome) -> bool:
     return estimator.exact and whole and is_all
 
 
-def _require_room(estimator: Estimator) -> None:
+def _require_room(problem: Problem) -> None:
     """See that sums of entries fit into memory, before any of it is taken.
 
     Raises:
-        UsageError: not even those of one round of each source do.
+        UsageError: not even those of one source do.
     """
-    streams = [stream for source in estimator.sources for stream in source.streams]
-    needed, room = sum(s.num_bytes for s in streams), room_for_more(estimator.operator.device)
-    if needed > room:
+    size, room = problem.parameters.size, room_for_more(problem.device)
+    if (needed := needed_bytes(size, problem.dtype)) > room:
         raise UsageError(
             "the entries of the diagonal do not fit in the memory that is free",
-            f"{estimator.parameters.size} of them, with their errors, take {human_bytes(needed)}, "
-            f"and there is room for {human_bytes(room)}",
-            "--params for some of them, hesscli trace for sums by layer, or more memory",
+            f"{size} of them, with their errors, take {human_bytes(needed)}, and there is room for "
+            f"{human_bytes(room)}",
+            f"--params for at most {most_entries(room, problem.dtype)} of them, hesscli trace for "
+            "sums by layer, or more memory",
         )
 
 
@@ -408,10 +408,9 @@ def _method(report: MethodReport, faced: Faced | None) -> MethodReport:
 def plan(pilot: Pilot) -> Iterator[Work]:
     """Probes to the tolerance, or one pass where none are needed."""
     goal = partial(_foreseen, tolerance=pilot.asked.tolerance("diag"))
-    parameters = pilot.run.problem.parameters
-    entries = _entries(pilot.run.problem)
-    # of a source with noise within batches and between them, and a round under way
-    held = 2 * parameters.size * (8 + 2 * entries.dtype.itemsize * entries.replicates)
+    problem = pilot.run.problem
+    _require_room(problem)
+    held = needed_bytes(problem.parameters.size, problem.dtype)
     *before, last = pilot.estimated(goal)
     yield from before
     yield replace(last, num_bytes=held)

@@ -19,10 +19,10 @@ from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.diagnostics.reporting import chosen, expected
 from hesscli.diagnostics.run import Run
 from hesscli.diagnostics.window import WindowOptions
-from hesscli.engines.entries import Entries
+from hesscli.engines.entries import Entries, needed_bytes
 from hesscli.engines.hutchinson.designs import REGIME_PROBES, Probes
 from hesscli.errors import BudgetError, UsageError
-from hesscli.memory import peak_bytes
+from hesscli.memory import peak_bytes, room_for_more
 from hesscli.meter import Spent
 from hesscli.operators.base import Operator
 from hesscli.operators.products import flatten, gradient
@@ -156,9 +156,10 @@ class Pilot:
         if method not in self._choices:
             batches, probes = self._extent
             problem = self.run.problem
+            fits = needed_bytes(problem.parameters.size) <= room_for_more(problem.device)
             draw = Draw(
                 key(_PILOT_SEED, self.asked.seed),
-                entries=Entries(problem.parameters, problem.device),
+                entries=Entries(problem.parameters, problem.device) if fits else None,
                 batches=problem.indices[:batches],
                 pilot=True,
             )

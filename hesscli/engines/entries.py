@@ -39,6 +39,21 @@ def replicates_for(size: int, dtype: torch.dtype = torch.float32) -> int:
     return max(FEWEST_REPLICATES, min(MOST_REPLICATES, REPLICATE_BYTES // each))
 
 
+def needed_bytes(size: int, dtype: torch.dtype = torch.float32) -> int:
+    """What so many entries of one noisy source take: two rounds of sums, and what is read off."""
+    return size * _bytes_each(replicates_for(size, dtype), dtype)
+
+
+def most_entries(room: int, dtype: torch.dtype = torch.float32) -> int:
+    """For how many of them so many bytes are enough."""
+    few, many = (room // _bytes_each(n, dtype) for n in (FEWEST_REPLICATES, MOST_REPLICATES))
+    return few if needed_bytes(few, dtype) <= room else many
+
+
+def _bytes_each(replicates: int, dtype: torch.dtype) -> int:
+    return 3 * (8 + 2 * replicates * dtype.itemsize)
+
+
 def power_of_two(most: int) -> int:
     """The largest up to a number."""
     return 1 << (most.bit_length() - 1)
@@ -147,12 +162,6 @@ class Stream:
         self._done: _Round | None = None
         self._open: _Round | None = None
         self._own: _Round | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """What its sums take, those of one round at least."""
-        noise = self.replicates * self.dtype.itemsize * (1 if self.exact else 2)
-        return self.parameters.size * (8 + noise)
 
     def add_exact(self, batch: int, weight: float, row: Tensor) -> None:
         """Add a batch's own part of the diagonal, ``(d,)``."""
