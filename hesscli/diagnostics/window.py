@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +157,7 @@ def collect(
         UnsoundError: all gradients are zero, or examples depend on each other.
     """
     problem = operator.problem
-    kind, reason = _kind(problem, options.rows)
+    kind, reason = kind_of(problem, options.rows)
     source, wanted = Rows(problem, kind, seed, operator.meter), window.capacity
     for block in source.take(window.count if cut_short else wanted, window.count):
         window.extend(block)
@@ -165,8 +165,8 @@ def collect(
         yield Snapshot(phase="collecting gradients", done=float(window.count), total=float(wanted))
         if cut_short := window.count < wanted and enough(window.count):
             break
-    damping = _damping(window, options)
-    sizes = block_sizes(problem.parameters, options.blocks, window.count)
+    damping = damping_of(window, options)
+    sizes = block_sizes(layer_sizes(problem.parameters), options.blocks, window.count)
     fisher = StaticFisher(window, damping, blocks=sizes, on_step=watch("inverting"))
     return Collected(window, fisher, sizes, kind, reason, options, cut_short)
 
@@ -177,7 +177,7 @@ def rows_to_be_had(problem: Problem, options: WindowOptions) -> int:
     Raises:
         UsageError: rows that cannot be.
     """
-    kind, _ = _kind(problem, options.rows)
+    kind, _ = kind_of(problem, options.rows)
     return int(min(options.count(problem), Rows(problem, kind).available))
 
 
@@ -187,7 +187,7 @@ _TIMED_NUMBERS = 1 << 20
 
 def collecting(problem: Problem, options: WindowOptions, rows: int, pace: Pace) -> Work:
     """So many rows of a window."""
-    kind, _ = _kind(problem, options.rows)
+    kind, _ = kind_of(problem, options.rows)
     examples = rows * (kind.size if kind.name == "microbatch" else 1)
     held = rows * problem.parameters.size * options.torch_dtype.itemsize
     return Work(
@@ -207,7 +207,7 @@ def inverting(problem: Problem, options: WindowOptions, rows: int) -> Work:
         fisher.diagonal()
 
     size = problem.parameters.size
-    sizes = block_sizes(problem.parameters, options.blocks, rows)
+    sizes = block_sizes(layer_sizes(problem.parameters), options.blocks, rows)
     held = kept_bytes(np.array([size]) if sizes is None else sizes, rows)
     spent = timed_on_columns(problem, options, rows, solve)
     note = f"what inverts them {human_bytes(held)}"
@@ -222,7 +222,7 @@ def timed_on_columns(
 ) -> Spent:
     """What something takes with a whole window, by how long it takes with some of its columns."""
     size = problem.parameters.size
-    sizes = block_sizes(problem.parameters, options.blocks, rows)
+    sizes = block_sizes(layer_sizes(problem.parameters), options.blocks, rows)
     largest = size if sizes is None else int(sizes.max())
     columns = min(size, max(_TIMED_NUMBERS // rows, min(largest, rows)))
     own = np.full(columns // min(largest, columns), min(largest, columns))
@@ -233,8 +233,18 @@ def timed_on_columns(
     return Spent(seconds=(time.perf_counter() - began) * size / window.size)
 
 
-def block_sizes(parameters: Parameters, rule: str, rows: int) -> Sizes | None:
+def layer_sizes(parameters: Parameters) -> list[int]:
+    """Entries of each layer."""
+    return [place.stop - place.start for place in parameters.layer_places()]
+
+
+def block_sizes(layers: Sequence[int], rule: str, rows: int) -> Sizes | None:
     """Sizes of consecutive blocks, none of which reaches beyond a layer; None for a whole one.
+
+    Args:
+        layers: entries of each.
+        rule: as it is typed.
+        rows: of the window.
 
     Raises:
         UsageError: no such rule.
@@ -242,7 +252,6 @@ def block_sizes(parameters: Parameters, rule: str, rows: int) -> Sizes | None:
     asked = WindowBlocks.parse(rule)
     if asked.kind == "whole":
         return None
-    layers = [place.stop - place.start for place in parameters.layer_places()]
     if asked.kind == "layer":
         return np.array(layers)
     most = max(1, rows // _BLOCKS_IN_WINDOW) if asked.kind == "auto" else asked.number
@@ -254,11 +263,16 @@ def _cut(total: int, most: int) -> Sizes:
     return np.append(np.full(total // most, most), [total % most] if total % most else [])
 
 
-def _kind(problem: Problem, rows: str) -> tuple[RowKind, str]:
+def kind_of(problem: Problem, rows: str) -> tuple[RowKind, str]:
+    """The kind of rows that is asked for, or fits; and why that is no better.
+
+    Raises:
+        UsageError: no such kind.
+    """
     return fitting_kind(problem) if rows == "auto" else (RowKind.parse(rows), "")
 
 
-def _damping(window: GradientWindow, options: WindowOptions) -> float:
+def damping_of(window: GradientWindow, options: WindowOptions) -> float:
     """λ itself, from what was typed of it.
 
     Raises:

@@ -202,7 +202,7 @@ def _from_spec(
         batch_size=document.data.batch_size,
         unseen=document.data.unseen,
         notes=(*weights.notes, *notes),
-        origin=Origin({"spec": document.sha256}),
+        origin=Origin({"spec": document.sha256}, key=chosen_key, trust=trust),
     )
 
 

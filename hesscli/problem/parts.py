@@ -22,11 +22,15 @@ class Origin:
         facts: by which a run is told from one of another problem.
         data: the file of a folder's model; a spec says for itself where its data is.
         tokenizer_sha256: of what makes its text tokens.
+        key: which set of weights of its file was taken, where that was said.
+        trust: whether code in the file was let run.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     data: DataReport | None = None
     tokenizer_sha256: str | None = None
+    key: str | None = None
+    trust: bool = False
 
 
 def _nothing() -> tuple[str, ...]:

@@ -229,15 +229,20 @@ def _require_free_batch(program: torch.export.ExportedProgram, path: Path) -> No
     )
 
 
-def read_pickle(path: Path, *, trust: bool, key: str | None = None) -> FoundWeights:
-    """Load a ``torch.save`` file and pick the model's weights, or those at ``key``, out of it."""
+def read_pickle(
+    path: Path, *, trust: bool, key: str | None = None, mapped: bool = False
+) -> FoundWeights:
+    """Load a ``torch.save`` file and pick the model's weights, or those at ``key``, out of it.
+
+    Without trust tensors are mapped wherever that is possible, with it where ``mapped`` asks.
+    """
     is_zip = is_archive(path)
     if is_zip:
         _require_torch_zip(path)
     # Indices of sparse tensors come from the file: out of bounds, they would read any memory.
     checked = torch.sparse.check_sparse_tensor_invariants()  # type: ignore[no-untyped-call]
     with warnings.catch_warnings(action="ignore"), checked:
-        payload = _trusted(path) if trust else _weights_only(path, is_zip)
+        payload = _trusted(path, mapped) if trust else _weights_only(path, is_zip)
     return find_weights(payload, path, key)
 
 
@@ -255,11 +260,11 @@ def _require_torch_zip(path: Path) -> None:
         raise InputError("a zip, but not a checkpoint", got, "give a file that torch.save wrote")
 
 
-def _trusted(path: Path) -> Any:
+def _trusted(path: Path, mapped: bool) -> Any:
     hint = "save model.state_dict() instead; a class must be importable from beside the file"
     what = f"the checkpoint cannot be unpickled: {path}"
     with importing_beside(path.parent), blamed_on_user(what, hint):
-        return torch.load(path, map_location="cpu", weights_only=False)
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=mapped)
 
 
 def _weights_only(path: Path, is_zip: bool) -> Any:
