@@ -525,8 +525,28 @@ def test_work_is_little() -> None:
     (planned,) = [one for one in checked.plan.commands if one.command == "symmetry"]
     assert result.cost.products == pytest.approx(planned.products, rel=0.1)
     assert result.cost.gradients == pytest.approx(planned.gradients, rel=0.5)
-    # Places are batches, of which each is an eighth of the data.
-    assert result.cost.products <= 2 * (len(result.families) + 1) / 8 + 1
+    assert result.cost.products <= 2 * len(result.families)
+
+
+def test_the_trace_is_a_matter_of_scale_and_its_companion_is_not() -> None:
+    """The first of them against a dense Hessian."""
+    problem = problem_of(spread(perceptron(nn.ReLU())), batches=1)
+    result = hesscli.symmetries(problem)
+    assert result.orbit is not None
+    first, *others = result.orbit.points
+    for point in others:
+        assert point.loss == pytest.approx(first.loss, rel=HOLDS)
+        assert point.companion == pytest.approx(first.companion, rel=1e-10)
+    traces = [abs(point.trace) for point in result.orbit.points]
+    assert max(traces) > 3 * min(traces)
+    theta, _, loss = plain(problem)
+    dense = torch.func.hessian(loss)(theta)
+    signs = torch.Generator().manual_seed(0)
+    draws = 2.0 * torch.randint(0, 2, (result.orbit.probes, len(theta)), generator=signs) - 1
+    by_hand = [z @ dense @ z for z in draws.double()]
+    assert first.trace == pytest.approx(float(torch.stack(by_hand).mean()))
+    scaled = [(z * theta) @ dense @ (z * theta) for z in draws.double()]
+    assert first.companion == pytest.approx(float(torch.stack(scaled).mean()))
 
 
 # -- Two ends of a run -----------------------------------------------------------------------------
@@ -611,7 +631,7 @@ def test_adam_keeps_no_charges_and_that_is_no_fault(tmp_path: Path) -> None:
     (told,) = [warning for warning in result.warnings if "adam" in warning]
     assert "no fault" in told
     drawn = dict(figures(result, {}))
-    assert drawn.keys() == {"symmetry", "symmetry_charges"}
+    assert drawn.keys() == {"symmetry", "symmetry_charges", "symmetry_orbit"}
     for figure in drawn.values():
         labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
         assert labels

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hesscli.diagnostics import orbit
 from hesscli.diagnostics.charges import by_family, drifts, listed
 from hesscli.diagnostics.keeping import UNKEPT, Kept, Ledger
 from hesscli.diagnostics.measurement import Pace, Work, drive
@@ -42,7 +43,7 @@ from hesscli.results import (
 )
 from hesscli.vocabulary import USUAL_BUDGET, TrainedWith
 
-_FINDING, _TESTING = "finding symmetries", "testing symmetries"
+_FINDING, _TESTING, _RESCALING = "finding symmetries", "testing symmetries", "rescaling"
 _WATCHED = 2
 """Examples of the pass in which families are found."""
 _PLACES = ((0.0, True), (0.0, False), (0.1, True), (0.1, False))
@@ -99,11 +100,6 @@ def symmetries(
         testing = Testing(run, seed)
         status = drive(run.clock, testing, run.ledger) or "exact"
         families = [testing.report(number) for number in range(len(testing.families))]
-        holding = [
-            family
-            for family, report in zip(testing.families, families, strict=True)
-            if report.status == "holds"
-        ]
         theta = testing.theta
         charted = drifts(problem, testing.families, families, theta, ends, trained_with)
         return SymmetryResult(
@@ -117,9 +113,10 @@ def symmetries(
                 f"{testing.bound:.0e}",
             ),
             cost=run.cost(),
-            flat=_flat(holding, theta),
+            flat=_flat(testing.holding, theta),
             families=tuple(families),
             charges=tuple(listed(testing.families, families, theta, charted)),
+            orbit=orbit.report(testing.orbit, problem.data.counts[testing.indices[0]]),
             later=tuple(end.file for end in ends),
             drifts=tuple(one.report for one in charted.values()),
             charge_values=by_family(testing.families, families, theta),
@@ -146,7 +143,7 @@ class Testing(Kept):
         seed: of random elements.
     """
 
-    kept = ("found", "sizes", "exponents")
+    kept = ("found", "sizes", "exponents", "orbit")
 
     def __init__(self, run: Run, seed: int) -> None:
         self.run, self.seed = run, seed
@@ -154,6 +151,7 @@ class Testing(Kept):
         self.sizes = list[_Three]()
         self.exponents = dict[str, float | None]()
         """By the number of a family; None where nothing falls."""
+        self.orbit = list[orbit.Measured]()
 
     # -- what is tested --------------------------------------------------------------------------
 
@@ -175,7 +173,7 @@ class Testing(Kept):
         return tolerance(self.run.problem.precision.narrowest)
 
     @cached_property
-    def _indices(self) -> list[int]:
+    def indices(self) -> list[int]:
         """The batches of the places, as far apart as they can be."""
         every = self.run.problem.indices
         return [every[number * len(every) // len(_PLACES)] for number in range(len(_PLACES))]
@@ -190,14 +188,17 @@ class Testing(Kept):
     def expected(self, pace: Pace) -> Iterator[Work]:
         """Gradients and losses of some batches, and products of some of these."""
         problem, count = self.run.problem, len(self.families)
-        shares = [problem.data.counts[i] / problem.data.count for i in self._indices]
+        shares = [problem.data.counts[i] / problem.data.count for i in self.indices]
         made = [share for share, (_, is_made) in zip(shares, _PLACES, strict=True) if is_made]
         gradients = (1 + FORWARD * 2 * count) * sum(shares)
         work = pace.gradient.times(gradients) + pace.products((count + 1) * sum(made), sum(made))
         yield Work(phase=_TESTING, spent=work, note=f"{count} families")
+        if orbit.can_be_rescaled([one for one in self.families if not one.told.causes]):
+            points = (orbit.POINTS + 1) * shares[0]
+            yield Work(phase=_RESCALING, spent=pace.products(2 * orbit.PROBES * points, points))
 
     def steps(self) -> Iterator[Snapshot]:
-        """A place each, and then what eps breaks."""
+        """A place each, then what eps breaks, and how the trace is changed by what holds."""
         self.run.clock.within_budget(Snapshot(phase=_FINDING))
         with self.run.operator.meter.uncounted() if self.found else nullcontext():
             self.families  # noqa: B018 - they are found now, and were counted if they were before
@@ -216,12 +217,22 @@ class Testing(Kept):
                 self.exponents[str(number)] = self._exponent(family)
                 self.run.operator.meter.keep()
                 yield Snapshot(phase=_TESTING)
+        yield from self._rescaling()
+
+    def _rescaling(self) -> Iterator[Snapshot]:
+        families = orbit.can_be_rescaled(self.holding)
+        batch = self.run.problem.batch(self.indices[0])
+        for number in range(len(self.orbit), orbit.POINTS + 1 if families else 0):
+            found = orbit.measured(self.run.operator, batch, families, number, self.seed)
+            self.orbit.append(found)
+            self.run.operator.meter.keep()
+            yield Snapshot(phase=_RESCALING, done=float(number), total=float(orbit.POINTS))
 
     def _at(self, number: int) -> tuple[_Three, list[_Three]]:
         """What is usual at one place, and each family's residuals there."""
         problem, (relative, is_made) = self.run.problem, _PLACES[number]
         generator = torch.Generator().manual_seed(self.seed * len(_PLACES) + number)
-        batch = problem.batch(self._indices[number])
+        batch = problem.batch(self.indices[number])
         snapshot = Snapshot(phase=_TESTING, done=float(number), total=float(len(_PLACES)))
         with moved(problem.parameters.tensors, relative):
             place = self._place(batch, is_made, generator)
@@ -276,7 +287,7 @@ class Testing(Kept):
     def _exponent(self, family: Scaling) -> float | None:
         """With which power of the scale the breaking falls; None where it cannot be measured."""
         problem = self.run.problem
-        batch, theta, ones = problem.batch(self._indices[0]), self.theta, torch.ones(family.size)
+        batch, theta, ones = problem.batch(self.indices[0]), self.theta, torch.ones(family.size)
 
         def breaking(scale: float) -> tuple[float, float]:
             there = family.moved(math.log(scale) * ones.double(), theta)
@@ -307,6 +318,12 @@ class Testing(Kept):
 
     # -- what came of it -------------------------------------------------------------------------
 
+    @property
+    def holding(self) -> list[Family]:
+        """The families that hold by what is known so far."""
+        standing = (self.report(number).status for number in range(len(self.families)))
+        return [x for x, status in zip(self.families, standing, strict=True) if status == "holds"]
+
     def report(self, number: int) -> SymmetryFamily:
         """Where one family stands."""
         family, told = self.families[number], self.families[number].told
@@ -316,7 +333,7 @@ class Testing(Kept):
         # Differences are too rough to tell, which the other two tests are not.
         rough = self.run.flight.mode == "finite-difference"
         judged = [worst.gradient, worst.finite, 0.0 if rough else worst.hessian or 0.0]
-        passes = max(judged) <= self.bound
+        passes = all(residual <= self.bound for residual in judged)  # which nan is not
         if told.eps:
             status = "asymptotic" if (exponent or 0.0) > 1 else "broken"
         else:

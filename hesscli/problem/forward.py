@@ -152,14 +152,26 @@ def moved(tensors: Sequence[Tensor], relative: float) -> Iterator[None]:
     if not relative:
         yield
         return
-    originals = [tensor.detach().clone() for tensor in tensors]
-    try:
+    with written(tensors, tensors):
         _move(tensors, relative)
         yield
+
+
+@contextmanager
+def written(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Other values in the same weights, which have their own again afterwards."""
+    originals = [tensor.detach().clone() for tensor in tensors]
+    try:
+        _copy(values, tensors)
+        yield
     finally:
-        with torch.no_grad():
-            for tensor, original in zip(tensors, originals, strict=True):
-                tensor.copy_(original)
+        _copy(originals, tensors)
+
+
+@torch.no_grad()
+def _copy(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 @torch.no_grad()

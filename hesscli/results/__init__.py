@@ -77,6 +77,8 @@ from hesscli.results.symmetry import (
     Drift,
     FlatReport,
     LayerSymmetry,
+    Orbit,
+    OrbitPoint,
     SymmetryFamily,
     SymmetryResult,
 )

@@ -86,6 +86,29 @@ class Drift:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OrbitPoint:
+    """What is measured after one transformation."""
+
+    loss: float
+    trace: float
+    companion: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orbit:
+    """The trace on a batch at weights whose loss is the same, and what does not change with it.
+
+    ``points`` begin with the weights as they are; the others are random rescalings by all families
+    that hold and scale. ``trace`` and ``companion`` = Σ θᵢ² ∂²L/∂θᵢ² are from as many ``probes``,
+    the same at each point, on so many ``examples``.
+    """
+
+    probes: int
+    examples: int
+    points: tuple[OrbitPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSymmetry(Layer):
     """A layer, and the families that hold and act on it.
 
@@ -126,6 +149,7 @@ class SymmetryResult(Answer):
     charges: tuple[Charge, ...]
     later: tuple[CheckpointReport, ...] = ()
     drifts: tuple[Drift, ...] = ()
+    orbit: Orbit | None = None
     layers: tuple[LayerSymmetry, ...]
     charge_values: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
 

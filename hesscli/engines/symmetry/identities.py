@@ -130,5 +130,7 @@ def _weighted(found: Sequence[float | None], sizes: Sequence[float | None]) -> f
     known = [(x, size) for x, size in zip(found, sizes, strict=True) if None not in (x, size)]
     if not known:
         return None
+    if not all(math.isfinite(x or 0.0) for x, _ in known):
+        return math.inf
     most = max(size or 0.0 for _, size in known) or 1.0
     return max((x or 0.0) * (size or 0.0) / most for x, size in known)

@@ -139,11 +139,50 @@ def charge_figure(result: SymmetryResult) -> Figure:
     return rows.figure
 
 
+@canvas.styled
+def orbit_figure(result: SymmetryResult) -> Figure:
+    """Draw the trace after each random rescaling, and the companion that does not change.
+
+    Args:
+        result: the answer of ``hesscli symmetry``, with an orbit.
+
+    Returns:
+        The figure, for ``save_figure`` or for one's own canvas.
+    """
+    assert result.orbit is not None
+    points = result.orbit.points
+    names = ["as they are", *(f"rescaling {number}" for number in range(1, len(points)))]
+    rows = Rows(
+        "The trace where the loss is the same", canvas.provenance(result), names, above=_LEGEND
+    )
+    drawn = (
+        ("trace", "o", canvas.ACCENT, "trace"),
+        ("companion", "D", canvas.INK, "Σ θ² ∂²L/∂θ², which no rescaling changes"),
+    )
+    handles = [canvas.symbol(mark, colour, label) for _, mark, colour, label in drawn]
+    canvas.legend(rows.figure, handles)
+    left, width = rows.room()
+    rows.put(rows.axes, left, width)
+    rows.axes.set_xscale("log")
+    places = list[float]()
+    for row, point in enumerate(points):
+        for attribute, mark, colour, _ in drawn:
+            place = max(abs(getattr(point, attribute)), _LEAST)
+            rows.axes.plot(place, row, mark, color=colour, markersize=5)
+            places.append(place)
+    _decades(rows.axes, min(places) / 3, max(places) * 3)
+    rows.axes.set_xlabel(f"size, from {words.count(result.orbit.probes, 'probe')}")
+    rows.axes.grid(axis="x")
+    return rows.figure
+
+
 # -- Which pictures an answer has, by the names of their files -------------------------------------
 
 
 def figures(result: SymmetryResult, _asked: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
-    """The residuals, family by family; and what became of charges."""
+    """The residuals, family by family; what became of charges; and the trace's orbit."""
     yield "symmetry", residual_figure(result)
     if result.drifts:
         yield "symmetry_charges", charge_figure(result)
+    if result.orbit is not None:
+        yield "symmetry_orbit", orbit_figure(result)

@@ -43,6 +43,7 @@ def symmetry_table(result: SymmetryResult, full: bool = False) -> RenderableType
             *([facts(notes, style="dim")] if notes else []),
             *_causes(families),
             *_drifts(result),
+            *_orbit(result),
             GAP,
             status_text(result.status, _ending(result)),
             *cost_lines(result),
@@ -122,6 +123,32 @@ def _drifts(result: SymmetryResult) -> Iterator[RenderableType]:
             Column(5, "predicted", [_maybe(one.predicted_change) for one in drifts]),
             Column(4, "off by", ["" if one.error is None else _size(one.error) for one in drifts]),
         ],
+    )
+
+
+def _orbit(result: SymmetryResult) -> Iterator[RenderableType]:
+    """Between what the trace lies where the loss is the same, and what stays."""
+    if result.orbit is None:
+        return
+    first, *others = result.orbit.points
+    traces = [point.trace for point in result.orbit.points]
+    yield GAP
+    line = Text("trace by random rescalings  ")
+    line.append(f"{words.number(min(traces))} to {words.number(max(traces))}", style="bold")
+    yield line
+    off = max(abs(point.loss - first.loss) for point in others) / (abs(first.loss) or 1.0)
+    moved = max(abs(point.companion - first.companion) for point in others)
+    yield facts(
+        [
+            f"{words.number(first.trace)} at the weights as they are",
+            f"the loss is the same to {_size(off)}",
+            f"Σ θ² ∂²L/∂θ² stays {words.number(first.companion)} to "
+            f"{_size(moved / (abs(first.companion) or 1.0))}",
+            f"{words.count(result.orbit.probes, 'probe')} on "
+            f"{words.count(result.orbit.examples, 'example')}",
+        ],
+        indent=2,
+        style="dim",
     )
 
 
