@@ -42,6 +42,9 @@ bench-scale: $(VENV)/demo  ## What commands cost by size of network and data, ph
 bench-large: $(VENV)/demo  ## Memory of a product with a billion parameters (a quarter of an hour, 18 GB)
 	$(BIN)/python tests/benchmarks/large.py
 
+bench-shards: $(VENV)/demo  ## A window over four ranks: memory of each, and messages (a minute, 5 GB)
+	$(BIN)/python tests/benchmarks/shards.py
+
 bench-vocabulary: $(VENV)/bench  ## Memory of a product where classes are many (ten minutes, 13 GB)
 	$(BIN)/python tests/benchmarks/vocabulary.py
 
@@ -106,6 +109,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum bench-parts \
-	bench-scale bench-large bench-vocabulary calibration coverage faults fuzz gallery goldens gpu hf \
-	hostile ranks reference symmetries clean
+	bench-scale bench-large bench-shards bench-vocabulary calibration coverage faults fuzz gallery \
+	goldens gpu hf hostile ranks reference symmetries clean
 .DEFAULT_GOAL := help

@@ -192,6 +192,25 @@ def added_up(vector: Tensor) -> Tensor:
     return vector
 
 
+def exchanged(row: Tensor, widths: Sequence[int], senders: Sequence[bool]) -> Tensor:
+    """Of every sender's row the entries that are this rank's, by rank.
+
+    Args:
+        row: of one's own, on the CPU or a GPU; empty where this rank sends none.
+        widths: entries of a row that each rank has.
+        senders: which ranks send one.
+    """
+    import torch.distributed as dist
+
+    own, none = widths[_here.rank], [0] * _here.size
+    found = row.new_empty(sum(senders) * own)
+    taken = [own * sends for sends in senders]
+    given = list(widths) if senders[_here.rank] else none
+    with _missing():
+        dist.all_to_all_single(found, row, taken, given)
+    return found.view(-1, own)
+
+
 def least(number: int) -> int:
     """The least of every rank's number; apart from the others, this one's."""
     return number if _here.size == 1 or _here.apart else -int(_most(-float(number))[0])

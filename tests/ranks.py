@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from hesscli import world
 from hesscli.cli.app import main
 from hesscli.cli.console import interrupts
 from hesscli.diagnostics.keeping import SharedLedger
-from hesscli.errors import UnsoundError, UsageError
+from hesscli.engines.mfac import ShardedWindow, StaticFisher, WindowedFisher
+from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.ledger import FileLedger
 from hesscli.memory import available_bytes
 from hesscli.operators.base import Retained
@@ -188,11 +190,59 @@ def trained() -> dict[str, Tensor]:
     return found
 
 
+def sharded() -> dict[str, Any]:
+    """Solves with a window that ranks share by its columns, and what was sent for them.
+
+    A rank has gradients of its own, the last ones fewer; then all have two more, in place of the
+    oldest.
+    """
+    torch.manual_seed(0)
+    common = torch.randn(9001)
+    rows, vector = torch.randn(27, 9001) + common, torch.randn(9001).double()
+    window = ShardedWindow(25, 9001)
+    for part in (rows[:20], rows[20:25]):
+        window.exchange(part[world.place() :: world.size()])
+    found: dict[str, Any] = {"rows": rows, "vector": vector, "messages": []}
+    messages = [world.sums()]
+    fisher = StaticFisher(window, 1e-4 * window.mean_square())
+    messages.append(world.sums())
+    solutions = [fisher.ihvp(vector[window.place])]
+    messages.append(world.sums())
+    solutions.append(fisher.member(3))
+    follower = WindowedFisher(window, fisher.damping)
+    found["diagonal"] = window.whole(fisher.diagonal())
+    found["diagonal error"] = window.whole(fisher.diagonal_error())
+    found["multiplied"] = window.whole(fisher.multiply(vector[window.place]))
+    for row in rows[25:]:
+        follower.push(row)
+    solutions.append(follower.ihvp(vector[window.place]))
+    numbers = [after - before for (_, before), (_, after) in pairwise(messages)]
+    return found | {
+        "damping": fisher.damping,
+        "held": window.nbytes,
+        "numbers": numbers,
+        "solutions": [(window.whole(each.vector), each.error) for each in solutions],
+    }
+
+
+def refused() -> list[str]:
+    """What each rank is told of a row that is bad on the last."""
+    window, told = ShardedWindow(4, 50), list[str]()
+    bad = torch.full((1, 50), float("nan"))
+    for rows in (torch.ones(1, 49), bad):
+        try:
+            window.exchange(rows if world.place() == world.size() - 1 else torch.ones(1, 50))
+        except HesscliError as error:
+            told.append(error.what)
+    return [*told, str(window.count)]
+
+
 def run(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"whole": {}, "resumed": {}}
     with world.joined():
         found["size"] = world.size()
         found |= product() | agreements() | joined() | {"trained": trained()}
+        found |= {"sharded": sharded(), "refused": refused()}
         found |= ended_by(partial(signal.raise_signal, signal.SIGTERM))
         for name in WHOLE:
             found["whole"][name] = whole(name)

@@ -19,6 +19,7 @@ import ranks
 import torch
 from program import environment, hesscli_warm, three_lines
 from test_resume import RUNS, cut_off, kept_in, problem, said
+from torch import Tensor
 
 import hesscli
 from hesscli.ledger import read_ledger
@@ -188,6 +189,56 @@ def test_examples_of_one_batch_are_cut_for_all_ranks(several: Ranks) -> None:
         for name in ("ggn", "top"):
             (one, error), (other, bound) = found[name], here[name]
             assert abs(one - other) <= error + bound
+
+
+def solved(rows: Tensor, vector: Tensor, damping: float) -> Tensor:
+    """(GᵀG/n + λI)⁻¹ x in float64 by Woodbury's identity."""
+    rows = rows.double()
+    small = rows @ rows.T + len(rows) * damping * torch.eye(len(rows), dtype=torch.float64)
+    return (vector - rows.T @ torch.linalg.solve(small, rows @ vector)) / damping
+
+
+def test_a_window_in_column_shards_solves_as_one_rank_s_does(several: Ranks) -> None:
+    here, count = ranks.sharded(), len(several.found)
+    rows, vector, damping = here["rows"], here["vector"], here["damping"]
+    truths = [
+        solved(rows[:25], vector, damping),
+        solved(rows[:25], rows[3].double(), damping),
+        solved(rows[2:], vector, damping),
+    ]
+    assert sum(found["sharded"]["held"] for found in several.found) == here["held"]
+    for found in (each["sharded"] for each in several.found):
+        assert found["held"] <= 25 * 4 * (9001 // count + 1)
+        assert found["damping"] == pytest.approx(damping, rel=1e-14)
+        for (mine, error), (alone, its), truth in zip(
+            found["solutions"], here["solutions"], truths, strict=True
+        ):
+            size = float(truth.norm())
+            assert 0 < error < 0.01
+            assert float((mine - truth).norm()) <= error * size
+            assert float((mine - alone).norm()) <= (error + its) * size
+        allowed = found["diagonal error"] + here["diagonal error"]
+        assert ((found["diagonal"] - here["diagonal"]).abs() <= allowed).all()
+        torch.testing.assert_close(found["multiplied"], here["multiplied"], rtol=0, atol=1e-10)
+
+
+def test_a_window_in_shards_sends_its_gram_matrix_once_and_as_many_numbers_as_rows(
+    several: Ranks,
+) -> None:
+    """A solve has two lengths besides, where it is not known from the rows: x's and y's."""
+    for found in several.found:
+        gram, solve = found["sharded"]["numbers"]
+        assert gram <= 25 * 25 + 25
+        assert solve <= 25 + 3
+
+
+def test_a_bad_row_of_one_rank_is_everybody_s(several: Ranks) -> None:
+    for found in several.found:
+        assert found["refused"] == [
+            "a gradient has the wrong length",
+            "a gradient is not finite",
+            "0",
+        ]
 
 
 def test_replicas_take_one_process_s_steps(several: Ranks) -> None:

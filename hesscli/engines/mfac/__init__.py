@@ -6,8 +6,9 @@ Information", arXiv 2107.03356).
 """
 
 from hesscli.engines.mfac.gram import Gram
+from hesscli.engines.mfac.sharded import ShardedWindow
 from hesscli.engines.mfac.static import StaticFisher
 from hesscli.engines.mfac.window import GradientWindow
 from hesscli.engines.mfac.windowed import WindowedFisher
 
-__all__ = ["GradientWindow", "Gram", "StaticFisher", "WindowedFisher"]
+__all__ = ["GradientWindow", "Gram", "ShardedWindow", "StaticFisher", "WindowedFisher"]

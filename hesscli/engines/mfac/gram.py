@@ -71,7 +71,13 @@ class Gram:
     @property
     def rounding(self) -> float:
         """Bound of an entry's error, beside ‖g_i‖‖g_j‖."""
-        return inner_rounding(self.columns.stop - self.columns.start, self.dtype)
+        return self.inner_rounding(self.dtype)
+
+    def inner_rounding(self, dtype: torch.dtype) -> float:
+        """That of a product with a row, likewise: the same on all ranks that have shards of it."""
+        shards, width = self.window.shards, self.columns.stop - self.columns.start
+        widest = width if shards == 1 else -(-self.window.columns // shards)
+        return inner_rounding(widest, dtype, shards)
 
     def select(self, slots: Tensor) -> Gram:
         """That of some rows, of which no product is made anew; the window must stay."""
@@ -88,7 +94,7 @@ class Gram:
             for panel in panels(self.count):
                 matrix[panel, : panel.stop] += rows[panel] @ rows[: panel.stop].T
             on_step()
-        matrix.copy_(matrix.tril() + matrix.tril(-1).T)
+        matrix.copy_(self.window.added_up(matrix.tril() + matrix.tril(-1).T))
 
     def row(self, slot: int) -> Tensor:
         """One row, float64 ``(n,)``, made anew: one sweep over the window."""
@@ -96,7 +102,7 @@ class Gram:
         for _, tile in self.window.tiles(self.columns):
             rows = tile.to(self.dtype)
             found += rows @ rows[slot]
-        return found
+        return self.window.added_up(found)
 
     def replace(self, slot: int) -> None:
         """Take note of a row that was pushed."""
@@ -110,12 +116,13 @@ def panels(count: int) -> Iterator[slice]:
         yield slice(start, min(start + PANEL, count))
 
 
-def inner_rounding(size: int, dtype: torch.dtype) -> float:
+def inner_rounding(size: int, dtype: torch.dtype, shards: int = 1) -> float:
     """Bound of the error of gᵀx beside ‖g‖‖x‖, for a row g and x of any dtype.
 
     Args:
-        size: entries of each.
+        size: entries of each, in a shard.
         dtype: of the products within a tile, and of their sum; tiles are summed in float64.
+        shards: of about equal size, whose sums are scaled, added up and scaled back.
     """
-    tiles = -(-size // TILE)
+    tiles = shards * -(-size // TILE) + 4 * (shards - 1)
     return rounding_of_sum(min(size, TILE) + 1, dtype) + rounding_of_sum(tiles, torch.float64)

@@ -6,6 +6,7 @@ import copy
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hesscli import world
 from hesscli.engines.mfac.system import DualBlock, PrimalRun, Solved
 from hesscli.engines.mfac.window import GradientWindow
 from hesscli.errors import UnsoundError, UsageError
@@ -37,9 +39,9 @@ class Solution:
     error: float
 
     @classmethod
-    def of(cls, vector: Tensor, error: Tensor) -> Solution:
+    def of(cls, vector: Tensor, error: Tensor, window: GradientWindow) -> Solution:
         """From ŷ and a bound of ‖ŷ − y‖, a scalar; ‖y‖ is no less than ‖ŷ‖ without it."""
-        size, off = torch.stack([torch.linalg.vector_norm(vector), error]).tolist()
+        size, off = torch.stack([window.lengths(vector[None])[0], error]).tolist()
         if off == 0:
             return cls(vector, 0.0)
         return cls(vector, off / (size - off) if off < size else math.inf)
@@ -65,18 +67,19 @@ def checked_rows(rows: Tensor, length: int, window: GradientWindow) -> Tensor:
         UsageError: they have another length.
         UnsoundError: one is not finite.
     """
-    if rows.ndim != 2 or rows.shape[1] != length:
-        raise UsageError(
-            "a vector has the wrong length",
-            f"shape {tuple(rows.shape[1:])}",
-            f"a vector of {length} numbers",
-        )
-    if not bool(torch.isfinite(rows).all()):
-        raise UnsoundError(
-            "a vector to solve for is not finite",
-            "NaN or infinity",
-            "--dtype float64, or a checkpoint from before the run diverged",
-        )
+    with world.apart() if window.shards > 1 else nullcontext():
+        if rows.ndim != 2 or rows.shape[1] != length:
+            raise UsageError(
+                "a vector has the wrong length",
+                f"shape {tuple(rows.shape[1:])}",
+                f"a vector of {length} numbers",
+            )
+        if not bool(torch.isfinite(rows).all()):
+            raise UnsoundError(
+                "a vector to solve for is not finite",
+                "NaN or infinity",
+                "--dtype float64, or a checkpoint from before the run diverged",
+            )
     return rows.detach().to(window.device, torch.float64)
 
 
@@ -148,6 +151,12 @@ class StaticFisher:
                 f"sizes that sum to {sizes.sum()}, for {window.size} columns",
                 "sizes above 0 of all consecutive blocks",
             )
+        if window.shards > 1 and len(sizes) > 1:
+            raise UsageError(
+                "a window in column shards is inverted as one block",
+                f"{len(sizes)} blocks on {window.shards} ranks",
+                "no blocks, or a window for each rank's own columns",
+            )
         self.window, self._pushes, self._has_room = window, window.pushes, False
         self._sizes, self._precise, self._on_step = sizes, precise, on_step
         self._starts = [columns.start for _, columns in runs(sizes, window.count)]
@@ -192,7 +201,7 @@ class StaticFisher:
     def _made(self) -> Iterator[Part]:
         window, on_step = self.window, self._on_step
         for size, columns in runs(self._sizes, window.count):
-            if size <= window.count:
+            if size <= window.count and window.shards == 1:
                 yield PrimalRun(window, columns, size, self.damping, on_step=on_step)
             else:
                 how = (self._precise is None and size < 2 * window.count) or self._precise
@@ -207,7 +216,7 @@ class StaticFisher:
     def ihvp(self, vector: Tensor) -> Solution:
         """(F̂ + λI)⁻¹ x for x ``(d,)``."""
         solved, errors = self._solve(vector[None])
-        return Solution.of(solved[0], errors[0])
+        return Solution.of(solved[0], errors[0], self.window)
 
     def ihvp_many(self, vectors: Tensor) -> Tensor:
         """(F̂ + λI)⁻¹ x for rows ``(k, d)``, in as many passes over the window as for one."""
@@ -220,7 +229,7 @@ class StaticFisher:
         """
         rows = checked_rows(amounts[None], self.window.count, self.window)
         solved, errors = _joined([part.combination(rows) for part in self.parts()])
-        return Solution.of(solved[0], errors[0])
+        return Solution.of(solved[0], errors[0], self.window)
 
     def member(self, slot: int) -> Solution:
         """(F̂ + λI)⁻¹ g for the row in a slot."""

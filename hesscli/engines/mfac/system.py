@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hesscli.engines.mfac.gram import PANEL, Gram, inner_rounding, panels
+from hesscli.engines.mfac.gram import PANEL, Gram, panels
 from hesscli.engines.mfac.window import TILE, GradientWindow
 from hesscli.errors import UnsoundError
 from hesscli.meter import OnStep, go_on
@@ -117,9 +117,9 @@ ENOUGH = 1e-2
 _TINY = torch.finfo(torch.float64).tiny
 
 
-def is_enough(vectors: Tensor, errors: Tensor, enough: float = ENOUGH) -> bool:
-    """Whether every row has its digits."""
-    return bool((errors <= enough * torch.linalg.vector_norm(vectors, dim=1)).all())
+def is_enough(lengths: Tensor, errors: Tensor, enough: float = ENOUGH) -> bool:
+    """Whether every vector of some lengths has its digits."""
+    return bool((errors <= enough * lengths).all())
 
 
 class System:
@@ -146,7 +146,7 @@ class System:
         self, gram: Gram, factor: CholeskyFactor, damping: float, dtype: torch.dtype
     ) -> None:
         self.gram, self.factor, self.damping, self.dtype = gram, factor, damping, dtype
-        self._u_inner = inner_rounding(gram.columns.stop - gram.columns.start, dtype)
+        self._u_inner = gram.inner_rounding(dtype)
         self._u_sum = rounding_of_sum(gram.count + 1, dtype)
         errors = factor.solved_errors()
         squared = (errors * (gram.matrix @ errors)).sum(0).amax()
@@ -157,10 +157,9 @@ class System:
 
     def solve(self, rights: Tensor) -> Solved:
         """Y for rows X ``(k, size)`` and bounds ``(k,)`` of their errors."""
-        window, columns = self.gram.window, self.gram.columns
-        sizes = torch.linalg.vector_norm(rights, dim=1, keepdim=True)
-        units = rights / sizes.clamp_min(_TINY)  # so that squares fit into float32
-        coefficients = self.factor.solve(window.project(units, columns, self.dtype).T).T
+        sizes, projected = self._projected(rights)
+        units = rights / sizes.clamp_min(_TINY)
+        coefficients = self.factor.solve(projected.T).T
         inside = self._combined(coefficients)
         off = (
             self._u_inner * self._spread
@@ -169,6 +168,21 @@ class System:
         )
         scale = sizes / self.damping
         return (units - inside) * scale, off * scale[:, 0]
+
+    def _projected(self, rights: Tensor) -> tuple[Tensor, Tensor]:
+        """Lengths ``(k, 1)`` of rows X, and G x ``(k, n)`` of these at unit length.
+
+        Of shards all come in one message.
+        """
+        window, columns = self.gram.window, self.gram.columns
+        sizes = torch.linalg.vector_norm(rights, dim=1, keepdim=True)
+        units = rights / sizes.clamp_min(_TINY)  # so that squares fit into float32
+        projected = window.project(units, columns, self.dtype)
+        if window.shards == 1:
+            return sizes, projected
+        sums = window.added_up(torch.cat([projected * sizes, sizes.square()], dim=1))
+        sizes = sums[:, -1:].sqrt()
+        return sizes, sums[:, :-1] / sizes.clamp_min(_TINY)
 
     def combination(self, amounts: Tensor) -> Solved:
         """Y for X = Gᵀa, of amounts ``(k, n)``, and bounds ``(k,)`` of their errors."""
@@ -252,7 +266,8 @@ class DualBlock:
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """(F̂ + λI) x for rows ``(k, size)``, all in float64."""
-        images = self.window.combine(self.window.project(vectors, self.columns), self.columns)
+        inner = self.window.added_up(self.window.project(vectors, self.columns))
+        images = self.window.combine(inner, self.columns)
         return images / self.gram.count + self.damping * vectors
 
     def plain(self, rights: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,8 +343,10 @@ class DualBlock:
 
     def _with_digits(self, attempt: Callable[[System], Solved]) -> Solved:
         """What an attempt finds; in float64 where that is needed, and may be done."""
-        solved = attempt(self.system)
-        return solved if self.precise is not None or is_enough(*solved) else attempt(self._sharp)
+        vectors, errors = attempt(self.system)
+        if self.precise is not None or is_enough(self.window.lengths(vectors), errors):
+            return vectors, errors
+        return attempt(self._sharp)
 
     @cached_property
     def _sharp(self) -> System:

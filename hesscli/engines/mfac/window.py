@@ -90,6 +90,20 @@ class GradientWindow:
         self.close()
 
     @property
+    def shards(self) -> int:
+        """Windows of as many ranks that hold columns of the same rows, this one included."""
+        return 1
+
+    def added_up(self, sums: Tensor) -> Tensor:
+        """What sums over its columns come to over those of all shards, in their place."""
+        return sums
+
+    def lengths(self, vectors: Tensor) -> Tensor:
+        """Of vectors ``(k, size)``, of which each shard has its columns: float64 ``(k,)``."""
+        own = torch.linalg.vector_norm(vectors, dim=1)
+        return own if self.shards == 1 else self.added_up(own.square_()).sqrt_()
+
+    @property
     def count(self) -> int:
         """Rows that are valid: the first so many slots."""
         return min(self.pushes, len(self._data))
@@ -129,7 +143,11 @@ class GradientWindow:
             UsageError: they have another length.
             UnsoundError: one is not finite.
         """
-        kept = self._checked(block)[-self.capacity :, self._shard].to(self._data.device)
+        self._keep(self._checked(block)[:, self._shard])
+
+    def _keep(self, block: Tensor) -> None:
+        """Keep the columns that it has of some rows."""
+        kept = block[-self.capacity :].to(self._data.device)
         self.pushes += len(block)
         start = (self.pushes - len(kept)) % self.capacity
         until_end = min(len(kept), self.capacity - start)
@@ -234,7 +252,7 @@ class GradientWindow:
             UsageError: there are no rows.
         """
         self.require_rows()
-        return float(self._squares[: self.count].mean())
+        return float(self.added_up(self._squares[: self.count].clone()).mean())
 
     def require_rows(self) -> None:
         """See that there is a row.
@@ -306,6 +324,13 @@ class _Selection(GradientWindow):
         self._data, self._map = whole._data, whole._map
         self._squares = whole._squares[slots.to(whole._squares.device)]
 
+    @property
+    def shards(self) -> int:
+        return self._whole.shards
+
+    def added_up(self, sums: Tensor) -> Tensor:
+        return self._whole.added_up(sums)
+
     def tile(self, start: int, stop: int) -> Tensor:
         return self._whole.tile(start, stop)[self._slots]
 
@@ -322,6 +347,13 @@ class _Masked(GradientWindow):
         self.columns, self.size = whole.columns, whole.size
         self.dtype, self.device = whole.dtype, whole.device
         self._data, self._map = whole._data, whole._map
+
+    @property
+    def shards(self) -> int:
+        return self._whole.shards
+
+    def added_up(self, sums: Tensor) -> Tensor:
+        return self._whole.added_up(sums)
 
     @property
     def _squares(self) -> Tensor:  # type: ignore[override]

@@ -215,10 +215,11 @@ class WindowedFisher:
     def _with_digits(self, attempt: Callable[[System], Solved]) -> Solution:
         """What an attempt finds; in float64 from now on where float32 leaves too few digits."""
         solved = attempt(self._current())
-        if not (self._gram.exact or is_enough(*solved, self.enough)):
+        lengths = self.window.lengths(solved[0])
+        if not (self._gram.exact or is_enough(lengths, solved[1], self.enough)):
             self._sharpen()
             solved = attempt(self._current())
-        return Solution.of(solved[0][0], solved[1][0])
+        return Solution.of(solved[0][0], solved[1][0], self.window)
 
     def _sharpen(self) -> None:
         self._gram = Gram(self.window, exact=True)
