@@ -33,6 +33,9 @@ bench-spectrum: $(VENV)/bench  ## Eigenvalues and densities against three librar
 	$(BIN)/python tests/benchmarks/spectrum.py
 	$(BIN)/python tests/benchmarks/spectrum.py --density
 
+bench-certainty: $(VENV)/bench  ## What equally certain answers cost, ours and other libraries' (half an hour)
+	$(BIN)/python tests/benchmarks/certainty.py
+
 bench-parts: $(VENV)/demo  ## The trace of a last layer beside a forward pass and the whole network's
 	$(BIN)/python tests/benchmarks/parts.py
 
@@ -108,7 +111,7 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[bench]'
 	touch $@
 
-.PHONY: help demo test portable lint bench bench-estimates bench-mfac bench-spectrum bench-parts \
-	bench-scale bench-large bench-shards bench-vocabulary calibration coverage faults fuzz gallery \
-	goldens gpu hf hostile ranks reference symmetries clean
+.PHONY: help demo test portable lint bench bench-certainty bench-estimates bench-large bench-mfac \
+	bench-parts bench-scale bench-shards bench-spectrum bench-vocabulary calibration coverage faults \
+	fuzz gallery goldens gpu hf hostile ranks reference symmetries clean
 .DEFAULT_GOAL := help
