@@ -47,11 +47,11 @@ class Meter:
 
         Args:
             gradients: what it would take over all of it.
-            share: of the examples.
-            products: that were made on that share; their work is in ``gradients``.
+            share: of the examples, or of the work that all of them are.
+            products: over all of it, as a sum of shares; their work is in ``gradients``.
         """
         self.gradients += gradients * share
-        self.products += products * share
+        self.products += products
 
     def keep(self) -> None:
         """Take note that what all this work was for is in a state now."""

@@ -29,8 +29,6 @@ from hesscli.problem.problem import Problem
 from hesscli.vocabulary import RowKind
 
 COUNT, SAMPLE = 24, 8
-SHARE = SAMPLE / COUNT
-"""Of the examples, those that claims are put to the test on."""
 
 
 def problem_of(loss: Any = "mse") -> Problem:
@@ -96,20 +94,33 @@ def test_rows_are_counted(row: str, check: int) -> None:
 
 
 def test_claims_of_exactness_cost_a_forward_pass_and_little_more() -> None:
-    """A forward pass over all; on the sample one, a graph, and each tensor's own product."""
-    meter, steps = Meter(), list[None]()
-    claims = exact_parameters(problem_of(), meter=meter, on_step=lambda: steps.append(None))
+    """A forward pass over all; on the sample one, a graph, and half a way back to each layer."""
+    problem, meter, steps = problem_of(), Meter(), list[None]()
+    claims = exact_parameters(problem, meter=meter, on_step=lambda: steps.append(None))
     assert all(claim.exact for claim in claims)
-    assert meter.gradients == pytest.approx(1 / 3 + SHARE * (1 / 3 + 1 + 2))
+    ways = problem.ways_back([problem.parameters.tensors[:2], problem.parameters.tensors[2:]])
+    share = problem.share_of(SAMPLE)
+    assert meter.gradients == pytest.approx(1 / 3 + share * (1 / 3 + 1 + sum(ways) / 2))
     assert len(steps) == 2 + 2  # the batches, and the layers
 
 
 def test_a_losss_own_curvature_is_counted() -> None:
     named, users = Meter(), Meter()
     require_output_hessian(problem_of(), named)
-    require_output_hessian(problem_of(lambda o, t: (o - t).square().mean()), users)
+    problem = problem_of(lambda o, t: (o - t).square().mean())
+    require_output_hessian(problem, users)
     assert named.gradients == 0
-    assert users.gradients == pytest.approx(SHARE * 2 / 3)
+    assert users.gradients == pytest.approx(problem.share_of(SAMPLE) * 2 / 3)
+
+
+def test_a_pass_over_a_few_reads_all_weights() -> None:
+    """All of them for each of the two batches, and some numbers for each example."""
+    problem = problem_of()
+    each, weights = problem.independence.numbers, problem.parameters.size
+    assert each > 0
+    all_of_them = COUNT * each + 2 * weights
+    assert problem.share_of(SAMPLE) == pytest.approx((SAMPLE * each + weights) / all_of_them)
+    assert problem.share_of(16) + problem.share_of(8) == pytest.approx(1)
 
 
 def test_the_products_of_one_tensor_alone_say_what_all_of_them_say(samples: Any) -> None:

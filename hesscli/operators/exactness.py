@@ -84,7 +84,7 @@ def exact_parameters(
         residual = Residual(problem, parameters=parameters, mode=mode, meter=meter)
         sample = problem.sample(_SAMPLE)
         residual.slope(sample)
-        meter.add(FORWARD, sample.count / problem.data.count)
+        meter.add(FORWARD, problem.share_of(sample.count))
     except UsageError as error:
         reasons = dict.fromkeys(parameters.names, error.got)
     for turn in world.turns(problem.joint()):
@@ -107,25 +107,27 @@ def exact_parameters(
 
 Group = Sequence[int]
 """Parameters by their places."""
+_OWN = 0.5
+"""Of the way back to a group: no other weights' gradients are made, nor what is zero."""
 
 
 def own_forms(
-    residual: Residual, groups: Iterable[Group], sample: WeightedBatch
+    residual: Residual, groups: Sequence[Group], sample: WeightedBatch
 ) -> Iterator[float]:
     """|vᵀRv| for a random v on each of some groups of parameters alone.
 
     Of the gradient's graph, which serves all of them, only a group's own part is differentiated,
     and by its parameters alone.
     """
-    selection, share = residual.parameters, sample.count / residual.problem.data.count
+    tensors, share = residual.parameters.tensors, residual.problem.share_of(sample.count)
+    ways = residual.problem.ways_back([[tensors[index] for index in group] for group in groups])
     with residual.problem.forward_context():
         apply = _own_products(residual, sample)
         residual.meter.add(residual.cost[0], share)
-        for group in groups:
+        for group, way in zip(groups, ways, strict=True):
             vector = torch.cat([_probe(residual, index) for index in group])
             form = abs(float(vector @ apply(group, vector)))
-            own = share * len(vector) / selection.size
-            residual.meter.add(residual.cost[1], own)
+            residual.meter.add(_OWN * way, share)
             yield form
 
 
@@ -174,7 +176,7 @@ def within_parameters(
     B is the matrix ``beside``, by default R.
     """
     selection, problem = residual.parameters, residual.problem
-    share = sample.count / problem.data.count
+    share = problem.share_of(sample.count)
     operators = [residual] if beside is None else [residual, beside]
     with problem.forward_context():
         applies = [operator.live(sample) for operator in operators]
@@ -287,7 +289,7 @@ def require_output_hessian(problem: Problem, meter: Meter | None = None) -> None
     sample = problem.sample(_SAMPLE)
     Residual(problem).slope(sample)
     if meter is not None:
-        meter.add(2 * FORWARD, sample.count / problem.data.count)
+        meter.add(2 * FORWARD, problem.share_of(sample.count))
     is_double = problem.precision.is_float64
     with doubled(problem) if is_double else nullcontext(), problem.forward_context():
         sample = problem.sample(_SAMPLE)

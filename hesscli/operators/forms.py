@@ -79,7 +79,7 @@ class LayerForms:
         with problem.forward_context():
             found = self._together(slice(first, first + len(owned[layer])), rows)
         work = len(rows) * self.layers.costs[layer]
-        operator.meter.add(work, self._share, products=len(rows))
+        operator.meter.add(work, self._share, products=len(rows) * self._share)
         # A product that is not finite is made once more, to be refused as any.
         return found if bool(torch.isfinite(found).all()) else self._apart(layer, rows)
 

@@ -126,6 +126,7 @@ def preflight(
     proof = problem.prove()
     few, many = _samples(problem)
     meter = Meter() if meter is None else meter
+    meter.add(problem.trial_work)
     checks = [Check(name="finite loss", state="passed", detail=problem.loss.name, value=proof.loss)]
     for check in (
         partial(_determinism, few, meter),

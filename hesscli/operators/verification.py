@@ -338,7 +338,7 @@ class Product:
         each, problem = len(block) * each, self.operator.problem
 
         def product(batch: WeightedBatch) -> Tensor:
-            apply, share = self._kept, batch.count / problem.data.count
+            apply, share = self._kept, problem.share_of(batch.count)
             if apply is None:
                 apply = self.operator.live(batch)
                 self.operator.meter.add(graph, share)

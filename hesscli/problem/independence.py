@@ -79,6 +79,7 @@ class Independence:
         change: the largest relative change that was seen.
         bound: what rounding may do.
         numbers: that are made for one example on the way to the loss; 0 where nothing was run.
+        passes: rows in each pass that was made to compare them.
     """
 
     mixes: str | None
@@ -88,6 +89,7 @@ class Independence:
     change: float
     bound: float
     numbers: int = 0
+    passes: tuple[int, ...] = ()
 
     @property
     def proven(self) -> bool:
@@ -127,6 +129,7 @@ class IndependenceTest:
         self._random = self._widened = False
         self._rounded: str | None = None
         self._outputs_each = self._numbers = 0
+        self._passes: list[int] = []
         # A loss that says "sum" is already divided by its mass.
         self._reductions: set[Reduction] = {"mean"}
         if loss.reduction is None:
@@ -143,6 +146,7 @@ class IndependenceTest:
             change=self._change,
             bound=self._bound,
             numbers=self._numbers,
+            passes=tuple(self._passes),
         )
 
     @property
@@ -338,6 +342,7 @@ class IndependenceTest:
         """One row an example, or None where there is no such thing."""
         if self.loss.hidden is not None:
             return None
+        self._passes.append(count)
         try:
             outputs = self.loss.outputs(self.model, batch).detach()
         except HiddenOutputsError:

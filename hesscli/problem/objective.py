@@ -253,6 +253,30 @@ class Objective:
         """Work of its gradient, in the same: a whole forward pass, and the way back."""
         return FORWARD + self.way_back
 
+    @cached_property
+    def _passes(self) -> int:
+        """Batches in which the user would go through all examples."""
+        if not (self.separable and self.independence.proven):
+            return len(self.indices)
+        return len(list(_to_be_joined(self.data.batches, self.indices, self.data.together)))
+
+    def share_of(self, count: int) -> float:
+        """Work of a pass over so few examples at once, beside that over all in the user's batches.
+
+        A pass makes numbers for each of its examples and reads every weight, however few they are.
+        """
+        each, weights = self.independence.numbers, sum(p.numel() for p in self.model.parameters())
+        if not each:
+            return count / self.data.count
+        return (count * each + weights) / (self.data.count * each + self._passes * weights)
+
+    @property
+    def trial_work(self) -> float:
+        """Of finding whether examples are independent, and what becomes of it in float64."""
+        compared = FORWARD * sum(map(self.share_of, self.independence.passes))
+        seen = (2 * FORWARD + BACKWARD) * self.share_of(min(_EXAMPLES, self.data.count))
+        return compared + (seen if self.precision.numbers else 0.0)
+
     def fixed_outputs(self, batch: Batch) -> Tensor:
         """Model outputs of a batch without their graph; models may differentiate on their way."""
         return self.outputs(batch).detach()
@@ -400,8 +424,8 @@ class Sample:
 
     @property
     def share(self) -> float:
-        """The sample as a share of all kept examples."""
-        return self.count / self.problem.data.count
+        """Work of a pass over it beside that of one over all kept examples."""
+        return sum(self.problem.share_of(size_of(part)) for part in self.parts)
 
     def batches(self) -> Iterator[WeightedBatch]:
         """The parts in the problem's present type."""

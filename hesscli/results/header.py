@@ -140,10 +140,12 @@ class MethodReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What it took, from the first product on.
+    """What it took, the proof and all checks included.
 
     ``products`` are matrix-vector products over all kept examples; ``gradients`` counts the
-    same work in full-data gradients (forward 1/3, backward 2/3), independent of the clock.
+    same work in full-data gradients (forward 1/3, backward 2/3), independent of the clock: passes
+    over a few examples by the numbers that they make and the weights that they read, in float64
+    as in any type, though a processor may take some times as long for it.
     ``peak_bytes`` is the device's peak allocation, or on a CPU the process's peak resident
     memory rounded up to 64 MiB.
     """
