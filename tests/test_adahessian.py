@@ -260,6 +260,12 @@ def test_a_gradient_from_elsewhere_is_no_step_with_a_product() -> None:
     with pytest.raises(UsageError, match="without a product"):
         optimizer.step()
     optimizer.zero_grad()
+    optimizer.accumulate(loss_of(model, 0))
+    model.unused.sum().backward()
+    with pytest.raises(UsageError, match="without a product"):
+        optimizer.step()
+    assert torch.equal(weights(model), weights(net())), "nothing has moved"
+    optimizer.zero_grad()
     optimizer.step(loss_of(model, 0))
     loss_of(model, 1).backward()
     optimizer.step()

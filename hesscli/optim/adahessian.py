@@ -148,6 +148,13 @@ class AdaHessian(LossOptimizer):
         return {p: part.view(p.shape).to(p) for p, part in parts}
 
     def _move(self) -> None:
+        reached = {tensor for tensor in self._parameters() if tensor.grad is not None}
+        if self._has_products() and not reached <= self._products.keys():
+            raise UsageError(
+                "a step without a product with the Hessian, which it was to have",
+                "a gradient alone",
+                "optimizer.step(loss), or optimizer.accumulate(loss) instead of loss.backward()",
+            )
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
@@ -158,12 +165,6 @@ class AdaHessian(LossOptimizer):
     def _direction(self, tensor: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor | None:
         """m̂ / (√ŝ^k + ε), with m and s brought up to date; None before the first product."""
         product, state = self._products.get(tensor), self.state[tensor]
-        if product is None and self._has_products():
-            raise UsageError(
-                "a step without a product with the Hessian, which it was to have",
-                "a gradient alone",
-                "optimizer.step(loss), or optimizer.accumulate(loss) instead of loss.backward()",
-            )
         if product is None and not state:
             return None
         dtype, blocks = wide_dtype(tensor), _blocks(tuple(tensor.shape), group["blocks"])

@@ -105,7 +105,8 @@ class LossOptimizer(torch.optim.Optimizer):
         self._average()
         with torch.no_grad():
             gradients = [p.grad for p in self._parameters() if p.grad is not None]
-            norms = [torch.linalg.vector_norm(each).float() for each in gradients]
+            wide, device = wide_dtype(*gradients), self._parameters()[0].device
+            norms = [torch.linalg.vector_norm(each, dtype=wide).to(device) for each in gradients]
             norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
             self.scale((max_norm / norm).clamp(max=1))
         return norm
