@@ -36,6 +36,10 @@ bench-spectrum: $(VENV)/bench  ## Eigenvalues and densities against three librar
 bench-certainty: $(VENV)/bench  ## What equally certain answers cost, ours and other libraries' (half an hour)
 	$(BIN)/python tests/benchmarks/certainty.py
 
+bench-optimizers: $(VENV)/bench  ## Steps of AdaHessian and M-FAC beside SGD's and other libraries' (ten minutes)
+	$(PIP) --no-deps pytorch_optimizer==4.1.0 ista-daslab-optimizers==1.1.15
+	$(BIN)/python tests/benchmarks/optimizers.py
+
 bench-parts: $(VENV)/demo  ## The trace of a last layer beside a forward pass and the whole network's
 	$(BIN)/python tests/benchmarks/parts.py
 
@@ -112,6 +116,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-certainty bench-estimates bench-large bench-mfac \
-	bench-parts bench-scale bench-shards bench-spectrum bench-vocabulary calibration coverage faults \
+	bench-optimizers bench-parts bench-scale bench-shards bench-spectrum bench-vocabulary calibration coverage faults \
 	fuzz gallery goldens gpu hf hostile ranks reference symmetries clean
 .DEFAULT_GOAL := help
