@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import hesscli
 from hesscli.diagnostics.predictions import sampled_mean
 from hesscli.diagnostics.saliency import GROUPS, Inverted, rank_correlation
-from hesscli.diagnostics.window import block_sizes
+from hesscli.diagnostics.window import block_sizes, layer_sizes
 from hesscli.engines.diagonal import student_scale
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.errors import UnsoundError, UsageError
@@ -63,7 +63,7 @@ def test_saliency_and_leverage_are_those_of_the_dense_blocks(
     damping = 1e-3 * float(fisher.trace()) / len(fisher)
     inverse = torch.zeros_like(fisher)
     start = 0
-    for size in block_sizes(problem.parameters, "auto", 512).tolist():
+    for size in block_sizes(layer_sizes(problem.parameters), "auto", 512).tolist():
         place = slice(start, start + size)
         damped = fisher[place, place] + damping * torch.eye(size, dtype=torch.float64)
         inverse[place, place] = torch.linalg.inv(damped)
@@ -559,9 +559,9 @@ def test_rank_correlation_is_spearmans(kinds: int) -> None:
 
 def test_blocks_make_up_the_layers_whatever_their_sizes() -> None:
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))  # 40 and 18 weights
-    parameters = Parameters.of(model)
-    assert block_sizes(parameters, "auto", 64).tolist() == [16, 16, 8, 16, 2]  # a quarter of them
-    assert block_sizes(parameters, "auto", 3).tolist() == [1] * 58
-    assert block_sizes(parameters, "layer", 64).tolist() == [40, 18]
-    assert block_sizes(parameters, "20", 64).tolist() == [20, 20, 18]
-    assert block_sizes(parameters, "whole", 64) is None
+    layers = layer_sizes(Parameters.of(model))
+    assert block_sizes(layers, "auto", 64).tolist() == [16, 16, 8, 16, 2]  # a quarter of them
+    assert block_sizes(layers, "auto", 3).tolist() == [1] * 58
+    assert block_sizes(layers, "layer", 64).tolist() == [40, 18]
+    assert block_sizes(layers, "20", 64).tolist() == [20, 20, 18]
+    assert block_sizes(layers, "whole", 64) is None
