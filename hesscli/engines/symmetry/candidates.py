@@ -100,6 +100,11 @@ class _Reading:
         return uses
 
     @cached_property
+    def _scratch(self) -> np.ndarray:
+        """A place for each entry, by which a few are known again."""
+        return np.zeros(self.parameters.size, dtype=np.int64)
+
+    @cached_property
     def _labels(self) -> np.ndarray:
         """A number for each channel by which its factor is known."""
         drawn = np.random.default_rng(0).random(self.factor.max(initial=-1) + 1)
@@ -130,7 +135,7 @@ class _Reading:
 
     def layers(self, entries: np.ndarray) -> tuple[str, ...]:
         """Layers that have entries, in order."""
-        numbers = np.unique(np.searchsorted(self._starts, entries, side="right") - 1)
+        numbers = _distinct(np.searchsorted(self._starts, entries, side="right") - 1)
         return tuple(dict.fromkeys(self.parameters[int(number)].layer for number in numbers))
 
     def families(self) -> Iterator[Family]:
@@ -145,7 +150,7 @@ class _Reading:
         """Factors that act on the same parameters in the same way, and what they do."""
         acting = defaultdict[int, list[int]](list)
         for part in self.parts:
-            for factor in np.unique(self.factor[part.channels]):
+            for factor in _distinct(self.factor[part.channels]):
                 acting[int(factor)].append(part.number)
         names = [*self.marks, *self.broken]
         sets = [*self.marks.values(), *self.broken.values()]
@@ -162,7 +167,7 @@ class _Reading:
         if not (undone or "normalised" in marks) or broken - _TOLD.keys():
             return
         channels = np.isin(self.factor, factors)
-        kinds = {self.seen.sources[number] for number in np.unique(self.source[channels])}
+        kinds = {self.seen.sources[number] for number in _distinct(self.source[channels])}
         few = [self._within(part, channels) for part in parts]
         told = self._told(_name(marks, kinds, undone), few, marks, broken)
         free = kinds <= {"map", "embedding", "tensor"} and all(abs(p.exponent) == 1 for p in few)
@@ -194,28 +199,31 @@ class _Reading:
 
     def _elsewhere(self, parts: list[_Part]) -> str | None:
         """A parameter that is read by more than what these account for, or not in one way."""
-        covered = np.zeros(self.parameters.size, dtype=np.int64)
-        done, alike = np.zeros(self.parameters.size), np.ones(self.parameters.size, dtype=bool)
+        every = np.concatenate([part.entries for part in parts])
+        if (self._uses[every] == 1).all():  # which is that of these
+            return None
+        self._scratch[every] = np.arange(len(every))
+        covered, done, unlike = np.zeros((3, len(every)))
         for use in {part.use for part in parts}:
-            own = np.zeros(self.parameters.size)
+            own, acted = np.zeros((2, len(every)))
             for part in parts:
                 if part.use == use:
-                    np.add.at(own, part.entries, part.exponent * self._labels[part.channels])
-            acted = np.unique(np.concatenate([p.entries for p in parts if p.use == use]))
-            alike[acted] &= (covered[acted] == 0) | np.isclose(done[acted], own[acted])
-            done[acted] = own[acted]
-            covered[acted] += 1
-        entries = np.unique(np.concatenate([part.entries for part in parts]))
-        more = entries[(self._uses[entries] > covered[entries]) | ~alike[entries]]
+                    places = self._scratch[part.entries]
+                    rates = part.exponent * self._labels[part.channels]
+                    own += np.bincount(places, rates, len(every))
+                    acted[places] = 1
+            unlike += (acted > 0) & (covered > 0) & (abs(done - own) > 1e-9)
+            done, covered = np.where(acted > 0, own, done), covered + acted
+        places = self._scratch[every]
+        more = every[(self._uses[every] > covered[places]) | (unlike[places] > 0)]
         if not len(more):
             return None
         number = int(np.searchsorted(self._starts, more[0], side="right") - 1)
         return str(self.parameters[number].name)
 
     def _scaled(self, factors: np.ndarray, parts: list[_Part], told: Told) -> Scaling:
-        place = {int(factor): number for number, factor in enumerate(factors)}
-        numbers = [self.factor[part.channels] for part in parts]
-        channel = np.array([place[int(each)] for each in np.concatenate(numbers)])
+        numbers = np.concatenate([self.factor[part.channels] for part in parts])
+        channel = np.searchsorted(factors, numbers)
         exponent = np.concatenate([np.full(len(p.entries), p.exponent) for p in parts])
         return Scaling(
             told,
@@ -239,7 +247,7 @@ class _Reading:
 
     def _mixed(self, parts: list[_Part], told: Told) -> Iterator[Family]:
         """Blocks of equal size as one family; none where channels are no counterparts."""
-        channels = np.unique(np.concatenate([part.channels for part in parts]))
+        channels = _distinct(np.concatenate([part.channels for part in parts]))
         blocks = defaultdict[int, set[int]](set)
         for channel in channels:
             blocks[int(self._blocks[channel])].add(int(self.channel[channel]))
@@ -365,10 +373,17 @@ class _Reading:
         yield Translation(told, tuple(torch.from_numpy(entries) for _, entries in groups))
 
 
+def _distinct(numbers: np.ndarray) -> np.ndarray:
+    """Each of some numbers from 0 once, in order."""
+    there = np.zeros(numbers.max(initial=-1) + 1, dtype=bool)
+    there[numbers] = True
+    return np.flatnonzero(there)
+
+
 def _by_channel(part: _Part, channel: np.ndarray) -> dict[int, np.ndarray]:
     """A part's entries by channel, in their order."""
     own = channel[part.channels]
-    order = np.lexsort((part.entries, own))
+    order = np.argsort(own, kind="stable")  # entries are in order
     numbers, starts = np.unique(own[order], return_index=True)
     pieces = np.split(part.entries[order], starts[1:])
     return {int(number): piece for number, piece in zip(numbers, pieces, strict=True)}
