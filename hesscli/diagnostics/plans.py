@@ -39,7 +39,7 @@ _REPEATS = 3
 _TIMING = 0.5
 """Seconds from which on nothing is timed again: what is slow is timed well the first time."""
 _PRODUCTS = 2
-"""That are made on one graph."""
+"""That are made on one graph, unless a vector takes so much that a block has but one."""
 
 
 def measured_pace(operator: Operator) -> tuple[Pace, int]:
@@ -50,7 +50,8 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
     """
     problem = operator.problem
     batch = problem.batch(problem.indices[0])
-    block = Probes(operator, 0, "fresh", "rademacher").block(batch.index, 0, _PRODUCTS)
+    many = min(_PRODUCTS, operator.block_size)
+    block = Probes(operator, 0, "fresh", "rademacher").block(batch.index, 0, many)
     forward, kept = operator.mode == "forward-over-reverse", dict[int, int]()
 
     def timed(watching: Callable[[], AbstractContextManager[Any]]) -> tuple[float, ...]:
@@ -73,11 +74,11 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
     first, second, third = (
         scale * sorted(times)[len(times) // 2] for times in zip(*rounds[1:] or rounds, strict=True)
     )
-    held = (1 + forward * _PRODUCTS) * sum(kept.values())
+    held = (1 + forward * many) * sum(kept.values())
     pace = Pace(
         gradient=Spent(gradients=problem.gradient_cost, seconds=first),
         graph=Spent(gradients=graph, seconds=second),
-        product=Spent(products=1.0, gradients=each, seconds=third / _PRODUCTS),
+        product=Spent(products=1.0, gradients=each, seconds=third / many),
         graph_bytes=round(scale * held),
     )
     gain = world.gain(len(problem.indices))
