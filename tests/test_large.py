@@ -18,6 +18,7 @@ from test_preflight import check_of, lying, problem_of, tanh_net
 
 import hesscli
 from hesscli import memory
+from hesscli.diagnostics import symmetry
 from hesscli.diagnostics.check import check
 from hesscli.engines.entries import most_entries, needed_bytes
 from hesscli.errors import UnsoundError, UsageError
@@ -109,3 +110,11 @@ def test_a_diagonal_that_does_not_fit_is_refused_and_planned_as_that() -> None:
 def test_as_many_entries_fit_as_is_said(room: int, dtype: torch.dtype) -> None:
     most = most_entries(room, dtype)
     assert 0 < needed_bytes(most, dtype) <= room
+
+
+def test_a_large_network_is_not_looked_through_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, told in ((1 << 22, ""), (40, "no time to plan it: 43 parameters to look through")):
+        monkeypatch.setattr(symmetry, "_LOOKED_THROUGH", most)
+        plans = {plan.command: plan for plan in check(problem_of(tanh_net())).plan.commands}
+        assert told in plans["symmetry"].note
+        assert bool(plans["symmetry"].gradients) != bool(told)

@@ -24,6 +24,7 @@ from hesscli.engines.symmetry.candidates import candidates
 from hesscli.engines.symmetry.families import Family, Scaling, Translation, rank_of
 from hesscli.engines.symmetry.identities import Place, Residuals, tested, worst_of
 from hesscli.engines.symmetry.watch import Watch
+from hesscli.errors import BudgetError
 from hesscli.meter import FORWARD
 from hesscli.operators.base import LiveTerm
 from hesscli.operators.products import flatten, gradient
@@ -419,7 +420,21 @@ def _warnings(
 # -- What ``hesscli symmetry`` will take -----------------------------------------------------------
 
 
+_LOOKED_THROUGH = 1 << 22
+"""Parameters that are looked through in seconds: one by one, for each family that might be."""
+
+
 def plan(pilot: Pilot) -> Iterator[Work]:
-    """Tests of what a pass suggests."""
+    """Tests of what a pass suggests.
+
+    Raises:
+        BudgetError: that alone would take long.
+    """
+    if (size := pilot.run.problem.parameters.size) > _LOOKED_THROUGH:
+        raise BudgetError(
+            "families of a large network are not looked for in a plan",
+            f"{size} parameters to look through",
+            "hesscli symmetry, or --params for some of them",
+        )
     with doubled(pilot.run.problem):
         yield from Testing(pilot.run, pilot.asked.seed).expected(pilot.pace)
