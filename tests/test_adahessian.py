@@ -247,6 +247,16 @@ def test_a_second_derivative_that_is_missing() -> None:
     assert "sdpa_kernel" in caught.value.hint
 
 
+def test_attention_is_differentiated_twice_as_the_hint_says() -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(4, 1, batch_first=True)
+    tokens, before = torch.randn(2, 3, 4), attention.in_proj_weight.detach().clone()
+    optimizer = AdaHessian(attention.parameters())
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        optimizer.step(attention(tokens, tokens, tokens, need_weights=False)[0].square().mean())
+    assert not torch.equal(attention.in_proj_weight, before)
+
+
 def test_a_loss_that_is_linear_has_a_hessian_of_zeros() -> None:
     x = torch.nn.Parameter(torch.zeros(3))
     AdaHessian([x], lr=1e-4, eps=1e-4).step((x * torch.tensor([1.0, 2.0, -3.0])).sum())

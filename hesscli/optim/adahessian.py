@@ -197,6 +197,10 @@ class AdaHessian(LossOptimizer):
         return {"steps": state["steps"], "momentum": momentum, "curvature": curvature}
 
 
+_TWICE = ("derivative", "differentiate", "double backward")
+"""One of these is in what torch says of an operation whose gradient has none of its own."""
+
+
 @lru_cache(maxsize=1024)
 def _blocks(shape: tuple[int, ...], rule: str) -> Blocks:
     return Blocks.of(shape, BlockRule.parse(rule))
@@ -228,11 +232,11 @@ def _product(
             )
         )
     except RuntimeError as error:
-        if "derivative" not in str(error) and "differentiate" not in str(error):
+        if not any(word in str(error) for word in _TWICE):
             raise
         raise UnsoundError(
             "the loss cannot be differentiated twice",
             first_line(error),
-            "where attention is fused, a forward pass within "
+            "a model that is not compiled; where attention is fused, a forward pass within "
             "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
         ) from error
