@@ -68,7 +68,7 @@ reference: $(VENV)/demo  ## Write .github/OPTIONS.md from what --help shows
 	$(BIN)/python tests/reference.py
 
 gallery: $(VENV)/demo  ## Every picture of all samples; they go to hesscli-out/
-	for model in $(SAMPLES); do for command in trace diag ihvp spectrum symmetry; do \
+	for model in $(SAMPLES); do for command in trace diag ihvp spectrum symmetry prune; do \
 		$(BIN)/hesscli $$command $$model --budget 5m || exit; done; done
 
 coverage: $(VENV)/test  ## How often intervals hold, end to end (most of an hour)

@@ -82,6 +82,14 @@ COMMANDS: dict[str, Command] = {
         table="hesscli.render.tables.symmetry:symmetry_table",
         figures="hesscli.render.figures.symmetry:figures",
     ),
+    "prune": Command(
+        usage="hesscli.cli.prune:USAGE",
+        result="hesscli.results.prune:PruneResult",
+        measure="hesscli.diagnostics.prune:prune",
+        plan="hesscli.diagnostics.prune:plan",
+        table="hesscli.render.tables.prune:prune_table",
+        figures="hesscli.render.figures.prune:figures",
+    ),
     "join": Command(usage="hesscli.cli.join:USAGE"),
     "schema": Command(usage="hesscli.cli.schema:USAGE"),
 }

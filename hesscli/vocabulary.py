@@ -34,6 +34,8 @@ USUAL_BUDGET = 600.0
 """Seconds that a command takes at most where nothing else is said."""
 USUAL_RTOL = {"trace": 0.05, "diag": 0.1, "ihvp": 0.2}
 """Relative tolerance that counts where none of any kind is asked for, of commands that have one."""
+USUAL_SPARSITY = 0.5
+"""Share of the weights that pruning takes where nothing else is said."""
 USUAL_CONFIDENCE = 0.95
 """Probability with which intervals hold where nothing else is said."""
 

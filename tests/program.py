@@ -22,6 +22,7 @@ FEW = {
     "trace": ("--method", "hutchinson", "--probes", 4),
     "diag": ("--method", "hutchinson", "--probes", 4),
     "ihvp": ("--window", 32),
+    "prune": ("--window", 32),
     "spectrum": ("--steps", 8, "--probes", 2),
 }
 """Little work, of the kind that each does."""

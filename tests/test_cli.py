@@ -69,7 +69,7 @@ def test_misuse_exits_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["check", "init", "trace", "diag", "ihvp", "spectrum", "symmetry", "schema"]
+    "command", ["check", "init", "trace", "diag", "ihvp", "spectrum", "symmetry", "prune", "schema"]
 )
 def test_every_command_explains_itself_with_examples(command, capsys) -> None:
     assert main([command, "-h"]) == 0

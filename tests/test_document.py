@@ -360,6 +360,7 @@ def test_schema_describes_every_command() -> None:
         "ihvp",
         "spectrum",
         "symmetry",
+        "prune",
     }
     for definition in described["$defs"].values():
         assert definition["description"]

@@ -34,6 +34,7 @@ STOPPED = {
     "ihvp": ("perturbing", "--window", 32, *_ENDLESS),
     "spectrum": ("iterating", "--steps", 64, "--budget", "none"),
     "symmetry": ("testing symmetries",),
+    "prune": ("comparing methods",),
     "toy": ("taking gradients",),
 }
 """What is said when Ctrl-C is pressed and there is something to show, and work that goes on."""
@@ -212,7 +213,7 @@ def test_plans_are_within_a_factor_of_two_of_the_runs(
 
 def test_a_run_names_the_tolerance_that_it_kept_or_missed(ran: Ran) -> None:
     wanted, status = ran.document["method"]["rtol"], ran.document["status"]
-    assert (wanted is None) == (ran.command in ("symmetry", "toy"))  # they have none
+    assert (wanted is None) == (ran.command in ("symmetry", "prune", "toy"))  # they have none
     if wanted is not None and status in ("converged", "budget"):
         assert f"the tolerance of {100 * wanted:g}%" in " ".join(ran.stdout.split())
 

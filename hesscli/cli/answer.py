@@ -276,6 +276,9 @@ def _save(command: Command, result: Header, console: Console, given: Given, held
             kind = _kind(result, name, "tensors") if "tensors" in paths else "tensors"
             file = f"{file_name(name, matrix)}.safetensors"
             paths[kind] = files.write(file, partial(_put_arrays, arrays))
+        for kind, (file, write) in result.copies().items():
+            _require_another(held.folder / file, result.problem.checkpoint)
+            paths[kind] = files.write(file, write)
         if command.figures:
             from hesscli.render.figures.canvas import encoders
 
@@ -304,6 +307,20 @@ def _kind(result: Header, name: str, kind: str) -> str:
 def file_name(name: str, matrix: str) -> str:
     """A file's name without its ending; it carries the matrix where that is not the Hessian."""
     return name if matrix == "hessian" else f"{name}-{matrix}"
+
+
+def _require_another(path: Path, checkpoint: CheckpointReport | None) -> None:
+    """See that no file takes the place of the checkpoint that it was made of.
+
+    Raises:
+        UsageError: it would.
+    """
+    if checkpoint is not None and path.resolve() == Path(checkpoint.path).resolve():
+        raise UsageError(
+            "what is written would take the place of the checkpoint",
+            str(path),
+            "another --dir, or the checkpoint under another name",
+        )
 
 
 def _put_arrays(arrays: Mapping[str, Any], stream: BinaryIO) -> None:

@@ -17,6 +17,7 @@ from hesscli.vocabulary import (
     USUAL_BUDGET,
     USUAL_CONFIDENCE,
     USUAL_RTOL,
+    USUAL_SPARSITY,
     WINDOW_DTYPES,
     BlockRule,
     RowKind,
@@ -27,7 +28,7 @@ from hesscli.vocabulary import (
 _MATRICES, _MODES, _OUTPUTS = tuple(MATRICES), ("auto", *MODES), ("table", "json")
 
 _PROBLEM, _ACCURACY, _COMPUTE = Panel("Problem"), Panel("Accuracy"), Panel("Computation")
-_FOLDER = Panel("Hugging Face folder")
+_FOLDER, _PRUNING = Panel("Hugging Face folder"), Panel("Pruning")
 _WINDOW, _OUTPUT = Panel("Window of gradients"), Panel("Output")
 
 
@@ -278,6 +279,34 @@ SEED = _ACCURACY.value(
     metavar="N",
     default=0,
     help="Names the random probes and the examples kept. Default: 0.",
+)
+
+
+# -- How much is to go -----------------------------------------------------------------------------
+
+
+SPARSITY = _PRUNING.value(
+    "--sparsity",
+    parsing.confidence,
+    "a percentage, or a fraction, between 0 and 1",
+    "--sparsity 90% or --sparsity 0.9",
+    metavar="PERCENT",
+    default=USUAL_SPARSITY,
+    help="Share of the weights that are to be zero, biases and other vectors left out. Default: "
+    f"{USUAL_SPARSITY:.0%}.",
+)
+PRUNING_STEPS = _PRUNING.value(
+    "--steps",
+    parsing.count,
+    "a number of steps, 1 or more",
+    "--steps 16",
+    metavar="N",
+    default=1,
+    help="In how many steps they go, each through a new window of gradients and by the same share "
+    "of what is left. Default: 1.",
+)
+PER_LAYER = _PRUNING.switch(
+    "--per-layer", help="The same sparsity in each layer, and not in all of them together."
 )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hesscli import world
 from hesscli.errors import UnsoundError
 from hesscli.memory import is_out_of_memory
-from hesscli.meter import FORWARD
+from hesscli.meter import FORWARD, OnStep, go_on
 from hesscli.problem.batches import tensors_of
 from hesscli.problem.blame import no_gradient
 from hesscli.problem.factory import blamed_on_user
@@ -181,6 +181,28 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         lengths=tuple(one.length for one in shares),
         saturated=_saturation(problem) if possible and loss == 0 else None,
     )
+
+
+def measured(problem: Objective, on_step: OnStep = go_on) -> tuple[float, float | None]:
+    """Loss of the data alone, and accuracy, at whatever the weights are now.
+
+    Unlike the proof it puts nothing to the test: a loss that is not finite is told as it is.
+
+    Args:
+        problem: whose weights may be any.
+        on_step: called after each batch; may end it.
+    """
+    own = list[tuple[int, float, float, float]]()
+    groups = [(i,) for i in problem.indices] if problem.loss.is_claim else problem.joint()
+    with world.apart():
+        for group in world.share(groups):
+            batch = problem.batch(*group)
+            seen, value = _run(problem, batch)
+            own.append((batch.index, batch.weight * float(value.detach()), seen.right, seen.of))
+            on_step()
+    shares = sorted(one for each in world.gathered(own) for one in each)
+    loss, right, of = (sum(column) for column in list(zip(*shares, strict=True))[1:])
+    return loss, right / of if of else None
 
 
 def _saturation(problem: Objective) -> str:

@@ -18,6 +18,7 @@ from hesscli.results import (
     Outliers,
     Perturbation,
     ProblemReport,
+    PruneResult,
     SpectralFunction,
     SpectrumResult,
     TraceResult,
@@ -194,7 +195,7 @@ def examples_used(problem: ProblemReport) -> str:
 
 def seen_by(result: Answer) -> str:
     """Say through what the matrix was seen: probes, or the rows of a window."""
-    if isinstance(result, IhvpResult):
+    if isinstance(result, IhvpResult | PruneResult):
         return f"{count(result.window.rows)} {result.window.row_kind} rows"
     if isinstance(result, SpectrumResult):
         starts = count(result.method.num_probes, "start vector")

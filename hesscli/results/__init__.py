@@ -60,6 +60,15 @@ from hesscli.results.ihvp import (
     SolveReport,
     WindowReport,
 )
+from hesscli.results.prune import (
+    LayerPruned,
+    PrunedBy,
+    PrunedQuality,
+    PruneResult,
+    PruningMethod,
+    Quality,
+    Sparsity,
+)
 from hesscli.results.spectrum import (
     Condition,
     ConvergencePoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 from hesscli import __version__
 
@@ -243,6 +243,10 @@ class Header:
 
     def tensors(self) -> dict[str, dict[str, Any]]:
         """Arrays by the names of the files that they go to, the main ones first."""
+        return {}
+
+    def copies(self) -> dict[str, tuple[str, Callable[[BinaryIO], None]]]:
+        """Other files by what each is: its name, and what writes it to a new file."""
         return {}
 
 

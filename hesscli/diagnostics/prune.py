@@ -1,0 +1,203 @@
+"""Weights that go, the others making up for them, and what the network is worth then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from hesscli.diagnostics.keeping import UNKEPT, Ledger
+from hesscli.diagnostics.measurement import Work, drive
+from hesscli.diagnostics.plans import Pilot
+from hesscli.diagnostics.pruning_study import METHODS, MFAC, Aim, Candidates, PruningStudy
+from hesscli.diagnostics.reporting import described
+from hesscli.diagnostics.run import Clock, started
+from hesscli.diagnostics.window import WindowOptions
+from hesscli.errors import InputError
+from hesscli.problem.problem import Problem
+from hesscli.problem.rewriting import Rewriting
+from hesscli.results import (
+    LOW_LEVERAGE,
+    LayerPruned,
+    MethodReport,
+    Observe,
+    PrunedBy,
+    PrunedQuality,
+    PruneResult,
+    Sparsity,
+)
+from hesscli.vocabulary import USUAL_BUDGET, USUAL_SPARSITY
+
+
+def prune(
+    problem: Problem,
+    *,
+    matrix: str = "hessian",
+    sparsity: float = USUAL_SPARSITY,
+    steps: int = 1,
+    per_layer: bool = False,
+    window: WindowOptions | None = None,
+    budget: float | None = USUAL_BUDGET,
+    seed: int = 0,
+    mode: str = "auto",
+    observe: Observe | None = None,
+    ledger: Ledger = UNKEPT,
+) -> PruneResult:
+    """Weights of the least saliency go, and the others move so that the loss grows least.
+
+    The model is left as it is: the result has the weights, and what writes them to a checkpoint
+    like the one that they came from.
+
+    Args:
+        problem: model, loss and frozen examples. Entries of its matrices and kernels may go.
+        matrix: by which the change of the loss is predicted.
+        sparsity: share of these that are to be zero.
+        steps: in each the same share of what is left goes, by a window of gradients of its own.
+        per_layer: each layer is to have the sparsity, and not all of them together.
+        window: which gradients stand for the matrix that is inverted.
+        budget: seconds; None for no limit.
+        seed: of sampled rows.
+        mode: autodiff mode of the prediction.
+        observe: told how far the run is; returning True ends it at its result so far.
+        ledger: keeps the run, so that it can go on from there.
+
+    Raises:
+        UsageError: a sparsity that cannot be, or that the weights have already; rows, blocks or a
+            window that cannot be.
+        InputError: the run is kept, and there can be no checkpoint like the one it is of.
+        UnsoundError: the problem's curvature would mean nothing, or all gradients are zero.
+        BudgetError: there was no time for one step.
+        KeyboardInterrupt: stopped before there was one.
+    """
+    aim = Aim(sparsity, steps, per_layer)
+    rewriting = _rewriting(problem, required=ledger is not UNKEPT)
+    options = window or WindowOptions()
+    options = replace(options, size=ledger.decided("rows", lambda: options.count(problem)))
+    with started(problem, matrix, mode, Clock(budget, observe), ledger) as run:
+        study = PruningStudy(run, aim, options, seed)
+        status = drive(run.clock, study, run.ledger) or "converged"
+        pruned, candidates = study.pruned, study.candidates
+        assert pruned.window is not None  # a step is done
+        layers = tuple(_layers(study))
+        checkpoint = None
+        if rewriting is not None:
+            writer = rewriting.writer(pruned.weights[candidates.columns])
+            checkpoint = (f"prune{rewriting.suffix}", writer)
+        return PruneResult(
+            status=status,
+            method=MethodReport(
+                name="mfac",
+                seed=seed,
+                mode=run.flight.mode,
+                attention_kernel=run.flight.attention_kernel,
+                note=f"exact update of all that stays; {pruned.window.row_kind} rows",
+            ),
+            cost=run.cost(),
+            sparsity=Sparsity(
+                asked=sparsity,
+                reached=float(pruned.gone.double().mean()),
+                num_weights=candidates.count,
+                num_zeros=int(pruned.gone.sum()),
+            ),
+            steps=steps,
+            per_layer=per_layer,
+            before=study.before,
+            methods=tuple(_methods(study)),
+            predicted=study.predicted,
+            window=pruned.window,
+            layers=layers,
+            weights=problem.parameters.by_name(pruned.weights, problem.dtype),
+            checkpoint=checkpoint,
+            **run.header(_warnings(study, layers)),
+        )
+
+
+def _rewriting(problem: Problem, *, required: bool) -> Rewriting | None:
+    """How the checkpoint is written; None where there is none, and none is asked for."""
+    if problem.checkpoint is None:
+        return None
+    parameters = Candidates(problem.parameters).parameters
+    try:
+        return Rewriting(Path(problem.checkpoint.path), parameters, problem.origin)
+    except InputError:
+        if required:
+            raise
+        return None
+
+
+def _methods(study: PruningStudy) -> Iterator[PrunedBy]:
+    """Those that came to some sparsity, the one that is written first."""
+    count = study.candidates.count
+    shares = [sum(number for _, number in targets) / count for targets in study.targets]
+    for name in METHODS:
+        network = study.networks[name]
+        if not network.qualities:
+            continue
+        each = zip(shares, network.qualities, strict=False)
+        yield PrunedBy(
+            name=name,
+            loss=network.qualities[-1].loss,
+            accuracy=network.qualities[-1].accuracy,
+            recalibrated=network.recalibrated,
+            steps=tuple(PrunedQuality(sparsity=share, **vars(one)) for share, one in each),
+        )
+
+
+def _layers(study: PruningStudy) -> Iterator[LayerPruned]:
+    """Every layer that has weights which may go, in the model's order."""
+    pruned, parameters = study.pruned, study.problem.parameters
+    for name, place in study.candidates.layers.items():
+        owned = parameters.in_layer(name)
+        seen = pruned.leverage[place]
+        seen = seen[~seen.isnan()]
+        yield LayerPruned(
+            name=name,
+            num_parameters=sum(p.numel for p in owned),
+            parameters=described(owned),
+            num_weights=place.stop - place.start,
+            num_zeros=int(pruned.gone[place].sum()),
+            leverage=float(seen.median()) if len(seen) else None,
+        )
+
+
+def _warnings(study: PruningStudy, layers: tuple[LayerPruned, ...]) -> Iterator[str]:
+    """What a careful reader of the numbers must know."""
+    pruned, aim = study.pruned, study.aim
+    if len(pruned.qualities) < aim.steps:
+        yield (
+            f"{len(pruned.qualities)} of {aim.steps} steps: {pruned.gone.double().mean():.4g} of "
+            f"the weights are zero, and not {aim.sparsity:.4g}; more --budget, or --resume"
+        )
+    if missing := [
+        n for n in METHODS if len(study.networks[n].qualities) < aim.steps and n != MFAC
+    ]:
+        yield f"no time to compare with {' and '.join(missing)} pruning: more --budget, or --resume"
+    low = [x.name for x in layers if x.leverage is not None and x.leverage < LOW_LEVERAGE]
+    if low:
+        yield (
+            f"leverage below {LOW_LEVERAGE:.0%} in {', '.join(low[:5])} ({len(low)} layers): which "
+            "weights went there is a matter of magnitude; more rows, smaller --blocks or less "
+            "--damping"
+        )
+    if empty := [layer.name for layer in layers if layer.num_zeros == layer.num_weights]:
+        yield (
+            f"no weight is left in {', '.join(empty[:5])} ({len(empty)} layers): --per-layer, a "
+            "lower --sparsity, or --params '!GLOB' that spares them"
+        )
+    assert pruned.window is not None
+    if pruned.window.rows < study.options.count(study.problem):
+        yield (
+            f"the window of gradients has {pruned.window.rows} rows: "
+            f"{study.problem.data.count} examples give no more of kind {pruned.window.row_kind}"
+        )
+    if study.problem.weight_decay:
+        yield "losses are of the data alone: weight decay falls with whatever weight goes"
+
+
+# -- What ``hesscli prune`` will take --------------------------------------------------------------
+
+
+def plan(pilot: Pilot) -> Iterator[Work]:
+    """Half of the weights, at once, through the window that is asked for."""
+    study = PruningStudy(pilot.run, Aim(USUAL_SPARSITY), pilot.asked.window, pilot.asked.seed)
+    yield from study.expected(pilot.pace)

@@ -1,0 +1,422 @@
+"""Networks that are pruned step by step, by M-FAC and by what it is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from hesscli.diagnostics.measurement import Pace, Work
+from hesscli.diagnostics.run import Run
+from hesscli.diagnostics.saliency import saliencies
+from hesscli.diagnostics.window import (
+    Collected,
+    WindowOptions,
+    block_sizes,
+    collecting,
+    damping_of,
+    inverting,
+    kind_of,
+    rows_to_be_had,
+)
+from hesscli.engines.mfac import GradientWindow, StaticFisher
+from hesscli.engines.mfac.pruning import compensation
+from hesscli.errors import UsageError
+from hesscli.meter import FORWARD, Spent
+from hesscli.operators.per_example.rows import Rows
+from hesscli.parameters import Parameters
+from hesscli.problem.problem import Problem
+from hesscli.problem.proof import measured
+from hesscli.problem.recalibration import norms_of, recalibrated
+from hesscli.results import PruningMethod, Quality, Snapshot, WindowReport
+from hesscli.state import State
+
+MFAC: PruningMethod = "mfac"
+METHODS: tuple[PruningMethod, ...] = (MFAC, "diagonal-fisher", "magnitude")
+"""The one whose weights are written is the first."""
+_PRUNING, _COMPARING, _PREDICTING = "pruning", "comparing methods", "predicting"
+
+
+# -- What may go, and how much of it ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A sparsity and the way there.
+
+    Args:
+        sparsity: share of the weights that are to be zero.
+        steps: in each the same share of the weights that are left goes.
+        per_layer: each layer is to have the sparsity, and not all together.
+    """
+
+    sparsity: float
+    steps: int = 1
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise UsageError(
+                "--sparsity must be above 0 and below 100%",
+                f"{100 * self.sparsity:g}%",
+                "--sparsity 90%",
+            )
+
+
+class Candidates:
+    """The weights that may go: entries of matrices and kernels, each tied one once.
+
+    Args:
+        parameters: those of the matrix.
+
+    Attributes:
+        columns: where they are in the flat vector ``(C,)``, layer by layer.
+        layers: places of each layer's among them, by its name; only of those that have some.
+
+    Raises:
+        UsageError: there are none.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        places = zip(parameters, parameters.places(), strict=True)
+        chosen = [(p.layer, place) for p, place in places if p.tensor.dim() > 1 and p.numel]
+        if not chosen:
+            raise UsageError(
+                "no weight may go: biases, gains and other vectors stay",
+                ", ".join(parameters.names[:5]),
+                "--params that takes a matrix or a kernel, or none for all of them",
+            )
+        self.parameters = Parameters(p for p in parameters if p.tensor.dim() > 1 and p.numel)
+        self.columns = torch.cat([torch.arange(place.start, place.stop) for _, place in chosen])
+        sizes = dict.fromkeys((layer for layer, _ in chosen), 0)
+        for layer, place in chosen:
+            sizes[layer] += place.stop - place.start
+        ends = pairwise(accumulate(sizes.values(), initial=0))
+        self.layers = {name: slice(*span) for name, span in zip(sizes, ends, strict=True)}
+
+    @property
+    def count(self) -> int:
+        """C."""
+        return len(self.columns)
+
+    def targets(self, aim: Aim, zeros: Tensor) -> Iterator[list[tuple[slice, int]]]:
+        """How many are to be zero after each step, in the whole or in each layer.
+
+        The share that is left falls geometrically. Counts of layers are rounded so that those of
+        all add up to the whole's.
+
+        Args:
+            aim: the sparsity and the number of steps.
+            zeros: which are zero before the first ``(C,)``.
+
+        Raises:
+            UsageError: more than are to be are so already.
+        """
+        spans = self.layers if aim.per_layer else {"": slice(0, self.count)}
+        counts = {name: int(zeros[place].sum()) for name, place in spans.items()}
+        sparse = {n: counts[n] / (p.stop - p.start) for n, p in spans.items()}
+        worst = max(sparse, key=lambda name: sparse[name])
+        if counts[worst] > math.ceil(aim.sparsity * (spans[worst].stop - spans[worst].start)):
+            raise UsageError(
+                "the weights are sparser already",
+                f"{100 * sparse[worst]:.4g}% of {worst or 'them'} are zero, and --sparsity "
+                f"{100 * aim.sparsity:g}%",
+                f"--sparsity above {100 * sparse[worst]:.4g}%",
+            )
+        for step in range(1, aim.steps + 1):
+            found, end = [], 0.0
+            for name, place in spans.items():
+                left = (1 - sparse[name]) ** (1 - step / aim.steps)
+                left *= (1 - aim.sparsity) ** (step / aim.steps)
+                begin, end = end, end + (1 - left) * (place.stop - place.start)
+                found.append((place, max(counts[name], round(end) - round(begin))))
+            yield found
+
+
+def least(costs: Tensor, targets: Sequence[tuple[slice, int]]) -> Tensor:
+    """Which have the lowest costs of each stretch; of equal ones the first. ``(C,)``, boolean."""
+    chosen = torch.zeros(len(costs), dtype=torch.bool)
+    for place, count in targets:
+        chosen[place][torch.sort(costs[place], stable=True).indices[:count]] = True
+    return chosen
+
+
+# -- One network, pruned by one method -------------------------------------------------------------
+
+
+class Pruned:
+    """Weights that a method has pruned so far, and how good they were after each step.
+
+    Attributes:
+        weights: all of the matrix's parameters, float64 ``(d,)``.
+        gone: which of the candidates are zero for good ``(C,)``.
+        qualities: after each step.
+        recalibrated: with batch norm's statistics taken anew, at the end.
+        leverage: of each candidate, as the last window that it was in had it.
+        window: of the last step.
+    """
+
+    def __init__(self, weights: Tensor, gone: Tensor) -> None:
+        self.weights, self.gone = weights, gone
+        self.qualities = list[Quality]()
+        self.recalibrated: Quality | None = None
+        self.is_recalibrated = False
+        self.leverage = torch.full((len(gone),), math.nan, dtype=torch.float64)
+        self.window: WindowReport | None = None
+
+    def state_dict(self) -> State:
+        """All of it."""
+        return {
+            "weights": self.weights,
+            "gone": self.gone,
+            "qualities": [[one.loss, one.accuracy] for one in self.qualities],
+            "recalibrated": self.recalibrated and [*vars(self.recalibrated).values()],
+            "is_recalibrated": self.is_recalibrated,
+            "leverage": self.leverage,
+            "window": self.window and vars(self.window).copy(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Have what another had."""
+        for name in ("weights", "gone", "leverage"):
+            setattr(self, name, torch.as_tensor(state[name]).clone())
+        self.qualities = [Quality(loss=x, accuracy=y) for x, y in state["qualities"]]
+        if (kept := state["recalibrated"]) is not None:
+            self.recalibrated = Quality(loss=kept[0], accuracy=kept[1])
+        self.is_recalibrated = state["is_recalibrated"]
+        if state["window"] is not None:
+            self.window = WindowReport(**state["window"])
+
+
+class PruningStudy:
+    """A network pruned by M-FAC, by the diagonal of its Fisher matrix, and by magnitude.
+
+    Args:
+        run: the matrix that predicts the loss.
+        aim: how much is to go.
+        options: of the windows.
+        seed: of sampled rows.
+    """
+
+    lasting = False
+
+    def __init__(self, run: Run, aim: Aim, options: WindowOptions, seed: int) -> None:
+        self.run, self.aim, self.options, self.seed = run, aim, options, seed
+        parameters = self.problem.parameters
+        self.candidates = Candidates(parameters)
+        self.original = parameters.flatten([t.detach().double().cpu() for t in parameters.tensors])
+        zeros = self.original[self.candidates.columns] == 0
+        self.targets = list(self.candidates.targets(aim, zeros))
+        self.networks = {name: Pruned(self.original.clone(), zeros.clone()) for name in METHODS}
+        self.before = _as_proven(self.problem)
+        self.predicted: float | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """What is pruned."""
+        return self.run.problem
+
+    @property
+    def pruned(self) -> Pruned:
+        """The network that is written."""
+        return self.networks[MFAC]
+
+    @property
+    def ready(self) -> bool:
+        """Whether M-FAC has come to the sparsity, or some way there."""
+        return bool(self.pruned.qualities)
+
+    def state_dict(self) -> State:
+        """Of each network what its last whole step has left: windows are collected anew."""
+        networks = {name: network.state_dict() for name, network in self.networks.items()}
+        return {"networks": networks, "predicted": self.predicted}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where another was."""
+        self.predicted = state["predicted"]
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+
+    def expected(self, pace: Pace) -> Iterator[Work]:
+        """Windows and losses of each step, and a product."""
+        problem, steps, options = self.problem, self.aim.steps, self.options
+        rows = rows_to_be_had(problem, options)
+        window, loss = collecting(problem, options, rows, pace), self._loss_work(pace)
+        own = window.spent + inverting(problem, options, rows).spent.times(2) + loss
+        again = loss.times(2.0) if norms_of(problem.model) else loss.times(0.0)
+        note = f"{steps} steps; {window.note}"
+        spent = own.times(steps) + again
+        yield Work(phase=_PRUNING, spent=spent, num_bytes=window.num_bytes, note=note)
+        others = (window.spent + loss.times(2.0)).times(steps) + again.times(2.0)
+        yield Work(phase=_COMPARING, spent=others)
+        yield Work(phase=_PREDICTING, spent=pace.products(1))
+
+    def _loss_work(self, pace: Pace) -> Spent:
+        return pace.gradient.times(FORWARD / self.problem.gradient_cost)
+
+    def steps(self) -> Iterator[Snapshot]:
+        """M-FAC's network first, then the others, and what was to be expected of it."""
+        for name, network in self.networks.items():
+            phase = self._phase(name)
+            total = float(len(self.targets))
+            for targets in self.targets[len(network.qualities) :]:
+                yield Snapshot(phase=phase, done=float(len(network.qualities)), total=total)
+                self._step(name, network, targets)
+                self.run.operator.meter.keep()
+            if not network.is_recalibrated:
+                yield Snapshot(phase=phase, done=total, total=total)
+                network.recalibrated = self._recalibrated(network.weights, phase)
+                network.is_recalibrated = True
+                self.run.operator.meter.keep()
+        if self.predicted is None:
+            yield Snapshot(phase=_PREDICTING)
+            self.predicted = self._predicted()
+            self.run.operator.meter.keep()
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def _step(self, name: str, network: Pruned, targets: list[tuple[slice, int]]) -> None:
+        """Choose what goes, let the others make up for it, and see how good it is then.
+
+        All is done before anything is kept: a step that ends within leaves the network as it was.
+        """
+        columns, stays = self.candidates.columns, ~network.gone
+        weights = network.weights.clone()
+        kept = weights[columns]
+        costs = torch.full((len(columns),), -1.0, dtype=torch.float64)
+        leverage, report = network.leverage, network.window
+        if name == "magnitude":
+            costs[stays] = kept[stays].abs()
+            gone = least(costs, targets)
+        elif name == "diagonal-fisher":
+            with at(self.problem, weights):
+                squares, damping = self._diagonal(columns[stays], len(network.qualities))
+            costs[stays] = saliencies(kept[stays], 1 / (squares + damping))
+            gone = least(costs, targets)
+        else:
+            with at(self.problem, weights):
+                collected = self._collect(stays, len(network.qualities))
+            with collected.window:
+                fisher = collected.fisher
+                costs[stays] = saliencies(kept[stays], fisher.diagonal().cpu())
+                leverage = leverage.clone()
+                leverage[stays] = fisher.leverage().cpu()
+                gone = least(costs, targets)
+                own = kept[stays].to(self.problem.device)
+                now = gone[stays].to(self.problem.device)
+                on_step = self.run.clock.watch(_PRUNING)
+                weights[columns[stays]] += compensation(fisher, own, now, on_step).cpu()
+                report = collected.report()
+        weights[columns[gone]] = 0
+        weights = weights.to(self.problem.dtype).double()
+        quality = self._quality(weights, self._phase(name))
+        network.weights, network.gone = weights, gone
+        network.leverage, network.window = leverage, report
+        network.qualities.append(quality)
+
+    def _rows(self, step: int) -> Iterator[Tensor]:
+        """A window's rows, with labels of their own at each step."""
+        kind, _ = kind_of(self.problem, self.options.rows)
+        source = Rows(self.problem, kind, self.seed + step, self.run.operator.meter)
+        on_step = self.run.clock.watch("collecting gradients")
+        for block in source.take(self.options.count(self.problem)):
+            on_step()
+            yield block
+
+    def _collect(self, stays: Tensor, step: int) -> Collected:
+        """A window of what is left, at the weights as they are."""
+        problem, options, watch = self.problem, self.options, self.run.clock.watch
+        columns = self.candidates.columns[stays].to(problem.device)
+        window = GradientWindow(
+            options.count(problem),
+            len(columns),
+            dtype=options.torch_dtype,
+            path=options.file,
+            device=problem.device,
+        )
+        for block in self._rows(step):
+            window.extend(block[:, columns])
+        layers = [int(stays[place].sum()) for place in self.candidates.layers.values()]
+        rows = window.count
+        sizes = block_sizes([size for size in layers if size], options.blocks, rows)
+        damping = damping_of(window, options)
+        fisher = StaticFisher(window, damping, blocks=sizes, on_step=watch("inverting"))
+        kind, reason = kind_of(problem, options.rows)
+        return Collected(window, fisher, sizes, kind, reason, options)
+
+    def _diagonal(self, columns: Tensor, step: int) -> tuple[Tensor, float]:
+        """Mean squares of rows, and the damping that M-FAC would have."""
+        total, count = torch.zeros(len(columns), dtype=torch.float64), 0
+        for block in self._rows(step):
+            total += block[:, columns.to(block.device)].double().square().sum(0).cpu()
+            count += len(block)
+        squares = total / count
+        options = self.options
+        return squares, options.damping * (1 if options.absolute else float(squares.mean()))
+
+    # -- how good weights are --------------------------------------------------------------------
+
+    @staticmethod
+    def _phase(name: str) -> str:
+        return _PRUNING if name == MFAC else _COMPARING
+
+    def _quality(self, weights: Tensor, phase: str) -> Quality:
+        with at(self.problem, weights):
+            return self._here(phase)
+
+    def _recalibrated(self, weights: Tensor, phase: str) -> Quality | None:
+        if not norms_of(self.problem.model):
+            return None
+        on_step = self.run.clock.watch(phase)
+        with (
+            at(self.problem, weights),
+            recalibrated(self.problem, self.run.operator.meter, on_step),
+        ):
+            return self._here(phase)
+
+    def _here(self, phase: str) -> Quality:
+        loss, accuracy = measured(self.problem, self.run.clock.watch(phase))
+        self.run.operator.meter.add(FORWARD)
+        known = accuracy if self.before.accuracy is not None else None
+        return Quality(loss=loss if math.isfinite(loss) else None, accuracy=known)
+
+    def _predicted(self) -> float:
+        """Linear and quadratic part of the change of the loss of the data."""
+        problem, operator = self.problem, self.run.operator.in_full()
+        change = self.pruned.weights - self.original
+        moved = change.to(problem.device)
+        product = operator.apply(moved[None])[0].double().cpu()
+        gradient = problem.prove().gradient.cpu()
+        found = gradient @ change + product @ change / 2
+        decay = self.original @ change + change @ change / 2
+        return float(found - problem.weight_decay * decay)
+
+
+def _as_proven(problem: Problem) -> Quality:
+    """Of the data alone, at the weights that the proof was of."""
+    proof = problem.prove()
+    squares = sum(float(t.detach().double().square().sum()) for t in problem.trainable.tensors)
+    return Quality(loss=proof.loss - problem.weight_decay / 2 * squares, accuracy=proof.accuracy)
+
+
+@contextmanager
+def at(problem: Problem, weights: Tensor) -> Iterator[None]:
+    """A problem at other weights ``(d,)``, which are put back."""
+    tensors = problem.parameters.tensors
+    kept = [tensor.detach().clone() for tensor in tensors]
+    try:
+        _put(tensors, problem.parameters.split(weights))
+        yield
+    finally:
+        _put(tensors, kept)
+
+
+@torch.no_grad()
+def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)

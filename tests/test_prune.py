@@ -1,0 +1,223 @@
+"""``hesscli prune``: what goes, what is written, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from program import SUNSPOTS, hesscli_warm, three_lines
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import hesscli
+from hesscli.diagnostics.pruning_study import Aim, Candidates, least
+from hesscli.errors import ExitCode, UsageError
+from hesscli.parameters import Parameters
+
+SAMPLES = SUNSPOTS.parent.parent
+WEIGHTS = 18 * 12 + 4 * 18 + 4
+"""That may go of the sunspots' network."""
+
+
+def mean_squared_error(state: dict[str, Tensor]) -> float:
+    """By the sample's own network, as its script builds it."""
+    sys.path.insert(0, str(SUNSPOTS.parent))
+    try:
+        sys.modules.pop("net", None)
+        from net import SunspotNet  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(SUNSPOTS.parent))
+        sys.modules.pop("net", None)
+    net = SunspotNet(12).double()
+    net.load_state_dict(state)
+    data = load_file(SUNSPOTS.parent / "sunspots.safetensors")
+    return nn.functional.mse_loss(net(data["lags"]), data["next"]).item()
+
+
+@pytest.mark.parametrize(("sparsity", "steps", "zeros"), [("90%", 4, 263), ("33%", 1, 96)])
+def test_the_checkpoint_has_the_sparsity_and_the_loss_that_are_said(
+    sparsity: str, steps: int, zeros: int, tmp_path: Path
+) -> None:
+    line = ("prune", SUNSPOTS, "--sparsity", sparsity, "--steps", steps, "--window", 64)
+    run = hesscli_warm(*line, "--dir", "out", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    document = json.loads((tmp_path / "out" / "prune.json").read_text())
+    written = tmp_path / document["files"]["checkpoint"]
+    old, new = (torch.load(path, weights_only=True) for path in (SUNSPOTS, written))
+    assert list(old) == list(new)
+    matrices = [value for name, value in new.items() if name.endswith("weight")]
+    assert sum(value.numel() for value in matrices) == WEIGHTS
+    assert sum(int((value == 0).sum()) for value in matrices) == zeros
+    assert (
+        document["sparsity"]["num_zeros"] == zeros == round(document["sparsity"]["asked"] * WEIGHTS)
+    )
+    assert all(torch.equal(old[name], new[name]) for name in old if name.endswith("bias"))
+    methods = {one["name"]: one for one in document["methods"]}
+    assert methods["mfac"]["loss"] == pytest.approx(mean_squared_error(new), rel=1e-12)
+    assert document["before"]["loss"] == pytest.approx(mean_squared_error(old), rel=1e-12)
+    assert len(methods["mfac"]["steps"]) == steps
+    by_size = np.sort(np.concatenate([old[n].abs().flatten() for n in old if "weight" in n]))
+    small = {n: v * (v.abs() > by_size[zeros - 1]) if "weight" in n else v for n, v in old.items()}
+    assert methods["magnitude"]["loss"] == pytest.approx(mean_squared_error(small), rel=1e-12)
+    assert methods["mfac"]["loss"] < methods["magnitude"]["loss"]
+    assert methods["mfac"]["recalibrated"] is None  # it has no batch norm
+    again = hesscli_warm(
+        "trace", written, *("--spec", SUNSPOTS.parent / "hesscli.toml"), cwd=tmp_path
+    )
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_network_in_memory_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    net[1].running_mean.normal_()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    data = torch.randn(64, 6), torch.randint(3, (64,))
+    found = hesscli.prune(hesscli.Problem(net, "cross_entropy", data), sparsity=0.5, per_layer=True)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert found.checkpoint is None
+    assert [layer.num_zeros for layer in found.layers] == [24, 12]
+    own = {name: torch.from_numpy(value) for name, value in found.weights.items()}
+    net.load_state_dict(own, strict=False)
+    loss = float(nn.functional.cross_entropy(net(data[0]), data[1]).detach())
+    assert found.methods[0].loss == pytest.approx(loss, rel=1e-5)
+    norm = net[1]
+    norm.reset_running_stats()
+    norm.momentum = None
+    net.train()(data[0])
+    loss = float(nn.functional.cross_entropy(net.eval()(data[0]), data[1]).detach())
+    assert found.methods[0].recalibrated is not None
+    assert found.methods[0].recalibrated.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_weights_that_are_gone_stay_gone(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(SUNSPOTS.parent, first, ignore=shutil.ignore_patterns("*.csv", "__pycache__"))
+    line = ("--window", 64, "--out", "json")
+    run = hesscli_warm("prune", "first/model.pt", *line, "--dir", "half", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    half = torch.load(tmp_path / "half" / "prune.pt", weights_only=True)
+    shutil.copy(tmp_path / "half" / "prune.pt", first / "model.pt")
+    more = ("prune", "first/model.pt", *line, "--dir", "more", "--sparsity")
+    run = hesscli_warm(*more, "75%", "--steps", 2, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    found = torch.load(tmp_path / "more" / "prune.pt", weights_only=True)
+    for name, value in half.items():
+        assert not found[name][value == 0].any()
+    assert json.loads(run.stdout)["sparsity"]["num_zeros"] == 219
+    run = hesscli_warm(*more, "20%", cwd=tmp_path)
+    assert run.returncode == ExitCode.USAGE
+    what, got, advice = three_lines(run.stderr)
+    assert what == "the weights are sparser already"
+    assert got.startswith("50% of them are zero")
+    assert "--sparsity above 50%" in advice
+
+
+def test_the_checkpoint_itself_is_never_written_over(tmp_path: Path) -> None:
+    for name in ("net.py", "hesscli.toml", "sunspots.safetensors", "held_out.safetensors"):
+        shutil.copy(SUNSPOTS.parent / name, tmp_path)
+    shutil.copy(SUNSPOTS, tmp_path / "prune.pt")
+    before = (tmp_path / "prune.pt").read_bytes()
+    run = hesscli_warm("prune", "prune.pt", "--window", 32, "--dir", ".", cwd=tmp_path)
+    assert run.returncode == ExitCode.USAGE
+    assert "take the place of the checkpoint" in run.stderr
+    assert (tmp_path / "prune.pt").read_bytes() == before
+
+
+BAD = [
+    (("--sparsity", "100%"), "--sparsity must be"),
+    (("--sparsity", "-3"), "--sparsity must be"),
+    (("--steps", "0"), "--steps must be"),
+    (("--params", "*.bias"), "no weight may go"),
+    (("--damping", "0"), "--damping must be"),
+]
+
+
+@pytest.mark.parametrize(("asked", "what"), BAD, ids=[" ".join(asked) for asked, _ in BAD])
+def test_what_cannot_be_is_refused_in_three_lines(
+    asked: tuple[str, ...], what: str, tmp_path: Path
+) -> None:
+    run = hesscli_warm("prune", SUNSPOTS, *asked, "--dir", "-", cwd=tmp_path)
+    assert run.returncode == ExitCode.USAGE
+    assert three_lines(run.stderr)[0].startswith(what)
+
+
+def test_a_checkpoint_that_cannot_be_written_anew_is_refused_before_the_work(
+    tmp_path: Path,
+) -> None:
+    old = torch.load(SUNSPOTS, weights_only=True)
+    torch.save(old, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    line = ("prune", "model.pt", "--spec", SUNSPOTS.parent / "hesscli.toml", "--window", 32)
+    run = hesscli_warm(*line, cwd=tmp_path)
+    assert run.returncode == ExitCode.INPUT
+    assert three_lines(run.stderr)[0] == "this checkpoint cannot be written anew"
+    run = hesscli_warm(*line, "--dir", "-", cwd=tmp_path)  # which writes none
+    assert run.returncode == 0, run.stderr
+
+
+def test_low_leverage_and_a_layer_that_is_emptied_are_said(tmp_path: Path) -> None:
+    line = ("prune", SUNSPOTS, "--damping", "1e4", "--window", 32, "--sparsity", "98%")
+    run = hesscli_warm(*line, "--dir", "-", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "leverage below 50%" in run.stderr
+    assert "a matter of magnitude" in run.stderr
+    assert "no weight is left in" in run.stderr
+
+
+class Tied(nn.Module):
+    """One matrix at two places, and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 5), nn.Linear(5, 5, bias=False)
+        self.two.weight = self.one.weight
+
+
+def test_tied_weights_count_once() -> None:
+    assert Candidates(Parameters.of(Tied())).count == 25
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_counts_add_up_and_fall_geometrically(per_layer: bool, steps: int) -> None:
+    sizes = (7, 11, 13, 3)
+    net = nn.Sequential(*(nn.Linear(1, size, bias=False) for size in sizes))
+    candidates = Candidates(Parameters.of(net))
+    for sparsity in (0.1, 0.5, 0.77, 0.97):
+        aim, zeros = Aim(sparsity, steps, per_layer), torch.zeros(34, dtype=torch.bool)
+        totals = [sum(n for _, n in step) for step in candidates.targets(aim, zeros)]
+        wanted = [34 * (1 - (1 - sparsity) ** (k / steps)) for k in range(1, steps + 1)]
+        assert totals == [round(one) for one in wanted]
+        *_, last = candidates.targets(aim, zeros)
+        for place, count in last:
+            assert abs(count - sparsity * (place.stop - place.start)) <= 1
+
+
+def test_of_equal_costs_the_first_go() -> None:
+    costs = torch.tensor([1.0, 0, 0, 0, 2, 0])
+    assert least(costs, [(slice(0, 6), 2)]).tolist() == [False, True, True, False, False, False]
+
+
+def test_no_sparsity_is_all_or_nothing() -> None:
+    for sparsity in (0.0, 1.0, 1.5):
+        with pytest.raises(UsageError, match="--sparsity"):
+            Aim(sparsity)
+
+
+def test_safetensors_come_out_as_they_went_in(tmp_path: Path) -> None:
+    state: dict[str, Any] = torch.load(SUNSPOTS, weights_only=True)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    spec = ("--spec", SUNSPOTS.parent / "hesscli.toml")
+    line = ("prune", "model.safetensors", *spec, "--window", 32, "--dir", "out")
+    run = hesscli_warm(*line, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    new = load_file(tmp_path / "out" / "prune.safetensors")
+    assert new.keys() == state.keys()
+    assert sum(int((v == 0).sum()) for n, v in new.items() if "weight" in n) == WEIGHTS // 2
+    hesscli.read(tmp_path / "out" / "prune.json")
