@@ -247,6 +247,28 @@ def test_a_second_derivative_that_is_missing() -> None:
     assert "sdpa_kernel" in caught.value.hint
 
 
+class Marked(torch.autograd.Function):
+    """Autograd takes what lies behind it for unused."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, above: Tensor) -> Tensor:
+        return above.clone()
+
+
+@pytest.mark.parametrize("inner", [torch.clone, torch.sin], ids=["first", "within"])
+def test_a_second_derivative_that_is_left_out_in_silence(
+    inner: Callable[[Tensor], Tensor],
+) -> None:
+    x = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(UnsoundError, match="differentiated twice"):
+        AdaHessian([x]).step(Marked.apply(inner(x)).square().sum())
+
+
 def test_attention_is_differentiated_twice_as_the_hint_says() -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(4, 1, batch_first=True)

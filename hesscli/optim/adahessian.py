@@ -122,6 +122,8 @@ class AdaHessian(LossOptimizer):
         gradient = self._gradient(loss, create_graph=self._has_products())
         self._add(gradient)
         live = {p: part for p, part in gradient.items() if part.requires_grad}
+        if self.steps == 0:
+            _require_whole(live)
         for probe in range(self.probes if self._has_products() else 0):
             signs = self._signs(probe)
             last = probe == self.probes - 1
@@ -204,6 +206,29 @@ _TWICE = ("derivative", "differentiate", "double backward")
 @lru_cache(maxsize=1024)
 def _blocks(shape: tuple[int, ...], rule: str) -> Blocks:
     return Blocks.of(shape, BlockRule.parse(rule))
+
+
+def _require_whole(gradient: Sums) -> None:
+    """See that a gradient's graph does not end at an operation that has no second derivative.
+
+    Autograd takes what lies behind one that is marked so (``once_differentiable``) for unused.
+
+    Raises:
+        UnsoundError: it does.
+    """
+    seen, ahead = set(), [part.grad_fn for part in gradient.values()]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().endswith("::Error"):
+            raise UnsoundError(
+                "the loss cannot be differentiated twice",
+                "an operation that is marked as once differentiable",
+                "the same of torch's own operations",
+            )
+        seen.add(node)
+        ahead += [function for function, _ in node.next_functions]
 
 
 def _product(
