@@ -21,6 +21,7 @@ from hesscli import memory
 from hesscli.diagnostics import symmetry
 from hesscli.diagnostics.check import check
 from hesscli.engines.entries import most_entries, needed_bytes
+from hesscli.engines.mfac import ShardedWindow
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.operators.gauss_newton import GaussNewton
 from hesscli.operators.hessian import Hessian
@@ -110,6 +111,14 @@ def test_a_diagonal_that_does_not_fit_is_refused_and_planned_as_that() -> None:
 def test_as_many_entries_fit_as_is_said(room: int, dtype: torch.dtype) -> None:
     most = most_entries(room, dtype)
     assert 0 < needed_bytes(most, dtype) <= room
+
+
+def test_a_window_says_how_many_ranks_would_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 rows of 100 million float32 columns are 102.4 GB, of which nothing is taken."""
+    monkeypatch.setattr(memory, "_of_machine", lambda: 10 * 10**9)
+    with pytest.raises(UsageError, match="95 GiB") as refusal:
+        ShardedWindow(256, 100_000_000)
+    assert refusal.value.hint == "12 ranks with as much memory each, or 22 rows"  # of 9 GB each
 
 
 def test_a_large_network_is_not_looked_through_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from hesscli import world
 from hesscli.engines.mfac.window import GradientWindow
+from hesscli.errors import UsageError
+from hesscli.memory import room_for_more
+from hesscli.units import human_bytes
 
 
 class ShardedWindow(GradientWindow):
@@ -32,6 +35,10 @@ class ShardedWindow(GradientWindow):
 
     Attributes:
         place: this rank's columns.
+
+    Raises:
+        UsageError: sizes that cannot be, or a share that does not fit; the hint says on how many
+            ranks with as much memory it would.
     """
 
     def __init__(
@@ -47,6 +54,8 @@ class ShardedWindow(GradientWindow):
         self._places = [slice(*cut) for cut in pairwise(cuts)]
         self.place = self._places[world.place()]
         with world.apart():
+            if path is None:
+                _require_room(rows, columns, dtype, torch.device(device or "cpu"))
             super().__init__(rows, columns, dtype=dtype, path=path, device=device, shard=self.place)
 
     @property
@@ -83,3 +92,18 @@ class ShardedWindow(GradientWindow):
         """A vector ``(d,)`` of which each rank has its columns, on every rank."""
         parts = world.gathered(part.cpu())
         return torch.cat(parts).to(part.device)
+
+
+def _require_room(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    whole, room, ranks = rows * columns * dtype.itemsize, room_for_more(device), world.size()
+    if whole <= ranks * room:
+        return
+    hint = f"{-(-whole // max(1, room))} ranks with as much memory each"
+    if fewer := ranks * room // (columns * dtype.itemsize):
+        hint += f", or {fewer} rows"
+    raise UsageError(
+        "a rank's share of the window is larger than the memory that is free",
+        f"{rows} rows of {columns} take {human_bytes(whole)}, and each of {ranks} has room for "
+        f"{human_bytes(room)}",
+        hint,
+    )
