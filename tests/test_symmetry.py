@@ -44,6 +44,7 @@ from hesscli.engines.symmetry.families import (
     Translation,
     tangents,
 )
+from hesscli.engines.symmetry.identities import Place, tested
 from hesscli.errors import ExitCode
 from hesscli.problem.problem import Problem
 from hesscli.render.figures.symmetry import figures
@@ -419,6 +420,36 @@ def test_relu_networks_have_no_other_null_directions(widths: tuple[int, ...]) ->
     sizes = torch.linalg.eigvalsh(hesscli.Hessian(problem).to_dense())
     nullity = int((sizes.abs() < 1e-12 * sizes[-1]).sum())
     assert nullity == result.flat.directions == result.flat.independent == sum(widths[1:-1])
+
+
+def test_products_that_are_not_of_the_loss_are_told() -> None:
+    """On directions that no reference is needed for."""
+    problem = problem_of(spread(perceptron(nn.ReLU())))
+    theta, slope, loss = plain(problem)
+    dense = torch.func.hessian(loss)(theta)
+    usual = float((dense @ torch.ones_like(theta)).norm() / len(theta) ** 0.5)
+    for wrong, low, high in ((0.0, 0.0, HOLDS), (1e-3, 1e-5, 1.0)):
+
+        def product(vector: Tensor, wrong: float = wrong) -> Tensor:
+            return dense @ vector + wrong * vector
+
+        place = Place(
+            theta, lambda there: float(loss(there)), float(loss(theta)), slope, product, usual
+        )
+        for family in found_in(problem):
+            found = tested(family, place, torch.Generator().manual_seed(0))
+            assert max(found.gradient, found.finite) < HOLDS
+            assert found.hessian is not None
+            assert low <= found.hessian <= high
+
+
+def test_the_check_of_products_on_null_directions(sunspots: Problem) -> None:
+    *_, last = hesscli.check(problem_of(spread(gpt_like())), symmetry=True).preflight.checks
+    assert (last.name, last.state) == ("null directions of symmetry", "passed")
+    assert last.value is not None
+    assert last.value < HOLDS
+    *_, last = hesscli.check(sunspots, symmetry=True).preflight.checks
+    assert last.state == "not applicable"
 
 
 # -- Groups by themselves --------------------------------------------------------------------------

@@ -28,6 +28,7 @@ Examples:
   hesscli check model.pt
   hesscli check model.pt --examples all --rtol 1%
   hesscli check --window 2048              what would ihvp take with so many rows?
+  hesscli check --symmetry                 do products respect the model's symmetries?
   hesscli check --out json --dir -
 """,
     options=(
@@ -42,6 +43,7 @@ Examples:
         options.WINDOW_FILE,
         options.BLOCKS,
         *options.COMPUTE,
+        options.SYMMETRY,
         *options.OUTPUT,
     ),
     prepare=prepare,

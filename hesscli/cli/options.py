@@ -465,6 +465,12 @@ TRAINED_WITH = _COMPUTE.value(
 )
 
 
+SYMMETRY = _COMPUTE.switch(
+    "--symmetry",
+    help="Try the products on null directions that the model's own symmetries give.",
+)
+
+
 # -- What is shown ---------------------------------------------------------------------------------
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pkgutil import resolve_name
 
 from hesscli import world
 from hesscli.commands import COMMANDS
 from hesscli.diagnostics.plans import Asked, Pilot, measured_pace, planned
 from hesscli.diagnostics.run import Clock, started
+from hesscli.diagnostics.symmetry import check_of_symmetry
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.problem.problem import Problem
 from hesscli.results import CheckResult, Observe, Plan
@@ -26,6 +28,7 @@ def check(
     window: WindowOptions | None = None,
     seed: int = 0,
     mode: str = "auto",
+    symmetry: bool = False,
     observe: Observe | None = None,
 ) -> CheckResult:
     """Preflight, and a plan of time and memory from a few measured products.
@@ -41,6 +44,7 @@ def check(
         window: that ``ihvp`` would be given.
         seed: of the pilot's probes.
         mode: autodiff mode.
+        symmetry: whether products are to be tried on null directions of the model's own symmetries.
         observe: told of the phases.
 
     Raises:
@@ -56,6 +60,9 @@ def check(
         seed=seed,
     )
     with started(problem, matrix, mode, Clock(budget, observe)) as run:
+        flight = run.flight
+        if symmetry:
+            flight = replace(flight, checks=(*flight.checks, check_of_symmetry(run, seed)))
         pace, product_bytes = measured_pace(run.operator)
         pilot = Pilot(run, asked, pace)
         commands = tuple(
@@ -64,7 +71,7 @@ def check(
             if command.plan
         )
     return CheckResult(
-        preflight=run.flight,
+        preflight=flight,
         plan=Plan(
             gradient_seconds=pace.gradient.seconds,
             product_seconds=pace.products(2, 1).seconds / 2,

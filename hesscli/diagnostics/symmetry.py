@@ -24,7 +24,7 @@ from hesscli.engines.symmetry.candidates import candidates
 from hesscli.engines.symmetry.families import Family, Scaling, Translation, rank_of
 from hesscli.engines.symmetry.identities import Place, Residuals, tested, worst_of
 from hesscli.engines.symmetry.watch import Watch
-from hesscli.errors import BudgetError
+from hesscli.errors import BudgetError, UnsoundError
 from hesscli.meter import FORWARD
 from hesscli.operators.base import LiveTerm
 from hesscli.operators.products import flatten, gradient
@@ -34,6 +34,7 @@ from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled, tolerance
 from hesscli.problem.problem import Problem
 from hesscli.results import (
+    Check,
     FlatReport,
     LayerSymmetry,
     MethodReport,
@@ -56,6 +57,7 @@ _WINDOW = (1e-9, 1e-5)
 """Relative breaking between rounding, and where the next power of eps would be seen."""
 _FAR, _GONE = 5.0, 1e-4
 """Where the scale is e to this, and to its double, eps has no more than that share in the loss."""
+_NOT_OF_THE_LOSS = "products that are not of the loss, whose gradient has the symmetry"
 _Three = tuple[float, float | None, float]
 
 
@@ -204,7 +206,7 @@ class Testing(Kept):
         with self.run.operator.meter.uncounted() if self.found else nullcontext():
             self.families  # noqa: B018 - they are found now, and were counted if they were before
         for place in range(len(self.found), len(_PLACES)):
-            sizes, found = self._at(place)
+            sizes, found = self.at(place)
             self.sizes.append(sizes)
             self.found.append(found)
             self.run.operator.meter.keep()
@@ -229,7 +231,7 @@ class Testing(Kept):
             self.run.operator.meter.keep()
             yield Snapshot(phase=_RESCALING, done=float(number), total=float(orbit.POINTS))
 
-    def _at(self, number: int) -> tuple[_Three, list[_Three]]:
+    def at(self, number: int) -> tuple[_Three, list[_Three]]:
         """What is usual at one place, and each family's residuals there."""
         problem, (relative, is_made) = self.run.problem, _PLACES[number]
         generator = torch.Generator().manual_seed(self.seed * len(_PLACES) + number)
@@ -339,12 +341,14 @@ class Testing(Kept):
             status = "asymptotic" if (exponent or 0.0) > 1 else "broken"
         else:
             status = "holds" if passes else "broken"
+        own = max(worst.gradient, worst.finite) <= self.bound
+        suspect = [_NOT_OF_THE_LOSS] if own and not passes and not told.eps else []
         return SymmetryFamily(
             name=told.name,
             layer=told.layers[0],
             layers=told.layers,
             status=status,  # type: ignore[arg-type]
-            causes=("eps", *told.causes) if told.eps else told.causes,
+            causes=(*(["eps"] if told.eps else []), *told.causes, *suspect),
             directions=family.num_directions,
             null_directions=family.num_directions if status == "holds" else 0,
             charges=family.num_charges if status == "holds" else 0,
@@ -353,6 +357,43 @@ class Testing(Kept):
             finite_residual=worst.finite,
             exponent=exponent if status == "asymptotic" else None,
         )
+
+
+def check_of_symmetry(run: Run, seed: int) -> Check:
+    """Whether products respect the symmetries that gradient and loss have, on one batch.
+
+    Raises:
+        UnsoundError: they do not, and so are not those of the loss.
+    """
+    name = "null directions of symmetry"
+    with doubled(run.problem):
+        testing = Testing(run, seed)
+        tried = [testing.at(number) for number, (_, made) in enumerate(_PLACES) if made]
+    if run.flight.mode == "finite-difference":
+        return Check(name=name, state="skipped", detail="central differences are too rough")
+    sizes = [Residuals(*each) for each, _ in tried]
+    every = [
+        (family, worst_of([Residuals(*found[number]) for _, found in tried], sizes))
+        for number, family in enumerate(testing.families)
+    ]
+    respected = [
+        (family, one)
+        for family, one in every
+        if not family.told.eps and max(one.gradient, one.finite) <= testing.bound
+    ]
+    if not respected:
+        return Check(name=name, state="not applicable", detail="no family of them was found")
+    family, worst = max(respected, key=lambda each: each[1].hessian or 0.0)
+    value = worst.hessian or 0.0
+    if not value <= testing.bound:
+        raise UnsoundError(
+            "products do not respect a symmetry that loss and gradient have",
+            f"{family.told.name} of {', '.join(family.told.layers[:3])} is off by {value:.1e}",
+            "another --mode; or a second derivative in the model that is that of its first",
+        )
+    directions = sum(family.num_directions for family, _ in respected)
+    detail = f"{len(respected)} families, {directions} directions"
+    return Check(name=name, state="passed", detail=detail, value=value, bound=testing.bound)
 
 
 class _Product:
