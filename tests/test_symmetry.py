@@ -44,7 +44,7 @@ from hesscli.engines.symmetry.families import (
     Translation,
     tangents,
 )
-from hesscli.engines.symmetry.identities import Place, tested
+from hesscli.engines.symmetry.identities import Place, residuals_of
 from hesscli.errors import ExitCode
 from hesscli.problem.problem import Problem
 from hesscli.render.figures.symmetry import figures
@@ -437,7 +437,7 @@ def test_products_that_are_not_of_the_loss_are_told() -> None:
             theta, lambda there: float(loss(there)), float(loss(theta)), slope, product, usual
         )
         for family in found_in(problem):
-            found = tested(family, place, torch.Generator().manual_seed(0))
+            found = residuals_of(family, place, torch.Generator().manual_seed(0))
             assert max(found.gradient, found.finite) < HOLDS
             assert found.hessian is not None
             assert low <= found.hessian <= high

@@ -22,7 +22,7 @@ from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.engines.symmetry.candidates import candidates
 from hesscli.engines.symmetry.families import Family, Scaling, Translation, rank_of
-from hesscli.engines.symmetry.identities import Place, Residuals, tested, worst_of
+from hesscli.engines.symmetry.identities import Place, Residuals, residuals_of, worst_of
 from hesscli.engines.symmetry.watch import Watch
 from hesscli.errors import BudgetError, UnsoundError
 from hesscli.meter import FORWARD
@@ -241,7 +241,7 @@ class Testing(Kept):
             place = self._place(batch, is_made, generator)
             results = list[_Three]()
             for family in self.families:
-                results.append(astuple(tested(family, place, generator)))
+                results.append(astuple(residuals_of(family, place, generator)))
                 self.run.clock.look(snapshot)
             return astuple(place.sizes), results
 

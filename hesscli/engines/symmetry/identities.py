@@ -66,7 +66,7 @@ class Residuals:
     finite: float
 
 
-def tested(family: Family, place: Place, generator: torch.Generator) -> Residuals:
+def residuals_of(family: Family, place: Place, generator: torch.Generator) -> Residuals:
     """All three of a family at one place.
 
     Args:

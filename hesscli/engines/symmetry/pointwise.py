@@ -51,7 +51,8 @@ _SILENT = _names(
 
 
 def _view(known: Known, call: Call) -> None:
-    (tensor, *rest), outs = call.args, list(tensors_in(call.result))
+    tensor, outs = call.args[0], list(tensors_in(call.result))
+    rest = _on_cpu(call.args[1:])  # where labels are, whatever device the model has
     key = key_of(tensor)
 
     def replayed(labels: Tensor) -> list[Tensor]:
@@ -78,10 +79,17 @@ def _view(known: Known, call: Call) -> None:
             call.scores[key_of(out)] = known.scores[key]
 
 
+def _on_cpu(args: Any) -> Any:
+    """Arguments whose tensors are indices."""
+    if isinstance(args, Tensor):
+        return args.cpu()
+    return type(args)(map(_on_cpu, args)) if type(args) in (tuple, list) else args
+
+
 def _lookup(known: Known, call: Call) -> None:
     """Rows of a parameter, by their numbers."""
     entries = known.entries[key_of(call.args[0])]
-    call.entries[key_of(call.result)] = call.func(entries, *call.args[1:]).contiguous()
+    call.entries[key_of(call.result)] = call.func(entries, *_on_cpu(call.args[1:])).contiguous()
 
 
 def _keep(known: Known, call: Call) -> None:
