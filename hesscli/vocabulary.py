@@ -143,6 +143,39 @@ class BlockRule:
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """N:M sparsity: of each ``size`` consecutive inputs no more than ``kept`` weights are left."""
+
+    spelled: ClassVar[str] = "N:M with N below M and few choices, as 2:4, 1:4 or 4:8"
+    most: ClassVar[int] = 128
+    """Choices that are tried for each group."""
+    kept: int
+    size: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``N:M``.
+
+        Raises:
+            UsageError: it is none, or has too many choices.
+        """
+        kept, size = (_number(part) for part in (*text.split(":"), "", "")[:2])
+        if text.count(":") != 1 or not kept or not size or kept >= size:
+            raise UsageError("no such pattern", repr(text), cls.spelled)
+        if size > cls.most or math.comb(size, kept) > cls.most:
+            raise UsageError("a pattern with too many choices", repr(text), cls.spelled)
+        return cls(kept, size)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that it lets go."""
+        return 1 - self.kept / self.size
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.size}"
+
+
+@dataclass(frozen=True)
 class RowKind:
     """What a row of a window is; ``size`` is the number of examples in it."""
 

@@ -136,6 +136,10 @@ BAD = [
     (("--steps", "0"), "--steps must be"),
     (("--params", "*.bias"), "no weight may go"),
     (("--damping", "0"), "--damping must be"),
+    (("--pattern", "4:2"), "--pattern must be"),
+    (("--pattern", "8:16"), "--pattern must be"),
+    (("--pattern", "2:4", "--sparsity", "90%"), "--sparsity is not that of --pattern"),
+    (("--pattern", "3:5"), "no weight may go: no tensor has a multiple of so many inputs"),
 ]
 
 
@@ -221,3 +225,39 @@ def test_safetensors_come_out_as_they_went_in(tmp_path: Path) -> None:
     assert new.keys() == state.keys()
     assert sum(int((v == 0).sum()) for n, v in new.items() if "weight" in n) == WEIGHTS // 2
     hesscli.read(tmp_path / "out" / "prune.json")
+
+
+def test_of_each_group_of_inputs_no_more_stay_than_the_pattern_says(tmp_path: Path) -> None:
+    line = ("prune", SUNSPOTS, "--pattern", "2:4", "--steps", 2, "--window", 64, "--dir", ".")
+    run = hesscli_warm(*line, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "hidden2.weight (1 tensors) stay whole" in run.stderr  # of 18 inputs
+    state = torch.load(tmp_path / "prune.pt", weights_only=True)
+    for name in ("hidden1.weight", "head.weight"):
+        assert ((state[name].view(-1, 4) != 0).sum(1) == 2).all()
+    old = torch.load(SUNSPOTS, weights_only=True)
+    assert torch.equal(state["hidden2.weight"], old["hidden2.weight"])
+    document = json.loads((tmp_path / "prune.json").read_text())
+    assert document["sparsity"]["num_zeros"] == (18 * 12 + 4) // 2
+    assert document["pattern"] == "2:4"
+    first, last = document["methods"][0]["steps"]
+    assert 0.25 < first["sparsity"] < last["sparsity"] == 0.5
+
+
+def test_groups_of_a_kernel_are_of_its_input_channels() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    data = torch.randn(48, 4, 4, 4), torch.randint(2, (48,))
+    found = hesscli.prune(hesscli.Problem(net, "cross_entropy", data), pattern="1:4")
+    kernel = torch.from_numpy(found.weights["0.weight"])
+    assert ((kernel != 0).sum(1) == 1).all()
+    assert (torch.from_numpy(found.weights["3.weight"]).view(-1, 4) != 0).sum(1).tolist() == [1] * 6
+    by_size = next(one for one in found.methods if one.name == "magnitude")
+    with torch.no_grad():
+        for number in (0, 3):
+            weight = net[number].weight
+            largest = weight.view(len(weight), -1, 4, *weight.shape[2:]).abs().amax(2, keepdim=True)
+            kept = weight.view(len(weight), -1, 4, *weight.shape[2:]).abs() == largest
+            weight.mul_(kept.view(weight.shape))
+        loss = nn.functional.cross_entropy(net(data[0]), data[1])
+    assert by_size.loss == pytest.approx(float(loss), rel=1e-5)

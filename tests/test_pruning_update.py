@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import accumulate, combinations, pairwise
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 import hesscli
 from hesscli.engines.mfac import GradientWindow, StaticFisher
-from hesscli.engines.mfac.pruning import compensation, sum_of_columns
-from hesscli.errors import UnsoundError
+from hesscli.engines.mfac.pruning import cheapest_patterns, compensation, sum_of_columns
+from hesscli.errors import UnsoundError, UsageError
 
 LAYERS = [234, 76, 5]
 BLOCKS = [None, LAYERS, [35] * 9, [105] * 3]
@@ -99,3 +99,34 @@ def test_damping_that_rounding_swallows_is_refused() -> None:
     window.extend(torch.ones(8, 4))
     with pytest.raises(UnsoundError, match="damping"):
         compensation(StaticFisher(window, 1e-20), torch.ones(4), torch.tensor([True] + [False] * 3))
+
+
+@pytest.mark.parametrize("blocks", [None, [210, 105], [35] * 9], ids=["whole", "parts", "35"])
+def test_patterns_of_a_group_cost_what_a_dense_inverse_says(
+    sunspots: tuple[Tensor, Tensor], blocks: list[int] | None
+) -> None:
+    weights, rows = sunspots
+    window = GradientWindow(len(rows), rows.shape[1], dtype=torch.float64)
+    window.extend(rows)
+    damping = 1e-2 * window.mean_square() / window.size
+    inverse = dense(rows, damping, blocks)
+    found = StaticFisher(window, damping, blocks=blocks).groups(5)
+    groups = weights.view(-1, 5)
+    chosen, costs = cheapest_patterns(groups, found, 3)
+    for number, (group, block) in enumerate(zip(groups, found, strict=True)):
+        own = inverse[5 * number : 5 * number + 5, 5 * number : 5 * number + 5]
+        assert distance(block, own) < 1e-8
+        by_pattern = {}
+        for pattern in combinations(range(5), 3):
+            q = list(pattern)
+            by_pattern[pattern] = 0.5 * group[q] @ torch.linalg.solve(own[q][:, q], group[q])
+        best = min(by_pattern, key=by_pattern.__getitem__)
+        assert tuple(chosen[number].nonzero()[:, 0].tolist()) == best
+        assert float(costs[number]) == pytest.approx(float(by_pattern[best]), rel=1e-8)
+
+
+def test_groups_that_reach_over_blocks_are_refused() -> None:
+    window = GradientWindow(3, 6)
+    window.extend(torch.eye(3, 6))
+    with pytest.raises(UsageError, match="reach over blocks"):
+        StaticFisher(window, 1.0, blocks=[2, 4]).groups(4)

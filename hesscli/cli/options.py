@@ -20,6 +20,7 @@ from hesscli.vocabulary import (
     USUAL_SPARSITY,
     WINDOW_DTYPES,
     BlockRule,
+    Pattern,
     RowKind,
     Selection,
     WindowBlocks,
@@ -291,9 +292,17 @@ SPARSITY = _PRUNING.value(
     "a percentage, or a fraction, between 0 and 1",
     "--sparsity 90% or --sparsity 0.9",
     metavar="PERCENT",
-    default=USUAL_SPARSITY,
     help="Share of the weights that are to be zero, biases and other vectors left out. Default: "
-    f"{USUAL_SPARSITY:.0%}.",
+    f"that of --pattern, else {USUAL_SPARSITY:.0%}.",
+)
+PATTERN = _PRUNING.value(
+    "--pattern",
+    parsing.pattern,
+    Pattern.spelled,
+    "--pattern 2:4",
+    metavar="N:M",
+    help="Of each M weights for consecutive inputs no more than N stay; every choice is tried. "
+    "Tensors whose inputs are no multiple of M stay whole. Default: any weight may go.",
 )
 PRUNING_STEPS = _PRUNING.value(
     "--steps",

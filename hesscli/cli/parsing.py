@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from hesscli.vocabulary import BlockRule, RowKind, Selection, TrainedWith, WindowBlocks
+from hesscli.vocabulary import BlockRule, Pattern, RowKind, Selection, TrainedWith, WindowBlocks
 
 
 class Range(NamedTuple):
@@ -115,6 +115,7 @@ def as_typed(parse: Callable[[str], object]) -> Callable[[str], str]:
 
 block = as_typed(BlockRule.parse)
 blocks = as_typed(WindowBlocks.parse)
+pattern = as_typed(Pattern.parse)
 examples = as_typed(Selection.parse)
 
 

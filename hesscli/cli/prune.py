@@ -32,6 +32,7 @@ Examples:
 
   hesscli prune model.pt --sparsity 90%            nine of ten weights, at once
   hesscli prune model.pt --sparsity 90% --steps 16 the same with a new window at each step
+  hesscli prune model.pt --pattern 2:4             two of each four, as sparse tensor cores want
   hesscli prune --per-layer --params 'blocks.*'    half of each layer of these
   hesscli prune --damping 1e-2 --blocks 64 --examples all
   hesscli prune --out json --dir pruned > prune.json
@@ -39,6 +40,7 @@ Examples:
     options=(
         *options.PROBLEM,
         options.SPARSITY,
+        options.PATTERN,
         options.PRUNING_STEPS,
         options.PER_LAYER,
         options.ROWS,

@@ -33,7 +33,8 @@ def prune(
     problem: Problem,
     *,
     matrix: str = "hessian",
-    sparsity: float = USUAL_SPARSITY,
+    sparsity: float | None = None,
+    pattern: str | None = None,
     steps: int = 1,
     per_layer: bool = False,
     window: WindowOptions | None = None,
@@ -51,7 +52,9 @@ def prune(
     Args:
         problem: model, loss and frozen examples. Entries of its matrices and kernels may go.
         matrix: by which the change of the loss is predicted.
-        sparsity: share of these that are to be zero.
+        sparsity: share of these that are to be zero; default the pattern's, else a half.
+        pattern: N:M, of M weights for consecutive inputs no more than N are to stay; every choice
+            is tried with the inverse's block of all M. None where any weight may go.
         steps: in each the same share of what is left goes, by a window of gradients of its own.
         per_layer: each layer is to have the sparsity, and not all of them together.
         window: which gradients stand for the matrix that is inverted.
@@ -69,8 +72,8 @@ def prune(
         BudgetError: there was no time for one step.
         KeyboardInterrupt: stopped before there was one.
     """
-    aim = Aim(sparsity, steps, per_layer)
-    rewriting = _rewriting(problem, required=ledger is not UNKEPT)
+    aim = Aim.of(sparsity, steps, per_layer, pattern)
+    rewriting = _rewriting(problem, aim, required=ledger is not UNKEPT)
     options = window or WindowOptions()
     options = replace(options, size=ledger.decided("rows", lambda: options.count(problem)))
     with started(problem, matrix, mode, Clock(budget, observe), ledger) as run:
@@ -94,13 +97,14 @@ def prune(
             ),
             cost=run.cost(),
             sparsity=Sparsity(
-                asked=sparsity,
+                asked=aim.sparsity,
                 reached=float(pruned.gone.double().mean()),
                 num_weights=candidates.count,
                 num_zeros=int(pruned.gone.sum()),
             ),
             steps=steps,
             per_layer=per_layer,
+            pattern=pattern,
             before=study.before,
             methods=tuple(_methods(study)),
             predicted=study.predicted,
@@ -112,11 +116,11 @@ def prune(
         )
 
 
-def _rewriting(problem: Problem, *, required: bool) -> Rewriting | None:
+def _rewriting(problem: Problem, aim: Aim, *, required: bool) -> Rewriting | None:
     """How the checkpoint is written; None where there is none, and none is asked for."""
     if problem.checkpoint is None:
         return None
-    parameters = Candidates(problem.parameters).parameters
+    parameters = Candidates(problem.parameters, aim.pattern).parameters
     try:
         return Rewriting(Path(problem.checkpoint.path), parameters, problem.origin)
     except InputError:
@@ -183,6 +187,11 @@ def _warnings(study: PruningStudy, layers: tuple[LayerPruned, ...]) -> Iterator[
         yield (
             f"no weight is left in {', '.join(empty[:5])} ({len(empty)} layers): --per-layer, a "
             "lower --sparsity, or --params '!GLOB' that spares them"
+        )
+    if whole := study.candidates.whole:
+        yield (
+            f"{', '.join(whole[:5])} ({len(whole)} tensors) stay whole: their inputs are no "
+            f"multiple of {aim.pattern and aim.pattern.size}"
         )
     assert pruned.window is not None
     if pruned.window.rows < study.options.count(study.problem):

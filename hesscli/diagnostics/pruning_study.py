@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,16 +26,17 @@ from hesscli.diagnostics.window import (
     rows_to_be_had,
 )
 from hesscli.engines.mfac import GradientWindow, StaticFisher
-from hesscli.engines.mfac.pruning import compensation
+from hesscli.engines.mfac.pruning import cheapest_patterns, compensation
 from hesscli.errors import UsageError
 from hesscli.meter import FORWARD, Spent
 from hesscli.operators.per_example.rows import Rows
-from hesscli.parameters import Parameters
+from hesscli.parameters import Parameter, Parameters
 from hesscli.problem.problem import Problem
 from hesscli.problem.proof import measured
 from hesscli.problem.recalibration import norms_of, recalibrated
 from hesscli.results import PruningMethod, Quality, Snapshot, WindowReport
 from hesscli.state import State
+from hesscli.vocabulary import USUAL_SPARSITY, Pattern
 
 MFAC: PruningMethod = "mfac"
 METHODS: tuple[PruningMethod, ...] = (MFAC, "diagonal-fisher", "magnitude")
@@ -53,11 +55,31 @@ class Aim:
         sparsity: share of the weights that are to be zero.
         steps: in each the same share of the weights that are left goes.
         per_layer: each layer is to have the sparsity, and not all together.
+        pattern: of which groups are to be.
     """
 
     sparsity: float
     steps: int = 1
     per_layer: bool = False
+    pattern: Pattern | None = None
+
+    @classmethod
+    def of(cls, sparsity: float | None, steps: int, per_layer: bool, pattern: str | None) -> Self:
+        """From what was typed.
+
+        Raises:
+            UsageError: no such pattern or sparsity, or one that is not the other's.
+        """
+        if pattern is None:
+            return cls(USUAL_SPARSITY if sparsity is None else sparsity, steps, per_layer)
+        groups = Pattern.parse(pattern)
+        if sparsity is not None and not math.isclose(sparsity, groups.sparsity):
+            raise UsageError(
+                "--sparsity is not that of --pattern",
+                f"{100 * sparsity:g}%, and {pattern} has {100 * groups.sparsity:g}%",
+                f"--pattern {pattern} alone",
+            )
+        return cls(groups.sparsity, steps, per_layer, groups)
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
@@ -73,29 +95,43 @@ class Candidates:
 
     Args:
         parameters: those of the matrix.
+        pattern: of groups of weights for consecutive inputs; tensors that cannot be cut into such
+            stay whole.
 
     Attributes:
-        columns: where they are in the flat vector ``(C,)``, layer by layer.
+        columns: where they are in the flat vector ``(C,)``, layer by layer and group by group.
         layers: places of each layer's among them, by its name; only of those that have some.
+        parameters: the tensors that they are of.
+        whole: names of those matrices and kernels that no group fits.
 
     Raises:
         UsageError: there are none.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
-        places = zip(parameters, parameters.places(), strict=True)
-        chosen = [(p.layer, place) for p, place in places if p.tensor.dim() > 1 and p.numel]
-        if not chosen:
+    def __init__(self, parameters: Parameters, pattern: Pattern | None = None) -> None:
+        every = [p for p in parameters if p.tensor.dim() > 1 and p.numel]
+        size = 1 if pattern is None else pattern.size
+        self.parameters = Parameters(p for p in every if p.tensor.shape[1] % size == 0)
+        self.whole = tuple(p.name for p in every if p.tensor.shape[1] % size)
+        if self.whole and not len(self.parameters):
+            raise UsageError(
+                "no weight may go: no tensor has a multiple of so many inputs",
+                f"--pattern {pattern}, for {', '.join(self.whole[:5])}",
+                "another --pattern, or --sparsity without one",
+            )
+        if not len(self.parameters):
             raise UsageError(
                 "no weight may go: biases, gains and other vectors stay",
                 ", ".join(parameters.names[:5]),
                 "--params that takes a matrix or a kernel, or none for all of them",
             )
-        self.parameters = Parameters(p for p in parameters if p.tensor.dim() > 1 and p.numel)
-        self.columns = torch.cat([torch.arange(place.start, place.stop) for _, place in chosen])
-        sizes = dict.fromkeys((layer for layer, _ in chosen), 0)
-        for layer, place in chosen:
-            sizes[layer] += place.stop - place.start
+        starts = {
+            p.name: place.start for p, place in zip(parameters, parameters.places(), strict=True)
+        }
+        self.columns = torch.cat([_inputs_last(p, starts[p.name]) for p in self.parameters])
+        sizes = dict.fromkeys(self.parameters.layers, 0)
+        for parameter in self.parameters:
+            sizes[parameter.layer] += parameter.numel
         ends = pairwise(accumulate(sizes.values(), initial=0))
         self.layers = {name: slice(*span) for name, span in zip(sizes, ends, strict=True)}
 
@@ -136,6 +172,51 @@ class Candidates:
                 begin, end = end, end + (1 - left) * (place.stop - place.start)
                 found.append((place, max(counts[name], round(end) - round(begin))))
             yield found
+
+
+def _inputs_last(parameter: Parameter, start: int) -> Tensor:
+    """Where its entries are in the flat vector, those for consecutive inputs side by side."""
+    places = torch.arange(start, start + parameter.numel)
+    return places.view(parameter.tensor.shape).movedim(1, -1).reshape(-1)
+
+
+def in_groups(
+    costs: Tensor, gone: Tensor, targets: Sequence[tuple[slice, int]], pattern: Pattern
+) -> Tensor:
+    """Which go where each costs what it costs alone ``(C,)``: as :func:`by_groups`."""
+    count = pattern.size - pattern.kept
+    each = costs.view(-1, pattern.size)
+    found = torch.sort(each, dim=1, stable=True)
+    chosen = torch.zeros_like(each, dtype=torch.bool).scatter_(1, found.indices[:, :count], True)
+    return by_groups(chosen, found.values[:, :count].sum(1), gone, targets, pattern)
+
+
+def by_groups(
+    chosen: Tensor,
+    costs: Tensor,
+    gone: Tensor,
+    targets: Sequence[tuple[slice, int]],
+    pattern: Pattern,
+) -> Tensor:
+    """Let those go that are chosen in the groups where this costs least.
+
+    Args:
+        chosen: of each group ``(r, M)``.
+        costs: of each group ``(r,)``.
+        gone: which have gone already ``(C,)``: whole groups, or zeros from before.
+        targets: how many weights are to have gone, in each stretch.
+        pattern: M, and how many of them stay.
+    """
+    count = pattern.size - pattern.kept
+    before = gone.view(-1, pattern.size)
+    costs = costs.masked_fill(before.sum(1) >= count, -1.0)
+    groups = [
+        (slice(p.start // pattern.size, p.stop // pattern.size), round(number / count))
+        for p, number in targets
+    ]
+    done = before.sum(1) >= count
+    which = least(costs, groups) & ~done
+    return (before | (chosen & which[:, None])).view(-1)
 
 
 def least(costs: Tensor, targets: Sequence[tuple[slice, int]]) -> Tensor:
@@ -208,10 +289,11 @@ class PruningStudy:
     def __init__(self, run: Run, aim: Aim, options: WindowOptions, seed: int) -> None:
         self.run, self.aim, self.options, self.seed = run, aim, options, seed
         parameters = self.problem.parameters
-        self.candidates = Candidates(parameters)
+        self.candidates = Candidates(parameters, aim.pattern)
         self.original = parameters.flatten([t.detach().double().cpu() for t in parameters.tensors])
         zeros = self.original[self.candidates.columns] == 0
-        self.targets = list(self.candidates.targets(aim, zeros))
+        before = zeros if aim.pattern is None else torch.zeros_like(zeros)
+        self.targets = list(self.candidates.targets(aim, before))
         self.networks = {name: Pruned(self.original.clone(), zeros.clone()) for name in METHODS}
         self.before = _as_proven(self.problem)
         self.predicted: float | None = None
@@ -291,26 +373,32 @@ class PruningStudy:
         costs = torch.full((len(columns),), -1.0, dtype=torch.float64)
         leverage, report = network.leverage, network.window
         if name == "magnitude":
-            costs[stays] = kept[stays].abs()
-            gone = least(costs, targets)
+            costs[stays] = kept[stays].square()
+            gone = self._least(costs, network.gone, targets)
         elif name == "diagonal-fisher":
             with at(self.problem, weights):
                 squares, damping = self._diagonal(columns[stays], len(network.qualities))
             costs[stays] = saliencies(kept[stays], 1 / (squares + damping))
-            gone = least(costs, targets)
+            gone = self._least(costs, network.gone, targets)
         else:
             with at(self.problem, weights):
                 collected = self._collect(stays, len(network.qualities))
             with collected.window:
-                fisher = collected.fisher
-                costs[stays] = saliencies(kept[stays], fisher.diagonal().cpu())
+                fisher, inside = collected.fisher, self._inside(stays)
+                diagonal = fisher.diagonal().cpu()
                 leverage = leverage.clone()
-                leverage[stays] = fisher.leverage().cpu()
-                gone = least(costs, targets)
-                own = kept[stays].to(self.problem.device)
-                now = gone[stays].to(self.problem.device)
+                leverage[stays] = (1 - fisher.damping * diagonal)[stays[inside]]
+                own = kept[inside].to(self.problem.device)
+                if (pattern := self.aim.pattern) is None:
+                    costs[stays] = saliencies(kept[stays], diagonal)
+                    gone = least(costs, targets)
+                else:
+                    blocks, count = fisher.groups(pattern.size), pattern.size - pattern.kept
+                    choice, cost = cheapest_patterns(own.view(len(blocks), -1), blocks, count)
+                    gone = by_groups(choice.cpu(), cost.cpu(), network.gone, targets, pattern)
+                now = gone[inside].to(self.problem.device)
                 on_step = self.run.clock.watch(_PRUNING)
-                weights[columns[stays]] += compensation(fisher, own, now, on_step).cpu()
+                weights[columns[inside]] += compensation(fisher, own, now, on_step).cpu()
                 report = collected.report()
         weights[columns[gone]] = 0
         weights = weights.to(self.problem.dtype).double()
@@ -318,6 +406,16 @@ class PruningStudy:
         network.weights, network.gone = weights, gone
         network.leverage, network.window = leverage, report
         network.qualities.append(quality)
+
+    def _least(self, costs: Tensor, gone: Tensor, targets: list[tuple[slice, int]]) -> Tensor:
+        """What goes where each weight costs what it costs alone."""
+        if (pattern := self.aim.pattern) is None:
+            return least(costs, targets)
+        return in_groups(costs, gone, targets, pattern)
+
+    def _inside(self, stays: Tensor) -> Tensor:
+        """Which have a column in the window: whole groups, in which what is gone has zeros."""
+        return stays if self.aim.pattern is None else torch.ones_like(stays)
 
     def _rows(self, step: int) -> Iterator[Tensor]:
         """A window's rows, with labels of their own at each step."""
@@ -331,7 +429,9 @@ class PruningStudy:
     def _collect(self, stays: Tensor, step: int) -> Collected:
         """A window of what is left, at the weights as they are."""
         problem, options, watch = self.problem, self.options, self.run.clock.watch
-        columns = self.candidates.columns[stays].to(problem.device)
+        inside, pattern = self._inside(stays), self.aim.pattern
+        columns = self.candidates.columns[inside].to(problem.device)
+        there = stays[inside].to(problem.device)
         window = GradientWindow(
             options.count(problem),
             len(columns),
@@ -340,10 +440,12 @@ class PruningStudy:
             device=problem.device,
         )
         for block in self._rows(step):
-            window.extend(block[:, columns])
-        layers = [int(stays[place].sum()) for place in self.candidates.layers.values()]
-        rows = window.count
-        sizes = block_sizes([size for size in layers if size], options.blocks, rows)
+            rows = block[:, columns]
+            window.extend(rows if pattern is None else rows * there)
+        layers = [int(inside[place].sum()) for place in self.candidates.layers.values()]
+        multiple = 1 if pattern is None else pattern.size
+        held = [size for size in layers if size]
+        sizes = block_sizes(held, options.blocks, window.count, multiple)
         damping = damping_of(window, options)
         fisher = StaticFisher(window, damping, blocks=sizes, on_step=watch("inverting"))
         kind, reason = kind_of(problem, options.rows)

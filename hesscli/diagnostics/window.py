@@ -238,13 +238,14 @@ def layer_sizes(parameters: Parameters) -> list[int]:
     return [place.stop - place.start for place in parameters.layer_places()]
 
 
-def block_sizes(layers: Sequence[int], rule: str, rows: int) -> Sizes | None:
+def block_sizes(layers: Sequence[int], rule: str, rows: int, multiple: int = 1) -> Sizes | None:
     """Sizes of consecutive blocks, none of which reaches beyond a layer; None for a whole one.
 
     Args:
         layers: entries of each.
         rule: as it is typed.
         rows: of the window.
+        multiple: of how many entries a block is, where a layer is.
 
     Raises:
         UsageError: no such rule.
@@ -255,6 +256,7 @@ def block_sizes(layers: Sequence[int], rule: str, rows: int) -> Sizes | None:
     if asked.kind == "layer":
         return np.array(layers)
     most = max(1, rows // _BLOCKS_IN_WINDOW) if asked.kind == "auto" else asked.number
+    most = max(multiple, most // multiple * multiple)
     return np.concatenate([_cut(layer, most) for layer in layers])
 
 

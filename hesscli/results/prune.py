@@ -76,6 +76,7 @@ class PruneResult(Answer):
     Attributes:
         steps: in which the weights went, the window being collected anew at each.
         per_layer: whether each layer has the sparsity, and not all of them together.
+        pattern: N:M, where of each M weights for consecutive inputs no more than N were to stay.
         before: the network as it was.
         methods: M-FAC, whose weights are written, and what it is compared with.
         predicted: the change of the loss of the data by M-FAC that its gradient and the matrix
@@ -90,6 +91,7 @@ class PruneResult(Answer):
     sparsity: Sparsity
     steps: int
     per_layer: bool
+    pattern: str | None
     before: Quality
     methods: tuple[PrunedBy, ...]
     predicted: float | None

@@ -7,11 +7,14 @@ the best there is (Hassibi & Stork 1993, "Optimal Brain Surgeon"; Singh & Alista
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import torch
 from torch import Tensor
 
 from hesscli.engines.mfac.static import StaticFisher
 from hesscli.engines.mfac.system import DualBlock
+from hesscli.errors import UnsoundError
 from hesscli.meter import OnStep, go_on
 
 
@@ -69,3 +72,37 @@ def sum_of_columns(fisher: StaticFisher, weights: Tensor, gone: Tensor) -> Tenso
     removed = torch.where(gone, weights.double(), 0.0)
     change = fisher.ihvp(-removed / fisher.diagonal()).vector
     return torch.where(gone, -removed, change)
+
+
+def cheapest_patterns(weights: Tensor, inverses: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which weights of each group it costs least to remove together.
+
+    Every choice Q is tried: ½ w_Qᵀ ([(F̂ + λI)⁻¹]_QQ)⁻¹ w_Q.
+
+    Args:
+        weights: of each group ``(r, m)``.
+        inverses: (F̂ + λI)⁻¹ of each group's columns ``(r, m, m)``.
+        count: of a group's weights that are to go.
+
+    Returns:
+        The choice ``(r, m)``, boolean, and what it costs ``(r,)``.
+
+    Raises:
+        UnsoundError: rounding leaves too little of a group's block.
+    """
+    weights, costs = weights.double(), []
+    patterns = torch.tensor(list(combinations(range(weights.shape[1]), count)))
+    for pattern in patterns.to(weights.device):
+        lower, info = torch.linalg.cholesky_ex(inverses[:, pattern[:, None], pattern])
+        if bool(info.any()):
+            raise UnsoundError(
+                "rounding leaves nothing of the inverse for a group of entries",
+                f"{int((info != 0).sum())} of {len(weights)} groups",
+                "a larger --damping, or a smaller --window",
+            )
+        right = weights[:, pattern, None]
+        root: Tensor = torch.linalg.solve_triangular(lower, right, upper=False)
+        costs.append(root.square().sum((1, 2)) / 2)
+    least, which = torch.stack(costs).min(0)
+    chosen = torch.zeros_like(weights, dtype=torch.bool)
+    return chosen.scatter_(1, patterns.to(weights.device)[which], True), least

@@ -289,6 +289,20 @@ class StaticFisher:
             found[here[:, None], here] = parts[owner].submatrix(chosen[here] - self._starts[owner])
         return found
 
+    def groups(self, size: int) -> Tensor:
+        """Blocks on the inverse's diagonal of so many consecutive columns each ``(r, size, size)``.
+
+        Raises:
+            UsageError: a block that was inverted is no whole number of them.
+        """
+        if (self._sizes % size).any():
+            raise UsageError(
+                "groups of columns reach over blocks",
+                f"groups of {size}",
+                f"blocks of a multiple of {size} columns",
+            )
+        return torch.cat([part.groups(size) for part in self.parts()])
+
     def group_saliency(self, weights: Tensor, indices: Tensor | Sequence[int]) -> float:
         """½ w_Qᵀ ([F̂⁻¹]_QQ)⁻¹ w_Q: what it costs to remove entries Q of w ``(d,)`` together.
 

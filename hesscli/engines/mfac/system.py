@@ -304,6 +304,16 @@ class DualBlock:
         identity = torch.eye(len(indices), dtype=torch.float64, device=V.device)
         return (identity - V.T @ V) / self.damping
 
+    def groups(self, size: int) -> Tensor:
+        """The inverse's blocks of so many consecutive columns each ``(r, size, size)``, float64."""
+        found, width = [], size * max(1, TILE // size)
+        identity = torch.eye(size, dtype=torch.float64, device=self.window.device)
+        for _, tile in self.window.tiles(self.columns, width):
+            V: Tensor = torch.linalg.solve_triangular(self.factor.lower, tile.double(), upper=False)
+            parts = V.view(len(V), -1, size).permute(1, 2, 0)
+            found.append((identity - parts @ parts.mT) / self.damping)
+        return torch.cat(found)
+
     @cached_property
     def _table(self) -> Tensor:
         """The table Vᵀ ``(size, n)``, of which products with the inverse are made."""
@@ -504,6 +514,15 @@ class PrimalRun:
             roots = torch.linalg.solve_triangular(self.factor.lower[block], ends, upper=False)
             found[here[:, None], here] = roots.T @ roots
         return found
+
+    def groups(self, size: int) -> Tensor:
+        """The inverse's blocks of so many consecutive columns each ``(r, size, size)``."""
+        found = []
+        for part in self._chunks():
+            inverse = torch.cholesky_inverse(self.factor.lower[part])
+            cut = inverse.view(len(inverse), -1, size, self.block // size, size)
+            found.append(cut.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).flatten(0, 1))
+        return torch.cat(found)
 
     @cached_property
     def _table(self) -> Tensor:

@@ -59,6 +59,7 @@ def _headline(result: PruneResult) -> Iterator[RenderableType]:
     yield line.append("weights are zero")
     window, found = result.window, result.methods[0]
     details = [
+        *([] if result.pattern is None else [f"{result.pattern} of consecutive inputs"]),
         "in each layer" if result.per_layer else "over all layers",
         words.count(result.steps, "step"),
         f"{words.count(window.rows)} {window.row_kind} rows",
