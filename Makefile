@@ -55,6 +55,10 @@ bench-shards: $(VENV)/demo  ## A window over four ranks: memory of each, and mes
 bench-vocabulary: $(VENV)/bench  ## Memory of a product where classes are many (ten minutes, 13 GB)
 	$(BIN)/python tests/benchmarks/vocabulary.py
 
+bench-pruning: $(VENV)/demo  ## M-FAC against magnitude and diagonal Fisher, at several sparsities (an hour)
+	$(BIN)/python tests/benchmarks/pruning.py fashion
+	$(BIN)/python tests/benchmarks/pruning.py text
+
 calibration: $(VENV)/demo  ## Predicted against measured loss changes, in float64 (an hour)
 	$(BIN)/python tests/benchmarks/calibration.py
 
@@ -116,6 +120,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-certainty bench-estimates bench-large bench-mfac \
-	bench-optimizers bench-parts bench-scale bench-shards bench-spectrum bench-vocabulary calibration coverage faults \
+	bench-optimizers bench-parts bench-pruning bench-scale bench-shards bench-spectrum bench-vocabulary calibration coverage faults \
 	fuzz gallery goldens gpu hf hostile ranks reference symmetries clean
 .DEFAULT_GOAL := help
