@@ -19,6 +19,7 @@ import hesscli
 from hesscli.diagnostics.pruning_study import Aim, Candidates, least
 from hesscli.errors import ExitCode, UsageError
 from hesscli.parameters import Parameters
+from hesscli.results import Snapshot
 
 SAMPLES = SUNSPOTS.parent.parent
 WEIGHTS = 18 * 12 + 4 * 18 + 4
@@ -261,3 +262,47 @@ def test_groups_of_a_kernel_are_of_its_input_channels() -> None:
             weight.mul_(kept.view(weight.shape))
         loss = nn.functional.cross_entropy(net(data[0]), data[1])
     assert by_size.loss == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_training_checkpoint_with_kernels_comes_out_whole(tmp_path: Path) -> None:
+    fashion = SAMPLES / "fashion"
+    line = ("prune", fashion / "model.pt", "--spec", fashion / "hesscli.toml", "--examples", 100)
+    run = hesscli_warm(*line, "--pattern", "2:4", "--window", 32, "--dir", ".", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    said = json.loads((tmp_path / "prune.json").read_text())
+    problem = hesscli.load(tmp_path / "prune.pt", spec=fashion / "hesscli.toml", examples=100)
+    assert problem.prove().loss == pytest.approx(said["methods"][0]["loss"], rel=1e-5)
+    assert problem.prove().accuracy == said["methods"][0]["accuracy"]
+    old, new = (
+        torch.load(path, weights_only=False)
+        for path in (fashion / "model.pt", tmp_path / "prune.pt")
+    )
+    assert list(old) == list(new)
+    assert list(old["model_state_dict"]) == list(new["model_state_dict"])
+    for name, value in new["model_state_dict"].items():
+        if name in ("conv2.weight", "conv3.weight", "head.weight"):
+            groups = value.movedim(1, -1).reshape(-1, 4)
+            assert ((groups != 0).sum(1) == 2).all()
+        else:
+            assert torch.equal(value, old["model_state_dict"][name])
+
+
+def test_a_run_that_is_stopped_says_how_far_it_came() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    problem = hesscli.Problem(net, "cross_entropy", (torch.randn(64, 6), torch.randint(3, (64,))))
+
+    def observe(snapshot: Snapshot) -> bool:
+        return snapshot.phase == "pruning" and snapshot.done == 2
+
+    found = hesscli.prune(problem, sparsity=0.9, steps=4, observe=observe)
+    assert found.status == "interrupted"
+    (only,) = found.methods
+    assert [one.sparsity for one in only.steps] == [
+        round(72 * (1 - 0.1 ** (k / 4))) / 72 for k in (1, 2)
+    ]
+    assert found.sparsity.reached == only.steps[-1].sparsity
+    assert any(
+        "2 of 4 steps: 68.1% of the weights are zero, and not 90.0%" in w for w in found.warnings
+    )
+    assert any("diagonal-fisher and magnitude" in w for w in found.warnings)

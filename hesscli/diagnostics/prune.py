@@ -84,7 +84,7 @@ def prune(
         layers = tuple(_layers(study))
         checkpoint = None
         if rewriting is not None:
-            writer = rewriting.writer(pruned.weights[candidates.columns])
+            writer = rewriting.writer(pruned.weights[candidates.columns.sort().values])
             checkpoint = (f"prune{rewriting.suffix}", writer)
         return PruneResult(
             status=status,
@@ -169,8 +169,8 @@ def _warnings(study: PruningStudy, layers: tuple[LayerPruned, ...]) -> Iterator[
     pruned, aim = study.pruned, study.aim
     if len(pruned.qualities) < aim.steps:
         yield (
-            f"{len(pruned.qualities)} of {aim.steps} steps: {pruned.gone.double().mean():.4g} of "
-            f"the weights are zero, and not {aim.sparsity:.4g}; more --budget, or --resume"
+            f"{len(pruned.qualities)} of {aim.steps} steps: {pruned.gone.double().mean():.1%} of "
+            f"the weights are zero, and not {aim.sparsity:.1%}; more --budget, or --resume"
         )
     if missing := [
         n for n in METHODS if len(study.networks[n].qualities) < aim.steps and n != MFAC
