@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.diagnostics.pruning_study import Aim, Candidates, least
+from hesscli.diagnostics.pruning_choice import Aim, Candidates, least
 from hesscli.errors import ExitCode, UsageError
 from hesscli.parameters import Parameters
 from hesscli.results import Snapshot

@@ -9,7 +9,8 @@ from pathlib import Path
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Work, drive
 from hesscli.diagnostics.plans import Pilot
-from hesscli.diagnostics.pruning_study import METHODS, MFAC, Aim, Candidates, PruningStudy
+from hesscli.diagnostics.pruning_choice import Aim, Candidates
+from hesscli.diagnostics.pruning_study import METHODS, MFAC, PruningStudy
 from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.run import Clock, started
 from hesscli.diagnostics.window import WindowOptions
@@ -22,7 +23,6 @@ from hesscli.results import (
     MethodReport,
     Observe,
     PrunedBy,
-    PrunedQuality,
     PruneResult,
     Sparsity,
 )
@@ -131,19 +131,16 @@ def _rewriting(problem: Problem, aim: Aim, *, required: bool) -> Rewriting | Non
 
 def _methods(study: PruningStudy) -> Iterator[PrunedBy]:
     """Those that came to some sparsity, the one that is written first."""
-    count = study.candidates.count
-    shares = [sum(number for _, number in targets) / count for targets in study.targets]
     for name in METHODS:
         network = study.networks[name]
         if not network.qualities:
             continue
-        each = zip(shares, network.qualities, strict=False)
         yield PrunedBy(
             name=name,
             loss=network.qualities[-1].loss,
             accuracy=network.qualities[-1].accuracy,
             recalibrated=network.recalibrated,
-            steps=tuple(PrunedQuality(sparsity=share, **vars(one)) for share, one in each),
+            steps=tuple(network.qualities),
         )
 
 
