@@ -122,8 +122,16 @@ def test_a_window_says_how_many_ranks_would_hold_it(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_large_network_is_not_looked_through_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    for most, told in ((1 << 22, ""), (40, "no time to plan it: 43 parameters to look through")):
+    for most, told in ((1 << 25, ""), (40, "no time to plan it: 43 parameters to look through")):
         monkeypatch.setattr(symmetry, "_LOOKED_THROUGH", most)
         plans = {plan.command: plan for plan in check(problem_of(tanh_net())).plan.commands}
         assert told in plans["symmetry"].note
         assert bool(plans["symmetry"].gradients) != bool(told)
+
+
+def test_families_of_a_network_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(tanh_net())
+    monkeypatch.setattr(symmetry, "room_for_more", lambda _: 20 * symmetry._BYTES_EACH)
+    with pytest.raises(UsageError, match="do not fit") as refused:
+        hesscli.symmetries(problem)
+    assert "--params for at most 20 of them" in refused.value.hint

@@ -24,7 +24,8 @@ from hesscli.engines.symmetry.candidates import candidates
 from hesscli.engines.symmetry.families import Family, Scaling, Translation, rank_of
 from hesscli.engines.symmetry.identities import Place, Residuals, residuals_of, worst_of
 from hesscli.engines.symmetry.watch import Watch
-from hesscli.errors import BudgetError, UnsoundError
+from hesscli.errors import BudgetError, UnsoundError, UsageError
+from hesscli.memory import room_for_more
 from hesscli.meter import FORWARD
 from hesscli.operators.base import LiveTerm
 from hesscli.operators.products import flatten, gradient
@@ -43,6 +44,7 @@ from hesscli.results import (
     SymmetryFamily,
     SymmetryResult,
 )
+from hesscli.units import human_bytes
 from hesscli.vocabulary import USUAL_BUDGET, TrainedWith
 
 _FINDING, _TESTING, _RESCALING = "finding symmetries", "testing symmetries", "rescaling"
@@ -128,8 +130,24 @@ def symmetries(
         )
 
 
+_BYTES_EACH = 160
+"""That a parameter takes while families are looked for: 128 were seen at 27 million of them."""
+
+
 def found_in(problem: Problem) -> list[Family]:
-    """Families that a pass over a few examples suggests, and no test has been put to."""
+    """Families that a pass over a few examples suggests, and no test has been put to.
+
+    Raises:
+        UsageError: there is no memory for that.
+    """
+    size, room = problem.parameters.size, room_for_more(problem.device)
+    if _BYTES_EACH * size > room:
+        raise UsageError(
+            "families of so large a network do not fit in the memory that is free",
+            f"{size} parameters take {human_bytes(_BYTES_EACH * size)} while they are looked "
+            f"through, and there is room for {human_bytes(room)}",
+            f"--params for at most {room // _BYTES_EACH} of them, or more memory",
+        )
     places = [place.start for place in problem.parameters.places()]
     watch = Watch(problem.parameters.tensors, places)
     batch = problem.sample(_WATCHED)
@@ -461,8 +479,8 @@ def _warnings(
 # -- What ``hesscli symmetry`` will take -----------------------------------------------------------
 
 
-_LOOKED_THROUGH = 1 << 22
-"""Parameters that are looked through in seconds: one by one, for each family that might be."""
+_LOOKED_THROUGH = 1 << 25
+"""Parameters that are looked through in about ten seconds."""
 
 
 def plan(pilot: Pilot) -> Iterator[Work]:
