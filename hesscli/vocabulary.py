@@ -36,6 +36,9 @@ USUAL_RTOL = {"trace": 0.05, "diag": 0.1, "ihvp": 0.2}
 """Relative tolerance that counts where none of any kind is asked for, of commands that have one."""
 USUAL_SPARSITY = 0.5
 """Share of the weights that pruning takes where nothing else is said."""
+PRUNING_DAMPING = 1e-2
+"""In units of tr F̂ / d. Many weights go together: what a window only seems to know of them is
+made up for by others, and costs more than what a larger λ leaves unknown."""
 USUAL_CONFIDENCE = 0.95
 """Probability with which intervals hold where nothing else is said."""
 

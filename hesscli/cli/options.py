@@ -13,6 +13,7 @@ from hesscli.vocabulary import (
     MATRICES,
     METHODS,
     MODES,
+    PRUNING_DAMPING,
     SPELLED,
     USUAL_BUDGET,
     USUAL_CONFIDENCE,
@@ -365,15 +366,24 @@ BLOCKS = _WINDOW.value(
     help="Diagonal blocks of the matrix that is inverted: auto (a quarter as many entries as "
     "rows), whole, layer or N entries. Default: auto.",
 )
-DAMPING = _WINDOW.value(
-    "--damping",
-    parsing.damping,
-    "a number above 0, or abs: and a number above 0",
-    "--damping 1e-3 or --damping abs:1e-5",
-    metavar="X|abs:X",
-    default=parsing.DampingValue(1e-3),
-    help="λ in F̂ + λI, in units of tr F̂ / d, or abs: in its own. Default: 1e-3.",
-)
+
+
+def _damping(usual: float) -> Option:
+    """``--damping``, whose usual value is each command's own."""
+    told = f"{usual:.0e}".replace("e-0", "e-")
+    return _WINDOW.value(
+        "--damping",
+        parsing.damping,
+        "a number above 0, or abs: and a number above 0",
+        f"--damping {told} or --damping abs:1e-5",
+        metavar="X|abs:X",
+        default=parsing.DampingValue(usual),
+        help=f"λ in F̂ + λI, in units of tr F̂ / d, or abs: in its own. Default: {told}.",
+    )
+
+
+DAMPING = _damping(1e-3)
+DAMPING_OF_PRUNING = _damping(PRUNING_DAMPING)
 
 
 # -- How it is computed ----------------------------------------------------------------------------

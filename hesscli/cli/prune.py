@@ -34,7 +34,7 @@ Examples:
   hesscli prune model.pt --sparsity 90% --steps 16 the same with a new window at each step
   hesscli prune model.pt --pattern 2:4             two of each four, as sparse tensor cores want
   hesscli prune --per-layer --params 'blocks.*'    half of each layer of these
-  hesscli prune --damping 1e-2 --blocks 64 --examples all
+  hesscli prune --damping 1e-1 --blocks 64 --examples all
   hesscli prune --out json --dir pruned > prune.json
 """,
     options=(
@@ -48,7 +48,7 @@ Examples:
         options.WINDOW_DTYPE,
         options.WINDOW_FILE,
         options.BLOCKS,
-        options.DAMPING,
+        options.DAMPING_OF_PRUNING,
         options.BUDGET,
         *options.COMPUTE,
         options.LAYERS,

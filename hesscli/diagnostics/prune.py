@@ -26,7 +26,7 @@ from hesscli.results import (
     PruneResult,
     Sparsity,
 )
-from hesscli.vocabulary import USUAL_BUDGET, USUAL_SPARSITY
+from hesscli.vocabulary import PRUNING_DAMPING, USUAL_BUDGET, USUAL_SPARSITY
 
 
 def prune(
@@ -57,7 +57,8 @@ def prune(
             is tried with the inverse's block of all M. None where any weight may go.
         steps: in each the same share of what is left goes, by a window of gradients of its own.
         per_layer: each layer is to have the sparsity, and not all of them together.
-        window: which gradients stand for the matrix that is inverted.
+        window: which gradients stand for the matrix that is inverted; by default with a damping
+            of 1e-2, for many weights go together.
         budget: seconds; None for no limit.
         seed: of sampled rows.
         mode: autodiff mode of the prediction.
@@ -74,7 +75,7 @@ def prune(
     """
     aim = Aim.of(sparsity, steps, per_layer, pattern)
     rewriting = _rewriting(problem, aim, required=ledger is not UNKEPT)
-    options = window or WindowOptions()
+    options = window or WindowOptions(damping=PRUNING_DAMPING)
     options = replace(options, size=ledger.decided("rows", lambda: options.count(problem)))
     with started(problem, matrix, mode, Clock(budget, observe), ledger) as run:
         study = PruningStudy(run, aim, options, seed)
