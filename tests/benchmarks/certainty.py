@@ -39,7 +39,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from scale import Residual
 from scipy.stats import t
-from spectrum import eigenvalues
+from spectrum import Row, eigenvalues
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -228,12 +228,13 @@ def table(name: str, problem: hesscli.Problem, task: Task, signs: int) -> Table:
     grid = Table(title=f"{name}: d = {problem.parameters.size}, loss {problem.prove().loss:.3g}")
     for heading in ("gradients", *WANTED, "5 eigenvalues to 1%"):
         grid.add_column(heading)
-    solved = {row.title.split()[0].strip(",").lower(): row for row in eigenvalues(problem, task)}
+    solved: dict[str, Row] = {}
+    for row in eigenvalues(problem, task):  # of those who are told their steps for nothing, no more
+        solved.setdefault(row.title.split()[0].strip(",").lower(), row)
     for title, found in rows(problem, task, signs):
         seconds = statistics.median(unit() for _ in range(7))
         cells = [f"{cost / seconds:.0f} ({note})" for cost, note in found.values()]
-        row = solved.get(title.split()[0].lower()) or solved.get("scipy")
-        assert row is not None
+        row = solved.get(title.split()[0].strip(",").lower()) or solved["scipy"]
         cells.append(row.failure or f"{row.seconds / seconds:.0f} (off by {row.error:.1%})")
         grid.add_row(title, *cells)
     return grid
