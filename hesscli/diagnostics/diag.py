@@ -238,8 +238,8 @@ def diagonal(
     with started(problem, matrix, mode, clock, ledger) as run:
         measured = batches_within(problem, batches, method)
         draw = Draw(seed, first=first, entries=_entries(problem), batches=measured)
-        _require_room(problem)
         choice = chosen(run, method, draw)
+        _require_room(problem, exact=choice.estimator.exact)
         goal = partial(_standing, tolerance=tolerance)
         ending = _reading_off(choice.estimator)
         outcome = estimated(run, choice, goal, 1 - confidence, fixed, ending)
@@ -275,20 +275,20 @@ def _is_known(problem: Problem, outcome: Outcome) -> bool:
     return estimator.exact and whole and is_all
 
 
-def _require_room(problem: Problem) -> None:
+def _require_room(problem: Problem, *, exact: bool) -> None:
     """See that sums of entries fit into memory, before any of it is taken.
 
     Raises:
         UsageError: not even those of one source do.
     """
     size, room = problem.parameters.size, room_for_more(problem.device)
-    if (needed := needed_bytes(size, problem.dtype)) > room:
+    if (needed := needed_bytes(size, problem.dtype, exact=exact)) > room:
         raise UsageError(
             "the entries of the diagonal do not fit in the memory that is free",
             f"{size} of them, with their errors, take {human_bytes(needed)}, and there is room for "
             f"{human_bytes(room)}",
-            f"--params for at most {most_entries(room, problem.dtype)} of them, hesscli trace for "
-            "sums by layer, or more memory",
+            f"--params for at most {most_entries(room, problem.dtype, exact=exact)} of them, "
+            "hesscli trace for sums by layer, or more memory",
         )
 
 
@@ -409,8 +409,9 @@ def plan(pilot: Pilot) -> Iterator[Work]:
     """Probes to the tolerance, or one pass where none are needed."""
     goal = partial(_foreseen, tolerance=pilot.asked.tolerance("diag"))
     problem = pilot.run.problem
-    _require_room(problem)
-    held = needed_bytes(problem.parameters.size, problem.dtype)
+    _require_room(problem, exact=False)  # as the pilot, which knows no method before it has room
+    exact = pilot.choice(pilot.asked.method).estimator.exact
+    held = needed_bytes(problem.parameters.size, problem.dtype, exact=exact)
     *before, last = pilot.estimated(goal)
     yield from before
     yield replace(last, num_bytes=held)

@@ -39,19 +39,22 @@ def replicates_for(size: int, dtype: torch.dtype = torch.float32) -> int:
     return max(FEWEST_REPLICATES, min(MOST_REPLICATES, REPLICATE_BYTES // each))
 
 
-def needed_bytes(size: int, dtype: torch.dtype = torch.float32) -> int:
-    """What so many entries of one noisy source take: two rounds of sums, and what is read off."""
-    return size * _bytes_each(replicates_for(size, dtype), dtype)
+def needed_bytes(size: int, dtype: torch.dtype = torch.float32, *, exact: bool = False) -> int:
+    """What so many entries of one source take: two rounds of sums, and what is read off.
+
+    Where each batch's are exact, they have no replicates within batches.
+    """
+    return size * _bytes_each(replicates_for(size, dtype), dtype, exact)
 
 
-def most_entries(room: int, dtype: torch.dtype = torch.float32) -> int:
+def most_entries(room: int, dtype: torch.dtype = torch.float32, *, exact: bool = False) -> int:
     """For how many of them so many bytes are enough."""
-    few, many = (room // _bytes_each(n, dtype) for n in (FEWEST_REPLICATES, MOST_REPLICATES))
-    return few if needed_bytes(few, dtype) <= room else many
+    few, many = (room // _bytes_each(n, dtype, exact) for n in (FEWEST_REPLICATES, MOST_REPLICATES))
+    return few if needed_bytes(few, dtype, exact=exact) <= room else many
 
 
-def _bytes_each(replicates: int, dtype: torch.dtype) -> int:
-    return 3 * (8 + 2 * replicates * dtype.itemsize)
+def _bytes_each(replicates: int, dtype: torch.dtype, exact: bool) -> int:
+    return 3 * (8 + (1 if exact else 2) * replicates * dtype.itemsize)
 
 
 def power_of_two(most: int) -> int:
