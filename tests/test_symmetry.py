@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from program import SPEC, SUNSPOTS, hesscli_warm, three_lines
 from rich.console import Console
 from safetensors.torch import save_file
+from scipy.stats import t as student
 from symmetric_networks import (
     GROUPS,
     HEADS,
@@ -576,6 +578,8 @@ def test_the_trace_is_a_matter_of_scale_and_its_companion_is_not() -> None:
     draws = 2.0 * torch.randint(0, 2, (result.orbit.probes, len(theta)), generator=signs) - 1
     by_hand = [z @ dense @ z for z in draws.double()]
     assert first.trace == pytest.approx(float(torch.stack(by_hand).mean()))
+    by_t = float(student.ppf(0.975, len(by_hand) - 1)) / math.sqrt(len(by_hand))
+    assert first.trace_error == pytest.approx(by_t * float(torch.stack(by_hand).std()))
     scaled = [(z * theta) @ dense @ (z * theta) for z in draws.double()]
     assert first.companion == pytest.approx(float(torch.stack(scaled).mean()))
 

@@ -8,9 +8,11 @@ D the diagonal matrix of the weights, stays what it is, and so does its trace Σ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+from scipy.special import stdtrit
 
 from hesscli.engines.symmetry.families import Family, Scaling
 from hesscli.operators.base import LiveTerm, Operator
@@ -22,8 +24,9 @@ PROBES, POINTS = 4, 8
 """Quadratic forms of a trace, and transformations besides none."""
 _SPREAD = 1.0
 """Standard deviation of the logarithm of a factor."""
+_SURE = 0.975
 
-Measured = tuple[float, float, float]
+Measured = tuple[float, float, float, float, float]
 
 
 def can_be_rescaled(families: Sequence[Family]) -> list[Scaling]:
@@ -36,7 +39,8 @@ def measured(
 ) -> Measured:
     """Loss, trace and its companion on a batch after one transformation; the first is none.
 
-    The same random signs are used for all, so that what is invariant is so to rounding.
+    The same random signs are used for all, so that what is invariant is so to rounding. The last
+    two are the half-widths of 95% intervals, by Student's t over the probes.
     """
     problem, parameters = operator.problem, operator.parameters
     theta = parameters.flatten([t.detach().double().cpu() for t in parameters.tensors])
@@ -51,13 +55,18 @@ def measured(
         loss = float(problem.evaluate(batch.data).detach())
         placed = block.to(problem.device, problem.dtype)
         products = LiveTerm(batch, operator).apply(placed).double().cpu()
-    forms = (block * products).sum(1)
-    return loss, float(forms[:PROBES].mean()), float(forms[PROBES:].mean())
+    forms = (block * products).sum(1).view(2, PROBES)
+    trace, companion = forms.mean(1).tolist()
+    sure = float(stdtrit(PROBES - 1, _SURE)) / math.sqrt(PROBES)
+    return loss, trace, companion, *(sure * forms.std(1)).tolist()
 
 
 def report(found: Sequence[Measured], examples: int) -> Orbit | None:
     """What is said of an orbit, if there is one."""
     if len(found) < 2:
         return None
-    points = (OrbitPoint(loss=a, trace=b, companion=c) for a, b, c in found)
+    points = (
+        OrbitPoint(loss=a, trace=b, companion=c, trace_error=d, companion_error=e)
+        for a, b, c, d, e in found
+    )
     return Orbit(probes=PROBES, examples=examples, points=tuple(points))

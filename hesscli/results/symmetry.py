@@ -92,6 +92,8 @@ class OrbitPoint:
     loss: float
     trace: float
     companion: float
+    trace_error: float
+    companion_error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class Orbit:
 
     ``points`` begin with the weights as they are; the others are random rescalings by all families
     that hold and scale. ``trace`` and ``companion`` = Σ θᵢ² ∂²L/∂θᵢ² are from as many ``probes``,
-    the same at each point, on so many ``examples``.
+    the same at each point, on so many ``examples``; errors are half-widths of 95% intervals.
     """
 
     probes: int

@@ -131,21 +131,23 @@ def _orbit(result: SymmetryResult) -> Iterator[RenderableType]:
     if result.orbit is None:
         return
     first, *others = result.orbit.points
-    traces = [point.trace for point in result.orbit.points]
+    least, *_, most = sorted(result.orbit.points, key=lambda point: point.trace)
     yield GAP
     line = Text("trace by random rescalings  ")
-    line.append(f"{words.number(min(traces))} to {words.number(max(traces))}", style="bold")
+    line.append(
+        " to ".join(words.with_error(p.trace, p.trace_error) for p in (least, most)), "bold"
+    )
     yield line
     off = max(abs(point.loss - first.loss) for point in others) / (abs(first.loss) or 1.0)
     moved = max(abs(point.companion - first.companion) for point in others)
     yield facts(
         [
-            f"{words.number(first.trace)} at the weights as they are",
+            f"{words.with_error(first.trace, first.trace_error)} at the weights as they are",
             f"the loss is the same to {_size(off)}",
-            f"Σ θ² ∂²L/∂θ² stays {words.number(first.companion)} to "
+            f"Σ θ² ∂²L/∂θ² stays {words.with_error(first.companion, first.companion_error)} to "
             f"{_size(moved / (abs(first.companion) or 1.0))}",
             f"{words.count(result.orbit.probes, 'probe')} on "
-            f"{words.count(result.orbit.examples, 'example')}",
+            f"{words.count(result.orbit.examples, 'example')}, ± (95%)",
         ],
         indent=2,
         style="dim",
