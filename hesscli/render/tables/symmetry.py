@@ -134,9 +134,8 @@ def _orbit(result: SymmetryResult) -> Iterator[RenderableType]:
     least, *_, most = sorted(result.orbit.points, key=lambda point: point.trace)
     yield GAP
     line = Text("trace by random rescalings  ")
-    line.append(
-        " to ".join(words.with_error(p.trace, p.trace_error) for p in (least, most)), "bold"
-    )
+    ends = (words.with_error(point.trace, point.trace_error) for point in (least, most))
+    line.append(" to ".join(ends), style="bold")
     yield line
     off = max(abs(point.loss - first.loss) for point in others) / (abs(first.loss) or 1.0)
     moved = max(abs(point.companion - first.companion) for point in others)
