@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.pruning import cheapest_patterns, compensation
 from hesscli.meter import FORWARD, Spent
 from hesscli.operators.per_example.rows import Rows
+from hesscli.problem.forward import written
 from hesscli.problem.problem import Problem
 from hesscli.problem.proof import measured
 from hesscli.problem.recalibration import norms_of, recalibrated
@@ -319,19 +320,6 @@ def _as_proven(problem: Problem) -> Quality:
     return Quality(loss=proof.loss - problem.weight_decay / 2 * squares, accuracy=proof.accuracy)
 
 
-@contextmanager
-def at(problem: Problem, weights: Tensor) -> Iterator[None]:
+def at(problem: Problem, weights: Tensor) -> AbstractContextManager[None]:
     """A problem at other weights ``(d,)``, which are put back."""
-    tensors = problem.parameters.tensors
-    kept = [tensor.detach().clone() for tensor in tensors]
-    try:
-        _put(tensors, problem.parameters.split(weights))
-        yield
-    finally:
-        _put(tensors, kept)
-
-
-@torch.no_grad()
-def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
+    return written(problem.parameters.tensors, problem.parameters.split(weights))
