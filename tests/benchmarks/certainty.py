@@ -37,7 +37,7 @@ from products import gradient
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from scale import Residual
+from scale import residual_network
 from scipy.stats import t
 from spectrum import Row, eigenvalues
 from torch import Tensor, nn
@@ -58,12 +58,7 @@ Trained = tuple[nn.Module, str, Tensor, Tensor]
 
 def resnet() -> Trained:
     """On the first 32 images."""
-    widths, channels = (16, 32, 64, 128), 16
-    parts: list[nn.Module] = [nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    for number, width in enumerate(widths):
-        parts += [Residual(channels, width, 1 + (number > 0)), Residual(width, width, 1)]
-        channels = width
-    model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+    model = residual_network(1, 16)
     stored = load_file(SAMPLES / "fashion" / "fashion.safetensors")
     images, labels = stored["images"].float(), stored["labels"].long()
     images = (images / images.max()).reshape(len(images), 1, 28, 28)
