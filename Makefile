@@ -11,7 +11,7 @@ demo: $(VENV)/demo  ## Install, and trace the Hessian of a small trained network
 	$(BIN)/hesscli trace samples/fashion/model.pt
 
 test: $(VENV)/test  ## Run the test suite on two processes
-	$(BIN)/python -m pytest -n 2 $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 portable: $(VENV)/test  ## Tests of numbers on older instruction sets, other BLAS paths, two threads
 	$(BIN)/python tests/portable.py $(PYTEST)

@@ -459,11 +459,10 @@ def stays_flat(command: str, products: int) -> None:
     print(f"{made}: {late / early:.3f} of the memory, {each:.0f} B each", flush=True)
 
 
-def all_stay_flat(products: int) -> None:
-    """Each in a process of its own: a fork counts pages of libraries only as it touches them."""
-    for command in LONG:
-        work = f"import faults; faults.stays_flat({command!r}, {products})"
-        subprocess.run([sys.executable, "-c", work], cwd=Path(__file__).parent, check=True)
+def stays_flat_alone(command: str, products: int) -> None:
+    """In a process of its own: a fork counts pages of libraries only as it touches them."""
+    work = f"import faults; faults.stays_flat({command!r}, {products})"
+    subprocess.run([sys.executable, "-c", work], cwd=Path(__file__).parent, check=True)
 
 
 def run_all(arguments: list[str]) -> None:
@@ -474,7 +473,8 @@ def run_all(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     dice = random.Random(given.seed)
-    all_stay_flat(10_000)
+    for command in LONG:
+        stays_flat_alone(command, 10_000)
     load_all()
     with tempfile.TemporaryDirectory() as name:
         top = Path(name).resolve()

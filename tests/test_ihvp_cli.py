@@ -90,7 +90,7 @@ def test_a_direction_is_solved_written_and_read_again(tmp_path: Path) -> None:
 
 
 def test_a_refinement_that_was_not_reached_exits_5(tmp_path: Path) -> None:
-    options = ("--vector", "gradient", "--refine", "1e-30", "--dir", "-")
+    options = ("--vector", "gradient", "--refine", "1e-30", "--damping", "1", "--dir", "-")
     run = hesscli_warm("ihvp", SUNSPOTS, *options, cwd=tmp_path)
     assert run.returncode == 5, run.stderr
     assert "residual" in run.stdout

@@ -528,7 +528,7 @@ def test_bytes_are_those_of_the_tensor_whatever_its_strides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "kills"), [("trace", 7), ("diag", 6), ("ihvp", 2), ("spectrum", 5)]
+    ("command", "kills"), [("trace", 3), ("diag", 3), ("ihvp", 1), ("spectrum", 2)]
 )
 def test_killed_at_moments_of_chance_it_goes_on_to_the_same_bytes(
     command: str, kills: int, tmp_path: Path
