@@ -65,6 +65,9 @@ calibration: $(VENV)/demo  ## Predicted against measured loss changes, in float6
 fuzz: $(VENV)/test  ## Random networks with faults planted in them, and without (a quarter of an hour)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
+study: $(VENV)/demo  ## Train three networks by five optimizers (ten hours of a core, resumed at will); DATA=FOLDER
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/study.py --data $(or $(DATA),/usr/share)
+
 symmetries: $(VENV)/test  ## A hundred random networks, and every family planted in several forms
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m study tests/test_symmetry_study.py
 
@@ -121,5 +124,5 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 
 .PHONY: help demo test portable lint bench bench-certainty bench-estimates bench-large bench-mfac \
 	bench-optimizers bench-parts bench-pruning bench-scale bench-shards bench-spectrum bench-vocabulary calibration coverage faults \
-	fuzz gallery goldens gpu hf hostile ranks reference symmetries clean
+	fuzz gallery goldens gpu hf hostile ranks reference study symmetries clean
 .DEFAULT_GOAL := help
