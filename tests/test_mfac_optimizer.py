@@ -74,6 +74,8 @@ def test_a_step_is_as_near_the_inverse_as_its_condition_lets_it_be(relative: flo
         rows = [*rows, g := gradient(model, number)][-n:]
         before = weights(model)
         optimizer.step(loss_of(model, number))
+        if number not in (0, n - 1, n, 2 * n, 29):  # the first, full, replaced
+            continue
         truth = Truth(torch.stack(rows), damping)
         moved = (before - weights(model)) / 1e-4
         expected = truth.solve(g)

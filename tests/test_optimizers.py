@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import os
+import pickle
 import warnings
 import weakref
 from pathlib import Path
@@ -17,7 +19,7 @@ from optimizing import Make, batch, chunks, loss_of, net, taken, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hesscli.errors import UsageError
+from hesscli.errors import UnsoundError, UsageError
 from hesscli.optim import MFAC, AdaHessian
 
 MAKES: dict[str, Make] = {
@@ -212,9 +214,160 @@ def test_gradients_that_share_memory_or_are_sparse(make: Make) -> None:
     assert torch.equal(a, b)
 
 
-def test_what_cannot_be_a_parameter() -> None:
+@every
+def test_what_can_be_a_parameter(make: Make) -> None:
+    """Whole numbers have no gradient, and a group that is refused is not taken."""
+    codes = nn.Parameter(torch.arange(3), requires_grad=False)
+    optimizer = make([codes, weight := nn.Parameter(torch.ones(2))])
     with pytest.raises(UsageError, match="real"):
-        AdaHessian([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2) * 1j)]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.step(weight.square().sum())
+    assert codes.tolist() == [0, 1, 2]
+    assert bool((weight < 1).all())
+
+
+@every
+def test_a_copy_of_a_scheduled_optimizer_steps_by_itself(make: Make) -> None:
+    """A scheduler puts a step of its own into the optimizer that it has."""
+    model = net()
+    optimizer = make(model.parameters())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    optimizer.step(loss_of(model, 0))
+    scheduler.step()
+    for twin, own in (
+        copy.deepcopy((model, optimizer)),
+        pickle.loads(pickle.dumps((model, optimizer))),
+    ):
+        before = weights(model)
+        own.step(loss_of(twin, 1))
+        assert torch.equal(weights(model), before)
+        other, same = copy.deepcopy((model, optimizer))
+        same.step(loss_of(other, 1))
+        assert torch.equal(weights(other), weights(twin))
+        assert not torch.equal(weights(other), before)
+
+
+def test_a_closure_may_differentiate_its_loss_itself() -> None:
+    """As other optimizers want it: M-FAC needs no more, and AdaHessian says that it does."""
+    model, other = net(), net()
+    one, two = MAKES["mfac"](model.parameters()), MAKES["mfac"](other.parameters())
+
+    def closure(m: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(m, number)
+        loss.backward()
+        return loss
+
+    for number in range(3):
+        one.step(lambda n=number: closure(model, one, n))
+        two.step(loss_of(other, number))
+    assert torch.equal(weights(model), weights(other))
+    three = AdaHessian(model.parameters())
+    with pytest.raises(UsageError, match="without a product"):
+        three.step(lambda: closure(model, three, 0))
+    assert torch.equal(weights(model), weights(other))
+
+
+@every
+@pytest.mark.parametrize("drop", ["the model's gradients", "a step that is not finite"])
+def test_what_is_dropped_is_dropped_whole(make: Make, drop: str) -> None:
+    model, other = net(), net()
+    one, two = make(model.parameters()), make(other.parameters())
+    if drop == "the model's gradients":
+        one.accumulate(100 * loss_of(model, 0))
+        model.zero_grad()
+    else:
+        for bad in (math.nan, math.inf):
+            with pytest.raises(UnsoundError, match="a gradient is not finite"):
+                one.step(bad * loss_of(model, 0))
+    for number in range(3):
+        one.step(loss_of(model, number))
+        two.step(loss_of(other, number))
+    assert torch.equal(weights(model), weights(other))
+
+
+@every
+def test_a_scaled_loss_makes_the_same_step(make: Make) -> None:
+    """A scale is a power of two, and what is too large for it is left out and tried again."""
+    model, other = net(), net()
+    one, two = make(model.parameters()), make(other.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for number in range(4):
+        factor = math.inf if number == 2 else 1.0
+        one.accumulate(scaler.scale(factor * loss_of(model, number)))
+        scaler.step(one)
+        scaler.update()
+        if number != 2:
+            two.step(loss_of(other, number))
+    assert torch.equal(weights(model), weights(other))
+    assert scaler.get_scale() == 2.0**15
+    one.accumulate(scaler.scale(loss_of(model, 4)))
+    with pytest.raises(UsageError, match="GradScaler has not looked at"):
+        scaler.step(one, loss_of(model, 4))
+    scaler.update()
+    one.accumulate(scaler.scale(loss_of(model, 4)))
+    scaler.unscale_(one)
+    if isinstance(one, MFAC):
+        scaler.step(one)
+        two.step(loss_of(other, 4))
+        assert torch.equal(weights(model), weights(other))
+    elif one.steps % one.hessian_every == 0:
+        with pytest.raises(UsageError, match="products with the Hessian are scaled"):
+            scaler.step(one)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_steps_of_half_typed_parameters_add_up(make: Make, dtype: torch.dtype) -> None:
+    """As in float32: each is less than half of what there is between two numbers at 1.
+
+    A loss that is linear in the parameters has the same gradient at both, so that float32 and its
+    rounded twin differ by no more than that rounding.
+    """
+    half, single = nn.Parameter(torch.ones(4, dtype=dtype)), nn.Parameter(torch.ones(4))
+    slope = torch.tensor([1.0, -1.0, 0.5, 0.0])
+    optimizers = [make([p], weight_decay=1.0) for p in (half, single)]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 1e-8 if isinstance(optimizer, AdaHessian) else 1e-4
+    for number in range(80):
+        for parameter, optimizer in zip((half, single), optimizers, strict=True):
+            optimizer.step((slope * parameter).sum())
+        if number == 40:
+            state = through_a_file(optimizers[0].state_dict())
+            optimizers[0] = make([half])
+            optimizers[0].load_state_dict(state)
+    assert torch.equal(half, single.to(dtype))
+    assert not torch.equal(half, torch.ones_like(half))
+    with torch.no_grad():
+        half.zero_()  # as a mask does: nothing of what was there comes back
+    before = optimizers[0].param_groups[0]
+    before["lr"] = 0.0
+    optimizers[0].step((slope * half).sum())
+    assert not bool(half.any())
+
+
+@every
+def test_a_state_of_other_parameters_is_refused(make: Make) -> None:
+    """Which broadcasting would take for these."""
+    row, matrix = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 3))
+    one = make([row, matrix])
+    one.step((row * matrix).square().sum())
+    with pytest.raises(UsageError, match="other parameters"):
+        make([matrix, row]).load_state_dict(one.state_dict())
+
+
+def test_gradients_that_autograd_takes_for_constant_are_refused() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    loss = torch.tanh(table(torch.arange(4))).square().sum()
+    with pytest.raises(UnsoundError, match="sparse"):
+        AdaHessian(table.parameters()).step(loss)
+    assert table.weight.grad is None
+    optimizer = MFAC(table.parameters())
+    optimizer.step(torch.tanh(table(torch.arange(4))).square().sum())
+    table.requires_grad_(False)
+    with pytest.raises(UsageError, match="all parameters are frozen"):
+        optimizer.step(loss)
 
 
 def test_clipping_reaches_the_hessian() -> None:

@@ -120,6 +120,8 @@ class AdaHessian(LossOptimizer):
 
     def _differentiate(self, loss: Tensor) -> None:
         gradient = self._gradient(loss, create_graph=self._has_products())
+        if self._has_products():
+            _require_dense(gradient)
         self._add(gradient)
         live = {p: part for p, part in gradient.items() if part.requires_grad}
         if self.steps == 0:
@@ -167,10 +169,10 @@ class AdaHessian(LossOptimizer):
     def _direction(self, tensor: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor | None:
         """m̂ / (√ŝ^k + ε), with m and s brought up to date; None before the first product."""
         product, state = self._products.get(tensor), self.state[tensor]
-        if product is None and not state:
+        if product is None and "curvature" not in state:
             return None
         dtype, blocks = wide_dtype(tensor), _blocks(tuple(tensor.shape), group["blocks"])
-        if not state:
+        if "curvature" not in state:
             state["steps"], state["momentum"] = 0, torch.zeros_like(tensor, dtype=dtype)
             state["curvature"] = RootMeanSquare(dtype=dtype)
         beta1, beta2 = group["betas"]
@@ -189,14 +191,13 @@ class AdaHessian(LossOptimizer):
         return direction
 
     def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
-        return state | {"curvature": state["curvature"].state_dict()} if state else state
+        has_curvature = "curvature" in state
+        return state | {"curvature": state["curvature"].state_dict()} if has_curvature else state
 
     def _unpacked(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        dtype = wide_dtype(tensor)
-        curvature = RootMeanSquare(dtype=dtype)
+        curvature = RootMeanSquare(dtype=wide_dtype(tensor))
         curvature.load_state_dict(state["curvature"])
-        momentum = state["momentum"].to(tensor.device, dtype, copy=True)
-        return {"steps": state["steps"], "momentum": momentum, "curvature": curvature}
+        return super()._unpacked(tensor, state) | {"steps": state["steps"], "curvature": curvature}
 
 
 _TWICE = ("derivative", "differentiate", "double backward")
@@ -206,6 +207,20 @@ _TWICE = ("derivative", "differentiate", "double backward")
 @lru_cache(maxsize=1024)
 def _blocks(shape: tuple[int, ...], rule: str) -> Blocks:
     return Blocks.of(shape, BlockRule.parse(rule))
+
+
+def _require_dense(gradient: Sums) -> None:
+    """See that no gradient is sparse, which autograd takes for constant.
+
+    Raises:
+        UnsoundError: one is.
+    """
+    if any(part.is_sparse for part in gradient.values()):
+        raise UnsoundError(
+            "the loss cannot be differentiated twice",
+            "a sparse gradient",
+            "sparse=False in the Embedding",
+        )
 
 
 def _require_whole(gradient: Sums) -> None:

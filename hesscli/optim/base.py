@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hesscli.errors import UsageError
+from hesscli.errors import UnsoundError, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,7 +22,12 @@ class LossOptimizer(torch.optim.Optimizer):
     """Steps are made of what losses have as derivatives, which it takes by ``autograd.grad``.
 
     The derivatives of one step add up in ``.grad``, and in products with the Hessian beside it,
-    until the step uses them up: with parts of a batch, each loss is to be its part's share.
+    until the step uses them up: with parts of a batch, each loss is to be its part's share. Of
+    parameters in a half type the state has what rounding takes from them, so that small steps add
+    up as they would in float32.
+
+    ``scaler.scale`` of a ``torch.amp.GradScaler`` may multiply the losses: its ``step`` has all
+    derivatives divided again.
 
     Args:
         params: tensors, or groups of them with options of their own.
@@ -32,6 +37,11 @@ class LossOptimizer(torch.optim.Optimizer):
     Attributes:
         steps: how many were taken.
     """
+
+    _step_supports_amp_scaling = True
+    """GradScaler leaves it to :meth:`step` to divide what it has multiplied, and says by what."""
+    grad_scale: Tensor | None
+    found_inf: Tensor
 
     def __init__(
         self, params: Params, defaults: dict[str, Any], replicas: ProcessGroup | None
@@ -50,29 +60,38 @@ class LossOptimizer(torch.optim.Optimizer):
         self._check(self.defaults | param_group)
         super().add_param_group(param_group)
         for tensor in self.param_groups[-1]["params"]:
-            if not tensor.is_floating_point():
+            if tensor.is_complex():
+                del self.param_groups[-1]
                 raise UsageError("parameters must be real", str(tensor.dtype), "leave it out")
 
     def step(self, loss: Tensor | Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Move the parameters. What a step was made of is used up: ``zero_grad`` has no work.
 
         Args:
-            loss: a scalar whose graph is used up, or a function that makes one and leaves
-                ``backward`` alone; None where all of it was accumulated.
+            loss: a scalar whose graph is used up, or a function that makes one; None where all of
+                it was accumulated. What the function differentiates itself is not differentiated
+                again.
 
         Returns:
             The loss, without a graph.
+
+        Raises:
+            UnsoundError: a derivative is not finite, and nothing has moved.
         """
-        if callable(loss):
-            with torch.enable_grad():
-                loss = loss()
-        if loss is not None:
-            self.accumulate(loss)
-        self._average()
-        with torch.no_grad():
-            self._move()
-        self.steps += 1
-        self.zero_grad()
+        try:
+            loss = self._differentiated(loss)
+            self._average()
+            with torch.no_grad():
+                if self._unscaled():
+                    self._require_finite()
+                    self._move()
+                    self.steps += 1
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # GradScaler takes them back from a step made
+                self.__dict__.pop(name, None)
+            raise
+        finally:
+            self.zero_grad()
         return None if loss is None else loss.detach()
 
     def accumulate(self, loss: Tensor) -> None:
@@ -104,7 +123,7 @@ class LossOptimizer(torch.optim.Optimizer):
         """
         self._average()
         with torch.no_grad():
-            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            gradients = self._gradients()
             wide, device = wide_dtype(*gradients), self._parameters()[0].device
             norms = [torch.linalg.vector_norm(each, dtype=wide).to(device) for each in gradients]
             norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
@@ -127,14 +146,17 @@ class LossOptimizer(torch.optim.Optimizer):
         """Go on from where another of the same parameters was; of what it has copies are made."""
         super().load_state_dict(state_dict | {"state": {}})  # which would cast it to half types
         self.steps = state_dict["steps"]
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for tensor, index in zip(self._parameters(), saved, strict=True):
+        for tensor, index in zip(tensors, saved, strict=True):
             if index in state_dict["state"]:
                 self.state[tensor] = self._unpacked(tensor, state_dict["state"][index])
         self.zero_grad()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **super().__getstate__()}
+        own = {**self.__dict__, **super().__getstate__()}
+        own.pop("step", None)  # a scheduler's, which would step this one and not the copy
+        return own
 
     # -- What each optimizer has of its own --------------------------------------------------------
 
@@ -160,31 +182,128 @@ class LossOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _move_one(self, tensor: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
-        """θ ← θ − lr (direction + w θ), rounded once where a parameter is of a half type."""
+        """θ ← θ − lr (direction + w θ), with Kahan's compensation where θ is of a half type."""
         lr = float(group["lr"])
-        moved = tensor.to(direction.dtype)  # itself, unless it is of a half type
+        moved = self._exactly(tensor, direction.dtype)
         if group["weight_decay"]:
             moved.mul_(1 - lr * group["weight_decay"])
         moved.sub_(direction, alpha=lr)
         if moved is not tensor:
             tensor.copy_(moved)
+            self.state[tensor]["compensation"] = moved.sub_(tensor)
+
+    def _exactly(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A parameter with what rounding took from it, which both fit in a wider type exactly.
+
+        Where it has been written meanwhile and is not the rounded sum, it is as it was written.
+        """
+        wide = tensor.to(dtype)  # itself, unless it is of a half type
+        if wide is tensor or (lost := self.state[tensor].get("compensation")) is None:
+            return wide
+        whole = wide + lost
+        return torch.where(whole.to(tensor.dtype) == tensor, whole, wide)
 
     def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state as tensors and numbers."""
         return state
 
     def _unpacked(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """A parameter's state from a copy of such tensors."""
-        raise NotImplementedError
+        """A parameter's state from a copy of such tensors.
+
+        Raises:
+            UsageError: it is of a tensor of another shape.
+        """
+        wide = {}
+        for name in {"momentum", "compensation"} & state.keys():
+            if state[name].shape != tensor.shape:
+                raise UsageError(
+                    "the state is of other parameters",
+                    f"{tuple(state[name].shape)} for one of shape {tuple(tensor.shape)}",
+                    "the same parameters in the same order and groups",
+                )
+            wide[name] = state[name].to(tensor.device, wide_dtype(tensor), copy=True)
+        return wide
 
     # -- What they have in common ------------------------------------------------------------------
 
     def _parameters(self) -> list[Tensor]:
-        return [tensor for group in self.param_groups for tensor in group["params"]]
+        every = (tensor for group in self.param_groups for tensor in group["params"])
+        return [tensor for tensor in every if tensor.is_floating_point()]
+
+    def _gradients(self) -> list[Tensor]:
+        return [tensor.grad for tensor in self._parameters() if tensor.grad is not None]
+
+    def _differentiated(self, loss: Tensor | Callable[[], Tensor] | None) -> Tensor | None:
+        """A step's loss, the derivatives of which are taken unless its closure has done so.
+
+        Raises:
+            UsageError: a GradScaler has not seen them.
+        """
+        is_new = True
+        if callable(loss):
+            loss, is_new = self._called(loss)
+        if loss is None:
+            return None
+        if hasattr(self, "found_inf"):
+            hint = "optimizer.accumulate(scaler.scale(loss)), and then scaler.step(optimizer)"
+            raise UsageError("a loss that GradScaler has not looked at", "step(loss)", hint)
+        if is_new:
+            self.accumulate(loss)
+        return loss
+
+    def _called(self, closure: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+        """A closure's loss, and whether its derivatives are still to be taken."""
+        tensors = self._parameters()
+        before = [(p.grad, getattr(p.grad, "_version", None)) for p in tensors]
+        with torch.enable_grad():
+            loss = closure()
+        for tensor, (gradient, version) in zip(tensors, before, strict=True):
+            new = tensor.grad
+            if new is not None and (new is not gradient or new._version != version):
+                self._averaged = False
+                return loss, False
+        return loss, True
+
+    def _unscaled(self) -> bool:
+        """Undo what a GradScaler has multiplied by; False where that was too large.
+
+        Raises:
+            UsageError: it has divided the gradient alone.
+        """
+        if not hasattr(self, "found_inf"):
+            return True
+        factor: Tensor | None = self.grad_scale
+        if factor is None and self._products:
+            raise UsageError(
+                "products with the Hessian are scaled, and the gradient is not",
+                "scaler.unscale_(optimizer)",
+                "step without it; to clip, optimizer.clip(max_norm * scaler.get_scale())",
+            )
+        if factor is not None:
+            self.scale(1 / factor)
+        return not float(self.found_inf) and _are_finite(self._gradients())
+
+    def _require_finite(self) -> None:
+        """See that nothing comes into the state that never leaves it.
+
+        Raises:
+            UnsoundError: a gradient or product is not finite.
+        """
+        gradient = self._gradients()
+        if not _are_finite([*gradient, *self._products.values()]):
+            what = "a gradient" if not _are_finite(gradient) else "a product with the Hessian"
+            raise UnsoundError(
+                f"{what} is not finite",
+                f"NaN or infinity after {self.steps} steps",
+                "a smaller lr, or optimizer.clip(1.0) before each step",
+            )
 
     def _gradient(self, loss: Tensor, *, create_graph: bool = False) -> Sums:
         """The gradient in each parameter that the loss reaches."""
         tensors = [p for p in self._parameters() if p.requires_grad]
+        if not tensors:
+            hint = "requires_grad_() for those that are to move"
+            raise UsageError("there is nothing to move", "all parameters are frozen", hint)
         parts = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True)
         return {p: part for p, part in zip(tensors, parts, strict=True) if part is not None}
 
@@ -192,6 +311,8 @@ class LossOptimizer(torch.optim.Optimizer):
     def _add(self, gradient: Sums) -> None:
         """Add to what ``.grad`` holds; autograd's parts may share memory."""
         for tensor, part in gradient.items():
+            if tensor.grad is None:  # whoever dropped it meant its share of a product too
+                self._products.pop(tensor, None)
             part = part.to_dense() if part.is_sparse else part.detach().clone()
             tensor.grad = part if tensor.grad is None else tensor.grad + part
 
@@ -235,6 +356,13 @@ def require(name: str, value: object, holds: bool, hint: str) -> None:
     """
     if not holds:
         raise UsageError(f"{name} cannot be meant", repr(value), hint)
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    norms = [
+        torch.linalg.vector_norm(each.detach(), float("inf")) for each in tensors if each.numel()
+    ]
+    return not norms or bool(torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all())
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:

@@ -151,18 +151,11 @@ class MFAC(LossOptimizer):
         """(F̂ + λI)⁻¹ g ``(d,)``, with g in the window.
 
         Raises:
-            UnsoundError: the gradient is not finite, and nothing has changed; or λ is lost in
-                rounding.
+            UnsoundError: λ is lost in rounding.
         """
         tensors = self._parameters()
         parts = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in tensors]
         row = torch.cat([part.flatten().to(tensors[0].device) for part in parts])
-        if not bool(torch.linalg.vector_norm(row, dtype=torch.float64).isfinite()):
-            raise UnsoundError(
-                "a gradient is not finite",
-                f"NaN or infinity after {self.steps} steps",
-                "a smaller lr, or optimizer.clip(1.0) before each step",
-            )
         try:
             return fisher.member(fisher.push(row)).vector
         except UnsoundError as error:
@@ -172,13 +165,10 @@ class MFAC(LossOptimizer):
         if not group["momentum"]:
             return direction
         state = self.state[tensor]
-        if not state:
+        if "momentum" not in state:
             state["momentum"] = torch.zeros_like(direction)
         found: Tensor = state["momentum"].lerp_(direction, 1 - group["momentum"])
         return found
-
-    def _unpacked(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        return {"momentum": state["momentum"].to(tensor.device, wide_dtype(tensor), copy=True)}
 
 
 _ENOUGH = 0.1
