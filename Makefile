@@ -55,9 +55,8 @@ bench-shards: $(VENV)/demo  ## A window over four ranks: memory of each, and mes
 bench-vocabulary: $(VENV)/bench  ## Memory of a product where classes are many (ten minutes, 13 GB)
 	$(BIN)/python tests/benchmarks/vocabulary.py
 
-bench-pruning: $(VENV)/demo  ## M-FAC against magnitude and diagonal Fisher, at several sparsities (an hour)
-	$(BIN)/python tests/benchmarks/pruning.py fashion
-	$(BIN)/python tests/benchmarks/pruning.py text
+bench-pruning: $(VENV)/demo  ## M-FAC against magnitude and diagonal Fisher, at several sparsities (an hour, resumed at will)
+	$(BIN)/python tests/benchmarks/pruning.py
 
 calibration: $(VENV)/demo  ## Predicted against measured loss changes, in float64 (an hour)
 	$(BIN)/python tests/benchmarks/calibration.py

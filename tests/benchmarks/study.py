@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import json
 import math
 import sys
 import time
@@ -31,6 +30,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from lines import ROOT, Lines
 from scale import Residual
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,12 +40,6 @@ from hesscli.cli.process import keep_freed_memory
 from hesscli.errors import UnsoundError
 from hesscli.optim import MFAC, AdaHessian
 from hesscli.optim.base import LossOptimizer
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-KEPT, FRESH = HERE / "study.jsonl", ROOT / "hesscli-out" / "study.jsonl"
-Lines = dict["Run", dict[str, Any]]
-
 
 # -- Networks and their data -----------------------------------------------------------------------
 
@@ -213,51 +207,37 @@ def tuning(task: str, optimizer: str) -> list[Run]:
     return [Run("tuning", task, optimizer, middle * factor, 0) for factor in GRID]
 
 
-def tuned(task: str, optimizer: str, lines: Lines) -> float:
+def tuned(task: str, optimizer: str, lines: Lines[Run]) -> float:
     """The rate with the lowest loss on what was held back."""
     losses = {run.lr: lines[run]["loss"] for run in tuning(task, optimizer)}
     return min(losses, key=lambda lr: math.inf if losses[lr] is None else losses[lr])
 
 
-def tests(task: str, seeds: Iterable[int], lines: Lines) -> Iterator[Run]:
+def tests(task: str, seeds: Iterable[int], lines: Lines[Run]) -> Iterator[Run]:
     """Each seed by all optimizers at their best rates."""
     for seed, optimizer in itertools.product(seeds, OPTIMIZERS):
         yield Run("test", task, optimizer, tuned(task, optimizer, lines), seed)
 
 
-def plan(lines: Lines) -> Iterator[Run]:
+def plan(tasks: list[str], lines: Lines[Run]) -> Iterator[Run]:
     """All there is to do, the most telling first; what comes later depends on what came before."""
-    for task in TASKS:
+    for task in tasks:
         for optimizer in OPTIMIZERS:
             yield from tuning(task, optimizer)
         yield from tests(task, range(FIRST_SEEDS), lines)
-    for task in TASKS:
+    for task in tasks:
         for seed, variant in itertools.product(range(FIRST_SEEDS), VARIANTS):
             yield Run("test", task, variant, tuned(task, "AdaHessian", lines), seed)
-    for task, seed in itertools.product(TASKS, range(OFF_SEEDS)):
+    for task, seed in itertools.product(tasks, range(OFF_SEEDS)):
         for factor, optimizer in itertools.product(OFF, OPTIMIZERS):
             yield Run("test", task, optimizer, factor * tuned(task, optimizer, lines), seed)
-    for task in TASKS:
+    for task in tasks:
         yield from tests(task, range(FIRST_SEEDS, SEEDS), lines)
 
 
-def next_of(lines: Lines) -> Run | None:
+def next_of(tasks: list[str], lines: Lines[Run]) -> Run | None:
     """The first that is not done."""
-    return next((run for run in plan(lines) if run not in lines), None)
-
-
-def read_lines(*paths: Path) -> Lines:
-    """What is done; a last line that was cut off is not."""
-    lines: Lines = {}
-    for path in paths:
-        for text in path.read_text().splitlines() if path.exists() else ():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            run = Run(**{name: line.pop(name) for name in Run.__dataclass_fields__})
-            lines[run] = line
-    return lines
+    return next((run for run in plan(tasks, lines) if run not in lines), None)
 
 
 # -- One training ----------------------------------------------------------------------------------
@@ -346,21 +326,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default="/usr/share", help="folder of both data sets")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no training after")
+    parser.add_argument("tasks", nargs="*", default=list(TASKS), help="which; all")
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
     started = time.monotonic()
-    FRESH.parent.mkdir(exist_ok=True)
     data: dict[Any, tuple[Examples, Examples]] = {}
-    lines = read_lines(KEPT, FRESH)
+    lines = Lines("study.jsonl", Run)
     with sdpa_kernel(SDPBackend.MATH):  # which can be differentiated twice
-        while time.monotonic() - started < 60 * arguments.minutes and (run := next_of(lines)):
+        while time.monotonic() - started < 60 * arguments.minutes and (
+            run := next_of(arguments.tasks, lines)
+        ):
             read = TASKS[run.task].read
             if read not in data:
                 data[read] = read(arguments.data)
-            lines[run] = train(run, data[read])
-            with FRESH.open("a") as file:
-                file.write(json.dumps(asdict(run) | lines[run]) + "\n")
+            lines.keep(run, train(run, data[read]))
             print(*asdict(run).values(), *list(lines[run].items())[:3], flush=True)
 
 
