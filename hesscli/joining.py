@@ -14,7 +14,6 @@ import torch
 
 from hesscli.errors import UsageError
 from hesscli.ledger import (
-    DamagedError,
     as_read,
     as_typed,
     differences,
@@ -24,6 +23,7 @@ from hesscli.ledger import (
 )
 from hesscli.meter import Meter
 from hesscli.state import Joinable, Stateful, Timed
+from hesscli.tensor_files import DamagedError
 
 MAY_DIFFER = frozenset(
     ("--probes", "--batches", "device", "device_name", "threads", "gradient", "accuracy")

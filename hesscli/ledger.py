@@ -9,24 +9,21 @@ they are once they are there, as the vectors of a Lanczos basis do, are written 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hesscli.errors import HesscliError, UsageError
 from hesscli.meter import Meter
-from hesscli.state import Rows, Stateful, Timed
+from hesscli.state import Parted, Rows, Stateful, Timed, joined
 from hesscli.storage import write_atomically
+from hesscli.tensor_files import DamagedError, read_tensors, write_tensors
 
 FORMAT = 3
 """Changes where a ledger can no longer be read by what wrote those before."""
@@ -39,177 +36,11 @@ _SHARE_AT_END, _LITTLE = 1 / 100, 0.02
 """Of the run's time, or in seconds, that what is kept of a finished run may take to write."""
 _RATE = 1e8
 """Bytes that are written in a second, until it is known."""
+_TELLING = 1 << 24
+"""Bytes from whose time a rate can be told."""
 _QUICK = 3.0
 """Seconds that a run which is told to end may still write for; one that its budget ends may for a
 tenth of its time, since by then it has written such a state before, in less."""
-
-_UNHASHED = "0" * 64
-_CHUNK = 1 << 24
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-# -- A file of tensors that has the hash of all its bytes ------------------------------------------
-
-
-def chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes: of one on the CPU where they are, else copied a few at a time."""
-    flat = tensor.detach().contiguous().flatten()
-    step = max(1, _CHUNK // flat.element_size())
-    for start in range(0, len(flat), step):
-        yield flat[start : start + step].cpu().view(torch.uint8).numpy().data
-
-
-def write_tensors(stream: BinaryIO, blocks: Mapping[str, list[Tensor]], told: str = "") -> str:
-    """Write tensors as safetensors does, without a copy of them in memory.
-
-    Args:
-        stream: of a new file, which can be written anywhere.
-        blocks: by name, the blocks of rows that make a tensor up.
-        told: what the metadata say besides.
-
-    Returns:
-        The SHA-256 of the file, with zeros in the place where it has it itself.
-    """
-    header: dict[str, Any] = {"__metadata__": {"sha256": _UNHASHED, "told": told}}
-    end = 0
-    for name, parts in blocks.items():
-        begin, end = end, end + sum(part.nbytes for part in parts)
-        header[name] = {
-            "dtype": _DTYPES[parts[0].dtype],
-            "shape": [sum(map(len, parts)), *parts[0].shape[1:]],
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    hashed = hashlib.sha256()
-    for piece in (len(text).to_bytes(8, "little"), text):
-        stream.write(piece)
-        hashed.update(piece)
-    for parts in blocks.values():
-        for part in parts:
-            for chunk in chunks(part):
-                stream.write(chunk)
-                hashed.update(chunk)
-    digest = hashed.hexdigest()
-    stream.seek(8 + text.index(_UNHASHED.encode()))
-    stream.write(digest.encode())
-    return digest
-
-
-def read_tensors(
-    path: Path, digest: str | None = None, *, told_alone: bool = False
-) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file, and what is told besides, once its bytes are seen to be right.
-
-    Args:
-        path: the file.
-        digest: what another file has of its hash.
-        told_alone: without the tensors.
-
-    Raises:
-        DamagedError: they are not.
-    """
-    try:
-        with path.open("rb") as stream:
-            length = stream.read(8)
-            text = stream.read(min(int.from_bytes(length, "little"), path.stat().st_size))
-            told = json.loads(text)["__metadata__"]
-            hashed = hashlib.sha256(length + text.replace(told["sha256"].encode(), b"0" * 64, 1))
-            while chunk := stream.read(_CHUNK):
-                hashed.update(chunk)
-        if not hashed.hexdigest() == told["sha256"] == (digest or told["sha256"]):
-            raise DamagedError(path, "its bytes are not those that were written")
-        with safe_open(path, framework="pt") as tensors:
-            names = () if told_alone else tensors.keys()
-            return {name: tensors.get_tensor(name) for name in names}, told["told"]
-    except FileNotFoundError:
-        raise DamagedError(path, "there is no such file") from None
-    except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError
-    ) as error:  # fmt: skip
-        raise DamagedError(path, f"it is no whole file of tensors ({error})") from None
-
-
-class DamagedError(UsageError):
-    """A ledger, or a file that belongs to it, that nobody has written so."""
-
-    def __init__(self, path: Path, got: str) -> None:
-        super().__init__(
-            f"the ledger cannot be read: {path}",
-            got,
-            "the same command without --resume, which begins anew",
-        )
-
-
-# -- A state as plain values, with its arrays apart ------------------------------------------------
-
-
-@dataclass
-class _Parted:
-    """A state's plain values, and its arrays and rows by their places in it."""
-
-    plain: Any = None
-    arrays: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, Rows] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, state: Any) -> _Parted:
-        """Take a state apart, by reference."""
-        found = cls()
-        found.plain = found._part(state, "")
-        return found
-
-    @property
-    def nbytes(self) -> int:
-        """Of the arrays."""
-        return sum(array.nbytes for array in self.arrays.values())
-
-    def _part(self, value: Any, place: str) -> Any:
-        match value:
-            case dict():
-                return {name: self._part(each, f"{place}/{name}") for name, each in value.items()}
-            case list() | tuple():
-                return [self._part(each, f"{place}/{i}") for i, each in enumerate(value)]
-            case Rows():
-                self.rows[place] = value
-                return {"@rows": place}
-            case Tensor():
-                self.arrays[place] = value
-                return {"@tensor": place}
-            case np.ndarray():
-                self.arrays[place] = torch.from_numpy(np.ascontiguousarray(value))
-                return {"@array": place}
-            case np.generic():
-                return value.item()
-        return value
-
-
-def _joined(plain: Any, arrays: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> Any:
-    """The state that was taken apart."""
-    match plain:
-        case {"@rows": place}:
-            return rows[place]
-        case {"@tensor": place}:
-            return arrays[place]
-        case {"@array": place}:
-            return arrays[place].numpy()
-        case dict():
-            return {name: _joined(each, arrays, rows) for name, each in plain.items()}
-        case list():
-            return [_joined(each, arrays, rows) for each in plain]
-    return plain
-
-
-# -- The ledger of a run ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -398,9 +229,9 @@ class FileLedger:
 
     # -- how it is written ---------------------------------------------------------------------
 
-    def _parted(self) -> _Parted:
+    def _parted(self) -> Parted:
         """All there is to write."""
-        return _Parted.of(
+        return Parted.of(
             {
                 "format": FORMAT,
                 "finished": self._over,
@@ -418,25 +249,25 @@ class FileLedger:
             }
         )
 
-    def _expected(self, parted: _Parted) -> float:
+    def _expected(self, parted: Parted) -> float:
         """Seconds that it takes to write all but rows."""
         return max(parted.nbytes / self._rate, self._last)
 
-    def _wait(self, parted: _Parted) -> float:
+    def _wait(self, parted: Parted) -> float:
         """Seconds that should pass before so much is written again."""
         sums, rows = self._expected(parted), self._unwritten(parted)
         return max(_OFTEN, sums / _SHARE, rows / _SHARE_OF_ROWS)
 
-    def _unwritten(self, parted: _Parted) -> float:
+    def _unwritten(self, parted: Parted) -> float:
         """Seconds that it takes to write the rows that are in no file yet."""
         new = (block for place in parted.rows for block in self._new(parted, place))
         return sum(block.nbytes for block in new) / self._rate
 
-    def _new(self, parted: _Parted, place: str) -> Iterator[Tensor]:
+    def _new(self, parted: Parted, place: str) -> Iterator[Tensor]:
         """Rows that are in no file yet."""
         yield from parted.rows[place].since(sum(file.rows for file in self._files.get(place, ())))
 
-    def _write(self, parted: _Parted) -> None:
+    def _write(self, parted: Parted) -> None:
         """Rows first, then what names them; a disk that is full does not end the run."""
         began = time.monotonic()
         try:
@@ -461,7 +292,7 @@ class FileLedger:
         self._ended = time.monotonic()
         self._due = self._ended + _OFTEN
         self._last = self._ended - began
-        if self._last and parted.nbytes > _CHUNK:
+        if self._last and parted.nbytes > _TELLING:
             self._rate = parted.nbytes / self._last
 
     def _write_rows(self, place: str, blocks: list[Tensor]) -> None:
@@ -600,5 +431,5 @@ def read_ledger(path: Path) -> dict[str, Any]:
     for place, files in found["rows"].items():
         parts = [read_tensors(path.with_name(name), sha256) for name, _, sha256 in files]
         rows[place] = Rows(*(tensors["rows"] for tensors, _ in parts))
-    found["work"] = _joined(found["work"], arrays, rows)
+    found["work"] = joined(found["work"], arrays, rows)
     return found

@@ -7,8 +7,13 @@ be made before the work goes on. Who loads it makes copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
 
 State = dict[str, Any]
 
@@ -51,6 +56,62 @@ class Rows:
         for part in self.parts:
             rows[start : start + len(part)].copy_(part)
             start += len(part)
+
+
+@dataclass
+class Parted:
+    """A state's plain values, and its arrays and rows by their places in it."""
+
+    plain: Any = None
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: Any) -> Parted:
+        """Take a state apart, by reference."""
+        found = cls()
+        found.plain = found._part(state, "")
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def _part(self, value: Any, place: str) -> Any:
+        match value:
+            case dict():
+                return {name: self._part(each, f"{place}/{name}") for name, each in value.items()}
+            case list() | tuple():
+                return [self._part(each, f"{place}/{i}") for i, each in enumerate(value)]
+            case Rows():
+                self.rows[place] = value
+                return {"@rows": place}
+            case Tensor():
+                self.arrays[place] = value
+                return {"@tensor": place}
+            case np.ndarray():
+                self.arrays[place] = torch.from_numpy(np.ascontiguousarray(value))
+                return {"@array": place}
+            case np.generic():
+                return value.item()
+        return value
+
+
+def joined(plain: Any, arrays: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> Any:
+    """The state that was taken apart."""
+    match plain:
+        case {"@rows": place}:
+            return rows[place]
+        case {"@tensor": place}:
+            return arrays[place]
+        case {"@array": place}:
+            return arrays[place].numpy()
+        case dict():
+            return {name: joined(each, arrays, rows) for name, each in plain.items()}
+        case list():
+            return [joined(each, arrays, rows) for each in plain]
+    return plain
 
 
 class Saved(Protocol):

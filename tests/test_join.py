@@ -21,11 +21,12 @@ from torch import Tensor, nn
 import hesscli
 from hesscli.errors import ExitCode, UsageError
 from hesscli.joining import MAY_DIFFER, JoinedLedger
-from hesscli.ledger import FileLedger, read_header, read_ledger, read_tensors, write_tensors
+from hesscli.ledger import FileLedger, read_header, read_ledger
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 from hesscli.render.document import to_json
 from hesscli.results import Answer, Snapshot
+from hesscli.tensor_files import read_tensors, write_tensors
 
 COUNTS = (7, 4, 6, 5, 8, 4, 4, 5)
 WHOLE = (0, 64)

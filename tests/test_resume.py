@@ -22,12 +22,13 @@ from hesscli.cli.parsing import damping, probes
 from hesscli.diagnostics.estimation import Tolerance
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.errors import BudgetError, UsageError
-from hesscli.ledger import DamagedError, FileLedger, read_tensors, write_tensors
+from hesscli.ledger import FileLedger
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 from hesscli.render.document import to_json
 from hesscli.results import Answer, Snapshot
 from hesscli.state import Rows, State
+from hesscli.tensor_files import DamagedError, chunks, read_tensors, write_tensors
 
 # -- From every step to the same bits --------------------------------------------------------------
 
@@ -521,7 +522,7 @@ def test_a_large_state_is_written_at_the_budget_of_a_long_run(
 
 def test_bytes_are_those_of_the_tensor_whatever_its_strides() -> None:
     rows: Tensor = torch.arange(12.0).view(3, 4).T
-    assert b"".join(ledgers.chunks(rows)) == rows.contiguous().numpy().tobytes()
+    assert b"".join(chunks(rows)) == rows.contiguous().numpy().tobytes()
 
 
 # -- Killed, and gone on with by another process ---------------------------------------------------

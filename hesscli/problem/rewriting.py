@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import InputError
-from hesscli.ledger import chunks
 from hesscli.parameters import Parameter, Parameters
 from hesscli.problem.checkpoint import (
     INDEX_SUFFIXES,
@@ -26,6 +25,7 @@ from hesscli.problem.checkpoint import (
 )
 from hesscli.problem.parts import Origin
 from hesscli.problem.torch_files import is_archive, is_program, is_unpacked, read_pickle
+from hesscli.tensor_files import chunks
 
 _CHUNK = 1 << 20
 _HINT = "torch.save(model.state_dict(), 'weights.pt') with the same names, and that as CHECKPOINT"
