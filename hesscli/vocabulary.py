@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Self, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, get_args
 
 from hesscli.errors import UsageError
 
@@ -75,41 +76,63 @@ class Selection:
 class TrainedWith(NamedTuple):
     """How weights came from others: the optimizer's settings, and a log of its updates.
 
-    ``lr`` None is not known, nor are ``steps``; ``updates`` is a file of what each step added.
+    What is None is not known; ``updates`` is a file of what each step added.
     """
 
-    optimizer: str = "sgd"
+    optimizer: str | None = None
     lr: float | None = None
-    wd: float = 0.0
-    momentum: float = 0.0
+    wd: float | None = None
+    momentum: float | None = None
+    dampening: float | None = None
+    nesterov: bool | None = None
     steps: int | None = None
     updates: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``lr=0.1,wd=5e-4,momentum=0.9,steps=500,updates=FILE,optimizer=sgd``, any of them.
+        """Read ``lr=0.1,wd=5e-4,momentum=0.9,steps=500,updates=FILE``, any of the fields.
 
         Raises:
             UsageError: another name, or a value that cannot be meant.
         """
-        given = dict(part.partition("=")[::2] for part in text.split(","))
-        numbers = [given[name] for name in ("lr", "wd", "momentum") if name in given]
+        pairs = [part.partition("=") for part in text.split(",")]
         try:
-            wrong = not all(0 <= float(number) < math.inf for number in numbers)
-            wrong |= float(given.get("momentum", 0)) >= 1 or int(given.get("steps", 0)) < 0
-        except ValueError:
-            wrong = True
-        named = given.get("optimizer", "sgd")
-        if wrong or given.keys() - set(cls._fields) or named not in OPTIMIZERS:
-            raise UsageError(f"training must be {SPELLED}", repr(text), "lr=0.1,wd=5e-4")
+            given = {name: _SETTINGS[name](value) for name, equals, value in pairs if equals}
+            if len(given) < len(pairs) or any(map(_out_of_range, given.items())):
+                raise ValueError
+        except (KeyError, ValueError):
+            raise UsageError(f"training must be {SPELLED}", repr(text), "lr=0.1,wd=5e-4") from None
+        return cls(**given)
+
+    @classmethod
+    def of_groups(cls, groups: Sequence[Mapping[str, Any]]) -> Self:
+        """What an optimizer's groups of parameters have, by the names that torch gives it.
+
+        The rate is left open where a schedule has moved it; ``mixed`` is of unlike groups.
+        """
+        found = {(float(group.get("lr", 0.0)), cls._of_group(group)) for group in groups}
+        return found.pop()[1] if len(found) == 1 else cls("mixed")
+
+    @classmethod
+    def _of_group(cls, group: Mapping[str, Any]) -> Self:
+        if "betas" in group and "hessian_power" not in group:
+            return cls("adamw" if group.get("decoupled_weight_decay") else "adam")
+        if not {"lr", "momentum", "dampening", "nesterov"} <= group.keys():
+            return cls("other")
+        rate = float(group["lr"])
         return cls(
-            optimizer=named,
-            lr=float(given["lr"]) if "lr" in given else None,
-            wd=float(given.get("wd", 0)),
-            momentum=float(given.get("momentum", 0)),
-            steps=int(given["steps"]) if "steps" in given else None,
-            updates=given.get("updates"),
+            optimizer="sgd",
+            lr=rate if float(group.get("initial_lr", rate)) == rate else None,
+            wd=float(group.get("weight_decay", 0.0)),
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            nesterov=bool(group["nesterov"]),
         )
+
+    def over(self, other: Self) -> Self:
+        """The same, and what another knows besides."""
+        known = {name: value for name, value in self._asdict().items() if value is not None}
+        return other._replace(**known)
 
     def __str__(self) -> str:
         """As it is typed."""
@@ -117,9 +140,40 @@ class TrainedWith(NamedTuple):
         return ",".join(f"{name}={value}" for name, value in pairs if value is not None)
 
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
-"""Whose steps are known; the latter two keep no charges."""
-SPELLED = "lr=X,wd=X,momentum=X,steps=N,updates=FILE,optimizer=sgd|adam|adamw, any of them"
+OPTIMIZERS = ("sgd", "adam", "adamw", "other", "mixed")
+"""Of these the steps of the first alone keep charges; ``mixed`` has unlike groups of parameters."""
+SPELLED = (
+    "lr=X,wd=X,momentum=X,dampening=X,nesterov=yes|no,steps=N,updates=FILE,"
+    "optimizer=sgd|adam|adamw|other, any of them"
+)
+
+
+def _optimizer(text: str) -> str:
+    return OPTIMIZERS[OPTIMIZERS.index(text)]
+
+
+def _yes(text: str) -> bool:
+    return {"yes": True, "True": True, "no": False, "False": False}[text]
+
+
+_SETTINGS: dict[str, Callable[[str], Any]] = {
+    "optimizer": _optimizer,
+    "lr": float,
+    "wd": float,
+    "momentum": float,
+    "dampening": float,
+    "nesterov": _yes,
+    "steps": int,
+    "updates": str,
+}
+
+
+def _out_of_range(pair: tuple[str, Any]) -> bool:
+    """Whether a setting is a number that no optimizer has."""
+    name, value = pair
+    if not isinstance(value, (int, float)):
+        return False
+    return not 0 <= value < (1 if name == "momentum" else math.inf)
 
 
 @dataclass(frozen=True)

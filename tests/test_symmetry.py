@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import io
@@ -47,11 +48,12 @@ from hesscli.engines.symmetry.families import (
     tangents,
 )
 from hesscli.engines.symmetry.identities import Place, residuals_of
-from hesscli.errors import ExitCode
+from hesscli.errors import ExitCode, InputError
+from hesscli.optim import AdaHessian, UpdateLog
 from hesscli.problem.problem import Problem
 from hesscli.render.figures.symmetry import figures
 from hesscli.render.tables.symmetry import symmetry_table
-from hesscli.results import SymmetryResult
+from hesscli.results import CheckpointReport, SymmetryResult
 from hesscli.vocabulary import TrainedWith
 
 HOLDS = 1e-12
@@ -587,7 +589,7 @@ def test_the_trace_is_a_matter_of_scale_and_its_companion_is_not() -> None:
 # -- Two ends of a run -----------------------------------------------------------------------------
 
 
-RATE, STEPS = 0.05, 60
+RATE, STEPS = 0.05, 20
 
 
 def trained(
@@ -609,33 +611,126 @@ def trained(
     return {name: torch.stack(each) for name, each in updates.items()}
 
 
-@pytest.mark.parametrize(
-    ("make", "decay", "momentum"),
-    [(gpt_like, 0.0, 0.0), (llama_like, 0.1, 0.0), (llama_like, 0.0, 0.9), (gpt_like, 0.1, 0.9)],
-    ids=["plain", "decay", "momentum", "both"],
-)
-def test_what_sgd_does_to_charges_is_predicted(
-    make: Callable[[], nn.Module], decay: float, momentum: float, tmp_path: Path
-) -> None:
-    model = spread(make())
-    problem = problem_of(spread(make()))
-    sgd = torch.optim.SGD(model.parameters(), RATE, momentum=momentum, weight_decay=decay)
-    save_file(trained(model, sgd, problem.data.batches), tmp_path / "log.safetensors")
-    torch.save(model.state_dict(), tmp_path / "late.pt")
-    log = str(tmp_path / "log.safetensors")
-    way = TrainedWith(lr=RATE, wd=decay, momentum=momentum, updates=log)
-    result = hesscli.symmetries(problem, later=[tmp_path / "late.pt"], trained_with=way)
+def require_predicted(result: SymmetryResult, decay: float) -> None:
+    """Every charge is, to rounding; and those that are linear stay unless they decay."""
     assert len(result.drifts) == sum(one.charges > 0 for one in result.families)
     for drift in result.drifts:
         (change,) = drift.changes
         assert drift.error is not None
-        linear = drift.name in ("softmax head", "key bias", "residual shift")
-        if linear and not decay:
+        if drift.name in LINEAR and not decay:
             assert change < 1e-12 * STEPS * max(drift.size, 1)
         else:
             assert change > 1e-6
             assert drift.error < 1e-7
     assert all(one.later is not None and one.predicted is not None for one in result.charges)
+
+
+LINEAR = ("softmax head", "key bias", "residual shift")
+SETTINGS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "momentum": {"momentum": 0.9},
+    "both": {"momentum": 0.9, "weight_decay": 0.1},
+    "dampening": {"momentum": 0.8, "weight_decay": 0.1, "dampening": 0.3},
+    "nesterov": {"momentum": 0.8, "weight_decay": 0.1, "nesterov": True},
+}
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)), ids=list(SETTINGS))
+def test_what_sgd_does_to_charges_is_predicted(number: int, tmp_path: Path) -> None:
+    """By a log of a loop of one's own, and settings that were typed."""
+    make, settings = (gpt_like, llama_like)[number % 2], list(SETTINGS.values())[number]
+    model = spread(make())
+    problem = problem_of(spread(make()))
+    sgd = torch.optim.SGD(model.parameters(), RATE, **settings)  # type: ignore[arg-type]
+    save_file(trained(model, sgd, problem.data.batches), tmp_path / "log.safetensors")
+    torch.save(model.state_dict(), tmp_path / "late.pt")
+    typed = ",".join(f"{name}={value}" for name, value in settings.items())
+    typed = f"lr={RATE},updates={tmp_path / 'log.safetensors'},{typed}".removesuffix(",")
+    way = TrainedWith.parse(typed.replace("weight_decay", "wd"))
+    result = hesscli.symmetries(problem, later=[tmp_path / "late.pt"], trained_with=way)
+    require_predicted(result, settings.get("weight_decay", 0.0))
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
+def test_log_and_checkpoints_say_how_it_was_trained(nesterov: bool, tmp_path: Path) -> None:
+    """From the middle of a run, whose steps have a velocity already, with a rate that falls."""
+    net = perceptron(nn.ReLU())
+    problem = problem_of(spread(net))
+    sgd = torch.optim.SGD(net.parameters(), RATE, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.95)
+
+    def saved(name: str) -> Path:
+        whole = {"model": net.state_dict(), "optimizer": sgd.state_dict()}
+        torch.save(whole, tmp_path / name)
+        return tmp_path / name
+
+    def further(steps: int) -> None:
+        for step in range(steps):
+            trained(net, sgd, problem.data.batches[step % 3 :], steps=1)
+            schedule.step()
+
+    further(7)
+    early = hesscli.Problem(
+        net,
+        "cross_entropy",
+        list(problem.data.batches),
+        checkpoint=CheckpointReport(path=str(saved("early.pt")), sha256=""),
+    )
+    log = str(tmp_path / "log.safetensors")
+    twin = copy.deepcopy(net)
+    with UpdateLog(net, sgd, log) as updates:
+        further(20)
+    assert len(updates) == 20
+    net_later, way = saved("late.pt"), TrainedWith(updates=log)
+    net.load_state_dict(twin.state_dict())
+    result = hesscli.symmetries(early, later=[net_later], trained_with=way)
+    require_predicted(result, 0.1)
+
+
+def test_an_optimizer_of_the_file_that_keeps_no_charges_is_named(tmp_path: Path) -> None:
+    """AdamW's state, an unknown one's, and groups that are unlike; none predicts anything."""
+    model = spread(perceptron(nn.ReLU()))
+    problem, weights = problem_of(model), list(model.parameters())
+    groups = [{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:]}]
+    for optimizer, said in (
+        (torch.optim.AdamW(weights), "adamw keeps no charges"),
+        (AdaHessian(weights), "the optimizer keeps no charges"),
+        (torch.optim.SGD(groups, RATE), "unlike settings"),
+    ):
+        with UpdateLog(model, optimizer, tmp_path / "log.safetensors"):
+            loss = F.cross_entropy(model(problem.data.batches[0][0]), problem.data.batches[0][1])
+            optimizer.step(lambda loss=loss: loss)  # type: ignore[misc]
+        whole = {"net": model.state_dict(), "optim": optimizer.state_dict()}
+        torch.save(whole, tmp_path / "late.pt")
+        for way in (None, TrainedWith(updates=str(tmp_path / "log.safetensors"))):
+            late = [tmp_path / "late.pt"]
+            result = hesscli.symmetries(problem, later=late, trained_with=way)
+            assert any(said in warning for warning in result.warnings)
+            assert all(drift.predicted_change is None for drift in result.drifts)
+
+
+LOGS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {
+    "lacking": ("lacks parameters", lambda log: log.pop("0.weight")),
+    "of another": ("of another model", lambda log: log.update({"0.bias": torch.zeros(3, 7)})),
+    "uneven": ("unlike lengths", lambda log: log.update({"0.bias": torch.zeros(2, 4)})),
+    "rates": ("unlike lengths", lambda log: log.update({"lr": torch.zeros(2)})),
+    "no rate": ("learning rate", lambda log: None),
+}
+
+
+@pytest.mark.parametrize(("said", "spoil"), LOGS.values(), ids=list(LOGS))
+def test_logs_that_cannot_be_meant_are_refused(
+    said: str, spoil: Callable[[dict[str, Tensor]], object], tmp_path: Path
+) -> None:
+    model = spread(perceptron(nn.ReLU()))
+    log = {name: torch.zeros(3, *p.shape) for name, p in model.named_parameters()}
+    spoil(log)
+    save_file(log, tmp_path / "log.safetensors")
+    torch.save(model.state_dict(), tmp_path / "late.pt")
+    way = TrainedWith(updates=str(tmp_path / "log.safetensors"))
+    with pytest.raises(InputError, match=said):
+        hesscli.symmetries(problem_of(model), later=[tmp_path / "late.pt"], trained_with=way)
 
 
 def test_decay_alone_is_a_factor(tmp_path: Path) -> None:
@@ -689,7 +784,7 @@ def test_ends_in_the_program(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
     assert [Path(end["path"]) for end in document["later"]] == [SUNSPOTS]
-    for wrong in ("lr=fast", "speed=1", "optimizer=lion", "momentum=1"):
+    for wrong in ("lr=fast", "speed=1", "optimizer=lion", "momentum=1", "nesterov=2"):
         refused = hesscli_warm(*line[:-3], wrong, cwd=tmp_path)
         assert refused.returncode == ExitCode.USAGE
         what, got, _ = three_lines(refused.stderr)

@@ -478,9 +478,10 @@ TRAINED_WITH = _COMPUTE.value(
     SPELLED,
     "--trained-with lr=0.1,wd=5e-4,momentum=0.9,updates=log.safetensors",
     metavar="KEY=X,...",
-    help="How LATER came from CHECKPOINT: lr, wd, momentum and optimizer (sgd, adam or adamw), and "
-    "updates, a .safetensors log of what each step added to each parameter, or the number of "
-    "steps. Charges are then predicted.",
+    help="How LATER came from CHECKPOINT: lr, wd, momentum, dampening, nesterov (yes or no) and "
+    "optimizer (sgd, adam, adamw or other), default what the log or the optimizer's state in LATER "
+    "says; and updates, a .safetensors log of what each step added to each parameter, or the "
+    "number of steps. Charges are then predicted.",
 )
 
 

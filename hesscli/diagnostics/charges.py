@@ -8,15 +8,74 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from hesscli.engines.symmetry.drift import Prediction
+from hesscli.engines.symmetry.drift import Descent, Prediction
 from hesscli.engines.symmetry.families import Family
-from hesscli.problem.ends import End, steps_of
+from hesscli.problem.ends import End, Updates, settings_in, steps_of, velocity_at
 from hesscli.problem.problem import Problem
 from hesscli.results import Charge, Drift, SymmetryFamily
 from hesscli.vocabulary import TrainedWith
 
 _LISTED = 256
 """Charges of a family that a document lists at most: files have all."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is known of how the last end came from the first.
+
+    Attributes:
+        settings: that were typed, or else those in the log, or in the last checkpoint.
+        log: what each step added, if there is one.
+    """
+
+    settings: TrainedWith
+    log: Updates | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it says enough to predict something."""
+        has_steps = self.log is not None or self.settings.steps is not None
+        return has_steps and self.settings.optimizer == "sgd"
+
+    def warnings(self, asked: TrainedWith | None, has_ends: bool) -> Iterator[str]:
+        """Why not all charges are predicted, where they are not."""
+        optimizer = self.settings.optimizer
+        if not has_ends:
+            if asked is not None:
+                yield "--trained-with is of use with a later checkpoint, and there is none"
+        elif optimizer == "mixed":
+            yield (
+                "the optimizer has groups of parameters with unlike settings, between which "
+                "charges move: nothing is predicted"
+            )
+        elif optimizer not in (None, "sgd"):
+            name = "the optimizer" if optimizer == "other" else optimizer
+            yield (
+                f"{name} keeps no charges, for its steps are no gradients: that they "
+                "drift is no fault, and nothing is predicted"
+            )
+        elif self.log is None:
+            yield (
+                "quadratic charges drift by what each step adds to them: they are predicted by a "
+                "log of the updates alone, --trained-with lr=X,updates=FILE"
+            )
+
+
+def way_to(problem: Problem, ends: Sequence[End], asked: TrainedWith | None) -> Way:
+    """All that is known of how the last of some ends came to be.
+
+    Raises:
+        InputError: there is a log, and it is not of this model.
+    """
+    settings = asked or TrainedWith()
+    log = Updates(settings.updates, problem.parameters) if settings.updates and ends else None
+    if log is not None:
+        settings = settings.over(log.settings)
+    if ends:
+        settings = settings.over(settings_in(ends[-1]))
+    if settings.optimizer is None and asked is not None:
+        settings = settings._replace(optimizer="sgd")
+    return Way(settings, log)
 
 
 @dataclass(frozen=True)
@@ -34,7 +93,7 @@ def drifts(
     reports: Sequence[SymmetryFamily],
     theta: Tensor,
     ends: Sequence[End],
-    trained_with: TrainedWith | None,
+    way: Way,
 ) -> dict[int, Drifted]:
     """What became of the charges of families that hold, by their numbers."""
     chosen = {
@@ -42,7 +101,7 @@ def drifts(
         for number, (family, report) in enumerate(zip(families, reports, strict=True))
         if ends and report.status == "holds" and report.charges
     }
-    foretold = _foretold(problem, [family for family, _ in chosen.values()], theta, trained_with)
+    foretold = _foretold(problem, [family for family, _ in chosen.values()], theta, way)
     found = dict[int, Drifted]()
     for (number, (family, report)), expected in zip(chosen.items(), foretold, strict=True):
         before, after = family.charges(theta), [family.charges(end.theta) for end in ends]
@@ -62,20 +121,24 @@ def drifts(
 
 
 def _foretold(
-    problem: Problem, families: Sequence[Family], theta: Tensor, trained_with: TrainedWith | None
+    problem: Problem, families: Sequence[Family], theta: Tensor, way: Way
 ) -> list[Tensor | None]:
     """Charges of each family after what is known of the steps; None where that is too little."""
-    nothing: list[Tensor | None] = [None] * len(families)
-    if not families or trained_with is None or trained_with.optimizer != "sgd":
-        return nothing
-    if trained_with.updates is None and None in (trained_with.steps, trained_with.lr):
-        return nothing
-    how = trained_with.wd, trained_with.momentum
-    ways = [Prediction(family, theta, *how) for family in families]
-    for rate, update in steps_of(problem, trained_with):
-        for way in ways:
-            way.step(rate, update)
-    return [way.charges for way in ways]
+    if not families or not way.is_known:
+        return [None] * len(families)
+    settings = way.settings
+    descent = Descent(
+        decay=settings.wd or 0.0,
+        momentum=settings.momentum or 0.0,
+        dampening=settings.dampening or 0.0,
+        nesterov=bool(settings.nesterov),
+        velocity=velocity_at(problem) if settings.momentum else None,
+    )
+    predictions = [Prediction(family, theta, descent) for family in families]
+    for rate, update in steps_of(settings, way.log):
+        for prediction in predictions:
+            prediction.step(rate, update)
+    return [prediction.charges for prediction in predictions]
 
 
 def listed(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hesscli.diagnostics import orbit
-from hesscli.diagnostics.charges import by_family, drifts, listed
+from hesscli.diagnostics.charges import by_family, drifts, listed, way_to
 from hesscli.diagnostics.keeping import UNKEPT, Kept, Ledger
 from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.plans import Pilot
@@ -29,7 +29,7 @@ from hesscli.memory import room_for_more
 from hesscli.meter import FORWARD
 from hesscli.operators.base import LiveTerm
 from hesscli.operators.products import flatten, gradient
-from hesscli.problem.ends import End, read_end
+from hesscli.problem.ends import read_end
 from hesscli.problem.forward import moved
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled, tolerance
@@ -89,7 +89,8 @@ def symmetries(
         seed: of random elements of the groups.
         mode: autodiff mode of the products.
         later: checkpoints of the same run, in their order, whose charges are compared.
-        trained_with: how the last of these came from the problem's weights.
+        trained_with: how the last of these came from the problem's weights; what it leaves open
+            is read from the log, or from the optimizer's state in the last checkpoint.
         observe: told how far the run is; returning True ends it at its result so far.
         ledger: keeps the run, so that it can go on from there.
 
@@ -101,12 +102,13 @@ def symmetries(
         KeyboardInterrupt: stopped before there was one.
     """
     ends = [read_end(problem, path) for path in later or ()]
+    way = way_to(problem, ends, trained_with)
     with started(problem, matrix, mode, Clock(budget, observe), ledger) as run, doubled(problem):
         testing = Testing(run, seed)
         status = drive(run.clock, testing, run.ledger) or "exact"
         families = [testing.report(number) for number in range(len(testing.families))]
         theta = testing.theta
-        charted = drifts(problem, testing.families, families, theta, ends, trained_with)
+        charted = drifts(problem, testing.families, families, theta, ends, way)
         return SymmetryResult(
             status=status,
             method=MethodReport(
@@ -126,7 +128,7 @@ def symmetries(
             drifts=tuple(one.report for one in charted.values()),
             charge_values=by_family(testing.families, families, theta),
             layers=tuple(_layers(problem, families)),
-            **run.header(_warnings(problem, ends, trained_with)),
+            **run.header((*way.warnings(trained_with, bool(ends)), *_warnings(problem))),
         )
 
 
@@ -454,21 +456,7 @@ def _layers(problem: Problem, reports: Sequence[SymmetryFamily]) -> Iterator[Lay
         )
 
 
-def _warnings(
-    problem: Problem, ends: Sequence[End], trained_with: TrainedWith | None
-) -> Iterator[str]:
-    if trained_with is not None and not ends:
-        yield "--trained-with is of use with a later checkpoint, and there is none"
-    elif trained_with is not None and trained_with.optimizer != "sgd":
-        yield (
-            f"{trained_with.optimizer} keeps no charges, for its steps are no gradients: that they "
-            "drift is no fault, and nothing is predicted"
-        )
-    elif ends and (trained_with is None or trained_with.updates is None):
-        yield (
-            "quadratic charges drift by what each step adds to them: they are predicted by a log "
-            "of the updates alone, --trained-with lr=X,updates=FILE"
-        )
+def _warnings(problem: Problem) -> Iterator[str]:
     if problem.weight_decay:
         yield "weight decay breaks every family that scales: the data loss alone is tested"
     if not problem.precision.is_float64:

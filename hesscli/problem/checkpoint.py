@@ -130,7 +130,8 @@ class Checkpoint:
 
     ``module`` is the model itself, where a trusted file carried one. ``notes`` are what the
     reader should be told: what else the file held that could be taken for the model, and that
-    it has no checksums. ``said`` is what it says of how the model was built.
+    it has no checksums. ``said`` is what it says of how the model was built, and ``optimizers``
+    are the states of those that trained it.
     """
 
     path: Path
@@ -139,6 +140,7 @@ class Checkpoint:
     module: nn.Module | None = None
     notes: tuple[str, ...] = ()
     said: Mapping[str, Any] = field(default_factory=dict)
+    optimizers: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_checkpoint(path: Path, *, trust: bool = False, key: str | None = None) -> Checkpoint:
@@ -170,7 +172,7 @@ def read_checkpoint(path: Path, *, trust: bool = False, key: str | None = None) 
         for name, value in found.weights.items()
         if isinstance(value, Tensor)  # a module may keep extra state of any kind
     }
-    return Checkpoint(path, digest, state, found.module, found.notes, found.said)
+    return Checkpoint(path, digest, state, found.module, found.notes, found.said, found.optimizers)
 
 
 def _read(path: Path, trust: bool, key: str | None) -> tuple[FoundWeights, list[Path]]:

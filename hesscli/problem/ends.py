@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hesscli.errors import InputError
+from hesscli.errors import HesscliError, InputError
 from hesscli.parameters import Parameters
 from hesscli.problem.checkpoint import read_checkpoint
 from hesscli.problem.problem import Problem
@@ -26,77 +28,146 @@ class End:
     Attributes:
         file: where they lie.
         theta: float64 ``(d,)``, as of the problem's parameters.
+        optimizers: their states, as ``torch.optim`` writes them, that lie beside the weights.
     """
 
     file: CheckpointReport
     theta: Tensor
+    optimizers: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_end(problem: Problem, path: Path | str) -> End:
-    """A checkpoint of the problem's model; nothing in it is run.
+    """A checkpoint of the problem's model, read as the first was; nothing in it is run.
 
     Raises:
         InputError: it is not there, not whole, or of another model.
         UnsoundError: its weights are not finite.
     """
-    weights = read_checkpoint(Path(path))
+    origin = problem.origin
+    weights = read_checkpoint(Path(path), key=origin.key)
     model = copy.deepcopy(problem.model).double()
-    load_state(model, weights)
+    load_state(model, weights, strip=origin.strip, ignore=origin.ignore)
     every = Parameters.of(model)
     tensors = {parameter.name: parameter.tensor for parameter in every}
     parts = [tensors[name].detach().cpu() for name in problem.parameters.names]
     file = CheckpointReport(path=str(weights.path), sha256=weights.sha256)
-    return End(file, every.flatten(parts))
+    return End(file, every.flatten(parts), weights.optimizers)
 
 
-def steps_of(problem: Problem, trained_with: TrainedWith) -> Iterator[tuple[float, Tensor | None]]:
-    """The learning rate of each step, and what it added to the weights, where there is a log.
+# -- The steps between two ends --------------------------------------------------------------------
 
-    A log is a .safetensors file with one tensor for each trainable parameter, ``(steps, *shape)``,
-    by the parameter's name; ``lr``, ``(steps,)``, in it counts in place of a single rate.
+
+class Updates:
+    """A log: what each step added to each parameter, and the rates of the steps.
+
+    A .safetensors file with one tensor for each trainable parameter, ``(steps, *shape)``, by the
+    parameter's name; ``lr``, ``(steps,)``, in it counts in place of a single rate, and settings
+    of the optimizer may be in its metadata.
+
+    Args:
+        path: the file.
+        parameters: of the model.
 
     Raises:
-        InputError: the log is missing, unreadable or of another model.
+        InputError: it is missing, unreadable, or of another model.
     """
-    rate, path = trained_with.lr, trained_with.updates
-    if path is None:
-        for _ in range(trained_with.steps or 0):
-            yield _known(rate), None
-        return
-    parameters = problem.parameters
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            _require_all(path, names, parameters)
-            slices = [file.get_slice(name) for name in parameters.names]
-            count = min((each.get_shape()[0] for each in slices), default=0)
-            rates = file.get_tensor("lr").tolist() if "lr" in names else [_known(rate)] * count
-            for step in range(count):
+
+    def __init__(self, path: str, parameters: Parameters) -> None:
+        self.path, self._parameters = path, parameters
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                self._require_fitting({name: file.get_slice(name).get_shape() for name in names})
+                self.rates = file.get_tensor("lr").tolist() if "lr" in names else None
+                said = (file.metadata() or {}).get("trained_with", "")
+        except FileNotFoundError:
+            hint = "updates=FILE, a log of what each step added to the weights"
+            raise InputError("file not found", path, hint) from None
+        except (OSError, SafetensorError) as error:
+            hint = "a .safetensors file"
+            raise InputError(
+                "the log of updates cannot be read", f"{path}: {error}", hint
+            ) from None
+        self.settings = TrainedWith.parse(said) if said else TrainedWith()
+
+    def _require_fitting(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        wanted = {p.name: list(p.tensor.shape) for p in self._parameters}
+        missing = [name for name in wanted if name not in shapes]
+        stacked = [shapes[name] for name in (*wanted, "lr") if name in shapes]
+        lengths = {shape[0] if shape else 0 for shape in stacked}
+        unlike = [n for n, shape in wanted.items() if n in shapes and shapes[n][1:] != shape]
+        hint = "one tensor (steps, *shape) for each trainable parameter, by its name"
+        if missing:
+            got = f"{self.path}: no {', '.join(missing[:5])} ({len(missing)} tensors)"
+            raise InputError("the log of updates lacks parameters", got, hint)
+        if unlike:
+            got = f"{self.path}: {unlike[0]} {shapes[unlike[0]]}, and {wanted[unlike[0]]} a step"
+            raise InputError("the log of updates is of another model", got, hint)
+        if len(lengths) > 1:
+            got = f"{self.path}: {', '.join(map(str, sorted(lengths)))} steps"
+            raise InputError("the log of updates has tensors of unlike lengths", got, hint)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """What each step added, float64 ``(d,)``."""
+        with safe_open(self.path, framework="pt") as file:
+            slices = [file.get_slice(name) for name in self._parameters.names]
+            for step in range(slices[0].get_shape()[0]):
                 rows = [each[step : step + 1].double() for each in slices]
-                yield rates[step], parameters.flatten(rows)
-    except FileNotFoundError:
-        raise InputError(
-            "file not found", path, "updates=FILE, a log of what each step added to the weights"
-        ) from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            "the log of updates cannot be read", f"{path}: {error}", "a .safetensors file"
-        ) from None
+                yield self._parameters.flatten(rows)
 
 
-def _known(rate: float | None) -> float:
-    if rate is None:
+def steps_of(
+    trained_with: TrainedWith, log: Updates | None
+) -> Iterator[tuple[float, Tensor | None]]:
+    """The learning rate of each step, and what it added to the weights, where there is a log.
+
+    Raises:
+        InputError: the rate is not known.
+    """
+    rate = trained_with.lr
+    if rate is None and (log is None or log.rates is None):
         raise InputError(
-            "the learning rate is not known", "updates, and no lr in them", "--trained-with lr=X"
+            "the learning rate is not known",
+            "no lr in the log, nor one that stayed the same in the later checkpoint",
+            "--trained-with lr=X, or lr (steps,) in the log",
         )
-    return rate
+    if log is None:
+        for _ in range(trained_with.steps or 0):
+            yield rate or 0.0, None
+        return
+    for number, update in enumerate(log):
+        yield rate or 0.0 if log.rates is None else log.rates[number], update
 
 
-def _require_all(path: str, names: set[str], parameters: Parameters) -> None:
-    missing = [name for name in parameters.names if name not in names]
-    if missing:
-        raise InputError(
-            "the log of updates lacks parameters",
-            f"{path}: no {', '.join(missing[:5])} ({len(missing)} tensors)",
-            "one tensor (steps, *shape) for each trainable parameter, by its name",
-        )
+def settings_in(end: End) -> TrainedWith:
+    """What an optimizer's state beside the weights says of how they were made."""
+    groups = [group for state in end.optimizers for group in state["param_groups"]]
+    return TrainedWith.of_groups(groups) if groups else TrainedWith()
+
+
+def velocity_at(problem: Problem) -> Tensor | None:
+    """SGD's buffer of momentum beside the problem's own weights, float64 ``(d,)``; None if none."""
+    if problem.checkpoint is None:
+        return None
+    try:
+        read = read_checkpoint(Path(problem.checkpoint.path), key=problem.origin.key)
+    except HesscliError:  # a folder, or a file that code had to be trusted for
+        return None
+    if len(read.optimizers) != 1:
+        return None
+    state, groups = read.optimizers[0]["state"], read.optimizers[0]["param_groups"]
+    kept = [state.get(each, {}).get("momentum_buffer") for each in _numbers(groups)]
+    every, trainable = list(problem.model.parameters()), Parameters.of(problem.model)
+    tensors = every if len(kept) == len(every) else [each.tensor for each in trainable]
+    if len(kept) != len(tensors) or any(
+        buffer is None or buffer.shape != tensor.shape
+        for buffer, tensor in zip(kept, tensors, strict=True)
+    ):
+        return None
+    buffers = {id(tensor): buffer for tensor, buffer in zip(tensors, kept, strict=True)}
+    own = [buffers[id(tensor)].double().cpu() for tensor in problem.parameters.tensors]
+    return problem.parameters.flatten(own)
+
+
+def _numbers(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(group["params"] for group in groups))

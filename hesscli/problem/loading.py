@@ -202,7 +202,13 @@ def _from_spec(
         batch_size=document.data.batch_size,
         unseen=document.data.unseen,
         notes=(*weights.notes, *notes),
-        origin=Origin({"spec": document.sha256}, key=chosen_key, trust=trust),
+        origin=Origin(
+            {"spec": document.sha256},
+            key=chosen_key,
+            strip=document.checkpoint_keys.strip,
+            ignore=tuple(document.checkpoint_keys.ignore),
+            trust=trust,
+        ),
     )
 
 

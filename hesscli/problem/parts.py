@@ -23,6 +23,8 @@ class Origin:
         data: the file of a folder's model; a spec says for itself where its data is.
         tokenizer_sha256: of what makes its text tokens.
         key: which set of weights of its file was taken, where that was said.
+        strip: what was taken off the names in the file.
+        ignore: globs of names that were left aside.
         trust: whether code in the file was let run.
     """
 
@@ -30,6 +32,8 @@ class Origin:
     data: DataReport | None = None
     tokenizer_sha256: str | None = None
     key: str | None = None
+    strip: str | None = None
+    ignore: tuple[str, ...] = ()
     trust: bool = False
 
 

@@ -310,13 +310,15 @@ _MOST_NAMED = 5
 class FoundWeights:
     """The weights of a checkpoint, and the module itself where the file carried one.
 
-    ``said`` is what else it says of how the model was built, as far as that is plain values.
+    ``said`` is what else it says of how the model was built, as far as that is plain values;
+    ``optimizers`` are the states of those that trained it.
     """
 
     weights: Mapping[str, Tensor]
     module: nn.Module | None = None
     notes: tuple[str, ...] = ()
     said: Mapping[str, Any] = field(default_factory=dict)
+    optimizers: tuple[Mapping[str, Any], ...] = ()
 
     def noted(self, notes: Sequence[str]) -> FoundWeights:
         """The same with more notes, which come first."""
@@ -358,7 +360,7 @@ def find_weights(payload: object, path: Path, key: str | None = None) -> FoundWe
     )
     if isinstance(held, nn.Module):
         return FoundWeights(held.state_dict(), held, notes)
-    return FoundWeights(held, None, notes, _said(payload))
+    return FoundWeights(held, None, notes, _said(payload), tuple(_optimizers(payload, _DEEPEST)))
 
 
 # What Lightning, timm and other training scripts write beside the weights.
@@ -371,6 +373,15 @@ _SAID = (
 def _said(payload: object) -> dict[str, Any]:
     top = payload if isinstance(payload, Mapping) else {}
     return {key: _plain(top[key]) for key in _SAID if key in top}
+
+
+def _optimizers(node: object, depth: int) -> Iterator[Mapping[str, Any]]:
+    """What ``torch.optim`` wrote of itself, wherever it lies."""
+    if isinstance(node, Mapping) and {"state", "param_groups"} <= node.keys():
+        yield node
+    elif depth and isinstance(node, (Mapping, list, tuple)):
+        for inner in node.values() if isinstance(node, Mapping) else node:
+            yield from _optimizers(inner, depth - 1)
 
 
 def _plain(value: object, depth: int = _DEEPEST) -> Any:
