@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hesscli import Hessian
-from hesscli.diagnostics.estimation import Estimation, Tolerance
+from hesscli.diagnostics.estimation import Estimation
+from hesscli.diagnostics.looks import Tolerance
 from hesscli.diagnostics.measurement import drive
 from hesscli.diagnostics.run import Clock
 from hesscli.diagnostics.trace import standing

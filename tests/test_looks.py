@@ -14,13 +14,8 @@ import pytest
 import torch
 from scipy.stats import binom, norm
 
-from hesscli.diagnostics.estimation import (
-    Estimation,
-    Tolerance,
-    first_look,
-    miss_probability,
-    next_look,
-)
+from hesscli.diagnostics.estimation import Estimation
+from hesscli.diagnostics.looks import Tolerance, first_look, miss_probability, next_look
 from hesscli.diagnostics.measurement import drive
 from hesscli.diagnostics.run import Clock
 from hesscli.diagnostics.trace import standing

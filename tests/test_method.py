@@ -19,7 +19,8 @@ import hesscli
 from hesscli.diagnostics.choice import Draw, choose
 from hesscli.diagnostics.diag import _standing as diagonal_standing
 from hesscli.diagnostics.diag import diagonal
-from hesscli.diagnostics.estimation import Estimation, Standing, Tolerance
+from hesscli.diagnostics.estimation import Estimation
+from hesscli.diagnostics.looks import Standing, Tolerance
 from hesscli.diagnostics.measurement import drive
 from hesscli.diagnostics.run import Clock
 from hesscli.engines.entries import Entries, Part

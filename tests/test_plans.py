@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import hesscli
 from hesscli.diagnostics import plans
-from hesscli.diagnostics.estimation import Standing
+from hesscli.diagnostics.looks import Standing
 from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.diagnostics.plans import Asked, Pilot, measured_pace, planned
 from hesscli.diagnostics.run import Clock, Run, started

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import hesscli
 from hesscli import ledger as ledgers
 from hesscli.cli.parsing import damping, probes
-from hesscli.diagnostics.estimation import Tolerance
+from hesscli.diagnostics.looks import Tolerance
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.errors import BudgetError, UsageError
 from hesscli.ledger import FileLedger

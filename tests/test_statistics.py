@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from hesscli.diagnostics.estimation import Tolerance
+from hesscli.diagnostics.looks import Tolerance
 from hesscli.engines.hutchinson.table import MeanSquare, Table, half_width, reduce_table
 
 SEEDS = 2000

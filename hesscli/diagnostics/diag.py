@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hesscli.diagnostics.block_variance import block_report
 from hesscli.diagnostics.choice import Draw, batches_within, probe_range
-from hesscli.diagnostics.estimation import Outcome, Standing, Tolerance
+from hesscli.diagnostics.estimation import Outcome
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
+from hesscli.diagnostics.looks import Standing, Tolerance
 from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import (

@@ -14,7 +14,8 @@ import torch
 
 from hesscli import world
 from hesscli.diagnostics.choice import DEFLATION_STEPS, Choice, Draw
-from hesscli.diagnostics.estimation import Goal, Tolerance
+from hesscli.diagnostics.estimation import Goal
+from hesscli.diagnostics.looks import Tolerance
 from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.diagnostics.reporting import chosen, expected
 from hesscli.diagnostics.run import Run

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from hesscli.diagnostics.choice import Choice, Draw, choose
-from hesscli.diagnostics.estimation import Estimation, Goal, Outcome, Tolerance
+from hesscli.diagnostics.estimation import Estimation, Goal, Outcome
+from hesscli.diagnostics.looks import Tolerance
 from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.run import Run
 from hesscli.engines.estimator import Reading, Rounding

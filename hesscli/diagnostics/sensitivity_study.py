@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hesscli.diagnostics.choice import Choice, Draw
-from hesscli.diagnostics.estimation import Estimation, Goal, Tolerance
+from hesscli.diagnostics.estimation import Estimation, Goal
+from hesscli.diagnostics.looks import Tolerance
 from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.diagnostics.predictions import Measured, Predictions, perturbing, verifying
 from hesscli.diagnostics.reporting import chosen, estimation, expected

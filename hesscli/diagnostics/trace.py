@@ -9,8 +9,8 @@ from functools import partial
 from scipy.special import ndtri
 
 from hesscli.diagnostics.choice import Draw, batches_within, probe_range
-from hesscli.diagnostics.estimation import Standing, Tolerance
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
+from hesscli.diagnostics.looks import Standing, Tolerance
 from hesscli.diagnostics.measurement import Work
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import (
