@@ -104,13 +104,7 @@ class Problem(Objective):
         weights = _type_of_weights(model, dtype)
         twin = placed(model, device, weights)
         given: Loss = reading(as_loss(loss, reduction=reduction), output)
-        trainable = Parameters.of(twin)
-        if not len(trainable):
-            raise InputError(
-                "the model has no trainable parameter",
-                type(model).__name__,
-                "requires_grad=True on what is to be analysed",
-            )
+        trainable = _trainable(twin)
         patterns = (params,) if isinstance(params, str) else tuple(params or ())
         parameters = chosen(twin, trainable, patterns)
         where = trainable[0].tensor.device, trainable[0].tensor.dtype
@@ -121,10 +115,9 @@ class Problem(Objective):
         test = IndependenceTest(twin, given, *where, hint, observe)
         with held_fixed(trainable.without(parameters).tensors):
             if isinstance(data, FrozenData):
-                frozen = data
                 test.see_frozen(data.batches)
             else:
-                frozen = freeze(
+                data = freeze(
                     data,
                     Selection.parse(examples),
                     batch_size=batch_size,
@@ -134,28 +127,15 @@ class Problem(Objective):
                     steps=isinstance(given, StepLoss),
                     observe=observe,
                 )
-            settled = given.reduced(test.result.reduction)
             with undisturbed(twin, where[0]), blamed_on_user(MODEL_RAISED, hint):
-                few = (place(first_rows(batch, _LOOKED_AT), *where) for batch in frozen.batches)
-                settled = settled.settled(twin, few)
-                if settled.reduction == "sum":
-                    settled = Summed(settled, 1.0)
-                masses = list[float]()
-                for batch, count in zip(frozen.batches, frozen.counts, strict=True):
-                    masses.append(settled.mass(twin, place(batch, *where), count))
-                    tell(observe, Snapshot(phase="weighing batches"))
-        if not sum(masses) > 0:
-            raise UnsoundError(
-                "the examples weigh nothing", f"weight mass {sum(masses)}", "unmasked targets"
-            )
-        if isinstance(settled, Summed):
-            settled = Summed(settled.unscaled, sum(masses) / (frozen.fraction or 1.0))
+                reduced = given.reduced(test.result.reduction)
+                settled, masses = _weighed(reduced, twin, data, where, observe)
         self.restricted_to = patterns or None
         super().__init__(
             twin,
             parameters,
             settled,
-            frozen,
+            data,
             test.result,
             masses,
             weight_decay=weight_decay,
@@ -169,16 +149,10 @@ class Problem(Objective):
         self.checkpoint, self.unseen = checkpoint, unseen
         self.origin = Origin()
         self._proof: Proof | None = None
-        self.warnings = (*warnings, *self.loss.warnings, *self._warnings(batch_size))
-        says_nothing = isinstance(given, UserLoss) and given.reduction is None
-        if says_nothing and self.independence.unseen is not None and self.num_batches > 1:
-            self.warnings += (
-                f"whether the loss {self.loss.name} is a mean or a sum was not seen "
-                f"({self.independence.unseen}): it is taken for each batch's mean; "
-                'reduction = "sum" under [loss] says otherwise',
-            )
+        told = self._warnings(batch_size, isinstance(given, UserLoss) and given.reduction is None)
+        self.warnings = (*warnings, *self.loss.warnings, *told)
 
-    def _warnings(self, batch_size: int | None) -> Iterator[str]:
+    def _warnings(self, batch_size: int | None, says_nothing: bool) -> Iterator[str]:
         """What was done to the user's function, or could not be, before anything is computed."""
         if (mixes := self.couples_examples) is not None:
             joined = "added up" if self.loss.reduction == "sum" else "averaged by their mass"
@@ -205,6 +179,12 @@ class Problem(Objective):
             yield (
                 "examples change each time they are read (random augmentation): "
                 f"the {self.data.count} that were kept are one draw of them"
+            )
+        if says_nothing and self.independence.unseen is not None and self.num_batches > 1:
+            yield (
+                f"whether the loss {self.loss.name} is a mean or a sum was not seen "
+                f"({self.independence.unseen}): it is taken for each batch's mean; "
+                'reduction = "sum" under [loss] says otherwise'
             )
 
     # -- proof ---------------------------------------------------------------------------------
@@ -288,6 +268,42 @@ def _type_of_weights(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype
         return weights_in(dtype)
     tensors = [*model.parameters(), *model.buffers()]
     return as_wide(tensors) if any(tensor.dtype in HALF for tensor in tensors) else None
+
+
+def _trainable(model: nn.Module) -> Parameters:
+    """A model's trainable parameters, of which there are some."""
+    found = Parameters.of(model)
+    if not len(found):
+        raise InputError(
+            "the model has no trainable parameter",
+            type(model).__name__,
+            "requires_grad=True on what is to be analysed",
+        )
+    return found
+
+
+def _weighed(
+    loss: Loss,
+    model: nn.Module,
+    data: FrozenData,
+    where: tuple[torch.device, torch.dtype],
+    observe: Observe | None,
+) -> tuple[Loss, list[float]]:
+    """The loss, once it has seen what the model returns, and the mass of each batch."""
+    few = (place(first_rows(batch, _LOOKED_AT), *where) for batch in data.batches)
+    settled = loss.settled(model, few)
+    if settled.reduction == "sum":
+        settled = Summed(settled, 1.0)
+    masses = list[float]()
+    for batch, count in zip(data.batches, data.counts, strict=True):
+        masses.append(settled.mass(model, place(batch, *where), count))
+        tell(observe, Snapshot(phase="weighing batches"))
+    total = sum(masses)
+    if not total > 0:
+        raise UnsoundError("the examples weigh nothing", f"weight mass {total}", "unmasked targets")
+    if isinstance(settled, Summed):
+        settled = Summed(settled.unscaled, total / (data.fraction or 1.0))
+    return settled, masses
 
 
 def _require_float64(problem: Problem) -> None:
