@@ -124,25 +124,41 @@ def _by_parts(function: Callable[[Tensor], Tensor], block: Tensor, size: int) ->
 
 
 def require_room(
-    rows: int, columns: int, dtype: torch.dtype, device: torch.device | None = None
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    ranks: int = 1,
 ) -> None:
     """See that a window fits into memory, before any of it is taken.
 
+    Args:
+        rows: of the window.
+        columns: of all ranks.
+        dtype: that rows are kept in.
+        device: where.
+        ranks: that have equal parts of it.
+
     Raises:
-        UsageError: it does not; the hint names windows that do.
+        UsageError: it does not; the hint names windows that do, and how many ranks would.
     """
-    room, needed = room_for_more(device), rows * columns * dtype.itemsize
+    each, needed = room_for_more(device), rows * columns * dtype.itemsize
+    room = ranks * each
     if needed <= room:
         return
-    smaller = []
+    ways = []
     if fitting := room // (columns * dtype.itemsize):
-        smaller.append(f"--window {fitting}")
+        ways.append(f"--window {fitting}")
     if 2 * rows * columns <= room:
-        smaller.append("--window-dtype bfloat16")
+        ways.append("--window-dtype bfloat16")
+    ways.append("--window-file FILE")
+    there = f"there is room for {human_bytes(room)}"
+    if ranks > 1:
+        there = f"{ranks} ranks have room for {human_bytes(each)} each"
     raise UsageError(
         "the window is larger than the memory that is free",
-        f"{rows} rows take {human_bytes(needed)}, and there is room for {human_bytes(room)}",
-        " or ".join(filter(None, (", ".join(smaller), "--window-file FILE"))),
+        f"{rows} rows take {human_bytes(needed)}, and {there}",
+        f"{', '.join(ways)} or {-(-needed // max(1, each))} ranks with as much memory each",
     )
 
 

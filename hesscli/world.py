@@ -192,6 +192,24 @@ def added_up(vector: Tensor) -> Tensor:
     return vector
 
 
+def completed(tensor: Tensor, places: Sequence[slice]) -> Tensor:
+    """With the entries that each rank has of it, all others' in their place.
+
+    Args:
+        tensor: of which this rank has its own entries along the first dimension.
+        places: of every rank's, by rank.
+    """
+    if _here.size == 1:
+        return tensor
+    import torch.distributed as dist
+
+    with _missing():
+        for rank, place in enumerate(places):
+            if place.start < place.stop:
+                dist.broadcast(tensor[place], src=rank)
+    return tensor
+
+
 def exchanged(row: Tensor, widths: Sequence[int], senders: Sequence[bool]) -> Tensor:
     """Of every sender's row the entries that are this rank's, by rank.
 

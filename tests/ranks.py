@@ -26,7 +26,9 @@ import hesscli
 from hesscli import world
 from hesscli.cli.app import main
 from hesscli.cli.console import interrupts
+from hesscli.diagnostics.check import check
 from hesscli.diagnostics.keeping import SharedLedger
+from hesscli.diagnostics.window import WindowOptions
 from hesscli.engines.mfac import ShardedWindow, StaticFisher, WindowedFisher
 from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.ledger import FileLedger
@@ -53,6 +55,8 @@ CUT = {
     "sensitivities": "perturbing",
 }
 """Runs that are cut off in the middle of their work, and in which phase."""
+BLOCKS = [*[7] * 500, 3000, *[7] * 357, 2]
+"""Of a window: small ones and a large one, of which some reach over shards."""
 WHOLE = (
     "a trace",
     "shared probes",
@@ -213,6 +217,11 @@ def sharded() -> dict[str, Any]:
     found["diagonal"] = window.whole(fisher.diagonal())
     found["diagonal error"] = window.whole(fisher.diagonal_error())
     found["multiplied"] = window.whole(fisher.multiply(vector[window.place]))
+    blocks = StaticFisher(window, fisher.damping, blocks=BLOCKS)
+    solutions += [blocks.ihvp(vector[window.place]), blocks.member(3)]
+    found["blocks' diagonal"] = window.whole(blocks.diagonal())
+    found["blocks' diagonal error"] = window.whole(blocks.diagonal_error())
+    found["blocks multiplied"] = window.whole(blocks.multiply(vector[window.place]))
     for row in rows[25:]:
         follower.push(row)
     solutions.append(follower.ihvp(vector[window.place]))
@@ -223,6 +232,15 @@ def sharded() -> dict[str, Any]:
         "numbers": numbers,
         "solutions": [(window.whole(each.vector), each.error) for each in solutions],
     }
+
+
+def plans() -> list[str]:
+    """What a check says of windows that fit and do not."""
+    told = []
+    for rows in (34, 10**15):
+        planned = check(problem(), window=WindowOptions(size=rows)).plan
+        told += [each.note for each in planned.commands if each.command == "ihvp"]
+    return told
 
 
 def refused() -> list[str]:
@@ -242,7 +260,7 @@ def run(folder: Path) -> dict[str, Any]:
     with world.joined():
         found["size"] = world.size()
         found |= product() | agreements() | joined() | {"trained": trained()}
-        found |= {"sharded": sharded(), "refused": refused()}
+        found |= {"sharded": sharded(), "refused": refused(), "plans": plans()}
         found |= ended_by(partial(signal.raise_signal, signal.SIGTERM))
         for name in WHOLE:
             found["whole"][name] = whole(name)

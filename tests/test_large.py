@@ -118,7 +118,9 @@ def test_a_window_says_how_many_ranks_would_hold_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(memory, "_of_machine", lambda: 10 * 10**9)
     with pytest.raises(UsageError, match="95 GiB") as refusal:
         ShardedWindow(256, 100_000_000)
-    assert refusal.value.hint == "12 ranks with as much memory each, or 22 rows"  # of 9 GB each
+    found = refusal.value.hint.split(", ")
+    assert found[0] == "--window 22"  # in 9 GB
+    assert found[1] == "--window-file FILE or 12 ranks with as much memory each"
 
 
 def test_a_large_network_is_not_looked_through_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,10 +114,11 @@ def test_more_than_there_is_memory_for() -> None:
     flags = caught.value.hint.split()
     assert flags[0] == "--window"
     assert 0.8 * room < 4 * columns * int(flags[1].rstrip(",")) < 0.95 * room
-    assert "--window-dtype bfloat16 or --window-file FILE" in caught.value.hint
+    others = "--window-dtype bfloat16, --window-file FILE or 2 ranks with as much memory each"
+    assert others in caught.value.hint
     with pytest.raises(UsageError) as caught:
         GradientWindow(4, room)
-    assert caught.value.hint == "--window-file FILE"
+    assert caught.value.hint == "--window-file FILE or 18 ranks with as much memory each"
 
 
 def test_available_bytes() -> None:

@@ -143,9 +143,16 @@ def require_the_same(name: str, told: tuple[str, dict[str, bytes]]) -> None:
         document.get("eigenvalues", ()), here.get("eigenvalues", ()), strict=True
     ):
         assert abs(one["value"] - other["value"]) <= one["residual"] + other["residual"]
+    near = 8 * float(np.finfo("float32").eps)
+    for one, other in zip(document.get("layers", ()), here.get("layers", ()), strict=True):
+        if (its := other.get("saliency")) is not None:
+            assert one["saliency"]["mean"] == pytest.approx(its["mean"], rel=near)
+            assert one["saliency"]["stderr"] == pytest.approx(its["stderr"], rel=near)
+            for level, wanted in zip(one["saliency"]["quantiles"], its["quantiles"], strict=True):
+                assert level == pytest.approx(wanted, rel=near)
     for key in expected:  # sums over three batches, or what is made of such a sum
         found, wanted = (np.frombuffer(each[key], "float32") for each in (arrays, expected))
-        assert np.abs(found - wanted).max() <= 8 * np.finfo("float32").eps * np.abs(wanted).max()
+        assert np.abs(found - wanted).max() <= near * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("name", ranks.WHOLE)
@@ -201,9 +208,15 @@ def solved(rows: Tensor, vector: Tensor, damping: float) -> Tensor:
 def test_a_window_in_column_shards_solves_as_one_rank_s_does(several: Ranks) -> None:
     here, count = ranks.sharded(), len(several.found)
     rows, vector, damping = here["rows"], here["vector"], here["damping"]
+    ends = np.cumsum(ranks.BLOCKS)
+    blocks = [slice(end - size, end) for end, size in zip(ends, ranks.BLOCKS, strict=True)]
     truths = [
         solved(rows[:25], vector, damping),
         solved(rows[:25], rows[3].double(), damping),
+        *(
+            torch.cat([solved(rows[:25, block], x[block], damping) for block in blocks])
+            for x in (vector, rows[3].double())
+        ),
         solved(rows[2:], vector, damping),
     ]
     assert sum(found["sharded"]["held"] for found in several.found) == here["held"]
@@ -217,9 +230,11 @@ def test_a_window_in_column_shards_solves_as_one_rank_s_does(several: Ranks) -> 
             assert 0 < error < 0.01
             assert float((mine - truth).norm()) <= error * size
             assert float((mine - alone).norm()) <= (error + its) * size
-        allowed = found["diagonal error"] + here["diagonal error"]
-        assert ((found["diagonal"] - here["diagonal"]).abs() <= allowed).all()
-        torch.testing.assert_close(found["multiplied"], here["multiplied"], rtol=0, atol=1e-10)
+        for name in ("diagonal", "blocks' diagonal"):
+            allowed = found[f"{name} error"] + here[f"{name} error"]
+            assert ((found[name] - here[name]).abs() <= allowed).all()
+        for name in ("multiplied", "blocks multiplied"):
+            torch.testing.assert_close(found[name], here[name], rtol=0, atol=1e-10)
 
 
 def test_a_window_in_shards_sends_its_gram_matrix_once_and_as_many_numbers_as_rows(
@@ -239,6 +254,18 @@ def test_a_bad_row_of_one_rank_is_everybody_s(several: Ranks) -> None:
             "a gradient is not finite",
             "0",
         ]
+
+
+def test_a_check_plans_a_rank_s_share_of_the_window(several: Ranks) -> None:
+    """Of 34 rows of 31 float32 numbers; and says how many ranks would hold what does not fit."""
+    count = len(several.found)
+    for fits, does_not in (found["plans"] for found in several.found):
+        assert (
+            f"34 rows take 4.1 KiB, {4216 / count / 1024:.1f} KiB on each of {count} ranks" in fits
+        )
+        assert does_not.startswith("refused: the window is larger than the memory that is free")
+        assert f"{count} ranks have room for" in does_not
+        assert does_not.endswith("ranks with as much memory each")
 
 
 def test_replicas_take_one_process_s_steps(several: Ranks) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr
 from torch import Tensor
 
+from hesscli import world
 from hesscli.diagnostics.measurement import Work
 from hesscli.diagnostics.window import Collected, WindowOptions, timed_on_columns
 from hesscli.engines.mfac import GradientWindow
@@ -147,6 +148,9 @@ class Ranked:
 class Inverted:
     """Diag (F̂ + λI)⁻¹ from all rows and from some of them, layer by layer.
 
+    Of a window in shards each rank inverts the layers that it has, while others do theirs; then
+    all together those that reach over shards. What is kept of it is kept once all have all.
+
     Args:
         collected: the window and its blocks.
         weights: ``(d,)``.
@@ -156,7 +160,8 @@ class Inverted:
     def __init__(self, collected: Collected, weights: Tensor, layers: Sequence[slice]) -> None:
         self.collected, self.weights, self.layers = collected, weights, layers
         self._vectors = weights.new_empty(len(weights), 3, dtype=torch.float64)
-        self._means, self._quantiles = list[Array](), list[Array]()
+        self._means, self._quantiles = dict[int, Array](), dict[int, Array]()
+        self._done = 0
 
     def steps(self, on_step: OnStep = go_on) -> Iterator[Snapshot]:
         """A layer a step, or all of them where a block goes beyond one.
@@ -164,17 +169,32 @@ class Inverted:
         Args:
             on_step: called within a step, which can be made again; may end it.
         """
-        total, stretches = float(len(self.layers)), self._stretches()
-        while self._done < len(self.layers):
-            layers, sizes = stretches[self._done]
-            self._invert(layers, sizes, on_step)
-            yield Snapshot(phase="ranking", done=float(self._done), total=total)
+        window, total = self.collected.window, float(len(self.layers))
+
+        def told() -> Snapshot:
+            return Snapshot(phase="ranking", done=float(len(self._means)), total=total)
+
+        left = [each for each in self._stretches() if each.first >= self._done]
+        own = [each for each in left if self._lies_here(each.place)]
+        for _ in world.abreast(self._inverted(own, on_step)):
+            yield told()
+        for each in left:
+            if self._is_spread(each.place):
+                self._invert(each, on_step)
+                yield told()
+        if self._done < len(self.layers):
+            window.completed(self._vectors, slice(0, len(self.weights)))
+            for means, levels in world.gathered((self._means, self._quantiles)):
+                self._means |= means
+                self._quantiles |= levels
+            self._done = len(self.layers)
+            yield told()
 
     @property
     def ranked(self) -> Ranked:
         """Once all is done."""
         diagonal, halves = self._vectors[:, 0], self._vectors[:, 1:].T
-        means, levels = np.stack(self._means, 1), np.stack(self._quantiles, 1)
+        means, levels = (np.stack(self._in_order(x), 1) for x in (self._means, self._quantiles))
         own = saliencies(self.weights, diagonal)
         return Ranked(diagonal, own, Repeats(means, levels, halves))
 
@@ -183,40 +203,87 @@ class Inverted:
         end = self.layers[self._done - 1].stop if self._done else 0
         return {
             "vectors": Rows(self._vectors[:end]),
-            "means": self._means,
-            "quantiles": self._quantiles,
+            "means": self._in_order(self._means),
+            "quantiles": self._in_order(self._quantiles),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Have done what another had of the same window."""
         state["vectors"].copy_to(self._vectors)
-        self._means, self._quantiles = list(state["means"]), list(state["quantiles"])
+        self._means = dict(enumerate(state["means"]))
+        self._quantiles = dict(enumerate(state["quantiles"]))
+        self._done = len(self._means)
 
-    @property
-    def _done(self) -> int:
-        return len(self._means)
+    def _in_order(self, by_layer: Mapping[int, Array]) -> list[Array]:
+        """Of the layers that are done on all ranks."""
+        return [by_layer[number] for number in range(self._done)]
 
-    def _stretches(self) -> dict[int, tuple[Sequence[slice], Sizes]]:
-        """Layers that blocks lie within, by the first of them, and these blocks."""
+    def _stretches(self) -> list[_Stretch]:
+        """Layers that blocks lie within, and these blocks."""
         sizes = self.collected.sizes
         if sizes is None:
-            return {0: (self.layers, np.array([len(self.weights)]))}
+            return [_Stretch(0, self.layers, np.array([len(self.weights)]))]
         ends = np.cumsum(sizes)
         cuts = np.searchsorted(ends, [layer.stop for layer in self.layers]) + 1
         pairs = zip(self.layers, np.split(sizes, cuts[:-1]), strict=True)
-        return {number: ([layer], own) for number, (layer, own) in enumerate(pairs)}
+        return [_Stretch(number, [layer], own) for number, (layer, own) in enumerate(pairs)]
 
-    def _invert(self, layers: Sequence[slice], sizes: Sizes, on_step: OnStep) -> None:
-        window, place = self.collected.window, slice(layers[0].start, layers[-1].stop)
-        damping = self.collected.fisher.damping
-        found = inverse_diagonals(window, place, sizes, damping, _SETS, on_step)
-        own, halves = found[0], saliencies(self.weights[place], found[1:3])
-        self._vectors[place] = torch.stack([own, *halves], dim=1)
-        for layer in layers:
-            own = found[3:, layer.start - place.start : layer.stop - place.start]
-            fewer = [saliencies(self.weights[layer], diagonal) for diagonal in own]
-            self._quantiles.append(torch.stack([quantiles(each) for each in fewer]).numpy())
-            self._means.append(np.array([float(each.mean()) for each in fewer]))
+    def _is_spread(self, place: slice) -> bool:
+        """Whether it reaches over shards."""
+        return any(place.start < cut < place.stop for cut in self.collected.window.cuts)
+
+    def _lies_here(self, place: slice) -> bool:
+        """Whether it is this rank's alone."""
+        here = self.collected.window.own(place)
+        return here.stop > here.start and not self._is_spread(place)
+
+    def _inverted(
+        self, stretches: Sequence[_Stretch], on_step: OnStep
+    ) -> Generator[None, None, None]:
+        for stretch in stretches:
+            self._invert(stretch, on_step)
+            if not self.collected.window.cuts:
+                self._done = len(self._means)
+            yield
+
+    def _invert(self, stretch: _Stretch, on_step: OnStep) -> None:
+        """Of what this rank has of some layers, and what their ranks have together."""
+        window, damping = self.collected.window, self.collected.fisher.damping
+        found = inverse_diagonals(window, stretch.place, stretch.sizes, damping, _SETS, on_step)
+        first = window.place.start + window.own(stretch.place).start
+        here = slice(first, first + found.shape[1])
+        own, halves = found[0], saliencies(self.weights[here], found[1:3])
+        self._vectors[here] = torch.stack([own, *halves], dim=1)
+        for number, layer in enumerate(stretch.layers, stretch.first):
+            if not (self._is_spread(layer) or self._lies_here(layer)):
+                continue
+            kept = window.own(layer)
+            part = slice(window.place.start + kept.start, window.place.start + kept.stop)
+            means, levels = list[float](), list[Tensor]()
+            for diagonal in found[3:, part.start - first : part.stop - first]:
+                fewer = saliencies(self.weights[part], diagonal)
+                if self._is_spread(layer):
+                    whole = fewer.new_empty(layer.stop - layer.start)
+                    whole[part.start - layer.start : part.stop - layer.start] = fewer
+                    fewer = window.completed(whole, layer)
+                means.append(float(fewer.mean()))
+                levels.append(quantiles(fewer))
+            self._means[number] = np.array(means)
+            self._quantiles[number] = torch.stack(levels).numpy()
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Consecutive layers from number ``first`` on that hold whole blocks, and these."""
+
+    first: int
+    layers: Sequence[slice]
+    sizes: Sizes
+
+    @property
+    def place(self) -> slice:
+        """Of all of them."""
+        return slice(self.layers[0].start, self.layers[-1].stop)
 
 
 def quantiles(values: Tensor) -> Tensor:
@@ -248,6 +315,7 @@ def ranking(problem: Problem, options: WindowOptions, rows: int) -> Work:
 
     places = problem.parameters.layer_places()
     most = max(place.stop - place.start for place in places)
+    most = min(most, -(-problem.parameters.size // world.size()))
     held = torch.float64.itemsize * (len(_SETS) * most + _VECTORS * problem.parameters.size)
     spent = timed_on_columns(problem, options, rows, invert)
     return Work(phase="ranking", spent=spent, num_bytes=held)

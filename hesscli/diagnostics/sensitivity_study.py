@@ -124,8 +124,9 @@ class SensitivityStudy:
 
         Damping alone would rank such a tensor, by its size, and the loss does not know of it.
         """
-        places = self.problem.parameters.places()
-        unknown = [place for place in places if not self.collected.depends_on(place)]
+        places = list(self.problem.parameters.places())
+        reached = self.collected.reached(places)
+        unknown = [place for place, is_known in zip(places, reached, strict=True) if not is_known]
         found = self.weights.clone() if unknown else self.weights
         for place in unknown:
             found[place] = 0
@@ -147,6 +148,7 @@ class SensitivityStudy:
             self.seed,
             self._is_enough,
             self.run.clock.watch,
+            self._saved.get("rows", 0),
             self._saved.get("cut_short", False),
         )
         self.solving = Solving(self.operator, self.collected.fisher, self.right, self.refine)
@@ -168,9 +170,10 @@ class SensitivityStudy:
             yield from self._verified()
 
     def state_dict(self) -> State:
-        """The rows, and what each stage has found; what can be made of the rows is not in it."""
+        """Rows, but for those of shards, and what stages have found that is not made of them."""
         return {
             "window": self.empty.state_dict(),
+            "rows": max(self._saved.get("rows", 0), self.empty.pushes),
             "cut_short": self.solving is not None and self.collected.cut_short,
             "solving": _state_of(self.solving),
             "inverted": _state_of(self._inverted),

@@ -10,10 +10,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hesscli import world
 from hesscli.diagnostics.saliency import rank_correlation, saliencies, sampled_places
 from hesscli.diagnostics.window import Collected
 from hesscli.engines.conjugate_gradients import ConjugateGradients
 from hesscli.engines.mfac import Gram, StaticFisher
+from hesscli.engines.mfac.static import Part
 from hesscli.operators.base import Operator
 from hesscli.results import DampingPoint, Refinement, ResidualReport, Snapshot
 from hesscli.state import State
@@ -115,9 +117,10 @@ class Solving:
 
     def _measure(self) -> ResidualReport:
         """Make the product that says how good the solution is."""
-        direction = self.direction
+        direction, window = self.direction, self.fisher.window
+        image = window.whole(self.fisher.multiply(direction[window.place]))
         self._residual = ResidualReport(
-            window=relative_residual(self.fisher.multiply(direction), self.right),
+            window=relative_residual(image, self.right),
             operator=relative_residual(self._damped(direction), self.right),
             operator_name=self.operator.name,
         )
@@ -128,7 +131,8 @@ class Solving:
         return self.operator.apply(vector[None])[0] + self.fisher.damping * vector
 
     def _precondition(self, vector: Tensor) -> Tensor:
-        return self.fisher.ihvp(vector).vector.double()
+        window = self.fisher.window
+        return window.whole(self.fisher.ihvp(vector[window.place]).vector)
 
 
 def relative_residual(image: Tensor, right: Tensor) -> float | None:
@@ -170,17 +174,28 @@ def sweep(
     if not unit or not sweeps(len(weights)):
         return ()
     dampings, right = [relative * unit for relative in RELATIVE], right.double()
-    places = sampled_places(len(weights), weights.device)
+    window, places = collected.window, sampled_places(len(weights), weights.device)
     directions = torch.empty(len(dampings), len(right), dtype=dtype, device=right.device)
-    diagonals = torch.empty(len(dampings), len(places), dtype=torch.float64, device=right.device)
-    for part in collected.fisher.parts():
-        first, last = torch.searchsorted(places, places.new_tensor(_ends(part.columns))).tolist()
-        inside = places[first:last] - part.columns.start
-        for damping, direction, diagonal in zip(dampings, directions, diagonals, strict=True):
-            solved, entries = part.damped(damping).plain(right[None, part.columns])
-            direction[part.columns], diagonal[first:last] = solved[0], entries[inside]
+    diagonals = torch.zeros(len(dampings), len(places), dtype=torch.float64, device=right.device)
+
+    def damped(parts: Iterator[Part]) -> Generator[None, None, None]:
+        for part in parts:
+            start, stop = (window.place.start + end for end in _ends(part.columns))
+            first, last = torch.searchsorted(places, places.new_tensor((start, stop))).tolist()
+            inside = places[first:last] - start
+            for damping, direction, diagonal in zip(dampings, directions, diagonals, strict=True):
+                solved, entries = part.damped(damping).plain(right[None, start:stop])
+                direction[start:stop], diagonal[first:last] = solved[0], entries[inside]
+            yield
+
+    for _ in damped(collected.fisher.shared_parts()):
         yield Snapshot(phase="inverting")
-    own = (collected.fisher.diagonal() if own is None else own)[places]
+    for _ in world.abreast(damped(collected.fisher.parts())):
+        yield Snapshot(phase="inverting")
+    for direction in directions:
+        window.completed(direction, slice(0, window.columns))
+    diagonals = window.added_up(diagonals)
+    own = (window.whole(collected.fisher.diagonal()) if own is None else own)[places]
     saliency = saliencies(weights[places], own)
     residuals = yield from _residuals(operator, dampings, directions, right)
     shares = _span_shares(collected, directions)
@@ -236,11 +251,8 @@ def _span_shares(collected: Collected, directions: Tensor) -> Sequence[float | N
     window = collected.window
     values, vectors = torch.linalg.eigh(Gram(window).matrix)
     kept = values > len(values) * torch.finfo(torch.float32).eps * values[-1]
-    inside = (
-        window.project(directions, slice(0, window.size), torch.float64)
-        @ vectors[:, kept]
-        / values[kept].sqrt()
-    )
+    projected = window.added_up(window.project(directions[:, window.place]))
+    inside = projected @ vectors[:, kept] / values[kept].sqrt()
     sizes = torch.linalg.vector_norm(directions, dim=1, dtype=torch.float64)
     shares = torch.linalg.vector_norm(inside, dim=1) / sizes
     return [

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hesscli import world
 from hesscli.diagnostics.measurement import Pace, Work
-from hesscli.engines.mfac import GradientWindow, StaticFisher
+from hesscli.engines.mfac import GradientWindow, ShardedWindow, StaticFisher
 from hesscli.engines.mfac.static import Sizes, kept_bytes
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
@@ -42,7 +43,7 @@ class WindowOptions:
         rows: ``auto``, ``sampled``, ``example`` or ``microbatch:N``; ``auto`` is ``sampled``
             wherever the loss allows it.
         size: number of rows; None for 512, or as many as fit in 1.5 GiB and in a quarter of the
-            free memory, at least 16.
+            free memory of each rank, at least 16.
         dtype: that rows are kept in: ``float32``, ``bfloat16`` or ``float64``.
         file: where rows are kept, in place of memory.
         blocks: ``auto`` (at most a quarter as many entries as there are rows), ``whole``,
@@ -77,16 +78,18 @@ class WindowOptions:
         if self.size is not None:
             return self.size
         room = available_bytes(problem.device) // 4
-        most = min(room, _USUAL_BYTES) // (problem.parameters.size * self.torch_dtype.itemsize)
+        row = problem.parameters.size * self.torch_dtype.itemsize
+        most = world.size() * min(room, _USUAL_BYTES) // row
         return USUAL_ROWS if self.file else max(FEWEST_ROWS, min(USUAL_ROWS, most))
 
     def empty(self, problem: Problem) -> GradientWindow:
-        """A window with no rows yet.
+        """A window with no rows yet; of many ranks each has some of its columns.
 
         Raises:
             UsageError: it is larger than memory or disk.
         """
-        return GradientWindow(
+        kind = ShardedWindow if world.size() > 1 else GradientWindow
+        return kind(
             self.count(problem),
             problem.parameters.size,
             dtype=self.torch_dtype,
@@ -110,11 +113,14 @@ class Collected:
     @property
     def damping_unit(self) -> float:
         """Tr F̂ / d."""
-        return self.window.mean_square() / self.window.size
+        return self.window.mean_square() / self.window.columns
 
-    def depends_on(self, place: slice) -> bool:
-        """Whether any row is anything but zero there."""
-        return any(bool(tile.any()) for _, tile in self.window.tiles(place))
+    def reached(self, places: Sequence[slice]) -> list[bool]:
+        """Whether any row is anything but zero in some ranges of all columns."""
+        window = self.window
+        tiles = ((tile for _, tile in window.tiles(window.own(place))) for place in places)
+        found = torch.tensor([any(bool(tile.any()) for tile in each) for each in tiles]).double()
+        return [bool(each) for each in window.added_up(found)]
 
     def report(self) -> WindowReport:
         """What the window is, as results have it."""
@@ -125,9 +131,9 @@ class Collected:
             damping=self.fisher.damping,
             relative_damping=self.fisher.damping / self.damping_unit if self.damping_unit else 0.0,
             blocks=self.options.blocks,
-            largest_block=self.window.size if self.sizes is None else int(self.sizes.max()),
+            largest_block=self.window.columns if self.sizes is None else int(self.sizes.max()),
             dtype=self.options.dtype,
-            num_bytes=self.window.nbytes,
+            num_bytes=self.window.capacity * self.window.columns * self.window.dtype.itemsize,
             file=None if file is None else str(file),
         )
 
@@ -139,6 +145,7 @@ def collect(
     seed: int,
     enough: Callable[[int], bool],
     watch: Callable[[str], OnStep],
+    paid: int = 0,
     cut_short: bool = False,
 ) -> Generator[Snapshot, None, Collected]:
     """Fill a window with a problem's gradients, and make it the matrix that it stands for.
@@ -150,6 +157,7 @@ def collect(
         seed: of sampled rows.
         enough: whether so many rows must do, for want of time.
         watch: of a phase makes what looks at the time between its steps.
+        paid: how many rows were counted, though the window may not have them any more.
         cut_short: no more rows are to be collected, since there was no time for them.
 
     Raises:
@@ -159,10 +167,19 @@ def collect(
     problem = operator.problem
     kind, reason = kind_of(problem, options.rows)
     source, wanted = Rows(problem, kind, seed, operator.meter), window.capacity
-    for block in source.take(window.count if cut_short else wanted, window.count):
+
+    def told() -> Snapshot:
+        done, total = float(window.count), float(wanted)
+        return Snapshot(phase="collecting gradients", done=done, total=total)
+
+    with operator.meter.uncounted():
+        for block in source.take(paid, window.count):
+            window.extend(block)
+            yield told()
+    for block in source.take(paid if cut_short else wanted, window.count):
         window.extend(block)
         operator.meter.keep()
-        yield Snapshot(phase="collecting gradients", done=float(window.count), total=float(wanted))
+        yield told()
         if cut_short := window.count < wanted and enough(window.count):
             break
     damping = damping_of(window, options)
@@ -190,11 +207,15 @@ def collecting(problem: Problem, options: WindowOptions, rows: int, pace: Pace) 
     kind, _ = kind_of(problem, options.rows)
     examples = rows * (kind.size if kind.name == "microbatch" else 1)
     held = rows * problem.parameters.size * options.torch_dtype.itemsize
+    note = f"{rows} rows take {human_bytes(held)}"
+    if (ranks := world.size()) > 1:
+        held = -(-held // ranks)
+        note += f", {human_bytes(held)} on each of {ranks} ranks"
     return Work(
         phase="collecting gradients",
         spent=pace.gradient.times(examples / problem.data.count).alone(),
         num_bytes=0 if options.file else held,
-        note=f"{rows} rows take {human_bytes(held)}",
+        note=note,
     )
 
 
@@ -208,7 +229,7 @@ def inverting(problem: Problem, options: WindowOptions, rows: int) -> Work:
 
     size = problem.parameters.size
     sizes = block_sizes(layer_sizes(problem.parameters), options.blocks, rows)
-    held = kept_bytes(np.array([size]) if sizes is None else sizes, rows)
+    held = kept_bytes(np.array([size]) if sizes is None else sizes, rows, world.size())
     spent = timed_on_columns(problem, options, rows, solve)
     note = f"what inverts them {human_bytes(held)}"
     return Work(phase="inverting", spent=spent, num_bytes=held, note=note)
@@ -220,7 +241,10 @@ def timed_on_columns(
     rows: int,
     work: Callable[[GradientWindow, Sizes], None],
 ) -> Spent:
-    """What something takes with a whole window, by how long it takes with some of its columns."""
+    """What something takes with a whole window, by how long it takes with some of its columns.
+
+    Of many ranks each has as many columns as the others.
+    """
     size = problem.parameters.size
     sizes = block_sizes(layer_sizes(problem.parameters), options.blocks, rows)
     largest = size if sizes is None else int(sizes.max())
@@ -230,7 +254,7 @@ def timed_on_columns(
     window.extend(torch.randn(rows, window.size).to(problem.device))
     began = time.perf_counter()
     work(window, own)
-    return Spent(seconds=(time.perf_counter() - began) * size / window.size)
+    return Spent(seconds=(time.perf_counter() - began) * size / (window.size * world.size()))
 
 
 def layer_sizes(parameters: Parameters) -> list[int]:
@@ -262,7 +286,8 @@ def block_sizes(layers: Sequence[int], rule: str, rows: int, multiple: int = 1) 
 
 def _cut(total: int, most: int) -> Sizes:
     """Blocks of one size, and what is left over."""
-    return np.append(np.full(total // most, most), [total % most] if total % most else [])
+    whole, rest = divmod(total, most)
+    return np.concatenate([np.full(whole, most), np.full(int(rest > 0), rest)])
 
 
 def kind_of(problem: Problem, rows: str) -> tuple[RowKind, str]:
@@ -282,7 +307,7 @@ def damping_of(window: GradientWindow, options: WindowOptions) -> float:
     """
     if options.absolute:
         return options.damping
-    size = window.mean_square() / window.size
+    size = window.mean_square() / window.columns
     if size == 0:
         raise UnsoundError(
             "all gradients in the window are zero",

@@ -89,11 +89,12 @@ class Gram:
     def refresh(self, on_step: OnStep = go_on) -> None:
         """Make all of it from the rows."""
         matrix = self.matrix.zero_()
-        for _, tile in self.window.tiles(self.columns):
-            rows = tile.to(self.dtype)
-            for panel in panels(self.count):
-                matrix[panel, : panel.stop] += rows[panel] @ rows[: panel.stop].T
-            on_step()
+        with self.window.apart():
+            for _, tile in self.window.tiles(self.columns):
+                rows = tile.to(self.dtype)
+                for panel in panels(self.count):
+                    matrix[panel, : panel.stop] += rows[panel] @ rows[: panel.stop].T
+                on_step()
         matrix.copy_(self.window.added_up(matrix.tril() + matrix.tril(-1).T))
 
     def row(self, slot: int) -> Tensor:

@@ -7,6 +7,9 @@ is: a right side, a solution and a diagonal have on each rank the columns that i
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,9 +18,7 @@ from torch import Tensor
 
 from hesscli import world
 from hesscli.engines.mfac.window import GradientWindow
-from hesscli.errors import UsageError
-from hesscli.memory import room_for_more
-from hesscli.units import human_bytes
+from hesscli.state import Rows, State
 
 
 class ShardedWindow(GradientWindow):
@@ -30,11 +31,9 @@ class ShardedWindow(GradientWindow):
         rows: how many there is room for.
         columns: length d of a gradient.
         dtype: that rows are kept in.
-        path: a file of this rank's to keep its columns in; None keeps them in memory.
+        path: a file to keep them in, after whose name comes the rank's number; None keeps them in
+            memory.
         device: where tiles are worked on.
-
-    Attributes:
-        place: this rank's columns.
 
     Raises:
         UsageError: sizes that cannot be, or a share that does not fit; the hint says on how many
@@ -50,22 +49,54 @@ class ShardedWindow(GradientWindow):
         path: Path | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        self._is_shared = True
         cuts = [columns * rank // world.size() for rank in range(world.size() + 1)]
         self._places = [slice(*cut) for cut in pairwise(cuts)]
-        self.place = self._places[world.place()]
-        with world.apart():
-            if path is None:
-                _require_room(rows, columns, dtype, torch.device(device or "cpu"))
-            super().__init__(rows, columns, dtype=dtype, path=path, device=device, shard=self.place)
+        shard = self._places[world.place()]
+        if path is not None:
+            path = path.with_name(f"{path.name}.{world.place()}")
+        super().__init__(rows, columns, dtype=dtype, path=path, device=device, shard=shard)
 
     @property
-    def shards(self) -> int:
-        """As many as there are ranks."""
-        return world.size()
+    def cuts(self) -> Sequence[int]:
+        """Columns at which each rank's but the first's begin."""
+        return [place.start for place in self._places[1:]] if self._is_shared else ()
+
+    def apart(self) -> AbstractContextManager[None]:
+        """A stretch in which each rank works on its columns; what one raises, all raise."""
+        return world.apart() if self._is_shared else nullcontext()
+
+    def alone(self) -> GradientWindow:
+        """This rank's columns, as a window that is not shared."""
+        found = copy.copy(self)
+        found._is_shared = False
+        return found
 
     def added_up(self, sums: Tensor) -> Tensor:
         """Over all ranks' columns, in the place of this rank's sums."""
-        return world.added_up(sums)
+        return world.added_up(sums) if self._is_shared else sums
+
+    def completed(self, tensor: Tensor, columns: slice) -> Tensor:
+        """With the entries of all ranks, where each had those of its own columns."""
+        if not self._is_shared:
+            return tensor
+        first, last = columns.start, columns.stop
+        bounds = ((min(max(p.start, first), last), min(p.stop, last)) for p in self._places)
+        return world.completed(tensor, [slice(a - first, max(a, b) - first) for a, b in bounds])
+
+    def state_dict(self) -> State:
+        """How many rows there were: a file of all of them would be one rank's, who has a part."""
+        return {"pushes": self.pushes, "rows": None, "squares": None}
+
+    def load_state_dict(self, state: State) -> None:
+        """Hold this rank's columns of what a window of all of them did, if that was kept."""
+        if state["rows"] is None:
+            return
+        rows = state["rows"] if isinstance(state["rows"], Rows) else Rows(state["rows"])
+        self.pushes = 0
+        for block in rows.since(0):
+            self._keep(block[:, self.place].to(self.dtype))
+        self.pushes = state["pushes"]
 
     def exchange(self, block: Tensor) -> None:
         """Keep gradients ``(k, d)`` of every rank's own, of which k may differ or be 0.
@@ -77,7 +108,7 @@ class ShardedWindow(GradientWindow):
             UsageError: a rank's have another length.
             UnsoundError: one is not finite; nothing has changed.
         """
-        with world.apart():
+        with self.apart():
             rows = self._checked(block)
         if self.shards == 1:
             self._keep(rows)
@@ -87,23 +118,3 @@ class ShardedWindow(GradientWindow):
         for turn in range(max(counts)):
             row = rows[turn] if turn < len(rows) else rows.new_empty(0)
             self._keep(world.exchanged(row, widths, [turn < count for count in counts]))
-
-    def whole(self, part: Tensor) -> Tensor:
-        """A vector ``(d,)`` of which each rank has its columns, on every rank."""
-        parts = world.gathered(part.cpu())
-        return torch.cat(parts).to(part.device)
-
-
-def _require_room(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-    whole, room, ranks = rows * columns * dtype.itemsize, room_for_more(device), world.size()
-    if whole <= ranks * room:
-        return
-    hint = f"{-(-whole // max(1, room))} ranks with as much memory each"
-    if fewer := ranks * room // (columns * dtype.itemsize):
-        hint += f", or {fewer} rows"
-    raise UsageError(
-        "a rank's share of the window is larger than the memory that is free",
-        f"{rows} rows of {columns} take {human_bytes(whole)}, and each of {ranks} has room for "
-        f"{human_bytes(room)}",
-        hint,
-    )

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesscli import world
 from hesscli.engines.mfac.system import DualBlock, PrimalRun, Solved
 from hesscli.engines.mfac.window import GradientWindow
 from hesscli.errors import UnsoundError, UsageError
@@ -67,7 +67,7 @@ def checked_rows(rows: Tensor, length: int, window: GradientWindow) -> Tensor:
         UsageError: they have another length.
         UnsoundError: one is not finite.
     """
-    with world.apart() if window.shards > 1 else nullcontext():
+    with window.apart():
         if rows.ndim != 2 or rows.shape[1] != length:
             raise UsageError(
                 "a vector has the wrong length",
@@ -104,22 +104,70 @@ def only(slot: int, window: GradientWindow) -> Tensor:
 Sizes = NDArray[np.int64]
 """Of consecutive blocks of columns, of which there may be millions."""
 Part = DualBlock | PrimalRun
+T = TypeVar("T")
 _TOGETHER = 1 << 17
 """Numbers in the matrices that are inverted together: a processor's cache holds some of them."""
 _KEPT = 1 << 30
 """Bytes of matrices and factors that are kept, at most."""
 
 
+@dataclass(frozen=True)
+class Division:
+    """Consecutive blocks, as the shards of a window have them.
+
+    A block that reaches over shards is inverted by all that share the window together, each with
+    the columns that it has, if any; any other by the shard that it lies in.
+
+    Attributes:
+        shared: of those that reach over shards, the size and the columns that are in this one.
+        own: sizes of those that lie in this one.
+        first: column of this one at which they begin.
+    """
+
+    shared: Sequence[tuple[int, slice]]
+    own: Sizes
+    first: int
+
+    @classmethod
+    def of(cls, window: GradientWindow, sizes: Sizes, start: int = 0) -> Division:
+        """Of a window's blocks.
+
+        Args:
+            window: whole, or in shards.
+            sizes: of the blocks.
+            start: where they begin, of all columns.
+        """
+        if window.shards == 1:
+            return cls((), sizes, start)
+        stops = start + np.cumsum(sizes)
+        starts, cuts = stops - sizes, np.array(window.cuts)
+        # The first cut after a block's start is where its shard ends.
+        ends = np.append(cuts, window.columns)[np.searchsorted(cuts, starts, side="right")]
+        over = np.flatnonzero(stops > ends)
+        places = [window.own(slice(starts[i], stops[i])) for i in over]
+        first, last = window.place.start, window.place.stop
+        inside = np.flatnonzero((starts >= first) & (stops <= last))
+        offset = int(starts[inside[0]]) - first if len(inside) else 0
+        return cls(list(zip(sizes[over].tolist(), places, strict=True)), sizes[inside], offset)
+
+    def runs(self, rows: int, together: int = _TOGETHER) -> Iterator[tuple[int, slice]]:
+        """Own blocks that are inverted together, where they lie in the shard."""
+        if len(self.own):
+            for size, place in runs(self.own, rows, together):
+                yield size, slice(place.start + self.first, place.stop + self.first)
+
+
 class StaticFisher:
     """(F̂ + λI)⁻¹ with F̂ = (1/n) GᵀG, or its block diagonal.
 
     A block of b columns is inverted as a matrix of its own where b ≤ n, and else by way of its
-    n×n Gram matrix: O(d n min(n, b)) once, then O(dn) a product and O(n) an element.
+    n×n Gram matrix: O(d n min(n, b)) once, then O(dn) a product and O(n) an element. Of a window in
+    shards vectors have the columns that a shard has, and all that share it do the same at once.
 
     Args:
         window: the rows of G; it must not change from now on.
         damping: λ, absolute.
-        blocks: sizes of consecutive blocks of columns; None is one whole block.
+        blocks: sizes of consecutive blocks of all columns; None is one whole block.
         precise: make products with the window in float64, or in float32 where b > n. None is
             float64 where b < 2n, and elsewhere float32 unless too few digits would be left.
         on_step: called as blocks are inverted, some columns at a time; may end it.
@@ -144,36 +192,30 @@ class StaticFisher:
     ) -> None:
         self.damping = checked_damping(damping)
         window.require_rows()
-        sizes = np.asarray((window.size,) if blocks is None else blocks, dtype=np.int64)
-        if sizes.min(initial=1) < 1 or sizes.sum() != window.size:
+        columns = window.size if window.shards == 1 else window.columns
+        sizes = np.asarray((columns,) if blocks is None else blocks, dtype=np.int64)
+        if sizes.min(initial=1) < 1 or sizes.sum() != columns:
             raise UsageError(
                 "blocks do not make up the gradient",
-                f"sizes that sum to {sizes.sum()}, for {window.size} columns",
+                f"sizes that sum to {sizes.sum()}, for {columns} columns",
                 "sizes above 0 of all consecutive blocks",
-            )
-        if window.shards > 1 and len(sizes) > 1:
-            raise UsageError(
-                "a window in column shards is inverted as one block",
-                f"{len(sizes)} blocks on {window.shards} ranks",
-                "no blocks, or a window for each rank's own columns",
             )
         self.window, self._pushes, self._has_room = window, window.pushes, False
         self._sizes, self._precise, self._on_step = sizes, precise, on_step
-        self._starts = [columns.start for _, columns in runs(sizes, window.count)]
+        self._division = Division.of(window, sizes)
+        self._starts = [columns.start for _, columns in self._division.runs(window.count)]
+        self._shared: list[Part] | None = None
         self._kept: list[Part] | None = None
-        if kept_bytes(sizes, window.count):
-            self._kept = list(self._made())
-            for part in self._kept:
-                part.factorise()
+        if kept_bytes(sizes, window.count, window.shards):
+            self._keep(self._made_together(), self._made())
 
     def with_damping(self, damping: float) -> StaticFisher:
         """The same matrix with another λ: what was kept of the rows is used again."""
         found = copy.copy(self)
         found.damping = checked_damping(damping)
         if self._kept is not None:
-            found._kept = [part.damped(found.damping) for part in self.parts()]
-            for part in found._kept:
-                part.factorise()
+            shared, own = self.shared_parts(), self.parts()
+            found._keep(*((part.damped(found.damping) for part in each) for each in (shared, own)))
         return found
 
     def without(self, gone: Tensor) -> StaticFisher:
@@ -186,27 +228,69 @@ class StaticFisher:
     def parts(self) -> Iterator[Part]:
         """Its blocks, left to right; made as they are taken where all are too large to keep.
 
+        Of a window in shards those that lie in this one.
+
         Raises:
             UsageError: rows were pushed or the window was closed.
             UnsoundError: λ is lost in rounding.
         """
+        self._require_as_it_was()
+        return self._made() if self._kept is None else iter(self._kept)
+
+    def shared_parts(self) -> Iterator[Part]:
+        """Blocks that reach over shards, which all that share the window must take together."""
+        self._require_as_it_was()
+        return self._made_together() if self._shared is None else iter(self._shared)
+
+    def _require_as_it_was(self) -> None:
         if self.window.pushes != self._pushes or not self.window.count:
             raise UsageError(
                 "the window is not what it was when it was inverted",
                 f"{self.window.pushes - self._pushes} new rows, {self.window.count} in all",
                 "a new StaticFisher, or a WindowedFisher that follows its window",
             )
-        return self._made() if self._kept is None else iter(self._kept)
+
+    def _keep(self, shared: Iterable[Part], own: Iterable[Part]) -> None:
+        """Have parts, whose dampings are seen not to be lost."""
+        self._shared = list(shared)
+        with self.window.apart():
+            self._kept = list(own)
+            for part in self._kept:
+                part.factorise()
+
+    def _made_together(self) -> Iterator[Part]:
+        for size, columns in self._division.shared:
+            yield self._dual(self.window, size, columns)
+            self._on_step()
 
     def _made(self) -> Iterator[Part]:
-        window, on_step = self.window, self._on_step
-        for size, columns in runs(self._sizes, window.count):
-            if size <= window.count and window.shards == 1:
+        window, on_step = self.window.alone(), self._on_step
+        for size, columns in self._division.runs(window.count):
+            if size <= window.count:
                 yield PrimalRun(window, columns, size, self.damping, on_step=on_step)
             else:
-                how = (self._precise is None and size < 2 * window.count) or self._precise
-                yield DualBlock(window, columns, self.damping, how, on_step=on_step)
+                yield self._dual(window, size, columns)
             on_step()
+
+    def _dual(self, window: GradientWindow, size: int, columns: slice) -> DualBlock:
+        precise = (self._precise is None and size < 2 * window.count) or self._precise
+        return DualBlock(window, columns, self.damping, precise, on_step=self._on_step)
+
+    def _of_each(self, work: Callable[[Part], T]) -> tuple[list[T], list[T]]:
+        """Something of each block that reaches over shards, and of each that does not."""
+        shared = [work(part) for part in self.shared_parts()]
+        with self.window.apart():
+            return shared, [work(part) for part in self.parts()]
+
+    def _in_place(self, work: Callable[[Part], Tensor]) -> Tensor:
+        """A vector ``(size,)`` of what something makes of each block."""
+        found = self._empty(self.window.size)
+        for columns, values in chain(*self._of_each(lambda part: (part.columns, work(part)))):
+            found[columns] = values
+        return found
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64, device=self.window.device)
 
     @property
     def table_nbytes(self) -> int:
@@ -228,7 +312,7 @@ class StaticFisher:
         One pass, and far more digits than ``ihvp`` of the same x where λ is small.
         """
         rows = checked_rows(amounts[None], self.window.count, self.window)
-        solved, errors = _joined([part.combination(rows) for part in self.parts()])
+        solved, errors = self._solved(1, lambda part: part.combination(rows))
         return Solution.of(solved[0], errors[0], self.window)
 
     def member(self, slot: int) -> Solution:
@@ -238,16 +322,15 @@ class StaticFisher:
     def multiply(self, vector: Tensor) -> Tensor:
         """(F̂ + λI) x for x ``(d,)``, all in float64."""
         rows = checked_rows(vector[None], self.window.size, self.window)
-        images = [part.multiply(rows[:, part.columns]) for part in self.parts()]
-        return torch.cat(images, dim=1)[0]
+        return self._in_place(lambda part: part.multiply(rows[:, part.columns])[0])
 
     def diagonal(self) -> Tensor:
         """Diagonal of the inverse, float64 ``(d,)``."""
-        return torch.cat([part.diagonal[0] for part in self.parts()])
+        return self._in_place(lambda part: part.diagonal[0])
 
     def diagonal_error(self) -> Tensor:
         """Bounds of what rounding has done to each entry of ``diagonal``, float64 ``(d,)``."""
-        return torch.cat([part.diagonal[1] for part in self.parts()])
+        return self._in_place(lambda part: part.diagonal[1])
 
     def leverage(self) -> Tensor:
         """1 − λ · diagonal ``(d,)``: how much of each entry the data decide, from 0 to 1."""
@@ -327,7 +410,20 @@ class StaticFisher:
 
     def _solve(self, vectors: Tensor) -> Solved:
         rows = checked_rows(vectors, self.window.size, self.window)
-        return _joined([part.solve(rows[:, part.columns]) for part in self.parts()])
+        return self._solved(len(rows), lambda part: part.solve(rows[:, part.columns]))
+
+    def _solved(self, count: int, work: Callable[[Part], Solved]) -> Solved:
+        """So many solutions, part by part; the squares of their errors add up."""
+        vectors = self._empty(count, self.window.size)
+        together, alone = self._empty(2, count).zero_()
+        shared, own = self._of_each(lambda part: (part.columns, *work(part)))
+        for squares, solved in ((together, shared), (alone, own)):
+            for columns, found, errors in solved:
+                vectors[:, columns] = found
+                squares += errors.square()
+        if len(shared) < len(self._sizes):
+            alone = self.window.added_up(alone)
+        return vectors, (together + alone).sqrt()
 
     def _held(self) -> list[Part]:
         """All parts, kept from now on: whoever asks for single entries will ask for more.
@@ -343,12 +439,6 @@ class StaticFisher:
 
     def _starts_tensor(self) -> Tensor:
         return torch.tensor(self._starts, device=self.window.device)
-
-
-def _joined(solved: Sequence[Solved]) -> Solved:
-    """Parts side by side; the squares of their errors add up."""
-    vectors, errors = zip(*solved, strict=True)
-    return torch.cat(vectors, dim=1), torch.stack(errors).square().sum(0).sqrt()
 
 
 def runs(sizes: Sizes, rows: int, together: int = _TOGETHER) -> Iterator[tuple[int, slice]]:
@@ -369,9 +459,13 @@ def runs(sizes: Sizes, rows: int, together: int = _TOGETHER) -> Iterator[tuple[i
         start, first = stop, end
 
 
-def kept_bytes(sizes: Sizes, rows: int) -> int:
-    """Memory for what is kept of the inverse of so many rows' matrix; 0 where nothing is."""
-    needed = _matrix_bytes(sizes, rows)
+def kept_bytes(sizes: Sizes, rows: int, shards: int = 1) -> int:
+    """Memory for what is kept of the inverse of so many rows' matrix; 0 where nothing is.
+
+    Of shards each has about an equal part, and what reaches over them.
+    """
+    needed = _matrix_bytes(sizes, rows) // shards
+    needed += min(len(sizes), shards - 1) * _matrix_bytes(sizes.max(keepdims=True), rows)
     return needed if needed <= _KEPT else 0
 
 

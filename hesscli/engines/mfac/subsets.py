@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscli.engines.mfac.static import Sizes, runs
+from hesscli.engines.mfac.static import Division, Sizes
 from hesscli.engines.mfac.system import (
     DualBlock,
     NotPositiveError,
@@ -35,28 +35,34 @@ def inverse_diagonals(
 
     Args:
         window: the rows.
-        columns: a range of whole blocks, start and stop given.
+        columns: a range of whole blocks, of all columns, start and stop given. One that lies in
+            a shard is that one's alone; at any other all that share the window work together.
         sizes: of these blocks.
         damping: λ.
         sets: which groups are in each set ``(S, groups)``, boolean.
         on_step: called after some columns; may end it.
 
     Returns:
-        Float64 ``(S, columns)``.
+        Float64 ``(S, columns)``, of those that the window keeps.
 
     Raises:
         UnsoundError: λ is lost in rounding.
     """
-    width = columns.stop - columns.start
-    sets = sets.to(window.device)
+    kept, division = window.own(columns), Division.of(window, sizes, columns.start)
+    width, sets = kept.stop - kept.start, sets.to(window.device)
     found = torch.empty(len(sets), width, dtype=torch.float64, device=window.device)
-    for size, place in runs(sizes, window.count, _TOGETHER):
-        where = slice(columns.start + place.start, columns.start + place.stop)
-        if size <= window.count:
-            found[:, place] = _of_small_blocks(window, where, size, damping, sets)
-        else:
-            found[:, place] = _of_a_large_block(window, where, damping, sets, on_step)
-        on_step()
+    for size, where in division.shared:
+        place = slice(where.start - kept.start, where.stop - kept.start)
+        found[:, place] = _of_a_large_block(window, where, size, damping, sets, on_step)
+    own = window.alone()
+    with window.apart():
+        for size, where in division.runs(window.count, _TOGETHER):
+            place = slice(where.start - kept.start, where.stop - kept.start)
+            if size <= window.count:
+                found[:, place] = _of_small_blocks(own, where, size, damping, sets)
+            else:
+                found[:, place] = _of_a_large_block(own, where, size, damping, sets, on_step)
+            on_step()
     return found
 
 
@@ -88,10 +94,15 @@ def _weights(sets: Tensor, count: int) -> Tensor:
 
 
 def _of_a_large_block(
-    window: GradientWindow, columns: slice, damping: float, sets: Tensor, on_step: OnStep
+    window: GradientWindow,
+    columns: slice,
+    size: int,
+    damping: float,
+    sets: Tensor,
+    on_step: OnStep,
 ) -> Tensor:
-    """Of one with more columns than there are rows: by parts of GGᵀ."""
-    precise = True if columns.stop - columns.start < 2 * window.count else None
+    """Of one with more columns than there are rows, or in shards: by parts of GGᵀ."""
+    precise = True if size < 2 * window.count else None
     whole = DualBlock(window, columns, damping, precise, on_step=on_step)
     members = torch.arange(window.count, device=window.device) % sets.shape[1]
     diagonals = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 
@@ -42,7 +44,8 @@ class GradientWindow:
     Attributes:
         capacity: how many rows there is room for.
         columns: length of a row that is pushed.
-        size: columns that are kept.
+        place: which of them are kept.
+        size: how many.
         pushes: rows that were ever pushed.
 
     Raises:
@@ -68,14 +71,18 @@ class GradientWindow:
             raise UsageError("no dtype for a window", _name(dtype), f"--window-dtype: {allowed}")
         self.capacity, self.columns, self.pushes = rows, columns, 0
         self.dtype, self.device = dtype, torch.device(device or "cpu")
-        self._shard = slice(*(shard or slice(None)).indices(columns))
-        self.size = len(range(columns)[self._shard])
-        self._map = None if path is None else storage.map_scratch(path, self.nbytes)
-        if self._map is None:
-            require_room(rows, self.size, dtype, self.device)
-            self._data = torch.empty(rows, self.size, dtype=dtype, device=self.device)
-        else:
-            self._data = torch.frombuffer(self._map, dtype=dtype).view(rows, self.size)
+        start, stop, _ = (shard or slice(None)).indices(columns)
+        self.place, self.size = slice(start, stop), stop - start
+        if path is None:
+            wide = self.size if self.shards == 1 else columns
+            require_room(rows, wide, dtype, self.device, self.shards)
+        self._map: mmap.mmap | None = None
+        with self.apart():
+            if path is None or not self.size:
+                self._data = torch.empty(rows, self.size, dtype=dtype, device=self.device)
+            else:
+                self._map = storage.map_scratch(path, self.nbytes)
+                self._data = torch.frombuffer(self._map, dtype=dtype).view(rows, self.size)
         self._squares = torch.zeros(rows, dtype=torch.float64, device=self._data.device)
 
     def __enter__(self) -> GradientWindow:
@@ -90,13 +97,49 @@ class GradientWindow:
         self.close()
 
     @property
+    def cuts(self) -> Sequence[int]:
+        """Columns at which another's begin, where it is one of several of the same rows."""
+        return ()
+
+    @property
     def shards(self) -> int:
         """Windows of as many ranks that hold columns of the same rows, this one included."""
-        return 1
+        return len(self.cuts) + 1
+
+    def apart(self) -> AbstractContextManager[None]:
+        """A stretch in which each shard is worked on by itself."""
+        return nullcontext()
+
+    def alone(self) -> GradientWindow:
+        """The columns that it keeps, as a window that is not shared."""
+        return self
 
     def added_up(self, sums: Tensor) -> Tensor:
         """What sums over its columns come to over those of all shards, in their place."""
         return sums
+
+    def completed(self, tensor: Tensor, columns: slice) -> Tensor:
+        """With the entries of all shards, where it had those of the columns that it keeps.
+
+        Args:
+            tensor: ``(columns, …)``; changed in place.
+            columns: a range of all.
+        """
+        return tensor
+
+    def whole(self, part: Tensor) -> Tensor:
+        """A vector ``(d,)`` of which each shard has its columns."""
+        if self.shards == 1:
+            return part
+        found = part.new_empty(self.columns)
+        found[self.place] = part
+        return self.completed(found, slice(0, self.columns))
+
+    def own(self, columns: slice) -> slice:
+        """Which of a range of all columns it keeps, where they lie in what it keeps."""
+        first, last = self.place.start, self.place.stop
+        start, stop = (min(max(end, first), last) for end in (columns.start, columns.stop))
+        return slice(start - first, stop - first)
 
     def lengths(self, vectors: Tensor) -> Tensor:
         """Of vectors ``(k, size)``, of which each shard has its columns: float64 ``(k,)``."""
@@ -143,7 +186,7 @@ class GradientWindow:
             UsageError: they have another length.
             UnsoundError: one is not finite.
         """
-        self._keep(self._checked(block)[:, self._shard])
+        self._keep(self._checked(block)[:, self.place])
 
     def _keep(self, block: Tensor) -> None:
         """Keep the columns that it has of some rows."""
@@ -160,8 +203,11 @@ class GradientWindow:
         return {"pushes": self.pushes, "rows": rows, "squares": self._squares[: self.count]}
 
     def load_state_dict(self, state: State) -> None:
-        """Hold what another of the same shape did."""
-        self.pushes, rows = state["pushes"], state["rows"]
+        """Hold what another of the same shape did, unless that was in shards and kept no rows."""
+        rows = state["rows"]
+        if rows is None:
+            return
+        self.pushes = state["pushes"]
         (rows if isinstance(rows, Rows) else Rows(rows)).copy_to(self._data)
         self._squares[: self.count] = state["squares"].to(self._squares)
         self._let_go()
@@ -313,23 +359,42 @@ class GradientWindow:
             self._map.madvise(mmap.MADV_DONTNEED)  # shared: the file keeps what was written
 
 
-class _Selection(GradientWindow):
-    """Some rows of a window, read through it."""
+class _View(GradientWindow):
+    """A window that is read through another, and shared as that is."""
 
-    def __init__(self, whole: GradientWindow, slots: Tensor) -> None:
-        self._whole, self._slots = whole, slots.to(whole.device)
-        self.capacity = self.pushes = len(slots)
-        self.columns, self.size = whole.columns, whole.size
+    def __init__(self, whole: GradientWindow, rows: int) -> None:
+        self._whole = whole
+        self.capacity = self.pushes = rows
+        self.columns, self.place, self.size = whole.columns, whole.place, whole.size
         self.dtype, self.device = whole.dtype, whole.device
         self._data, self._map = whole._data, whole._map
-        self._squares = whole._squares[slots.to(whole._squares.device)]
 
     @property
-    def shards(self) -> int:
-        return self._whole.shards
+    def cuts(self) -> Sequence[int]:
+        return self._whole.cuts
+
+    def apart(self) -> AbstractContextManager[None]:
+        return self._whole.apart()
+
+    def alone(self) -> GradientWindow:
+        found = copy.copy(self)
+        found._whole = self._whole.alone()
+        return found
 
     def added_up(self, sums: Tensor) -> Tensor:
         return self._whole.added_up(sums)
+
+    def completed(self, tensor: Tensor, columns: slice) -> Tensor:
+        return self._whole.completed(tensor, columns)
+
+
+class _Selection(_View):
+    """Some rows of a window."""
+
+    def __init__(self, whole: GradientWindow, slots: Tensor) -> None:
+        super().__init__(whole, len(slots))
+        self._slots = slots.to(whole.device)
+        self._squares = whole._squares[slots.to(whole._squares.device)]
 
     def tile(self, start: int, stop: int) -> Tensor:
         return self._whole.tile(start, stop)[self._slots]
@@ -338,22 +403,12 @@ class _Selection(GradientWindow):
         return self._whole.gather(indices)[self._slots]
 
 
-class _Masked(GradientWindow):
-    """A window with zeros in some of its columns, read through it."""
+class _Masked(_View):
+    """A window with zeros in some of its columns."""
 
     def __init__(self, whole: GradientWindow, gone: Tensor) -> None:
-        self._whole, self._stays = whole, ~gone.to(whole.device)
-        self.capacity = self.pushes = whole.count
-        self.columns, self.size = whole.columns, whole.size
-        self.dtype, self.device = whole.dtype, whole.device
-        self._data, self._map = whole._data, whole._map
-
-    @property
-    def shards(self) -> int:
-        return self._whole.shards
-
-    def added_up(self, sums: Tensor) -> Tensor:
-        return self._whole.added_up(sums)
+        super().__init__(whole, whole.count)
+        self._stays = ~gone.to(whole.device)
 
     @property
     def _squares(self) -> Tensor:  # type: ignore[override]
