@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hesscli.operators.kernels import twice_differentiable
+from hesscli.problem.convolutions import as_product, as_products
 
 
 def second_order(run: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
@@ -88,6 +89,59 @@ def test_unbatched_and_same_padding_pass_through() -> None:
     assert_same(F.conv2d, [leaf(3, 6, 6), leaf(4, 3, 3, 3)], replaced=False)
     leaves = [leaf(1, 3, 6, 6), leaf(4, 3, 3, 3)]
     assert_same(lambda x, w: F.conv2d(x, w, padding="same"), leaves, replaced=False)
+
+
+def names_of(value: Tensor) -> set[str]:
+    pending, names = [value.grad_fn], set[str]()
+    while pending:
+        if (node := pending.pop()) is not None:
+            names.add(node.name())
+            pending += [each for each, _ in node.next_functions]
+    return names
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "options"),
+    [
+        ((2, 3, 3, 3), (9, 3, 2, 2), {}),
+        ((2, 3, 4, 5), (9, 3, 3, 3), {"stride": (3, 2), "padding": (1, 0)}),
+        ((3, 2, 5, 5), (30, 2, 3, 2), {"dilation": 2, "stride": 2, "padding": [1]}),
+        ((1, 4, 1, 1), (5, 4, 1, 1), {"bias": True}),
+    ],
+)
+def test_deep_convolutions_in_float64_are_products(
+    shape: tuple, kernel: tuple, options: dict
+) -> None:
+    """With more outputs than positions, to second order, and on either way there."""
+    leaves = [leaf(*shape), leaf(*kernel)] + [leaf(kernel[0])] * options.pop("bias", False)
+
+    def run(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, w, b, **options)
+
+    plain = second_order(run, leaves)
+    for mode in (as_products, twice_differentiable):
+        with mode():
+            ours, names = second_order(run, leaves), names_of(run(*leaves))
+        assert not any("Convolution" in name for name in names)
+        for ours_part, plain_part in zip(ours, plain, strict=True):
+            torch.testing.assert_close(ours_part, plain_part, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "options", "dtype"),
+    [
+        ((2, 3, 3, 3), (9, 3, 2, 2), {}, torch.float32),
+        ((2, 3, 6, 6), (9, 3, 2, 2), {}, torch.float64),
+        ((1, 4, 3, 3), (8, 2, 3, 3), {"groups": 2}, torch.float64),
+        ((3, 3, 3), (9, 3, 3, 3), {}, torch.float64),
+        ((1, 3, 3, 3), (9, 3, 3, 3), {"padding": "same"}, torch.float64),
+    ],
+)
+def test_other_convolutions_are_torchs_own(
+    shape: tuple, kernel: tuple, options: dict, dtype: torch.dtype
+) -> None:
+    x, w = torch.randn(shape, dtype=dtype), torch.randn(kernel, dtype=dtype)
+    assert as_product(x, w, **options) is None
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -19,6 +19,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hesscli.problem.convolutions import as_product
+
 _CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _convolve = torch.ops.aten.convolution
 _backward = torch.ops.aten.convolution_backward
@@ -93,6 +95,10 @@ def _convolution(
     groups: int = 1,
 ) -> Tensor:
     dims = _CONVOLUTIONS[function]
+    if dims == 2:
+        product = as_product(input, weight, bias, stride, padding, dilation, groups)
+        if product is not None:
+            return product
     if isinstance(padding, str) or input.dim() != dims + 2:
         result: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
         return result

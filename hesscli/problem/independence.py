@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hesscli.memory import is_out_of_memory
 from hesscli.problem.batches import Batch, is_sliceable, map_tensors, place, size_of, tensors_of
 from hesscli.problem.blame import differing_module, label
+from hesscli.problem.convolutions import as_products
 from hesscli.problem.factory import blamed_on_user
 from hesscli.problem.forward import moved, retyped, undisturbed
 from hesscli.problem.losses import Loss, StepLoss, UserLoss, require_number
@@ -286,6 +287,7 @@ class IndependenceTest:
         with ExitStack() as stack:
             if dtype != self._own:
                 stack.enter_context(retyped(self.model, dtype))
+                stack.enter_context(as_products())
             stack.enter_context(undisturbed(self.model, self.device))
             if self._widened and dtype == torch.float64:
                 stack.enter_context(Widened())

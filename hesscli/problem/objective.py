@@ -25,6 +25,7 @@ from hesscli.problem.batches import (
     rows,
     size_of,
 )
+from hesscli.problem.convolutions import as_products
 from hesscli.problem.forward import retyped, standing_in, undisturbed
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.independence import MUST_FIT, Independence
@@ -295,7 +296,7 @@ class Objective:
         previous = self.dtype, self._widened
         self.retypings += 1
         try:
-            with retyped(self.model, dtype):
+            with retyped(self.model, dtype), as_products():
                 self.dtype, self._widened = dtype, widened
                 yield
         finally:
@@ -345,7 +346,7 @@ class Objective:
         size = max(1.0, abs(float(value.detach())))
         if widened and not change <= tolerance(torch.float64) * size:
             return None
-        return narrowest, numbers
+        return narrowest, self.independence.numbers or numbers  # its own are of the user's kernels
 
     def _seen(self, sample: WeightedBatch) -> tuple[Tensor, torch.dtype, int]:
         """The loss of a few, the narrowest type on the way there, and numbers made for an example.
