@@ -26,6 +26,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+_STRIDE = (math.sqrt(5) - 1) / 2
 
 
 def key(*words: int) -> int:
@@ -57,6 +58,18 @@ def gaussian(
     uniform = ((hashed >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53)
     radius = uniform[:, 0].log_().mul_(-2).sqrt_()
     return radius.mul_((2 * math.pi * uniform[:, 1]).cos_()).to(dtype)
+
+
+def uneven(
+    stream: int, offset: int, size: int, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Signs times sizes of ½ to 1½ ``(size,)``: as cheap as signs, but few do not cancel.
+
+    Multiples of the golden section are spread evenly between whole numbers, and no two agree.
+    """
+    signs = rademacher(stream, offset, size, dtype=torch.float64, device=device)
+    places = torch.arange(offset, offset + size, dtype=torch.float64, device=device)
+    return signs.mul_(places.mul_(_STRIDE).frac_().add_(0.5)).to(dtype)
 
 
 class Sampler(Protocol):

@@ -20,6 +20,7 @@ MASK = 2**64 - 1
 
 rademacher = partial(randomness.rademacher, dtype=torch.float32, device=CPU)
 gaussian = partial(randomness.gaussian, dtype=torch.float64, device=CPU)
+uneven = partial(randomness.uneven, dtype=torch.float64, device=CPU)
 
 
 def _splitmix64(seed: int) -> Iterator[int]:
@@ -66,7 +67,7 @@ def test_torch_integers_agree_with_plain_ones(stream: int, first: int) -> None:
     assert gaussian(stream, first, 9).tolist() == pytest.approx(normals, rel=1e-13, abs=1e-14)
 
 
-@pytest.mark.parametrize("sampler", [rademacher, gaussian])
+@pytest.mark.parametrize("sampler", [rademacher, gaussian, uneven])
 def test_an_entry_does_not_depend_on_the_slice(sampler: Callable[..., Tensor]) -> None:
     stream = randomness.key(5, 0, 2)
     whole = sampler(stream, 0, 1000)
@@ -122,6 +123,14 @@ def test_signs_have_the_moments_of_signs() -> None:
     assert float(bits.sum(0).abs().max()) < _hoeffding(len(bits), 64)
     between = (bits.T @ bits).fill_diagonal_(0)
     assert float(between.abs().max()) < _hoeffding(len(bits), 64 * 63 // 2)
+
+
+def test_uneven_entries_are_signs_of_different_sizes() -> None:
+    signs, values = rademacher(3, 5, 1000).double(), uneven(3, 5, 1000)
+    sizes = values / signs
+    assert float(sizes.min()) >= 0.5
+    assert float(sizes.max()) < 1.5
+    assert len(sizes.unique()) == 1000
 
 
 def test_gaussian_entries_have_the_moments_of_a_gaussian() -> None:

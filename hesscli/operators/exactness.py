@@ -152,17 +152,16 @@ def _own_products(residual: Residual, sample: WeightedBatch) -> Callable[[Group,
     return product
 
 
-_STRIDE = (math.sqrt(5) - 1) / 2
-"""Multiples of the golden section are spread evenly between whole numbers, and no two agree."""
-
-
 def _probe(residual: Residual, index: int) -> Tensor:
-    """Signs for one parameter, times sizes that differ: on f = (a² − b²) x equal ones cancel."""
+    """Of one parameter, entries of different sizes: on f = (a² − b²) x equal ones cancel."""
     problem, size = residual.problem, residual.parameters[index].numel
-    stream = randomness.key(_PROBE, index)
-    signs = randomness.rademacher(stream, 0, size, dtype=problem.dtype, device=problem.device)
-    places = torch.arange(size, dtype=torch.float64, device=problem.device)
-    return signs.mul_(places.mul_(_STRIDE).remainder_(1.0).add_(0.5))
+    return randomness.at(
+        [(0, size)],
+        randomness.uneven,
+        randomness.key(_PROBE, index),
+        dtype=problem.dtype,
+        device=problem.device,
+    )
 
 
 def within_parameters(

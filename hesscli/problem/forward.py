@@ -177,10 +177,10 @@ def _copy(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 @torch.no_grad()
 def _move(tensors: Sequence[Tensor], relative: float) -> None:
     for number, tensor in enumerate(tensors):
-        noise = randomness.gaussian(
+        noise = randomness.at(
+            [(0, tensor.numel())],
+            randomness.uneven,
             randomness.key(0x5417, number),
-            0,
-            tensor.numel(),
             dtype=tensor.dtype,
             device=tensor.device,
         )
