@@ -44,8 +44,8 @@ _BACK = 0.75
 _RESTARTS = 3
 """Later runs leave out at most as many vectors as the first made, and reflect them once more."""
 _FIRST_MEASURED = 4
-"""Steps after which the rounding of products is measured with the largest Ritz vector, lest a run
-that is cut short has to spend products that it has no time for."""
+"""Steps after which the rounding of products may be measured with the largest Ritz vector, lest a
+run that is cut short has to spend products that it has no time for."""
 _MIXED, MEASURED = 4, 2
 """Ritz vectors by which it is measured once there are many, and products in which they are."""
 _GRAPHS_SHARE = 4
@@ -103,6 +103,7 @@ class Exploration:
         operator: the matrix.
         plan: how long.
         enough: whether so many steps of the first run must do, for want of time.
+        late: whether time may be up before they are made.
         on_step: called after each batch of a product; may end it.
     """
 
@@ -111,10 +112,11 @@ class Exploration:
         operator: Operator,
         plan: SpectralPlan,
         enough: Callable[[int], bool] | None = None,
+        late: Callable[[], bool] = lambda: False,
         on_step: OnStep = go_on,
     ) -> None:
         self.operator, self.plan, self.size = operator, plan, operator.parameters.size
-        self.enough, self.shortened = enough, False
+        self.enough, self.late, self.shortened = enough, late, False
         self.product = Retained(operator, room_for_graphs(operator, plan), on_step)
         reserve = min(plan.steps, STEPS) if plan.early else plan.steps
         self.lanczos = _lanczos(operator, self.product, self.size, plan, plan.seed, reserve)
@@ -198,7 +200,7 @@ class Exploration:
             lanczos.step()
             if lanczos.count <= STEPS or lanczos.count % _READ_EVERY == 0:
                 self._read()
-            if lanczos.count == _FIRST_MEASURED:
+            if not self.rounding_measured and lanczos.count >= _FIRST_MEASURED and self.late():
                 self._allow_for_rounding(1)
             self.operator.meter.keep()
             yield self._snapshot()

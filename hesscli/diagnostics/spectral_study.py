@@ -37,6 +37,8 @@ _COLUMNS = 32  # of a dense matrix, between two looks at the clock
 _FORMING = "forming the matrix"
 _TIMED, _MOST_TIMED = 4, 1 << 22
 """Vectors, and the most of their entries, with which orthogonalisation is timed."""
+_LATE = 0.5
+"""Share of the budget."""
 _WORSE: tuple[Status, ...] = ("exact", "converged", "budget", "interrupted")
 
 
@@ -70,7 +72,11 @@ class SpectralStudy:
             return steps >= SHORTEST and not fits(ahead)
 
         return Exploration(
-            self.operator, self.plan, enough if self.plan.shorter else None, self._look
+            self.operator,
+            self.plan,
+            enough if self.plan.shorter else None,
+            late=self._is_late,
+            on_step=self._look,
         )
 
     @property
@@ -97,12 +103,16 @@ class SpectralStudy:
         """Look at the time within a product, which can be made again."""
         self.run.clock.look(Snapshot(phase="iterating"))
 
+    def _is_late(self) -> bool:
+        """Whether so much of the budget is spent that it may end what is under way."""
+        return self.run.clock.spent >= _LATE
+
     def _of_block(self, layer: str) -> Exploration:
         """As many steps as were made with the whole, where there was no time for more."""
         plan = self.plan
         if self.whole.shortened:
             plan = replace(plan, steps=self.whole.lanczos.count)
-        return Exploration(self.blocks[layer], plan, on_step=self._look)
+        return Exploration(self.blocks[layer], plan, late=self._is_late, on_step=self._look)
 
     def state_dict(self) -> State:
         """Of all explorations so far, and the dense matrix as far as it is formed."""

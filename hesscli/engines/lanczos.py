@@ -101,8 +101,9 @@ class Lanczos:
         """
         if self.done:
             return
-        image = self._product(self._next).to(torch.float64, copy=True)
-        rows = self._rows_with(self._next)
+        product = self._product(self._next)
+        rows = self._rows_with_next()
+        image = self._place(self.count + 1).copy_(product)
         largest = torch.linalg.vector_norm(image)
         overlaps = _orthogonalise(image, rows)
         if self.count > self._starts[-1]:
@@ -167,7 +168,7 @@ class Lanczos:
             self._rows = self._rows.new_empty(self._more_than(len(self._rows)), self.size)
         if count < self.size:
             *_, last = rows.parts
-            self._next = last[-1].to(self._rows, copy=True)
+            self._next = self._place(count).copy_(last[-1])
             rows = Rows(*rows.parts[:-1], last[:-1])
         rows.copy_to(self._rows)
         self._starts = list(state["starts"])
@@ -191,14 +192,20 @@ class Lanczos:
         self._largest = max(self._largest, largest)
         self._asymmetry = math.hypot(self._asymmetry, asymmetry)
 
-    def _rows_with(self, vector: Tensor) -> Tensor:
-        """The basis and one vector more."""
+    def _rows_with_next(self) -> Tensor:
+        """The basis and the vector that comes next, which may be there already."""
         if self.count == len(self._rows):
             grown = self._rows.new_empty(self._more_than(self.count), self.size)
             grown[: self.count] = self._rows
             self._rows = grown
-        self._rows[self.count] = vector
+        row = self._rows[self.count]
+        if row.data_ptr() != self._next.data_ptr():
+            self._next = row.copy_(self._next)
         return self._rows[: self.count + 1]
+
+    def _place(self, row: int) -> Tensor:
+        """Where a vector of the basis is made: its row, or by itself where there is none yet."""
+        return self._rows[row] if row < len(self._rows) else self._rows.new_empty(self.size)
 
     def _more_than(self, count: int) -> int:
         """Rows to make room for where there is room for so many."""
@@ -216,7 +223,8 @@ class Lanczos:
         )
         _orthogonalise(vector, self.basis)
         self._starts.append(self.count)
-        return vector.div_(torch.linalg.vector_norm(vector)).contiguous()
+        vector.div_(torch.linalg.vector_norm(vector))
+        return self._place(self.count).copy_(vector)
 
     def _segments(self) -> Iterator[tuple[int, int]]:
         """Where each segment of the basis begins and ends, of the steps that have been made."""

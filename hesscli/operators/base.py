@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Self, overload
 
 import numpy as np
@@ -355,11 +356,12 @@ class Retained:
         self._parts: dict[int, float] = {}
         self._storages: set[int] = set()
         self._measured: dict[int, _Part] = {}
+        self._vectors: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """A v in float64, weight decay included."""
-        operator, problem = self.operator, self.operator.problem
-        row = vector[None].to(problem.device, problem.dtype)
+        """A v in float64, weight decay included: good until the next is made in its place."""
+        operator, (row, total) = self.operator, self._held()
+        row[0].copy_(vector)
         parts = dict[int, float]()
 
         def product(term: LiveTerm) -> Iterator[Tensor]:
@@ -368,7 +370,7 @@ class Retained:
             self._on_step()
             yield found
 
-        total = torch.zeros_like(row, dtype=torch.float64)
+        total.zero_()
         if operator.decay:
             total.add_(row, alpha=operator.decay)
         with operator.meter.pooled():
@@ -425,9 +427,9 @@ class Retained:
         return _Part(group, times)
 
     def _weighted(self, group: tuple[int, ...], row: Tensor) -> Tensor:
-        """What some batches have of a product, in float64."""
+        """What some batches have of a product."""
         term = self._term(group)
-        return term.apply(row).double().mul_(term.weight)
+        return term.apply(row).mul_(term.weight)
 
     def _term(self, group: tuple[int, ...]) -> LiveTerm:
         """The batches of a group as one, on the graph that was kept of them if there is one."""
@@ -491,7 +493,15 @@ class Retained:
     def forget(self) -> None:
         """Give the graphs back; the next product makes new ones."""
         self._kept.clear()
-        self._room = 0
+        self._room, self._vectors = 0, None
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        """Where a vector and its product are: memory that is taken anew is slow at first."""
+        if self._vectors is None:
+            problem, size = self.operator.problem, self.operator.parameters.size
+            like = partial(torch.empty, 1, size, device=problem.device)
+            self._vectors = like(dtype=problem.dtype), like(dtype=torch.float64)
+        return self._vectors
 
     def _graphs(self) -> dict[int, bool]:
         """Whose graphs are kept here, and whether they serve as they are."""
