@@ -33,7 +33,6 @@ from hesscli.results import (
     LOW_LEVERAGE,
     IhvpResult,
     LayerSensitivity,
-    MethodReport,
     Observe,
     Perturbation,
     RankingReport,
@@ -57,13 +56,11 @@ def report(study: SensitivityStudy, source: str) -> IhvpResult:
     layers = () if found is None else tuple(found.reports())
     return IhvpResult(
         status=study.status,
-        method=MethodReport(
-            name="mfac",
+        method=run.method(
+            "mfac",
+            study.seed,
+            "; ".join(filter(None, (study.collected.reason, _types(study)))),
             rtol=study.refine if study.rank is None else study.rank.rtol,
-            seed=study.seed,
-            mode=run.flight.mode,
-            attention_kernel=run.flight.attention_kernel,
-            note="; ".join(filter(None, (study.collected.reason, _types(study)))),
         ),
         cost=run.cost(),
         window=study.collected.report(),

@@ -25,7 +25,16 @@ from hesscli.operators.matrices import matrix_named
 from hesscli.operators.preflight import checked, recall
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
-from hesscli.results import Check, Cost, Environment, Observe, Preflight, ProblemReport, Snapshot
+from hesscli.results import (
+    Check,
+    Cost,
+    Environment,
+    MethodReport,
+    Observe,
+    Preflight,
+    ProblemReport,
+    Snapshot,
+)
 from hesscli.units import larger_budget
 
 # -- A run's time: its limit, and the observer's line ----------------------------------------------
@@ -162,6 +171,21 @@ class Run:
     def problem(self) -> Problem:
         """The problem that is measured."""
         return self.operator.problem
+
+    def method(self, name: str, seed: int, note: str = "", **more: Any) -> MethodReport:
+        """How numbers were made by products that have passed the checks.
+
+        Args:
+            name: of the method.
+            seed: of all that is drawn.
+            note: what else there is to say.
+            more: further fields of the report.
+        """
+        flight = self.flight
+        kernel = flight.attention_kernel
+        return MethodReport(
+            name=name, seed=seed, mode=flight.mode, attention_kernel=kernel, note=note, **more
+        )
 
     def header(self, warnings: Iterable[str] = ()) -> dict[str, Any]:
         """The fields that all results share.

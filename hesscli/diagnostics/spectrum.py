@@ -32,7 +32,6 @@ from hesscli.results import (
     DenseSpectrum,
     Eigenvalue,
     LayerSpectrum,
-    MethodReport,
     Observe,
     Outliers,
     SpectralDensity,
@@ -319,16 +318,14 @@ def _result(
     of_all = functions(found, dense)
     return SpectrumResult(
         status=study.status,
-        method=MethodReport(
-            name="lanczos",
-            seed=study.plan.seed,
+        method=run.method(
+            "lanczos",
+            study.plan.seed,
+            _note(found) + _types(found),
             probe_distribution="gaussian",
             probe_design="shared",
             num_probes=len(found.runs),
             rtol=study.plan.goal,
-            mode=run.flight.mode,
-            attention_kernel=run.flight.attention_kernel,
-            note=_note(found) + _types(found),
         ),
         cost=run.cost(),
         steps=found.lanczos.count,

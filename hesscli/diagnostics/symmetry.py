@@ -38,7 +38,6 @@ from hesscli.results import (
     Check,
     FlatReport,
     LayerSymmetry,
-    MethodReport,
     Observe,
     Snapshot,
     SymmetryFamily,
@@ -111,12 +110,10 @@ def symmetries(
         charted = drifts(problem, testing.families, families, theta, ends, way)
         return SymmetryResult(
             status=status,
-            method=MethodReport(
-                name="identities in float64",
-                seed=seed,
-                mode=run.flight.mode,
-                attention_kernel=run.flight.attention_kernel,
-                note=f"{len(testing.found)} of {len(_PLACES)} places; holds is within "
+            method=run.method(
+                "identities in float64",
+                seed,
+                f"{len(testing.found)} of {len(_PLACES)} places; holds is within "
                 f"{testing.bound:.0e}",
             ),
             cost=run.cost(),
