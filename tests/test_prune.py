@@ -82,7 +82,7 @@ def test_a_network_in_memory_is_left_as_it_is() -> None:
     data = torch.randn(64, 6), torch.randint(3, (64,))
     found = hesscli.prune(hesscli.Problem(net, "cross_entropy", data), sparsity=0.5, per_layer=True)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert found.checkpoint is None
+    assert found.checkpoint == {}
     assert [layer.num_zeros for layer in found.layers] == [24, 12]
     own = {name: torch.from_numpy(value) for name, value in found.weights.items()}
     net.load_state_dict(own, strict=False)
@@ -226,6 +226,35 @@ def test_safetensors_come_out_as_they_went_in(tmp_path: Path) -> None:
     assert new.keys() == state.keys()
     assert sum(int((v == 0).sum()) for n, v in new.items() if "weight" in n) == WEIGHTS // 2
     hesscli.read(tmp_path / "out" / "prune.json")
+
+
+def test_half_typed_shards_are_as_good_as_is_said(tmp_path: Path) -> None:
+    """The loss is that of the weights as they are written, and what is there is nobody else's."""
+    state = {n: v.half() for n, v in torch.load(SUNSPOTS, weights_only=True).items()}
+    (model := tmp_path / "model").mkdir()
+    of = {name: f"model-{number}.safetensors" for number, name in enumerate(state)}
+    for name, value in state.items():
+        save_file({name: value}, model / of[name], {"format": "pt"})
+    index = {"metadata": {}, "weight_map": of}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    spec = ("--spec", SUNSPOTS.parent / "hesscli.toml")
+    line = ("prune", "model", *spec, "--window", 32, "--dtype", "float64", "--dir")
+    run = hesscli_warm(*line, "out", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    document = json.loads((tmp_path / "out" / "prune.json").read_text())
+    assert set(document["files"]) >= {"checkpoint", *(f"checkpoint_{n}" for n in range(1, 7))}
+    new = {name: load_file(tmp_path / "out" / file)[name] for name, file in of.items()}
+    assert {value.dtype for value in new.values()} == {torch.float16}
+    loss = mean_squared_error({name: value.double() for name, value in new.items()})
+    assert loss == pytest.approx(document["methods"][0]["loss"], rel=1e-12)
+    hesscli.read(tmp_path / "out" / "prune.json")
+    again = hesscli_warm(*line, "out", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    inside = hesscli_warm(*line, "model", cwd=tmp_path)
+    assert inside.returncode == ExitCode.USAGE
+    assert "take the place of" in inside.stderr
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_of_each_group_of_inputs_no_more_stay_than_the_pattern_says(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hesscli.parameters import Parameters
 from hesscli.problem.checkpoint import read_checkpoint
 from hesscli.problem.parts import Origin
 from hesscli.problem.rewriting import Rewriting
+from hesscli.problem.state_dict import load_state
 from hesscli.problem.torch_files import verify_archive
 
 
@@ -42,8 +43,11 @@ def rewritten(path: Path, model: nn.Module, **found: Any) -> tuple[Path, Tensor]
     parameters = Parameters.of(model)
     vector = torch.arange(parameters.size) % 8 / 2
     again = path.with_name(f"again{path.suffix}")
+    files = Rewriting(Origin(file=path, **found), parameters).files(vector.double(), "again")
+    assert list(files) == ["checkpoint"]
+    assert files["checkpoint"][0] == again.name
     with again.open("xb+") as stream:
-        Rewriting(path, parameters, Origin(**found)).writer(vector.double())(stream)
+        files["checkpoint"][1](stream)
     return again, vector
 
 
@@ -127,6 +131,113 @@ def test_the_set_of_weights_that_was_meant_is_the_one_that_changes(tmp_path: Pat
     assert torch.equal(new["model_ema"]["head.weight"].flatten(), vector[:28])
 
 
+@pytest.mark.parametrize("kind", [".safetensors", ".bin"])
+def test_shards_are_written_as_they_were_with_their_index(kind: str, tmp_path: Path) -> None:
+    model = tied(torch.bfloat16)
+    state = {f"net.{n}": v.clone() for n, v in model.state_dict().items()}
+    index = tmp_path / f"model{kind}.index.json"
+    of = {name: f"{number}-of-{len(state)}{kind}" for number, name in enumerate(reversed(state))}
+    index.write_text(json.dumps({"metadata": {"kept": 1}, "weight_map": of}))
+    for name, file in of.items():
+        beside = {name: state[name], "another's": torch.ones(2)}
+        if kind == ".bin":
+            torch.save(beside, tmp_path / file)
+        else:
+            save_file(beside, tmp_path / file, {"format": "pt"})
+    parameters = Parameters.of(model)
+    rewriting = Rewriting(Origin(file=index), parameters)
+    vector = torch.arange(parameters.size).double() / 3
+    files = rewriting.files(vector, "prune")
+    (again := tmp_path / "again").mkdir()
+    for file, write in files.values():
+        with (again / file).open("xb+") as stream:
+            write(stream)
+    assert {path.name for path in again.iterdir()} == {index.name, *of.values()}
+    assert (again / files["checkpoint"][0]).read_bytes() == index.read_bytes()
+    found = read_checkpoint(again / index.name).state
+    rounded = rewriting.rounded(vector)
+    assert not torch.equal(rounded, vector)
+    for name, part in zip(parameters.names, parameters.split(rounded), strict=True):
+        assert torch.equal(found[f"net.{name}"].double(), part)
+    assert torch.equal(found["net.steps"], torch.arange(3))
+    index.write_text(json.dumps({"weight_map": {n: f"again/{f}" for n, f in of.items()}}))
+    with pytest.raises(InputError, match="in another folder"):
+        Rewriting(Origin(file=index), parameters)
+
+
+def test_weights_have_the_narrowest_type_of_their_copies(tmp_path: Path) -> None:
+    model, path = tied(torch.bfloat16).float(), tmp_path / "model.pt"
+    state = dict(model.state_dict())
+    state["head.weight"] = state["head.weight"].bfloat16()
+    torch.save(state, path)
+    parameters = Parameters.of(model)
+    rewriting = Rewriting(Origin(file=path), parameters)
+    vector = torch.full((parameters.size,), 1 / 3, dtype=torch.float64)
+    expected = torch.full_like(vector, float(torch.tensor(1 / 3).bfloat16()))
+    expected[28:] = float(torch.tensor(1 / 3))
+    assert torch.equal(rewriting.rounded(vector), expected)
+
+
+def test_names_are_those_that_the_weights_were_loaded_by(tmp_path: Path) -> None:
+    """Another set of the same names and values is not the model's."""
+    model, path = tied(), tmp_path / "model.pt"
+    state = model.state_dict()
+    copies = {f"{p}.{n}": v.clone() for p in ("ema", "own") for n, v in state.items()}
+    torch.save(copies, path)
+    loaded = load_state(model, read_checkpoint(path), strip="own.", ignore=["ema.*"])
+    again, vector = rewritten(path, model, names=loaded.names)
+    new = torch.load(again)
+    assert torch.equal(new["own.embed.weight"].flatten(), vector[:28])
+    assert torch.equal(new["ema.embed.weight"], state["embed.weight"])
+
+
+def shared_by_two(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return state | {"one.weight": state["two.weight"]}
+
+
+def shared_with_what_stays(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return state | {"steps": state["two.weight"][:1]}
+
+
+def spread_from_one_row(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return state | {"one.weight": state["one.weight"][:1].clone().expand(3, 3)}
+
+
+def interleaved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    both = torch.stack([state["one.weight"], state["two.weight"]], 1)
+    return state | {"one.weight": both[:, 0], "two.weight": both[:, 1]}
+
+
+@pytest.mark.parametrize(
+    ("share", "fine"),
+    [
+        (shared_by_two, False),
+        (shared_with_what_stays, False),
+        (spread_from_one_row, False),
+        (interleaved, True),
+    ],
+)
+def test_weights_that_share_memory_in_the_file_alone(
+    share: Callable[[dict[str, Tensor]], dict[str, Tensor]], fine: bool, tmp_path: Path
+) -> None:
+    """Two parameters cannot be written to one place, each with its own values."""
+    model, path = (
+        nn.ModuleDict({n: nn.Linear(3, 3, bias=False) for n in ("one", "two")}),
+        tmp_path / "m.pt",
+    )
+    model.register_buffer("steps", torch.zeros(1, 3))
+    state = share({name: value.clone() for name, value in model.state_dict().items()})
+    torch.save(state, path)
+    model.load_state_dict(state)
+    if fine:
+        again, vector = rewritten(path, model)
+        state = torch.load(again)
+        assert torch.equal(torch.cat([state[f"{n}.weight"].flatten() for n in model]), vector)
+    else:
+        with pytest.raises(InputError, match="written anew"):
+            Rewriting(Origin(file=path), Parameters.of(model))
+
+
 def save_legacy(model: nn.Module, path: Path) -> None:
     torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
 
@@ -155,4 +266,4 @@ def test_what_cannot_be_written_so_is_refused(
     model, path = tied(), tmp_path / "model.pt"
     save(model, path)
     with pytest.raises(InputError, match="written anew"):
-        Rewriting(path, Parameters.of(model), Origin())
+        Rewriting(Origin(file=path), Parameters.of(model))

@@ -97,7 +97,7 @@ def test_a_common_prefix_is_found_and_said(
 ) -> None:
     state = {f"{prefix}{name}": value for name, value in net.state_dict().items()}
     model = Net()
-    said = load_state(model, _checkpoint(state | beside))
+    said = load_state(model, _checkpoint(state | beside)).notes
     assert same_weights(_checkpoint(net.state_dict()), model)
     assert repr(prefix) in said[0]
     assert [note for note in said[1:] if "n_averaged" in note] == list(said[1:])
@@ -123,7 +123,7 @@ def test_what_may_be_weights_is_refused_and_the_hint_cures_it(
     assert all(name in caught.value.got for name in stray)
     assert repr(prefix) in caught.value.got or not prefix
     model = Net()
-    assert load_state(model, _checkpoint(state), **_cure(caught.value)) == ()
+    assert load_state(model, _checkpoint(state), **_cure(caught.value)).notes == ()
     assert same_weights(_checkpoint(net.state_dict()), model)
 
 
@@ -148,7 +148,7 @@ def test_an_average_of_the_whole_model_is_not_taken_for_it(net: Net) -> None:
 )
 def test_unused_buffers_are_left_aside_and_said(net: Net, unused: dict[str, Tensor]) -> None:
     model = Net()
-    (said,) = load_state(model, _checkpoint(dict(net.state_dict()) | unused))
+    (said,) = load_state(model, _checkpoint(dict(net.state_dict()) | unused)).notes
     assert same_weights(_checkpoint(net.state_dict()), model)
     assert all(name in said for name in unused)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -277,7 +277,9 @@ def _save(command: Command, result: Header, console: Console, given: Given, held
             file = f"{file_name(name, matrix)}.safetensors"
             paths[kind] = files.write(file, partial(_put_arrays, arrays))
         for kind, (file, write) in result.copies().items():
-            _require_another(held.folder / file, result.problem.checkpoint)
+            if not (place := held.folder / file).name.startswith(result.command):
+                _require_new(place, belonging(document))
+            _require_another(place, result.problem.checkpoint)
             paths[kind] = files.write(file, write)
         if command.figures:
             from hesscli.render.figures.canvas import encoders
@@ -315,12 +317,32 @@ def _require_another(path: Path, checkpoint: CheckpointReport | None) -> None:
     Raises:
         UsageError: it would.
     """
-    if checkpoint is not None and path.resolve() == Path(checkpoint.path).resolve():
-        raise UsageError(
-            "what is written would take the place of the checkpoint",
-            str(path),
-            "another --dir, or the checkpoint under another name",
-        )
+    if checkpoint is not None:
+        source = Path(checkpoint.path).resolve()
+        if path.resolve() in (source, source / path.name):
+            raise _in_place_of("the checkpoint", path)
+
+
+def _require_new(path: Path, earlier: Collection[Path]) -> None:
+    """See that a file whose name is not the command's takes no other's place.
+
+    Args:
+        path: of the file.
+        earlier: files of an earlier run, whose place it may take.
+
+    Raises:
+        UsageError: it would.
+    """
+    if path.exists() and path not in earlier:
+        raise _in_place_of("another file", path)
+
+
+def _in_place_of(what: str, path: Path) -> UsageError:
+    return UsageError(
+        f"what is written would take the place of {what}",
+        str(path),
+        "another --dir, or the checkpoint under another name",
+    )
 
 
 def _put_arrays(arrays: Mapping[str, Any], stream: BinaryIO) -> None:

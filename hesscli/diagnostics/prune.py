@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Work, drive
@@ -20,11 +22,11 @@ from hesscli.problem.rewriting import Rewriting
 from hesscli.results import (
     LOW_LEVERAGE,
     LayerPruned,
-    MethodReport,
     Observe,
     PrunedBy,
     PruneResult,
     Sparsity,
+    Status,
 )
 from hesscli.vocabulary import PRUNING_DAMPING, USUAL_BUDGET, USUAL_SPARSITY
 
@@ -74,60 +76,61 @@ def prune(
         KeyboardInterrupt: stopped before there was one.
     """
     aim = Aim.of(sparsity, steps, per_layer, pattern)
-    rewriting = _rewriting(problem, aim, required=ledger is not UNKEPT)
+    candidates = Candidates(problem.parameters, aim.pattern)
+    rewriting = _rewriting(problem, candidates, required=ledger is not UNKEPT)
     options = window or WindowOptions(damping=PRUNING_DAMPING)
     options = replace(options, size=ledger.decided("rows", lambda: options.count(problem)))
     with started(problem, matrix, mode, Clock(budget, observe), ledger) as run:
-        study = PruningStudy(run, aim, options, seed)
+        study = PruningStudy(run, aim, candidates, options, seed, rewriting)
         status = drive(run.clock, study, run.ledger) or "converged"
-        pruned, candidates = study.pruned, study.candidates
-        assert pruned.window is not None  # a step is done
-        layers = tuple(_layers(study))
-        checkpoint = None
-        if rewriting is not None:
-            writer = rewriting.writer(pruned.weights[candidates.columns.sort().values])
-            checkpoint = (f"prune{rewriting.suffix}", writer)
-        return PruneResult(
-            status=status,
-            method=MethodReport(
-                name="mfac",
-                seed=seed,
-                mode=run.flight.mode,
-                attention_kernel=run.flight.attention_kernel,
-                note=f"exact update of all that stays; {pruned.window.row_kind} rows",
-            ),
-            cost=run.cost(),
-            sparsity=Sparsity(
-                asked=aim.sparsity,
-                reached=float(pruned.gone.double().mean()),
-                num_weights=candidates.count,
-                num_zeros=int(pruned.gone.sum()),
-            ),
-            steps=steps,
-            per_layer=per_layer,
-            pattern=pattern,
-            before=study.before,
-            methods=tuple(_methods(study)),
-            predicted=study.predicted,
-            window=pruned.window,
-            layers=layers,
-            weights=problem.parameters.by_name(pruned.weights, problem.dtype),
-            checkpoint=checkpoint,
-            **run.header(_warnings(study, layers)),
-        )
+        return _result(study, status)
 
 
-def _rewriting(problem: Problem, aim: Aim, *, required: bool) -> Rewriting | None:
+def _rewriting(problem: Problem, candidates: Candidates, *, required: bool) -> Rewriting | None:
     """How the checkpoint is written; None where there is none, and none is asked for."""
-    if problem.checkpoint is None:
+    if problem.origin.file is None:
         return None
-    parameters = Candidates(problem.parameters, aim.pattern).parameters
     try:
-        return Rewriting(Path(problem.checkpoint.path), parameters, problem.origin)
+        return Rewriting(problem.origin, candidates.parameters)
     except InputError:
         if required:
             raise
         return None
+
+
+# -- What a study found, as its result -------------------------------------------------------------
+
+
+def _result(study: PruningStudy, status: Status) -> PruneResult:
+    run, aim, window, problem = study.run, study.aim, study.pruned.window, study.problem
+    assert window is not None  # a step is done
+    weights = study.as_written(study.pruned.weights)
+    zeros = weights[study.candidates.columns] == 0
+    layers = tuple(_layers(study, zeros))
+    return PruneResult(
+        status=status,
+        method=run.method(
+            "mfac", study.seed, f"exact update of all that stays; {window.row_kind} rows"
+        ),
+        cost=run.cost(),
+        sparsity=Sparsity(
+            asked=aim.sparsity,
+            reached=float(zeros.double().mean()),
+            num_weights=len(zeros),
+            num_zeros=int(zeros.sum()),
+        ),
+        steps=aim.steps,
+        per_layer=aim.per_layer,
+        pattern=None if aim.pattern is None else str(aim.pattern),
+        before=study.before,
+        methods=tuple(_methods(study)),
+        predicted=study.predicted,
+        window=window,
+        layers=layers,
+        weights=problem.parameters.by_name(weights, problem.dtype),
+        checkpoint=study.files(weights),
+        **run.header(_warnings(study, layers)),
+    )
 
 
 def _methods(study: PruningStudy) -> Iterator[PrunedBy]:
@@ -145,7 +148,7 @@ def _methods(study: PruningStudy) -> Iterator[PrunedBy]:
         )
 
 
-def _layers(study: PruningStudy) -> Iterator[LayerPruned]:
+def _layers(study: PruningStudy, zeros: Tensor) -> Iterator[LayerPruned]:
     """Every layer that has weights which may go, in the model's order."""
     pruned, parameters = study.pruned, study.problem.parameters
     for name, place in study.candidates.layers.items():
@@ -157,7 +160,7 @@ def _layers(study: PruningStudy) -> Iterator[LayerPruned]:
             num_parameters=sum(p.numel for p in owned),
             parameters=described(owned),
             num_weights=place.stop - place.start,
-            num_zeros=int(pruned.gone[place].sum()),
+            num_zeros=int(zeros[place].sum()),
             leverage=float(seen.median()) if len(seen) else None,
         )
 
@@ -182,9 +185,15 @@ def _warnings(study: PruningStudy, layers: tuple[LayerPruned, ...]) -> Iterator[
             "--damping"
         )
     if empty := [layer.name for layer in layers if layer.num_zeros == layer.num_weights]:
+        spread = "" if aim.per_layer else "--per-layer, "
         yield (
-            f"no weight is left in {', '.join(empty[:5])} ({len(empty)} layers): --per-layer, a "
+            f"no weight is left in {', '.join(empty[:5])} ({len(empty)} layers): {spread}a "
             "lower --sparsity, or --params '!GLOB' that spares them"
+        )
+    if torch.equal(pruned.weights, study.original) and len(pruned.qualities) == aim.steps:
+        yield (
+            f"no weight went: {aim.sparsity:.3g} of {study.candidates.count} is what was zero "
+            "already, or less than one"
         )
     if whole := study.candidates.whole:
         yield (
@@ -206,5 +215,7 @@ def _warnings(study: PruningStudy, layers: tuple[LayerPruned, ...]) -> Iterator[
 
 def plan(pilot: Pilot) -> Iterator[Work]:
     """Half of the weights, at once, through the window that is asked for."""
-    study = PruningStudy(pilot.run, Aim(USUAL_SPARSITY), pilot.asked.window, pilot.asked.seed)
+    candidates = Candidates(pilot.run.problem.parameters)
+    aim, asked = Aim(USUAL_SPARSITY), pilot.asked
+    study = PruningStudy(pilot.run, aim, candidates, asked.window, asked.seed)
     yield from study.expected(pilot.pace)

@@ -127,11 +127,12 @@ class Candidates:
         sparse = {n: counts[n] / (p.stop - p.start) for n, p in spans.items()}
         worst = max(sparse, key=lambda name: sparse[name])
         if counts[worst] > math.ceil(aim.sparsity * (spans[worst].stop - spans[worst].start)):
+            share = f"{100 * sparse[worst]:.4g}%"
+            spared = f"--params '!{worst}'" if worst else "a checkpoint with weights to prune"
             raise UsageError(
                 "the weights are sparser already",
-                f"{100 * sparse[worst]:.4g}% of {worst or 'them'} are zero, and --sparsity "
-                f"{100 * aim.sparsity:g}%",
-                f"--sparsity above {100 * sparse[worst]:.4g}%",
+                f"{share} of {worst or 'them'} are zero, and --sparsity {100 * aim.sparsity:g}%",
+                f"--sparsity above {share}" if sparse[worst] < 1 else spared,
             )
         for step in range(1, aim.steps + 1):
             found, end = [], 0.0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from hesscli.problem.forward import written
 from hesscli.problem.problem import Problem
 from hesscli.problem.proof import measured
 from hesscli.problem.recalibration import norms_of, recalibrated
+from hesscli.problem.rewriting import Rewriting
 from hesscli.results import PrunedQuality, PruningMethod, Quality, Snapshot, WindowReport
 from hesscli.state import State
 
@@ -93,16 +95,27 @@ class PruningStudy:
     Args:
         run: the matrix that predicts the loss.
         aim: how much is to go.
+        candidates: of what.
         options: of the windows.
         seed: of sampled rows.
+        rewriting: how the weights will be kept, whose types may be narrower than the model's: they
+            are as good as they are then. None where they are not.
     """
 
     lasting = False
 
-    def __init__(self, run: Run, aim: Aim, options: WindowOptions, seed: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        aim: Aim,
+        candidates: Candidates,
+        options: WindowOptions,
+        seed: int,
+        rewriting: Rewriting | None = None,
+    ) -> None:
         self.run, self.aim, self.options, self.seed = run, aim, options, seed
+        self.candidates, self._rewriting = candidates, rewriting
         parameters = self.problem.parameters
-        self.candidates = Candidates(parameters, aim.pattern)
         self.original = parameters.flatten([t.detach().double().cpu() for t in parameters.tensors])
         zeros = self.original[self.candidates.columns] == 0
         before = zeros if aim.pattern is None else torch.zeros_like(zeros)
@@ -120,6 +133,20 @@ class PruningStudy:
     def pruned(self) -> Pruned:
         """The network that is written."""
         return self.networks[MFAC]
+
+    def as_written(self, weights: Tensor) -> Tensor:
+        """Weights ``(d,)`` as the model has them that reads them again."""
+        rounded = weights.to(self.problem.dtype).double()
+        if self._rewriting is not None:
+            places = self.candidates.columns.sort().values
+            rounded[places] = self._rewriting.rounded(rounded[places])
+        return rounded
+
+    def files(self, weights: Tensor) -> dict[str, tuple[str, Callable[[BinaryIO], None]]]:
+        """A checkpoint of such weights, by the kinds, names and writers of its files."""
+        if self._rewriting is None:
+            return {}
+        return self._rewriting.files(weights[self.candidates.columns.sort().values], "prune")
 
     @property
     def ready(self) -> bool:
@@ -214,7 +241,6 @@ class PruningStudy:
                 weights[columns[inside]] += compensation(fisher, own, now, on_step).cpu()
                 report = collected.report()
         weights[columns[gone]] = 0
-        weights = weights.to(self.problem.dtype).double()
         quality = self._quality(weights, self._phase(name))
         network.weights, network.gone = weights, gone
         network.leverage, network.window = leverage, report
@@ -282,7 +308,7 @@ class PruningStudy:
         return _PRUNING if name == MFAC else _COMPARING
 
     def _quality(self, weights: Tensor, phase: str) -> Quality:
-        with at(self.problem, weights):
+        with at(self.problem, self.as_written(weights)):
             return self._here(phase)
 
     def _recalibrated(self, weights: Tensor, phase: str) -> Quality | None:
@@ -290,7 +316,7 @@ class PruningStudy:
             return None
         on_step = self.run.clock.watch(phase)
         with (
-            at(self.problem, weights),
+            at(self.problem, self.as_written(weights)),
             recalibrated(self.problem, self.run.operator.meter, on_step),
         ):
             return self._here(phase)
@@ -304,7 +330,7 @@ class PruningStudy:
     def _predicted(self) -> float:
         """Linear and quadratic part of the change of the loss of the data."""
         problem, operator = self.problem, self.run.operator.in_full()
-        change = self.pruned.weights - self.original
+        change = self.as_written(self.pruned.weights) - self.original
         moved = change.to(problem.device)
         product = operator.apply(moved[None])[0].double().cpu()
         gradient = problem.prove().gradient.cpu()

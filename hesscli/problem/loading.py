@@ -24,7 +24,7 @@ from hesscli.problem.pretrained.loading import from_folder
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
 from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec, specs_of
-from hesscli.problem.state_dict import load_state
+from hesscli.problem.state_dict import Loaded, load_state
 from hesscli.results import CheckpointReport, Observe, Snapshot
 from hesscli.units import larger_budget
 from hesscli.vocabulary import Selection
@@ -186,7 +186,7 @@ def _from_spec(
     chosen_key = document.checkpoint_keys.key
     weights = read_checkpoint(_checkpoint_path(path, document), trust=trust, key=chosen_key)
     chosen = as_wide(weights.state.values()) if dtype is None else dtype
-    model, notes = _build_model(document, weights, device, chosen)
+    model, loaded = _build_model(document, weights, device, chosen)
     folder = document.path.parent
     return Parts(
         model=model,
@@ -201,9 +201,11 @@ def _from_spec(
         collate=_collate(document.data, folder),
         batch_size=document.data.batch_size,
         unseen=document.data.unseen,
-        notes=(*weights.notes, *notes),
+        notes=(*weights.notes, *loaded.notes),
         origin=Origin(
             {"spec": document.sha256},
+            file=weights.path,
+            names=loaded.names,
             key=chosen_key,
             strip=document.checkpoint_keys.strip,
             ignore=tuple(document.checkpoint_keys.ignore),
@@ -248,8 +250,8 @@ def _checkpoint_path(path: Path | None, spec: Spec) -> Path:
 
 def _build_model(
     spec: Spec, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model with its weights, and what was left out to make them fit."""
+) -> tuple[nn.Module, Loaded]:
+    """The model with its weights, and how they came to fit."""
     if spec.model is None:
         if checkpoint.module is None:
             raise InputError(
@@ -257,7 +259,8 @@ def _build_model(
                 f"{spec.path} has no [model]; {checkpoint.path.name} holds weights alone",
                 'factory = "net:Net" under [model]',
             )
-        return cast(checkpoint.module, device, dtype), ()
+        names = {name: name for name in checkpoint.state}
+        return cast(checkpoint.module, device, dtype), Loaded((), names)
     build = load_factory(spec.model.factory, spec.path.parent, "[model] factory")
     model = call_user(partial(build, **spec.model.kwargs), where="[model] factory")
     if not isinstance(model, nn.Module):
@@ -270,8 +273,8 @@ def _build_model(
     # Before the weights come, for float64 ones would be rounded to the factory's.
     cast(model, device, dtype)
     keys = spec.checkpoint_keys
-    notes = load_state(model, checkpoint, strip=keys.strip, ignore=keys.ignore)
-    return model.train(spec.model.training), notes
+    loaded = load_state(model, checkpoint, strip=keys.strip, ignore=keys.ignore)
+    return model.train(spec.model.training), loaded
 
 
 def _build_data(spec: DataSpec, folder: Path) -> Any:

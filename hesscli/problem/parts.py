@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ class Origin:
         facts: by which a run is told from one of another problem.
         data: the file of a folder's model; a spec says for itself where its data is.
         tokenizer_sha256: of what makes its text tokens.
+        file: that its weights were read from, or the index of several.
+        names: what the model's tensors are called there; None where a library of its own has found
+            them.
         key: which set of weights of its file was taken, where that was said.
         strip: what was taken off the names in the file.
         ignore: globs of names that were left aside.
@@ -31,6 +35,8 @@ class Origin:
     facts: Mapping[str, Any] = field(default_factory=dict)
     data: DataReport | None = None
     tokenizer_sha256: str | None = None
+    file: Path | None = None
+    names: Mapping[str, str] | None = None
     key: str | None = None
     strip: str | None = None
     ignore: tuple[str, ...] = ()

@@ -7,7 +7,9 @@ import mmap
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import BinaryIO
 from zipfile import ZipFile
@@ -19,66 +21,126 @@ from hesscli.errors import InputError
 from hesscli.parameters import Parameter, Parameters
 from hesscli.problem.checkpoint import (
     INDEX_SUFFIXES,
-    only_checkpoint,
     plain_names,
     read_safetensors,
+    shards_of,
 )
 from hesscli.problem.parts import Origin
 from hesscli.problem.torch_files import is_archive, is_program, is_unpacked, read_pickle
 from hesscli.tensor_files import chunks
 
 _CHUNK = 1 << 20
-_HINT = "torch.save(model.state_dict(), 'weights.pt') with the same names, and that as CHECKPOINT"
+_HINT = (
+    "torch.save({k: v.clone() for k, v in model.state_dict().items()}, 'weights.pt') with the "
+    "model as it is built here, and that as CHECKPOINT"
+)
+Writer = Callable[[BinaryIO], None]
 
 
 class Rewriting:
     """How a checkpoint is written anew: whatever it holds stays, in its order, but some weights.
 
     Args:
-        path: the checkpoint, or a folder that holds but one.
-        parameters: those of its weights that may change; the model has them as the file does.
-        origin: how they were found in the file.
-
-    Attributes:
-        suffix: of the file's name.
+        origin: where the weights came from.
+        parameters: those that may change; the model has them as the file does.
 
     Raises:
-        InputError: the file is none that can be written so.
+        InputError: there is a file that cannot be written so.
     """
 
-    def __init__(self, path: Path, parameters: Parameters, origin: Origin) -> None:
-        self.path = only_checkpoint(path) if path.is_dir() else path
-        self._require_writable()
-        self.suffix, self._key, self._trust = self.path.suffix, origin.key, origin.trust
-        held = self._weights(self.path)
-        self._parameters = parameters
-        self._places = _places(self.path, held, parameters)
-        for name, parameter in self._places.items():
-            _require_same(self.path, name, held[name], parameter)
+    def __init__(self, origin: Origin, parameters: Parameters) -> None:
+        assert origin.file is not None
+        self._origin, self._parameters = origin, parameters
+        self._is_index = origin.file.name.endswith(INDEX_SUFFIXES)
+        shards = shards_of(origin.file) if self._is_index else {origin.file: None}
+        held = {path: _File(path, origin, names) for path, names in shards.items()}
+        places = _places(origin, [n for file in held.values() for n in file.names], parameters)
+        self._files = {
+            file: {name: places[name] for name in file.names if name in places}
+            for file in held.values()
+        }
+        self._dtypes: dict[int, set[torch.dtype]] = {id(p): set() for p in parameters}
+        for file, own in self._files.items():
+            weights = file.weights()
+            _require_apart(file.path, weights, own)
+            for name, parameter in own.items():
+                _require_same(file.path, name, weights[name], parameter)
+                self._dtypes[id(parameter)].add(weights[name].dtype)
 
-    def writer(self, vector: Tensor) -> Callable[[BinaryIO], None]:
-        """What writes the file with other weights ``(d,)``, once, to a new file on the disk."""
+    def rounded(self, vector: Tensor) -> Tensor:
+        """Weights ``(d,)`` as they will be when they are read again."""
+        parts = list(self._parameters.split(vector))
+        for i, parameter in enumerate(self._parameters):
+            for dtype in sorted(self._dtypes[id(parameter)], key=str):
+                parts[i] = parts[i].to(dtype).to(vector.dtype)
+        return torch.cat([part.flatten() for part in parts])
+
+    def files(self, vector: Tensor, name: str) -> dict[str, tuple[str, Writer]]:
+        """What to write with other weights ``(d,)``, each once, to a new file on the disk.
+
+        Args:
+            vector: the weights.
+            name: of the file without its ending; shards and their index keep their names.
+
+        Returns:
+            Names of files and what writes them, ``checkpoint`` being the one that is to be read.
+        """
         parts = zip(self._parameters, self._parameters.split(vector.cpu()), strict=True)
         values = {id(parameter): part for parameter, part in parts}
-        changed = {name: values[id(parameter)] for name, parameter in self._places.items()}
+        path = self._origin.file
+        assert path is not None
+        found: dict[str, tuple[str, Writer]] = {}
+        if self._is_index:
+            found["checkpoint"] = (path.name, partial(_copy, path))
+        for number, (file, places) in enumerate(self._files.items(), 1):
+            changed = {n: values[id(p)] for n, p in places.items()}
+            kind = f"checkpoint_{number}" if self._is_index else "checkpoint"
+            own = file.path.name if self._is_index else f"{name}{path.suffix}"
+            found[kind] = (own, partial(file.write, changed))
+        return found
 
-        def write(stream: BinaryIO) -> None:
-            with self.path.open("rb") as source:
-                shutil.copyfileobj(source, stream)
-            stream.flush()
-            if self._is_zip:
-                self._put_into_archive(stream, changed)
-            else:
-                _put_into_safetensors(stream, changed)
 
-        return write
+class _File:
+    """One file of weights.
 
-    def _require_writable(self) -> None:
+    Args:
+        path: of it.
+        origin: how its weights were read.
+        names: those that count; None for all.
+
+    Raises:
+        InputError: it is none that can be written anew.
+    """
+
+    def __init__(self, path: Path, origin: Origin, names: list[str] | None) -> None:
+        self.path, self._origin = path, origin
+        self._require_writable(has_index=names is not None)
+        self.names = list(self.weights()) if names is None else names
+
+    def weights(self, path: Path | None = None) -> Mapping[str, Tensor]:
+        """By their names in the file, or in another like it; an archive's are its own memory."""
+        path = path or self.path
+        if not self._is_zip:
+            return read_safetensors(path)
+        key, trust = self._origin.key, self._origin.trust
+        found = read_pickle(path, trust=trust, key=key, mapped=True).weights
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def write(self, changed: Mapping[str, Tensor], stream: BinaryIO) -> None:
+        """Write it with other weights."""
+        _copy(self.path, stream)
+        stream.flush()
+        if self._is_zip:
+            self._put_into_archive(stream, changed)
+        else:
+            _put_into_safetensors(stream, changed)
+
+    def _require_writable(self, *, has_index: bool) -> None:
         path, why = self.path, None
         if not path.is_file():
             why = "no file of its own"
-        elif path.name.endswith(INDEX_SUFFIXES):
-            why = "shards that an index joins"
+        elif has_index and path.parent.resolve() != self._folder().resolve():
+            why = "a shard in another folder than the index"
         elif is_program(path):
             why = "a torch.export program"
         self._is_zip = why is None and is_archive(path)
@@ -89,22 +151,28 @@ class Rewriting:
                 if stream.read(9)[8:] != b"{":
                     why = "the format of torch before 1.6"
         if why is not None:
-            raise InputError("this checkpoint cannot be written anew", f"{path}: {why}", _HINT)
+            raise _not_so(path, why)
 
-    def _weights(self, path: Path) -> Mapping[str, Tensor]:
-        """By their names in the file; of an archive they are the file's own memory."""
-        if not self._is_zip:
-            return read_safetensors(path)
-        found = read_pickle(path, trust=self._trust, key=self._key, mapped=True).weights
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    def _folder(self) -> Path:
+        assert self._origin.file is not None
+        return self._origin.file.parent
 
     def _put_into_archive(self, stream: BinaryIO, changed: Mapping[str, Tensor]) -> None:
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            held = self._weights(Path(stream.name))
+            held = self.weights(Path(stream.name))
         for name, value in changed.items():
             held[name].detach().copy_(value)
         del held
         _renew_checksums(stream)
+
+
+def _not_so(path: Path, why: str) -> InputError:
+    return InputError("this checkpoint cannot be written anew", f"{path}: {why}", _HINT)
+
+
+def _copy(path: Path, stream: BinaryIO) -> None:
+    with path.open("rb") as source:
+        shutil.copyfileobj(source, stream)
 
 
 def _put_into_safetensors(stream: BinaryIO, changed: Mapping[str, Tensor]) -> None:
@@ -125,9 +193,26 @@ _TYPES = {
 }
 
 
-def _places(path: Path, held: Mapping[str, Tensor], parameters: Parameters) -> dict[str, Parameter]:
-    """Which parameter each name of the file is of; a prefix of all names is left out."""
+def _places(origin: Origin, held: Iterable[str], parameters: Parameters) -> dict[str, Parameter]:
+    """Which parameter each name of the file is of."""
     plain = {short: name for name, short in plain_names(held).items()}
+    if origin.names is not None:
+        called = origin.names
+        pairs = ((called[n], p) for p in parameters for n in p.names if n in called)
+        found = {plain[name]: parameter for name, parameter in pairs if name in plain}
+    else:
+        found = _as_a_library_finds_them(plain, parameters)
+    known = {id(parameter) for parameter in found.values()}
+    if missing := [p.name for p in parameters if id(p) not in known]:
+        assert origin.file is not None
+        raise _not_so(origin.file, f"{missing[0]} is not in it by this name")
+    return found
+
+
+def _as_a_library_finds_them(
+    plain: Mapping[str, str], parameters: Parameters
+) -> dict[str, Parameter]:
+    """By names of which all may have, or lack, a prefix; what has other values is refused later."""
     owners: dict[str, Parameter] = {}
     for parameter in parameters:
         owners |= dict.fromkeys(plain_names(parameter.names).values(), parameter)
@@ -135,9 +220,7 @@ def _places(path: Path, held: Mapping[str, Tensor], parameters: Parameters) -> d
         found = {plain[prefix + n]: p for n, p in owners.items() if prefix + n in plain}
         if len({id(parameter) for parameter in found.values()}) == len(parameters):
             return found
-    missing = next((name for name in owners if name not in plain), "names of its own")
-    got = f"{path}: {missing} is not in it by this name"
-    raise InputError("this checkpoint cannot be written anew", got, _HINT)
+    return {plain[name]: owners[name] for name in owners if name in plain}
 
 
 def _prefixes(plain: Mapping[str, str], name: str) -> Iterator[str]:
@@ -146,13 +229,56 @@ def _prefixes(plain: Mapping[str, str], name: str) -> Iterator[str]:
     return iter(dict.fromkeys(("", *ends)))
 
 
+def _require_apart(path: Path, held: Mapping[str, Tensor], places: Mapping[str, Parameter]) -> None:
+    """See that no weight can change with another one, as in a file they may share memory.
+
+    Raises:
+        InputError: one would.
+    """
+    stored: dict[int, list[str]] = {}
+    for name, value in held.items():
+        if value.layout == torch.strided and value.numel():
+            stored.setdefault(value.untyped_storage().data_ptr(), []).append(name)
+    for names in stored.values():
+        changing = [name for name in names if name in places]
+        for name in changing:
+            if _lies_on_itself(held[name]):
+                raise _not_so(path, f"entries of {name} share memory")
+        for one, other in combinations(names, 2):
+            owner = places.get(one), places.get(other)
+            if owner[0] is not owner[1] and _share(held[one], held[other]):
+                raise _not_so(path, f"{one} and {other} are one tensor in it, and not in the model")
+
+
+def _lies_on_itself(value: Tensor) -> bool:
+    extent = 0
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride <= extent:
+            return True
+        extent += (size - 1) * stride
+    return False
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage have an entry in common."""
+    spans = []
+    for value in (one, other):
+        begin = value.storage_offset()
+        steps = zip(value.stride(), value.shape, strict=True)
+        spans.append((begin, begin + sum(stride * (size - 1) for stride, size in steps)))
+    if spans[0][1] < spans[1][0] or spans[1][1] < spans[0][0]:
+        return False
+    taken = torch.zeros(max(end for _, end in spans) + 1, dtype=torch.bool)
+    taken.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(taken.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
 def _require_same(path: Path, name: str, value: Tensor, parameter: Parameter) -> None:
     own = parameter.tensor.detach().cpu()
     plain = value.layout == torch.strided and value.dtype in _TYPES.values()
     if plain and value.shape == own.shape and torch.equal(value.detach().to(own.dtype), own):
         return
-    got = f"{path}: {name} is not {parameter.name} as the model has it"
-    raise InputError("this checkpoint cannot be written anew", got, _HINT)
+    raise _not_so(path, f"{name} is not {parameter.name} as the model has it")
 
 
 def _renew_checksums(stream: BinaryIO) -> None:

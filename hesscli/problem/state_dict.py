@@ -27,13 +27,26 @@ _KNOWN_BUFFERS = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Weights that are in a model now.
+
+    Attributes:
+        notes: what was left out of names or of tensors and the spec did not ask for.
+        names: of the model's tensors that the file has, what they are called there.
+    """
+
+    notes: tuple[str, ...]
+    names: Mapping[str, str]
+
+
 def load_state(
     model: nn.Module,
     checkpoint: Checkpoint,
     *,
     strip: str | None = None,
     ignore: Sequence[str] = (),
-) -> tuple[str, ...]:
+) -> Loaded:
     """Copy the weights into a model, in the model's precision; every name must fit.
 
     A name may be missing only where the model ties it to one that is there. A prefix that all
@@ -45,9 +58,6 @@ def load_state(
         checkpoint: the weights.
         strip: a prefix to take off the names.
         ignore: globs of names to leave aside.
-
-    Returns:
-        What was left out of names or of tensors and the spec did not ask for.
 
     Raises:
         InputError: names or shapes do not fit.
@@ -73,7 +83,8 @@ def load_state(
         notes.append(f"buffers that the model does not have, left aside: {_first(fit.unexpected)}")
     _require_equal_twins(fit.state, _twins(model), checkpoint)
     _require_finite(model, checkpoint)
-    return tuple(notes)
+    called = {id(value): name for name, value in checkpoint.state.items()}
+    return Loaded(tuple(notes), {name: called[id(value)] for name, value in fit.state.items()})
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ class PruneResult(Answer):
             foresee, to second order; None where the run ended before.
         window: of the last step.
         weights: by parameter.
-        checkpoint: the name of the file to write, and what writes it; None where there is no file
-            that it could be like.
+        checkpoint: the names of the files to write, and what writes them, by their kinds; none
+            where there is no file that they could be like.
     """
 
     command: Literal["prune"] = "prune"
@@ -98,11 +98,11 @@ class PruneResult(Answer):
     window: WindowReport
     layers: tuple[LayerPruned, ...]
     weights: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
-    checkpoint: Any = field(default=None, repr=False, metadata=IN_FILES)
+    checkpoint: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)
 
     def copies(self) -> dict[str, tuple[str, Callable[[BinaryIO], None]]]:
         """The pruned checkpoint."""
-        return {} if self.checkpoint is None else {"checkpoint": self.checkpoint}
+        return self.checkpoint
 
     def __str__(self) -> str:
         """One honest line."""

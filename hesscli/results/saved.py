@@ -78,7 +78,7 @@ def _read(path: Path, contents: bytes) -> Saved:
     document, arrays = _parse(path, contents), {}
     for kind, (file, expected) in _members(path, document).items():
         found = _verified(path, file, expected)
-        if file.suffix == ".safetensors" and kind != "checkpoint":
+        if file.suffix == ".safetensors" and not kind.startswith("checkpoint"):
             arrays[kind] = load(found)
     return Saved(document, arrays)
 

@@ -79,6 +79,8 @@ def from_folder(
             },
             data=DataReport(path=data, sha256=shown.sha256),
             tokenizer_sha256=None if read is _images else shown.reader_sha256,
+            file=pretrained.checkpoint.path,
+            trust=trust,
         ),
     )
 
