@@ -19,7 +19,7 @@ from hesscli import GaussNewton
 from hesscli.engines.entries import Entries, Part
 from hesscli.engines.per_example import PerExample
 from hesscli.errors import UsageError
-from hesscli.operators.per_example.sites import _by_gradients, _by_pairs
+from hesscli.operators.per_example.squares import _by_gradients, _by_pairs
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows
 from hesscli.problem.freezing import FrozenData
@@ -262,8 +262,6 @@ POINTS, KINDS = _draw(N, 3), _classes(3, N)
 SMALL = (POINTS, KINDS)
 TEXT = (TOKENS, NEXT.where(TOKENS != 3, -100), _draw(N, 5).square())
 BCE = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0, 0.5]))
-ATTENTION = {f"attention.{n}" for n in ("in_proj_weight", "in_proj_bias")}
-ATTENTION |= {f"attention.out_proj.{n}" for n in ("weight", "bias")}
 
 Case = tuple[Callable[[], nn.Module], Any, tuple[Tensor, ...], set[str]]
 
@@ -274,29 +272,24 @@ CASES: dict[str, Case] = {
     "volumes": (_volume_net, BCE, (_draw(N, 2, 4, 5, 4), _draw(N, 2).sigmoid()), set()),
     "sequences": (_sequence_net, "mse", (_draw(N, 4, 3), _draw(N, 4, 2)), set()),
     "turned": (_turned_net, "mse", (_draw(N, 4, 3), _draw(N, 4, 2)), set()),
-    "text": (Text, "language_model", TEXT, ATTENTION),
-    "tied": (lambda: Text(tied=True), "language_model", TEXT, ATTENTION | {"tokens.weight"}),
+    "text": (Text, "language_model", TEXT, set()),
+    "tied": (lambda: Text(tied=True), "language_model", TEXT, set()),
     "functional": (Functional, "cross_entropy", SMALL, {"first.weight", "first.bias"}),
-    "swapped": (
-        Swapped,
-        "cross_entropy",
-        SMALL,
-        {"last.weight", "last.bias"},
-    ),
+    "swapped": (Swapped, "cross_entropy", SMALL, set()),
     "weight norm": (
         Normed,
         "cross_entropy",
         SMALL,
         {f"first.parametrizations.weight.original{i}" for i in (0, 1)},
     ),
-    "subclass": (Subclassed, "cross_entropy", SMALL, {"first.weight", "first.bias"}),
+    "subclass": (Subclassed, "cross_entropy", SMALL, set()),
     "partly": (Partly, "cross_entropy", SMALL, set()),
     "no vmap": (Bare, "cross_entropy", SMALL, {"scale"}),
     "recurrent": (
         Recurrent,
         "nll",
         (POINTS, KINDS),
-        {f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+        set(),
     ),
 }
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hesscli import randomness
 from hesscli.errors import UnsoundError
 from hesscli.memory import is_out_of_memory
 from hesscli.meter import FORWARD, Meter
+from hesscli.operators.per_example.calls import BareLinear, captured, found_in_graph
 from hesscli.operators.per_example.generic import Generic
 from hesscli.operators.per_example.sites import Site, known_modules, site_class
 from hesscli.operators.products import gradient
@@ -33,67 +31,6 @@ from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.output_hessian import Columns
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
-
-# -- What modules see in a forward pass: their inputs, and the graph's edges behind their outputs --
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a module.
-
-    ``edge`` is where the graph left the module, so that what is done to the output afterwards,
-    in place or not, does not matter.
-    """
-
-    input: Tensor
-    edge: GradientEdge
-    shape: torch.Size
-
-
-Calls = dict[nn.Module, list[Call]]
-
-
-@contextmanager
-def captured(
-    modules: Collection[nn.Module], shared: Collection[nn.Module], count: int
-) -> Iterator[Calls]:
-    """Record the calls of ``modules`` meanwhile.
-
-    Args:
-        modules: whose calls.
-        shared: those whose output serves all examples, as that of an embedding of positions does;
-            it is repeated for each of them, so that each has a gradient of its own.
-        count: examples in the batch.
-    """
-    calls: Calls = {module: [] for module in modules}
-
-    def record(
-        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> Any:
-        given = args[0] if args else kwargs.get("input")
-        if not isinstance(given, Tensor) or not isinstance(output, Tensor):
-            return None
-        if not output.requires_grad:
-            return None
-        spread = module in shared
-        if spread:
-            given, output = _repeated(given, count), _repeated(output, count)
-        calls[module].append(Call(given.detach(), get_gradient_edge(output), output.shape))
-        return output if spread else None
-
-    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _repeated(tensor: Tensor, count: int) -> Tensor:
-    """One row an example, as broadcasting would make them."""
-    single = tensor if tensor.dim() and len(tensor) == 1 else tensor[None]
-    return single.expand(count, *single.shape[1:])
-
 
 # -- One forward pass over some examples, and the backward passes on its graph ---------------------
 
@@ -124,6 +61,10 @@ class Pass:
         self.share = batch.count / owner.problem.data.count
         with captured(owner.known, owner.shared, batch.count) as calls:
             self.outputs = owner.problem.outputs(batch.data)
+        if bare := [module for module in owner.known if isinstance(module, BareLinear)]:
+            calls |= found_in_graph(self.outputs, bare)
+        for module in owner.turned:
+            calls[module] = [call.by_example(batch.count) for call in calls[module]]
         self.calls = calls
         self._sites: dict[nn.Module, Site] = {}
         owner.meter.add(FORWARD, self.share)
@@ -138,7 +79,7 @@ class Pass:
     def structure(self) -> Hashable:
         """What one verification speaks for: which modules were called, and on what."""
         kinds = tuple(
-            tuple((call.input.dim(), self._rows_each(call)) for call in calls)
+            tuple((call.input.dim(), call.rows_each(self.batch.count)) for call in calls)
             for calls in self.calls.values()
         )
         return self.batch.count > 1, kinds
@@ -230,7 +171,7 @@ class Pass:
 
     def _in_rows(self, module: nn.Module, pulled: list[Tensor], others: Tensor) -> bool:
         """Whether rows are examples: those that were not backpropagated have no gradient."""
-        if any(self._rows_each(call) is None for call in self.calls[module]):
+        if any(call.rows_each(self.batch.count) is None for call in self.calls[module]):
             return False
         return not any((g.reshape(self.batch.count, -1)[others] != 0).any() for g in pulled)
 
@@ -300,7 +241,7 @@ class Pass:
             return {module: [] for module in self.calls}
         if not self.outputs.requires_grad:  # what was called leads nowhere
             return {
-                module: [column.new_zeros(call.shape) for call in calls]
+                module: [call.arranged(column.new_zeros(call.shape)) for call in calls]
                 for module, calls in self.calls.items()
             }
         self.owner.meter.add(self.owner.problem.way_back, self.share)
@@ -309,7 +250,7 @@ class Pass:
             paired([self.outputs], [column]), edges, retain_graph=True, allow_unused=True
         )
         filled = iter(
-            column.new_zeros(call.shape) if part is None else part
+            call.arranged(column.new_zeros(call.shape) if part is None else part)
             for call, part in zip(calls, parts, strict=True)
         )
         return {module: [next(filled) for _ in calls] for module, calls in self.calls.items()}
@@ -343,13 +284,6 @@ class Pass:
             inputs = [call.input for call in self.calls[module]]
             self._sites[module] = kind(module, inputs, self.batch.count)
         return self._sites[module]
-
-    def _rows_each(self, call: Call) -> int | None:
-        """The module's rows for each example, or None where they are no multiple."""
-        if call.input.dim() == 0 or not len(call.shape) or call.shape[0] != len(call.input):
-            return None
-        each, rest = divmod(len(call.input), self.batch.count)
-        return None if rest else each
 
 
 def is_close(got: Tensor, expected: Tensor, scale: Tensor, terms: Tensor | None = None) -> bool:
@@ -419,6 +353,7 @@ class ExampleGradients:
         spoken_for = {i for names in self.known.values() for i in names.values()}
         self.unspoken_for = set(range(len(parameters))) - spoken_for
         self.shared: set[nn.Module] = set()
+        self.turned: set[nn.Module] = set()
         self.mapper = Generic(problem)
         self._structures: set[Hashable] = set()
         self._part: int | None = None
@@ -513,19 +448,27 @@ class ExampleGradients:
         return live
 
     def _verify(self, batch: WeightedBatch) -> None:
-        """Take modules as they are, else as shared by all examples, else by the generic path."""
+        """Take modules as they are, else as shared by all examples, or as having them in columns.
+
+        What is neither is looked for in the graph, and else takes the generic path.
+        """
         plain = self.problem.fixed_outputs(batch.data)
         live = Pass(self, batch)
         while wrong := live.wrong_modules():
             for module, in_rows in wrong.items():
-                if in_rows or module in self.shared or not self._share(module, batch, plain):
+                if in_rows or module in self.shared | self.turned:
                     self._give_up(module)
+                elif not self._share(module, batch, plain):
+                    self.shared.discard(module)
+                    self.turned.add(module)
             live = Pass(self, batch)
         live.check_generic()
         self._structures.add(live.structure)
 
     def _share(self, module: nn.Module, batch: WeightedBatch, plain: Tensor) -> bool:
         """Let a module repeat its output for every example, unless that changes the model's."""
+        if isinstance(module, BareLinear):
+            return False
         self.shared.add(module)
         try:
             outputs = Pass(self, batch).outputs
@@ -536,8 +479,14 @@ class ExampleGradients:
         return outputs.shape == plain.shape and is_close(outputs, plain, plain.norm())
 
     def _give_up(self, module: nn.Module) -> None:
+        """Look for what a linear layer is asked for in its stead; nothing else speaks for it."""
         self.shared.discard(module)
-        self.unspoken_for |= set(self.known.pop(module).values())
+        self.turned.discard(module)
+        names = self.known.pop(module)
+        if isinstance(module, nn.Linear):
+            self.known[BareLinear(module.weight, module.bias)] = names
+        else:
+            self.unspoken_for |= set(names.values())
 
 
 def _cut(batch: WeightedBatch, start: int, stop: int) -> WeightedBatch:

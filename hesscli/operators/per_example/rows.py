@@ -22,7 +22,7 @@ from hesscli.errors import HesscliError, UsageError
 from hesscli.meter import Meter
 from hesscli.operators.gauss_newton import require_examples
 from hesscli.operators.per_example.passes import ExampleGradients
-from hesscli.operators.per_example.sites import DEVICE_BYTES
+from hesscli.operators.per_example.squares import DEVICE_BYTES
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.batches import rows as rows_of_batch
 from hesscli.problem.output_hessian import columns_at, has_factor, scores_at

@@ -18,99 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hesscli.operators.per_example.calls import BareLinear, Tied
+from hesscli.operators.per_example.squares import (
+    pairs_are_cheaper,
+    room,
+    squared_norms,
+    squared_products,
+)
 from hesscli.parameters import Parameters
 from hesscli.sums import add_rows
-
-# -- Sums of squared products: Σ_{n,c} (Σ_p g_ncop a_npj)² without keeping all that is squared -----
-
-
-CACHE_BYTES = 1 << 21
-"""What is worked on at once on a CPU: as much as its second-level cache holds."""
-DEVICE_BYTES = 1 << 27
-"""The same on an accelerator."""
-
-
-def room(like: Tensor) -> int:
-    """Numbers of a tensor's type that may be worked on at once."""
-    bytes_at_once = CACHE_BYTES if like.device.type == "cpu" else DEVICE_BYTES
-    return bytes_at_once // like.element_size()
-
-
-def squared_products(gradients: Tensor, inputs: Tensor) -> Tensor:
-    """Σ over examples and columns of the squared per-example weight gradients.
-
-    Args:
-        gradients: ``(N, C, G, O, P)`` for C columns, G groups, O outputs and P positions.
-        inputs: ``(N, G, P, J)``.
-
-    Returns:
-        ``(G, O, J)``, by whichever order of sums takes fewer operations.
-    """
-    _, columns, _, outputs, positions = gradients.shape
-    if pairs_are_cheaper(columns, outputs, positions, inputs.shape[-1]):
-        return _by_pairs(gradients, inputs)
-    return _by_gradients(gradients, inputs)
-
-
-def pairs_are_cheaper(columns: int, outputs: int, positions: int, width: int) -> bool:
-    """Whether pairs of positions take fewer multiplications than forming the gradients."""
-    by_gradients = columns * outputs * width * (positions + 1)
-    by_pairs = positions**2 * (columns * outputs + width + outputs * width)
-    return by_pairs < by_gradients
-
-
-def _by_gradients(gradients: Tensor, inputs: Tensor) -> Tensor:
-    """Form each example's weight gradients, some outputs at a time where they are many."""
-    count, columns, groups, outputs, positions = gradients.shape
-    width = inputs.shape[-1]
-    tall = max(1, min(outputs, room(gradients) // (count * columns * groups * width)))
-    parts = []
-    for first in range(0, outputs, tall):
-        part = gradients[:, :, :, first : first + tall].transpose(1, 2)
-        left = part.reshape(count * groups, -1, positions)
-        made = torch.bmm(left, inputs.flatten(0, 1))
-        squares = made.square_().view(count, groups, columns, -1, width)
-        parts.append(squares.sum((0, 2)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _by_pairs(gradients: Tensor, inputs: Tensor) -> Tensor:
-    """(Σ_p g_p a_p)² = Σ_pq (g_p g_q)(a_p a_q): one matrix product over all examples and pairs.
-
-    With one position this is the product of the squares.
-    """
-    g, a = gradients, inputs
-    left = (g[..., None] * g[..., None, :]).sum(1).permute(1, 2, 0, 3, 4).flatten(2)
-    right = (a[:, :, None] * a[:, :, :, None]).transpose(0, 1).flatten(1, 3)
-    return torch.bmm(left, right).clamp_(min=0)  # squares, but for rounding
-
-
-def squared_norms(gradients: Tensor, inputs: Tensor) -> Tensor:
-    """Σ over columns of the squared norm of each example's weight gradient, ``(N,)``.
-
-    ‖Σ_p g_p a_pᵀ‖² = Σ_pq (g_pᵀg_q)(a_pᵀa_q), which forms no gradient where positions are few
-    (Goodfellow 2015, "Efficient per-example gradient computations", for one position; Li et al.
-    2022, arXiv 2110.05679, section 4, for many).
-
-    Args:
-        gradients: ``(N, C, G, O, P)`` for C columns, G groups, O outputs and P positions.
-        inputs: ``(N, G, P, J)``.
-    """
-    count, columns, groups, outputs, positions = gradients.shape
-    width, tall = inputs.shape[-1], columns * outputs
-    left = gradients.transpose(1, 2).reshape(count * groups, tall, positions)
-    right = inputs.flatten(0, 1)
-    if positions**2 * (tall + width) < tall * width * (positions + 1):
-        products = torch.bmm(left.transpose(1, 2), left)
-        products *= torch.bmm(right, right.transpose(1, 2))
-        return products.view(count, -1).sum(1).clamp_(min=0)  # squares, but for rounding
-    rows = max(1, min(tall, room(gradients) // (count * groups * width)))
-    total = gradients.new_zeros(count)
-    for first in range(0, tall, rows):
-        made = torch.bmm(left[:, first : first + rows], right)
-        total += made.square_().view(count, -1).sum(1)
-    return total
-
 
 # -- Per-example parameter gradients of known modules, from their inputs and output gradients ------
 
@@ -264,6 +180,63 @@ class LinearSite(Product):
     def read_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
         """Gradients in the outputs as (n, 1, O, P)."""
         return self.read(gradients).transpose(2, 3)
+
+
+class TiedSite(LinearSite):
+    """A weight that positions are multiplied with, and whose rows others look up.
+
+    An example's gradient is Σ_p g_p a_pᵀ over both: what a lookup gives back is as the input of a
+    product whose gradient is one at the row and zero elsewhere.
+    """
+
+    def add_squares(self, columns: Sequence[Sequence[Tensor]], into: Named) -> None:
+        """Likewise, a column at a time: each has inputs of its own."""
+        for column in columns:
+            super().add_squares([column], into)
+
+    def norms(self, columns: Sequence[Sequence[Tensor]]) -> Named:
+        """Likewise."""
+        found = [super(TiedSite, self).norms([column]) for column in columns]
+        return {name: torch.stack([f[name] for f in found]).sum(0) for name in found[0]}
+
+    def numbers_each(self, columns: Sequence[Sequence[Tensor]]) -> int:
+        """Positions of products and of lookups have a row of outputs each."""
+        rows = sum(x[0].numel() if _is_lookup(x) else x[0, ..., 0].numel() for x in self.inputs)
+        outputs, width = map(int, self.module.weight.shape)
+        numbers = rows * (width + outputs)
+        if pairs_are_cheaper(1, outputs, rows, width):
+            return rows * numbers
+        return numbers + outputs * width
+
+    def _parts(self, columns: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        split = self.by_example(columns[0])
+        size = max(1, room(columns[0][0]) // self.numbers_each([split]))
+        for start in range(0, self.count, size):
+            inputs, gradients = self._paired(split, slice(start, start + size))
+            yield inputs, [gradients]
+
+    def each(self, column: Sequence[Tensor], part: slice = slice(None)) -> Named:
+        """Gradients ``(n, *shape)`` of single examples."""
+        return self.each_of(*self._paired(self.by_example(column), part))
+
+    def _paired(self, column: Sequence[Tensor], part: slice) -> tuple[Tensor, Tensor]:
+        """Inputs and gradients of all positions of some examples."""
+        inputs, gradients = list[Tensor](), list[Tensor]()
+        for x, g in zip(self.inputs, column, strict=True):
+            looks_up = _is_lookup(x)
+            inputs.append(g[part] if looks_up else x[part])
+            gradients.append(self._chosen(x[part], g) if looks_up else g[part])
+        return self.read(inputs), self.read_gradients(gradients)
+
+    def _chosen(self, rows: Tensor, like: Tensor) -> Tensor:
+        """One at the row that is looked up, but for padding's, whose gradient is zero by decree."""
+        chosen = functional.one_hot(rows.long(), len(self.module.weight)).to(like.dtype)
+        padding = self.module.padding_idx
+        return chosen if padding is None else chosen * (rows != padding)[..., None]
+
+
+def _is_lookup(input: Tensor) -> bool:
+    return not input.is_floating_point()
 
 
 class TransposedSite(LinearSite):
@@ -430,7 +403,9 @@ _NORMS = (
 
 def site_class(module: nn.Module) -> type[Site] | None:
     """The kind of site that fits a module, if any does."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, Tied):
+        return TiedSite
+    if isinstance(module, (nn.Linear, BareLinear)):
         return LinearSite
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return TransposedSite
@@ -444,17 +419,33 @@ def site_class(module: nn.Module) -> type[Site] | None:
 
 
 def known_modules(model: nn.Module, parameters: Parameters) -> dict[nn.Module, dict[str, int]]:
-    """Modules of a known kind, and the places of those parameters that no other module owns."""
+    """Modules of a known kind, and the places of those parameters that no other module owns.
+
+    Matrices of other modules that are called weights may be those of linear maps.
+    """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(tensor), []).append((module, name))
     known: dict[nn.Module, dict[str, int]] = {}
+    others: dict[tuple[nn.Module, str], int] = {}
     for position, parameter in enumerate(parameters):
-        if len(homes := owners[id(parameter.tensor)]) == 1:
+        homes = owners[id(parameter.tensor)]
+        if len(homes) > 1 and parameter.tensor.dim() == 2:
+            known[Tied(parameter.tensor, [module for module, _ in homes])] = {"weight": position}
+        elif len(homes) == 1:
             module, name = homes[0]
             if site_class(module) is not None and name in ("weight", "bias"):
                 known.setdefault(module, {})[name] = position
+            else:
+                others[module, name] = position
+    for (module, name), position in others.items():
+        weight, bias = getattr(module, name), name.replace("weight", "bias")
+        if "weight" in name and weight.dim() == 2:
+            names = {"weight": position}
+            if (module, bias) in others:
+                names["bias"] = others[module, bias]
+            known[BareLinear(weight, getattr(module, bias, None))] = names
     return known
 
 
