@@ -66,6 +66,7 @@ fuzz: $(VENV)/test  ## Random networks with faults planted in them, and without 
 
 study: $(VENV)/demo  ## Train three networks by five optimizers (ten hours of a core, resumed at will); DATA=FOLDER
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/study.py --data $(or $(DATA),/usr/share)
+	$(BIN)/python tests/benchmarks/study_tables.py
 
 symmetries: $(VENV)/test  ## A hundred random networks, and every family planted in several forms
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m study tests/test_symmetry_study.py

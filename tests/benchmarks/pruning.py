@@ -46,10 +46,11 @@ class Cut:
 
 
 def plan() -> Iterator[Cut]:
-    """All runs; the first seeds of all come before the others."""
-    for seed, (network, sparsities) in itertools.product(range(SEEDS), SPARSITIES.items()):
-        for sparsity, steps in itertools.product(sparsities, STEPS):
-            yield Cut(network, sparsity, steps, seed)
+    """All runs, the quick ones first, and then the first seeds of all."""
+    for steps, seed in itertools.product(STEPS, range(SEEDS)):
+        for network, sparsities in SPARSITIES.items():
+            for sparsity in sparsities:
+                yield Cut(network, sparsity, steps, seed)
 
 
 def pruned(cut: Cut, problem: hesscli.Problem) -> dict[str, Any]:
