@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ class Parameter:
 
     ``offset`` counts in the full vector whatever is selected, so that probes, which are keyed
     by it, do not change when the matrix is restricted. ``names`` are all that it goes by, more
-    than one where it is tied.
+    than one where it is tied. ``owner`` is the first module that has it.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Parameter:
     tensor: Tensor
     offset: int
     names: tuple[str, ...]
+    owner: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -60,8 +61,9 @@ class Parameters(Sequence[Parameter]):
         offset = 0
         for name, tensor in model.named_parameters():
             if tensor.requires_grad:
-                layer = name.rpartition(".")[0] or name
-                items.append(Parameter(name, layer, tensor, offset, tuple(names[id(tensor)])))
+                path = name.rpartition(".")[0]
+                owner, every = model.get_submodule(path), tuple(names[id(tensor)])
+                items.append(Parameter(name, path or name, tensor, offset, every, owner))
                 offset += tensor.numel()
         return cls(items)
 

@@ -201,35 +201,60 @@ class BlockRule:
 
 @dataclass(frozen=True)
 class Pattern:
-    """N:M sparsity: of each ``size`` consecutive inputs no more than ``kept`` weights are left."""
+    """Groups of weights, of each of which no more than ``kept`` are left.
 
-    spelled: ClassVar[str] = "N:M with N below M and few choices, as 2:4, 1:4 or 4:8"
+    ``N:M`` has groups of M consecutive inputs of one output, of which N stay. ``R×C`` has blocks of
+    R consecutive outputs by C consecutive inputs, which go or stay whole.
+    """
+
+    spelled: ClassVar[str] = (
+        "N:M with N below M and few choices, as 2:4, or blocks of up to 256 weights, as 4x4"
+    )
     most: ClassVar[int] = 128
     """Choices that are tried for each group."""
+    largest: ClassVar[int] = 256
+    """Entries of a block, whose part of the inverse is made for each."""
     kept: int
-    size: int
+    inputs: int
+    outputs: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``N:M``.
+        """Read ``N:M`` or ``RxC``.
 
         Raises:
-            UsageError: it is none, or has too many choices.
+            UsageError: it is neither, or has too many choices.
         """
-        kept, size = (_number(part) for part in (*text.split(":"), "", "")[:2])
-        if text.count(":") != 1 or not kept or not size or kept >= size:
+        mark = "x" if "x" in text else ":"
+        one, other = (_number(part) for part in (*text.split(mark), "", "")[:2])
+        if text.count(mark) != 1 or not one or not other or (mark == ":" and one >= other):
             raise UsageError("no such pattern", repr(text), cls.spelled)
-        if size > cls.most or math.comb(size, kept) > cls.most:
+        if mark == "x":
+            if not 1 < one * other <= cls.largest:
+                hint = f"blocks of 2 to {cls.largest} entries, as 4x4"
+                raise UsageError("no block that can be scored", repr(text), hint)
+            return cls(0, other, one)
+        if other > cls.most or math.comb(other, one) > cls.most:
             raise UsageError("a pattern with too many choices", repr(text), cls.spelled)
-        return cls(kept, size)
+        return cls(one, other)
 
     @property
-    def sparsity(self) -> float:
-        """Share of the weights that it lets go."""
-        return 1 - self.kept / self.size
+    def size(self) -> int:
+        """Weights in a group."""
+        return self.inputs * self.outputs
+
+    @property
+    def count(self) -> int:
+        """How many of a group's weights go."""
+        return self.size - self.kept
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of the weights that it lets go; None where any number of groups may."""
+        return 1 - self.kept / self.size if self.kept else None
 
     def __str__(self) -> str:
-        return f"{self.kept}:{self.size}"
+        return f"{self.kept}:{self.size}" if self.kept else f"{self.outputs}x{self.inputs}"
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.diagnostics.pruning_choice import Aim, Candidates, least
-from hesscli.errors import ExitCode, UsageError
-from hesscli.parameters import Parameters
+from hesscli.errors import ExitCode
 from hesscli.results import Snapshot
 
 SAMPLES = SUNSPOTS.parent.parent
@@ -140,7 +138,7 @@ BAD = [
     (("--pattern", "4:2"), "--pattern must be"),
     (("--pattern", "8:16"), "--pattern must be"),
     (("--pattern", "2:4", "--sparsity", "90%"), "--sparsity is not that of --pattern"),
-    (("--pattern", "3:5"), "no weight may go: no tensor has a multiple of so many inputs"),
+    (("--pattern", "3:5"), "no weight may go: no tensor is of so many outputs and inputs"),
 ]
 
 
@@ -173,46 +171,6 @@ def test_low_leverage_and_a_layer_that_is_emptied_are_said(tmp_path: Path) -> No
     assert "leverage below 50%" in run.stderr
     assert "a matter of magnitude" in run.stderr
     assert "no weight is left in" in run.stderr
-
-
-class Tied(nn.Module):
-    """One matrix at two places, and a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(5, 5), nn.Linear(5, 5, bias=False)
-        self.two.weight = self.one.weight
-
-
-def test_tied_weights_count_once() -> None:
-    assert Candidates(Parameters.of(Tied())).count == 25
-
-
-@pytest.mark.parametrize("per_layer", [False, True])
-@pytest.mark.parametrize("steps", [1, 5])
-def test_counts_add_up_and_fall_geometrically(per_layer: bool, steps: int) -> None:
-    sizes = (7, 11, 13, 3)
-    net = nn.Sequential(*(nn.Linear(1, size, bias=False) for size in sizes))
-    candidates = Candidates(Parameters.of(net))
-    for sparsity in (0.1, 0.5, 0.77, 0.97):
-        aim, zeros = Aim(sparsity, steps, per_layer), torch.zeros(34, dtype=torch.bool)
-        totals = [sum(n for _, n in step) for step in candidates.targets(aim, zeros)]
-        wanted = [34 * (1 - (1 - sparsity) ** (k / steps)) for k in range(1, steps + 1)]
-        assert totals == [round(one) for one in wanted]
-        *_, last = candidates.targets(aim, zeros)
-        for place, count in last:
-            assert abs(count - sparsity * (place.stop - place.start)) <= 1
-
-
-def test_of_equal_costs_the_first_go() -> None:
-    costs = torch.tensor([1.0, 0, 0, 0, 2, 0])
-    assert least(costs, [(slice(0, 6), 2)]).tolist() == [False, True, True, False, False, False]
-
-
-def test_no_sparsity_is_all_or_nothing() -> None:
-    for sparsity in (0.0, 1.0, 1.5):
-        with pytest.raises(UsageError, match="--sparsity"):
-            Aim(sparsity)
 
 
 def test_safetensors_come_out_as_they_went_in(tmp_path: Path) -> None:
@@ -289,6 +247,41 @@ def test_groups_of_a_kernel_are_of_its_input_channels() -> None:
             largest = weight.view(len(weight), -1, 4, *weight.shape[2:]).abs().amax(2, keepdim=True)
             kept = weight.view(len(weight), -1, 4, *weight.shape[2:]).abs() == largest
             weight.mul_(kept.view(weight.shape))
+        loss = nn.functional.cross_entropy(net(data[0]), data[1])
+    assert by_size.loss == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize(("pattern", "sparsity", "steps"), [("2x4", 0.75, 2), ("4x1", None, 1)])
+def test_blocks_go_or_stay_whole_and_as_many_as_were_asked_for(
+    pattern: str, sparsity: float | None, steps: int
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+    data = torch.randn(48, 4, 4, 4), torch.randint(4, (48,))
+    problem = hesscli.Problem(net, "cross_entropy", data)
+    found = hesscli.prune(problem, pattern=pattern, sparsity=sparsity, steps=steps)
+    rows, columns = map(int, pattern.split("x"))
+
+    def blocks(weight: Tensor) -> Tensor:
+        """With the entries of each in the last place."""
+        whole = weight.movedim(1, -1)
+        whole = whole.unflatten(0, (-1, rows)).unflatten(-1, (-1, columns))
+        return whole.movedim(1, -1).flatten(-2)
+
+    zeros = [blocks(torch.from_numpy(found.weights[f"{n}.weight"])) == 0 for n in (0, 3)]
+    assert all(bool((each.all(-1) == each.any(-1)).all()) for each in zeros)
+    count = sum(int(each.sum()) for each in zeros)
+    assert count == found.sparsity.num_zeros == round((sparsity or 0.5) * (8 * 4 * 9 + 32 * 4))
+    by_size = next(one for one in found.methods if one.name == "magnitude")
+    with torch.no_grad():
+        sizes = [blocks(net[n].weight).square().sum(-1) for n in (0, 3)]
+        every = torch.cat([size.flatten() for size in sizes]).sort().values
+        bound = every[count // (rows * columns) - 1]
+        for number in (0, 3):
+            weight = net[number].weight
+            size = weight.square().unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
+            stays = size.sum((1, 3), keepdim=True) > bound
+            weight.mul_(stays.expand(size.shape).flatten(2, 3).flatten(0, 1))
         loss = nn.functional.cross_entropy(net(data[0]), data[1])
     assert by_size.loss == pytest.approx(float(loss), rel=1e-5)
 

@@ -112,17 +112,18 @@ def test_patterns_of_a_group_cost_what_a_dense_inverse_says(
     inverse = dense(rows, damping, blocks)
     found = StaticFisher(window, damping, blocks=blocks).groups(5)
     groups = weights.view(-1, 5)
-    chosen, costs = cheapest_patterns(groups, found, 3)
-    for number, (group, block) in enumerate(zip(groups, found, strict=True)):
-        own = inverse[5 * number : 5 * number + 5, 5 * number : 5 * number + 5]
-        assert distance(block, own) < 1e-8
-        by_pattern = {}
-        for pattern in combinations(range(5), 3):
-            q = list(pattern)
-            by_pattern[pattern] = 0.5 * group[q] @ torch.linalg.solve(own[q][:, q], group[q])
-        best = min(by_pattern, key=by_pattern.__getitem__)
-        assert tuple(chosen[number].nonzero()[:, 0].tolist()) == best
-        assert float(costs[number]) == pytest.approx(float(by_pattern[best]), rel=1e-8)
+    for count in (3, 5):
+        chosen, costs = cheapest_patterns(groups, found, count)
+        for number, (group, block) in enumerate(zip(groups, found, strict=True)):
+            own = inverse[5 * number : 5 * number + 5, 5 * number : 5 * number + 5]
+            assert distance(block, own) < 1e-8
+            by_pattern = {}
+            for pattern in combinations(range(5), count):
+                q = list(pattern)
+                by_pattern[pattern] = 0.5 * group[q] @ torch.linalg.solve(own[q][:, q], group[q])
+            best = min(by_pattern, key=by_pattern.__getitem__)
+            assert tuple(chosen[number].nonzero()[:, 0].tolist()) == best
+            assert float(costs[number]) == pytest.approx(float(by_pattern[best]), rel=1e-8)
 
 
 def test_groups_that_reach_over_blocks_are_refused() -> None:

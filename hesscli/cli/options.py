@@ -301,9 +301,10 @@ PATTERN = _PRUNING.value(
     parsing.pattern,
     Pattern.spelled,
     "--pattern 2:4",
-    metavar="N:M",
-    help="Of each M weights for consecutive inputs no more than N stay; every choice is tried. "
-    "Tensors whose inputs are no multiple of M stay whole. Default: any weight may go.",
+    metavar="N:M|RxC",
+    help="Of each M weights for consecutive inputs no more than N stay, and every choice is tried; "
+    "or blocks of R outputs by C inputs go or stay whole, as many as --sparsity says. Tensors that "
+    "no such group fits stay whole. Default: any weight may go.",
 )
 PRUNING_STEPS = _PRUNING.value(
     "--steps",

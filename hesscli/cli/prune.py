@@ -33,6 +33,7 @@ Examples:
   hesscli prune model.pt --sparsity 90%            nine of ten weights, at once
   hesscli prune model.pt --sparsity 90% --steps 16 the same with a new window at each step
   hesscli prune model.pt --pattern 2:4             two of each four, as sparse tensor cores want
+  hesscli prune --pattern 1x4 --sparsity 75%       blocks of one output by four inputs
   hesscli prune --per-layer --params 'blocks.*'    half of each layer of these
   hesscli prune --damping 1e-1 --blocks 64 --examples all
   hesscli prune --out json --dir pruned > prune.json

@@ -55,8 +55,9 @@ def prune(
         problem: model, loss and frozen examples. Entries of its matrices and kernels may go.
         matrix: by which the change of the loss is predicted.
         sparsity: share of these that are to be zero; default the pattern's, else a half.
-        pattern: N:M, of M weights for consecutive inputs no more than N are to stay; every choice
-            is tried with the inverse's block of all M. None where any weight may go.
+        pattern: N:M, of M weights for consecutive inputs no more than N are to stay, of which every
+            choice is tried; or RxC, blocks of R outputs by C inputs go or stay whole. Either is
+            scored with the inverse's block of the whole group. None where any weight may go.
         steps: in each the same share of what is left goes, by a window of gradients of its own.
         per_layer: each layer is to have the sparsity, and not all of them together.
         window: which gradients stand for the matrix that is inverted; by default with a damping
@@ -197,8 +198,8 @@ def _warnings(study: PruningStudy, layers: tuple[LayerPruned, ...]) -> Iterator[
         )
     if whole := study.candidates.whole:
         yield (
-            f"{', '.join(whole[:5])} ({len(whole)} tensors) stay whole: their inputs are no "
-            f"multiple of {aim.pattern and aim.pattern.size}"
+            f"{', '.join(whole[:5])} ({len(whole)} tensors) stay whole: groups of {aim.pattern} do "
+            "not fit their outputs and inputs"
         )
     assert pruned.window is not None
     if pruned.window.rows < study.options.count(study.problem):

@@ -9,7 +9,9 @@ from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from hesscli.errors import UsageError
 from hesscli.parameters import Parameter, Parameters
@@ -42,13 +44,16 @@ class Aim:
         if pattern is None:
             return cls(USUAL_SPARSITY if sparsity is None else sparsity, steps, per_layer)
         groups = Pattern.parse(pattern)
-        if sparsity is not None and not math.isclose(sparsity, groups.sparsity):
+        own = groups.sparsity
+        if own is None:
+            return cls(USUAL_SPARSITY if sparsity is None else sparsity, steps, per_layer, groups)
+        if sparsity is not None and not math.isclose(sparsity, own):
             raise UsageError(
                 "--sparsity is not that of --pattern",
-                f"{100 * sparsity:g}%, and {pattern} has {100 * groups.sparsity:g}%",
+                f"{100 * sparsity:g}%, and {pattern} has {100 * own:g}%",
                 f"--pattern {pattern} alone",
             )
-        return cls(groups.sparsity, steps, per_layer, groups)
+        return cls(own, steps, per_layer, groups)
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
@@ -64,8 +69,7 @@ class Candidates:
 
     Args:
         parameters: those of the matrix.
-        pattern: of groups of weights for consecutive inputs; tensors that cannot be cut into such
-            stay whole.
+        pattern: of groups of weights; tensors that cannot be cut into such stay whole.
 
     Attributes:
         columns: where they are in the flat vector ``(C,)``, layer by layer and group by group.
@@ -78,13 +82,15 @@ class Candidates:
     """
 
     def __init__(self, parameters: Parameters, pattern: Pattern | None = None) -> None:
-        every = [p for p in parameters if p.tensor.dim() > 1 and p.numel]
-        size = 1 if pattern is None else pattern.size
-        self.parameters = Parameters(p for p in every if p.tensor.shape[1] % size == 0)
-        self.whole = tuple(p.name for p in every if p.tensor.shape[1] % size)
+        every = [p for p in parameters if p.numel and not _is_vector(p)]
+        self._pattern = pattern
+        shape = (1, 1) if pattern is None else (pattern.outputs, pattern.inputs)
+        fitting = {p.name: _fits(p, *shape) for p in every}
+        self.parameters = Parameters(p for p in every if fitting[p.name])
+        self.whole = tuple(name for name, fits in fitting.items() if not fits)
         if self.whole and not len(self.parameters):
             raise UsageError(
-                "no weight may go: no tensor has a multiple of so many inputs",
+                "no weight may go: no tensor is of so many outputs and inputs",
                 f"--pattern {pattern}, for {', '.join(self.whole[:5])}",
                 "another --pattern, or --sparsity without one",
             )
@@ -97,7 +103,8 @@ class Candidates:
         starts = {
             p.name: place.start for p, place in zip(parameters, parameters.places(), strict=True)
         }
-        self.columns = torch.cat([_inputs_last(p, starts[p.name]) for p in self.parameters])
+        columns = [_in_groups(p, starts[p.name], *shape) for p in self.parameters]
+        self.columns = torch.cat(columns)
         sizes = dict.fromkeys(self.parameters.layers, 0)
         for parameter in self.parameters:
             sizes[parameter.layer] += parameter.numel
@@ -113,7 +120,7 @@ class Candidates:
         """How many are to be zero after each step, in the whole or in each layer.
 
         The share that is left falls geometrically. Counts of layers are rounded so that those of
-        all add up to the whole's.
+        all add up to the whole's. Of groups those count that are as they are to be.
 
         Args:
             aim: the sparsity and the number of steps.
@@ -123,7 +130,7 @@ class Candidates:
             UsageError: more than are to be are so already.
         """
         spans = self.layers if aim.per_layer else {"": slice(0, self.count)}
-        counts = {name: int(zeros[place].sum()) for name, place in spans.items()}
+        counts = {name: self._done(zeros[place]) for name, place in spans.items()}
         sparse = {n: counts[n] / (p.stop - p.start) for n, p in spans.items()}
         worst = max(sparse, key=lambda name: sparse[name])
         if counts[worst] > math.ceil(aim.sparsity * (spans[worst].stop - spans[worst].start)):
@@ -143,22 +150,74 @@ class Candidates:
                 found.append((place, max(counts[name], round(end) - round(begin))))
             yield found
 
+    def _done(self, zeros: Tensor) -> int:
+        """How many of the weights that are to go have gone."""
+        if (pattern := self._pattern) is None:
+            return int(zeros.sum())
+        return pattern.count * int((zeros.view(-1, pattern.size).sum(1) >= pattern.count).sum())
 
-def _inputs_last(parameter: Parameter, start: int) -> Tensor:
-    """Where its entries are in the flat vector, those for consecutive inputs side by side."""
-    places = torch.arange(start, start + parameter.numel)
-    return places.view(parameter.tensor.shape).movedim(1, -1).reshape(-1)
+
+# -- Which tensors have weights that may go, and how these lie in groups ---------------------------
+
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _is_vector(parameter: Parameter) -> bool:
+    """Whether it is a gain, a bias or a token, whatever its rank: no map that has inputs."""
+    tensor, owner = parameter.tensor, parameter.owner
+    if tensor.dim() < 2 or isinstance(owner, _NORMS) or parameter.name.endswith("bias"):
+        return True
+    is_long = tensor.dim() > 2 and tensor.numel() == max(tensor.shape)
+    return is_long and not isinstance(owner, _ConvNd)
+
+
+def _fits(parameter: Parameter, outputs: int, inputs: int) -> bool:
+    """Whether it can be cut into blocks of so many outputs by so many inputs."""
+    places, groups = _by_output(parameter, torch.empty(parameter.tensor.shape, device="meta"))
+    return places.shape[0] // groups % outputs == 0 and places.shape[1] % inputs == 0
+
+
+def _in_groups(parameter: Parameter, start: int, outputs: int, inputs: int) -> Tensor:
+    """Where its entries are in the flat vector, those of a block side by side, by inputs last."""
+    places = torch.arange(start, start + parameter.numel).view(parameter.tensor.shape)
+    places, _ = _by_output(parameter, places)
+    rows, columns, *rest = places.shape
+    blocks = places.reshape(rows // outputs, outputs, columns // inputs, inputs, *rest)
+    return blocks.permute(0, *range(4, blocks.dim()), 2, 1, 3).reshape(-1)
+
+
+def _by_output(parameter: Parameter, tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor of its shape with outputs first and their inputs second, and in how many groups.
+
+    So is ``Linear``'s, and whatever is not known to be otherwise: transposed convolutions, and
+    what transformers calls ``Conv1D``.
+    """
+    owner = parameter.owner
+    groups = owner.groups if isinstance(owner, _ConvNd) else 1
+    if isinstance(owner, _TRANSPOSED):
+        inputs, outputs, *rest = tensor.shape
+        parts = tensor.reshape(groups, inputs // groups, outputs, *rest)
+        return parts.transpose(1, 2).flatten(0, 1), groups
+    if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):
+        return tensor.transpose(0, 1), groups
+    return tensor, groups
+
+
+# -- Which go --------------------------------------------------------------------------------------
 
 
 def in_groups(
     costs: Tensor, gone: Tensor, targets: Sequence[tuple[slice, int]], pattern: Pattern
 ) -> Tensor:
     """Which go where each costs what it costs alone ``(C,)``: as :func:`by_groups`."""
-    count = pattern.size - pattern.kept
     each = costs.view(-1, pattern.size)
     found = torch.sort(each, dim=1, stable=True)
-    chosen = torch.zeros_like(each, dtype=torch.bool).scatter_(1, found.indices[:, :count], True)
-    return by_groups(chosen, found.values[:, :count].sum(1), gone, targets, pattern)
+    which = found.indices[:, : pattern.count]
+    chosen = torch.zeros_like(each, dtype=torch.bool).scatter_(1, which, True)
+    cost = found.values[:, : pattern.count].clamp(min=0).sum(1)  # what is gone costs nothing
+    return by_groups(chosen, cost, gone, targets, pattern)
 
 
 def by_groups(
@@ -177,14 +236,13 @@ def by_groups(
         targets: how many weights are to have gone, in each stretch.
         pattern: M, and how many of them stay.
     """
-    count = pattern.size - pattern.kept
     before = gone.view(-1, pattern.size)
-    costs = costs.masked_fill(before.sum(1) >= count, -1.0)
+    done = before.sum(1) >= pattern.count
+    costs = costs.masked_fill(done, -1.0)
     groups = [
-        (slice(p.start // pattern.size, p.stop // pattern.size), round(number / count))
+        (slice(p.start // pattern.size, p.stop // pattern.size), round(number / pattern.count))
         for p, number in targets
     ]
-    done = before.sum(1) >= count
     which = least(costs, groups) & ~done
     return (before | (chosen & which[:, None])).view(-1)
 

@@ -118,8 +118,7 @@ class PruningStudy:
         parameters = self.problem.parameters
         self.original = parameters.flatten([t.detach().double().cpu() for t in parameters.tensors])
         zeros = self.original[self.candidates.columns] == 0
-        before = zeros if aim.pattern is None else torch.zeros_like(zeros)
-        self.targets = list(self.candidates.targets(aim, before))
+        self.targets = list(self.candidates.targets(aim, zeros))
         self.networks = {name: Pruned(self.original.clone(), zeros.clone()) for name in METHODS}
         self.before = _as_proven(self.problem)
         self.predicted: float | None = None
@@ -233,8 +232,8 @@ class PruningStudy:
                     costs[stays] = saliencies(kept[stays], diagonal)
                     gone = least(costs, targets)
                 else:
-                    blocks, count = fisher.groups(pattern.size), pattern.size - pattern.kept
-                    choice, cost = cheapest_patterns(own.view(len(blocks), -1), blocks, count)
+                    blocks, each = fisher.groups(pattern.size), own.view(-1, pattern.size)
+                    choice, cost = cheapest_patterns(each, blocks, pattern.count)
                     gone = by_groups(choice.cpu(), cost.cpu(), network.gone, targets, pattern)
                 now = gone[inside].to(self.problem.device)
                 on_step = self.run.clock.watch(_PRUNING)

@@ -76,7 +76,8 @@ class PruneResult(Answer):
     Attributes:
         steps: in which the weights went, the window being collected anew at each.
         per_layer: whether each layer has the sparsity, and not all of them together.
-        pattern: N:M, where of each M weights for consecutive inputs no more than N were to stay.
+        pattern: N:M, where of each M weights for consecutive inputs no more than N were to stay;
+            RxC, where blocks of R outputs by C inputs were to go or stay whole.
         before: the network as it was.
         methods: M-FAC, whose weights are written, and what it is compared with.
         predicted: the change of the loss of the data by M-FAC that its gradient and the matrix

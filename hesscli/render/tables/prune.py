@@ -59,7 +59,7 @@ def _headline(result: PruneResult) -> Iterator[RenderableType]:
     yield line.append("weights are zero")
     window, found = result.window, result.methods[0]
     details = [
-        *([] if result.pattern is None else [f"{result.pattern} of consecutive inputs"]),
+        *_pattern(result.pattern),
         "in each layer" if result.per_layer else "over all layers",
         words.count(result.steps, "step"),
         f"{words.count(window.rows)} {window.row_kind} rows",
@@ -75,6 +75,15 @@ def _headline(result: PruneResult) -> Iterator[RenderableType]:
             f"the loss changed by {change}, where gradient and {name} foresee {foreseen}"
         )
     yield facts(details, indent=2, style="dim")
+
+
+def _pattern(pattern: str | None) -> Iterator[str]:
+    if pattern is not None:
+        yield (
+            f"{pattern} blocks of outputs by inputs"
+            if "x" in pattern
+            else (f"{pattern} of consecutive inputs")
+        )
 
 
 def _methods(result: PruneResult) -> FittedRows:
