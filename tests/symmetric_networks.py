@@ -7,11 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscli
+from hesscli.diagnostics.symmetry import found_in
+from hesscli.engines.symmetry.families import tangents
 from hesscli.problem.problem import Problem
+from hesscli.results import SymmetryResult
 
-WIDTH, HEADS, GROUPS, RANK, TOKENS, LENGTH = 12, 4, 2, 4, 11, 5
+WIDTH, HEADS, GROUPS, RANK, TOKENS, LENGTH = 12, 4, 2, 4, 14, 5
 
 
 class Attention(nn.Module):
@@ -173,3 +177,32 @@ def problem_of(model: nn.Module, *, batches: int = 3, seed: int = 0) -> Problem:
         made.append((x, torch.randint(0, 3, (6,), generator=generator)))
     loss = "language_model" if isinstance(model, Decoder) else "cross_entropy"
     return hesscli.Problem(model, loss, made)
+
+
+def require_complete(decoder: nn.Module, result: SymmetryResult) -> None:
+    """All that holds leaves the outputs alone, on many rows of tokens, and nothing else does."""
+    problem = problem_of(spread(decoder))
+    parameters = problem.parameters
+    theta = parameters.flatten([tensor.detach() for tensor in parameters.tensors])
+    x = torch.randint(0, TOKENS, (32, LENGTH), generator=torch.Generator().manual_seed(1))
+
+    def outputs(theta: Tensor) -> Tensor:
+        named = dict(zip(parameters.names, parameters.split(theta), strict=True))
+        logits = torch.func.functional_call(problem.model, named, (x,))
+        return (logits - logits.mean(-1, keepdim=True)).flatten()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        jacobian = torch.func.jacrev(outputs)(theta)
+    held = [
+        torch.stack(tangents(family, theta))
+        for family, report in zip(found_in(problem), result.families, strict=True)
+        if report.status == "holds"
+    ]
+    directions = torch.cat(held)
+    assert len(directions) == result.flat.directions
+    changes = (directions / directions.norm(dim=1, keepdim=True)) @ jacobian.T
+    assert changes.norm(dim=1).max() < 1e-12 * jacobian.norm()
+    # Between rounding, of so many rows, and the least of what is not flat, 1e-10 of the largest.
+    rounding = len(jacobian) * torch.finfo(torch.float64).eps
+    rank = int(torch.linalg.matrix_rank(jacobian, rtol=rounding))
+    assert result.flat.independent == len(theta) - rank

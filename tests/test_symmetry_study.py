@@ -20,7 +20,9 @@ from symmetric_networks import (
     Pictures,
     Squared,
     layer_norm,
+    llama_like,
     problem_of,
+    require_complete,
     rms_norm,
     spread,
 )
@@ -66,6 +68,12 @@ def test_what_holds_does_so_at_other_weights_by_other_transformations(seed: int)
                     assert after == pytest.approx(before, rel=1e-9, abs=1e-12), report
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["rotary", "query and key norms"])
+def test_transformers_have_no_other_null_directions(normed: bool) -> None:
+    decoder = llama_like(normed=normed)
+    require_complete(decoder, hesscli.symmetries(problem_of(spread(decoder))))
+
+
 # -- Planted families, each in several forms -------------------------------------------------------
 
 
@@ -96,6 +104,22 @@ def pictures(choose: random.Random, *, training: bool) -> nn.Module:
     return model.train(training)
 
 
+class Recurrent(nn.Module):
+    """The last state of a recurrent network with two biases."""
+
+    def __init__(self, kind: type[nn.RNNBase], width: int) -> None:
+        super().__init__()
+        self.inner, self.head = kind(5, width, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.inner(torch.stack([x, 2 * x, -x], 1))[0]
+        return self.head(states[:, -1])
+
+
+def recurrent(choose: random.Random) -> nn.Module:
+    return Recurrent(choose.choice([nn.LSTM, nn.GRU, nn.RNN]), choose.randint(2, 5))
+
+
 def normalised(choose: random.Random) -> nn.Module:
     width = choose.randint(4, 8)
     norm = choose.choice([nn.LayerNorm, nn.RMSNorm, lambda width, eps: nn.GroupNorm(1, width, eps)])
@@ -117,6 +141,11 @@ PLANTED: dict[str, tuple[Make, str]] = {
     "query-key plane rotation": (lambda choose: decoder(choose, rotary=True), "holds"),
     "map before a norm": (normalised, "asymptotic"),
     "map before batch norm": (lambda choose: pictures(choose, training=True), "asymptotic"),
+    "map before fixed statistics": (lambda choose: pictures(choose, training=False), "holds"),
+    "bias through maps": (lambda choose: decoder(choose, shifts=True), "holds"),
+    "bias against bias": (lambda choose: recurrent(choose), "holds"),
+    "residual rotation": (decoder, "holds"),
+    "rows without a mean": (lambda choose: decoder(choose, shifts=True), "holds"),
     "bias before batch norm": (lambda choose: pictures(choose, training=True), "holds"),
 }
 

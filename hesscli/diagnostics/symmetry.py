@@ -20,8 +20,8 @@ from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.run import Clock, Run, started
-from hesscli.engines.symmetry.candidates import candidates
 from hesscli.engines.symmetry.families import Family, Scaling, Translation, rank_of
+from hesscli.engines.symmetry.finding import candidates
 from hesscli.engines.symmetry.identities import Place, Residuals, residuals_of, worst_of
 from hesscli.engines.symmetry.watch import Watch
 from hesscli.errors import BudgetError, UnsoundError, UsageError
@@ -152,7 +152,7 @@ def found_in(problem: Problem) -> list[Family]:
     batch = problem.sample(_WATCHED)
     with problem.forward_context(), torch.enable_grad(), watch:
         problem.evaluate(batch.data)
-    return candidates(watch.seen, problem.parameters)
+    return candidates(watch, problem.parameters)
 
 
 class Testing(Kept):
@@ -365,7 +365,7 @@ class Testing(Kept):
             layer=told.layers[0],
             layers=told.layers,
             status=status,  # type: ignore[arg-type]
-            causes=(*(["eps"] if told.eps else []), *told.causes, *suspect),
+            causes=() if status == "holds" else (*["eps"] * told.eps, *told.causes, *suspect),
             directions=family.num_directions,
             null_directions=family.num_directions if status == "holds" else 0,
             charges=family.num_charges if status == "holds" else 0,

@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from hesscli.engines.symmetry.families import Algebra, Family, Mixing, Scaling, Told, Translation
-from hesscli.engines.symmetry.seen import Seen, Shift
+from hesscli.engines.symmetry.seen import Action, Seen, Shift
 from hesscli.parameters import Parameters
 
 _CAUSES = {
@@ -27,16 +27,6 @@ _TOLD = {"running statistics": "batch norm in evaluation mode, whose statistics 
 """What breaks a factor and is worth a word: all else was never expected to let one through."""
 
 
-def candidates(seen: Seen, parameters: Parameters) -> list[Family]:
-    """All families that a pass suggests, in the order in which it met them.
-
-    Args:
-        seen: the pass.
-        parameters: that it was watched with, in this order in the flat vector.
-    """
-    return list(_Reading(seen, parameters).families())
-
-
 def _components(count: int, pairs: Sequence[Tensor]) -> np.ndarray:
     """The number of the part that each channel is in."""
     both = torch.cat([torch.zeros(2, 0, dtype=torch.long), *pairs], dim=1).numpy()
@@ -44,8 +34,28 @@ def _components(count: int, pairs: Sequence[Tensor]) -> np.ndarray:
     return np.asarray(connected_components(graph, directed=False)[1])
 
 
+def _used_again(seen: Seen) -> Iterator[Tensor]:
+    """Pairs of channels that must have one factor, for one map is read with the one and the other.
+
+    That is so where a map is used again in the same way; where it is used in another, as a head
+    that is tied to an embedding, its rows there are columns here.
+    """
+    before = defaultdict[tuple[int, int, int, float], list[Action]](list)
+    for action in (each for each in seen.actions if len(each.entries)):
+        first, last = int(action.entries[0]), int(action.entries[-1])
+        before[first, last, len(action.entries), action.exponent].append(action)
+    for actions in before.values():
+        one, *others = actions
+        for other in others:
+            if other.use == one.use or not torch.equal(one.entries, other.entries):
+                continue
+            pairs = torch.unique(torch.stack([one.channels, other.channels]), dim=1)
+            if all(len(torch.unique(side)) == pairs.shape[1] for side in pairs):
+                yield pairs
+
+
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """An action's entries whose factors all have exponents of one sign."""
 
     number: int
@@ -56,14 +66,20 @@ class _Part:
     shift: bool
 
 
-class _Reading:
-    """Families of a pass."""
+class Factors:
+    """What a pass leaves open of each channel's factor, and families of those.
+
+    Args:
+        seen: the pass.
+        parameters: that it was watched with, in this order in the flat vector.
+    """
 
     def __init__(self, seen: Seen, parameters: Parameters) -> None:
         self.seen, self.parameters = seen, parameters
         count = seen.num_channels
-        self.channel = _components(count, seen.same)
-        self.factor = _components(count, [*seen.same, *seen.merged])
+        same = [*seen.same, *_used_again(seen)]
+        self.channel = _components(count, same)
+        self.factor = _components(count, [*same, *seen.merged])
         self.source = torch.cat([torch.zeros(0, dtype=torch.long), *seen.source_of]).numpy()
         self.sign = np.ones(count)
         for inverse in seen.inverse:
@@ -71,16 +87,16 @@ class _Reading:
         self._starts = np.array([place.start for place in parameters.places()])
 
     @cached_property
-    def parts(self) -> list[_Part]:
+    def parts(self) -> list[Part]:
         """The actions, cut by sign."""
-        found = list[_Part]()
+        found = list[Part]()
         for action in self.seen.actions:
             entries, channels = action.entries.numpy(), action.channels.numpy()
             for sign in (1.0, -1.0):
                 chosen = self.sign[channels] == sign
                 if chosen.any():
                     found.append(
-                        _Part(
+                        Part(
                             len(found),
                             entries[chosen],
                             channels[chosen],
@@ -130,27 +146,40 @@ class _Reading:
         """What factors do not go through."""
         return self._by_factor(self.seen.broken)
 
-    def _of(self, sets: dict[str, np.ndarray], factors: np.ndarray) -> set[str]:
+    def sets_of(self, sets: dict[str, np.ndarray], factors: np.ndarray) -> set[str]:
+        """The names that some factors have."""
         return {name for name, has in sets.items() if has[factors].any()}
 
     def layers(self, entries: np.ndarray) -> tuple[str, ...]:
         """Layers that have entries, in order."""
-        numbers = _distinct(np.searchsorted(self._starts, entries, side="right") - 1)
+        numbers = distinct_of(np.searchsorted(self._starts, entries, side="right") - 1)
         return tuple(dict.fromkeys(self.parameters[int(number)].layer for number in numbers))
+
+    def tell(self, name: str, entries: np.ndarray, is_padded: bool) -> Told:
+        """What a family of constants is, and what may break it."""
+        causes = [_CAUSES["padding_idx"]] if is_padded else []
+        more = entries[self._uses[entries] > 1]
+        if len(more):
+            causes.append(f"{self._named(more[0])} is used elsewhere too")
+        return Told(name=name, layers=self.layers(entries), causes=tuple(causes))
+
+    def _named(self, entry: int) -> str:
+        number = int(np.searchsorted(self._starts, entry, side="right") - 1)
+        return str(self.parameters[number].name)
 
     def families(self) -> Iterator[Family]:
         """All of them."""
-        for factors, parts in self._groups():
+        for factors, parts in self.groups():
             yield from self._group(factors, parts)
         yield from self._shifts()
 
     # -- factors ---------------------------------------------------------------------------------
 
-    def _groups(self) -> Iterator[tuple[np.ndarray, list[_Part]]]:
+    def groups(self) -> Iterator[tuple[np.ndarray, list[Part]]]:
         """Factors that act on the same parameters in the same way, and what they do."""
         acting = defaultdict[int, list[int]](list)
         for part in self.parts:
-            for factor in _distinct(self.factor[part.channels]):
+            for factor in distinct_of(self.factor[part.channels]):
                 acting[int(factor)].append(part.number)
         names = [*self.marks, *self.broken]
         sets = [*self.marks.values(), *self.broken.values()]
@@ -161,15 +190,15 @@ class _Reading:
         for (alike, _), factors in groups.items():
             yield np.sort(np.array(factors)), [self.parts[number] for number in alike]
 
-    def _group(self, factors: np.ndarray, parts: list[_Part]) -> Iterator[Family]:
-        marks, broken = self._of(self.marks, factors), self._of(self.broken, factors)
+    def _group(self, factors: np.ndarray, parts: list[Part]) -> Iterator[Family]:
+        marks, broken = self.sets_of(self.marks, factors), self.sets_of(self.broken, factors)
         undone = any(part.exponent < 0 for part in parts)
         if not (undone or "normalised" in marks) or broken - _TOLD.keys():
             return
         channels = np.isin(self.factor, factors)
-        kinds = {self.seen.sources[number] for number in _distinct(self.source[channels])}
-        few = [self._within(part, channels) for part in parts]
-        told = self._told(_name(marks, kinds, undone), few, marks, broken)
+        kinds = {self.seen.sources[number] for number in distinct_of(self.source[channels])}
+        every = [self.within(part, channels) for part in parts]
+        told, few = self._told(_name(marks, kinds, undone), every, marks, broken), once(every)
         free = kinds <= {"map", "embedding", "tensor"} and all(abs(p.exponent) == 1 for p in few)
         if free and "turned" in marks:
             yield from self._planes(factors, few, told, marks)
@@ -178,15 +207,15 @@ class _Reading:
             if mixed:
                 yield from mixed
                 return
-        yield self._scaled(factors, few, told)
+        yield self.scaled(factors, few, told)
 
-    def _within(self, part: _Part, channels: np.ndarray) -> _Part:
+    def within(self, part: Part, channels: np.ndarray) -> Part:
         """What is done to some channels."""
         chosen = channels[part.channels]
         entries, own = part.entries[chosen], part.channels[chosen]
-        return _Part(part.number, entries, own, part.exponent, part.use, part.shift)
+        return Part(part.number, entries, own, part.exponent, part.use, part.shift)
 
-    def _told(self, name: str, parts: list[_Part], marks: set[str], broken: set[str]) -> Told:
+    def _told(self, name: str, parts: list[Part], marks: set[str], broken: set[str]) -> Told:
         entries = np.concatenate([part.entries for part in parts])
         causes = [_TOLD[each] for each in sorted(broken)]
         causes += [_CAUSES[each] for each in ("clipped", "padding_idx") if each in marks]
@@ -197,7 +226,7 @@ class _Reading:
             name=name, layers=self.layers(entries), causes=tuple(causes), eps="eps" in marks
         )
 
-    def _elsewhere(self, parts: list[_Part]) -> str | None:
+    def _elsewhere(self, parts: list[Part]) -> str | None:
         """A parameter that is read by more than what these account for, or not in one way."""
         every = np.concatenate([part.entries for part in parts])
         if (self._uses[every] == 1).all():  # which is that of these
@@ -216,12 +245,10 @@ class _Reading:
             done, covered = np.where(acted > 0, own, done), covered + acted
         places = self._scratch[every]
         more = every[(self._uses[every] > covered[places]) | (unlike[places] > 0)]
-        if not len(more):
-            return None
-        number = int(np.searchsorted(self._starts, more[0], side="right") - 1)
-        return str(self.parameters[number].name)
+        return self._named(more[0]) if len(more) else None
 
-    def _scaled(self, factors: np.ndarray, parts: list[_Part], told: Told) -> Scaling:
+    def scaled(self, factors: np.ndarray, parts: Sequence[Part], told: Told) -> Scaling:
+        """Each factor by itself."""
         numbers = np.concatenate([self.factor[part.channels] for part in parts])
         channel = np.searchsorted(factors, numbers)
         exponent = np.concatenate([np.full(len(p.entries), p.exponent) for p in parts])
@@ -245,27 +272,27 @@ class _Reading:
         free = [pairs[:, ~apart[pairs[0].numpy()]] for pairs in self.seen.map_rows]
         return _components(self.seen.num_channels, [*self.seen.same, *self.seen.rows, *free])
 
-    def _mixed(self, parts: list[_Part], told: Told) -> Iterator[Family]:
+    def _mixed(self, parts: list[Part], told: Told) -> Iterator[Family]:
         """Blocks of equal size as one family; none where channels are no counterparts."""
-        channels = _distinct(np.concatenate([part.channels for part in parts]))
+        channels = distinct_of(np.concatenate([part.channels for part in parts]))
         blocks = defaultdict[int, set[int]](set)
         for channel in channels:
             blocks[int(self._blocks[channel])].add(int(self.channel[channel]))
         merged = len(np.unique(self.factor[channels])) < len(np.unique(self.channel[channels]))
-        if merged and "turned" not in self._of(self.marks, self.factor[channels]):
+        if merged and "turned" not in self.sets_of(self.marks, self.factor[channels]):
             return
         yield from self._matrices([sorted(block) for block in blocks.values()], parts, told)
 
     def _matrices(
         self,
         blocks: list[list[int]],
-        parts: list[_Part],
+        parts: list[Part],
         told: Told,
         algebra: Algebra = "general",
     ) -> Iterator[Family]:
         if all(len(block) == 1 for block in blocks):
             return
-        tables = [_by_channel(part, self.channel) for part in parts]
+        tables = [by_channel(part, self.channel) for part in parts]
         alike = defaultdict[tuple[int, ...], list[list[int]]](list)
         for block in blocks:
             sizes = [{len(table.get(channel, ())) for channel in block} for table in tables]
@@ -282,7 +309,7 @@ class _Reading:
                 yield Mixing(told, tuple(ahead), tuple(behind), algebra)
 
     def _planes(
-        self, factors: np.ndarray, parts: list[_Part], told: Told, marks: set[str]
+        self, factors: np.ndarray, parts: list[Part], told: Told, marks: set[str]
     ) -> Iterator[Family]:
         """What rotary positions leave: the rotations of each plane; and what they break."""
         planes = list[list[int]]()
@@ -314,38 +341,38 @@ class _Reading:
             if groups:
                 yield from self._translations(shift, rows, groups)
 
-    def _constants(self, shift: Shift) -> list[tuple[_Part, np.ndarray]]:
+    def _constants(self, shift: Shift) -> list[tuple[Part, np.ndarray]]:
         """Parameters that are added to channels, each by itself."""
         wanted = np.zeros(self.seen.num_channels, dtype=bool)
         wanted[shift.rows[:, 0].numpy()] = True
-        found = [self._within(part, wanted) for part in self.parts if part.shift]
+        found = [self.within(part, wanted) for part in self.parts if part.shift]
         return [(part, part.entries[:, None]) for part in found if len(part.entries)]
 
-    def _same(self, rows: np.ndarray) -> list[tuple[_Part, np.ndarray]]:
+    def _same(self, rows: np.ndarray) -> list[tuple[Part, np.ndarray]]:
         """Columns of parameters whose rows are the channels of a row."""
-        found = list[tuple[_Part, np.ndarray]]()
+        found = list[tuple[Part, np.ndarray]]()
         wanted = np.isin(self.channel, rows)
         for part in self.parts:
-            few = self._within(part, wanted)
+            few = self.within(part, wanted)
             if not len(few.entries) or few.exponent != 1:
                 continue
             if not (few.shift or self._kind(few) in ("map", "embedding", "tensor")):
                 continue
-            table = _by_channel(few, self.channel)
+            table = by_channel(few, self.channel)
             for row in rows:
                 columns = [table[int(channel)] for channel in row if int(channel) in table]
                 if len(columns) == len(row) and len(set(map(len, columns))) == 1:
                     found.append((few, np.stack(columns).T))
         return found
 
-    def _kind(self, part: _Part) -> str:
+    def _kind(self, part: Part) -> str:
         return self.seen.sources[int(self.source[part.channels[0]])]
 
     def _translations(
-        self, shift: Shift, rows: np.ndarray, groups: list[tuple[_Part, np.ndarray]]
+        self, shift: Shift, rows: np.ndarray, groups: list[tuple[Part, np.ndarray]]
     ) -> Iterator[Family]:
         factors = np.unique(self.factor[np.isin(self.channel, rows)])
-        marks, broken = self._of(self.marks, factors), self._of(self.broken, factors)
+        marks, broken = self.sets_of(self.marks, factors), self.sets_of(self.broken, factors)
         ends = {"softmax"} if shift.name == "softmax" else set()
         if broken - ends or (shift.name != "keys" and marks & {"read", "activation", "gated"}):
             return
@@ -355,9 +382,10 @@ class _Reading:
         if shift.name in ("layer norm", "RMS norm") and "RMS norm" in marks:
             causes.append(_CAUSES["RMS norm"])
         parts = [
-            _Part(part.number, entries.reshape(-1), part.channels, 1.0, part.use, part.shift)
+            Part(part.number, entries.reshape(-1), part.channels, 1.0, part.use, part.shift)
             for part, entries in groups
         ]
+        groups = list({entries.tobytes(): (part, entries) for part, entries in groups}.values())
         tied = self._elsewhere(parts)
         if tied:
             causes.append(f"{tied} is used elsewhere too")
@@ -373,14 +401,22 @@ class _Reading:
         yield Translation(told, tuple(torch.from_numpy(entries) for _, entries in groups))
 
 
-def _distinct(numbers: np.ndarray) -> np.ndarray:
+def once(parts: Sequence[Part]) -> list[Part]:
+    """Without those of a second use that does just what the first does."""
+    kept = dict[tuple[object, ...], Part]()
+    for part in parts:
+        kept.setdefault((part.exponent, part.shift, part.entries.tobytes()), part)
+    return list(kept.values())
+
+
+def distinct_of(numbers: np.ndarray) -> np.ndarray:
     """Each of some numbers from 0 once, in order."""
     there = np.zeros(numbers.max(initial=-1) + 1, dtype=bool)
     there[numbers] = True
     return np.flatnonzero(there)
 
 
-def _by_channel(part: _Part, channel: np.ndarray) -> dict[int, np.ndarray]:
+def by_channel(part: Part, channel: np.ndarray) -> dict[int, np.ndarray]:
     """A part's entries by channel, in their order."""
     own = channel[part.channels]
     order = np.argsort(own, kind="stable")  # entries are in order

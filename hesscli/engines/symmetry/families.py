@@ -10,8 +10,8 @@ Marcotte, Gribonval, Peyré, arXiv 2307.00144).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -40,7 +40,8 @@ class Told:
     eps: bool = False
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Independent normal numbers."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -72,7 +73,7 @@ class Family(Protocol):
     def tangent(self, coefficients: Tensor, theta: Tensor) -> Tensor:
         """Xθ."""
 
-    def transposed(self, coefficients: Tensor, vector: Tensor) -> Tensor:
+    def transposed(self, coefficients: Tensor, theta: Tensor, vector: Tensor) -> Tensor:
         """(∂Xθ/∂θ)ᵀ v."""
 
     def moved(self, coefficients: Tensor, theta: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class Scaling:
 
     def draw(self, generator: torch.Generator, size: float) -> Tensor:
         """Logarithms of factors."""
-        return _normal((self.size,), generator) * size
+        return normal((self.size,), generator) * size
 
     def far(self, generator: torch.Generator) -> Tensor:
         """Factors of about 150, and as much below 1: what clips is met somewhere."""
@@ -143,7 +144,7 @@ class Scaling:
         """Each entry times its rate."""
         return self._rate(coefficients, theta) * theta
 
-    def transposed(self, coefficients: Tensor, vector: Tensor) -> Tensor:
+    def transposed(self, coefficients: Tensor, _theta: Tensor, vector: Tensor) -> Tensor:
         """The same: it is diagonal."""
         return self._rate(coefficients, vector) * vector
 
@@ -214,7 +215,7 @@ class Mixing:
     def draw(self, generator: torch.Generator, size: float) -> Tensor:
         """Random matrices ``(blocks, r, r)`` of the algebra."""
         blocks, rank = self._shape
-        drawn = _normal((blocks, rank, rank), generator) * (size / math.sqrt(rank))
+        drawn = normal((blocks, rank, rank), generator) * (size / math.sqrt(rank))
         return drawn - drawn.transpose(1, 2) if self.algebra == "rotation" else drawn
 
     def far(self, generator: torch.Generator) -> Tensor:
@@ -233,7 +234,7 @@ class Mixing:
         """M θ, and −Mᵀ θ."""
         return self._applied(coefficients, -coefficients.mT, theta)
 
-    def transposed(self, coefficients: Tensor, vector: Tensor) -> Tensor:
+    def transposed(self, coefficients: Tensor, _theta: Tensor, vector: Tensor) -> Tensor:
         """Mᵀ v, and −M v."""
         return self._applied(coefficients.mT, -coefficients, vector)
 
@@ -246,11 +247,21 @@ class Mixing:
         result[entries] = grown[entries]
         return result
 
+    def generator(self, number: int) -> Tensor:
+        """The coefficients of one of them."""
+        blocks, rank = self._shape
+        result = torch.zeros(blocks, rank, rank, dtype=torch.float64)
+        if self.algebra == "rotation":
+            result[number, 0, 1], result[number, 1, 0] = 1.0, -1.0
+        else:
+            result.view(-1)[number] = 1.0
+        return result
+
     def moments(self, theta: Tensor, vector: Tensor) -> Tensor:
         """⟨v, Xθ⟩ of each matrix with a single one, or of each rotation."""
         ahead = (vector[part] @ theta[part].mT for part in self.ahead)
         behind = (theta[part] @ vector[part].mT for part in self.behind)
-        return self._read(_total(ahead) - _total(behind))
+        return self._read(total_of(ahead) - total_of(behind))
 
     def _read(self, matrices: Tensor) -> Tensor:
         if self.algebra == "rotation":
@@ -259,8 +270,8 @@ class Mixing:
 
     def lengths(self, theta: Tensor) -> Tensor:
         """‖Xθ‖ of each."""
-        ahead = _total(theta[part].square().sum(-1) for part in self.ahead)
-        behind = _total(theta[part].square().sum(-1) for part in self.behind)
+        ahead = total_of(theta[part].square().sum(-1) for part in self.ahead)
+        behind = total_of(theta[part].square().sum(-1) for part in self.behind)
         if self.algebra == "rotation":
             return (ahead + behind).sum(-1).sqrt()
         return (ahead[:, None, :] + behind[:, :, None]).sqrt().reshape(-1)
@@ -270,13 +281,14 @@ class Mixing:
         rank = self._shape[1]
         if self.algebra == "rotation":
             return theta.new_zeros(0)
-        ahead = _total(theta[part] @ theta[part].mT for part in self.ahead)
-        behind = _total(theta[part] @ theta[part].mT for part in self.behind)
+        ahead = total_of(theta[part] @ theta[part].mT for part in self.ahead)
+        behind = total_of(theta[part] @ theta[part].mT for part in self.behind)
         rows, columns = torch.triu_indices(rank, rank)
         return (ahead - behind)[:, rows, columns].reshape(-1)
 
 
-def _total(parts: Iterable[Tensor]) -> Tensor:
+def total_of(parts: Iterable[Tensor]) -> Tensor:
+    """Their sum."""
     return torch.stack(list(parts)).sum(0)
 
 
@@ -290,10 +302,16 @@ class Translation:
     Args:
         told: what it is.
         groups: entries ``(directions, ·)`` of directions of equal size.
+        signs: of the entries of each group's directions; None where all are 1.
     """
 
     told: Told
-    groups: tuple[Tensor, ...] = field(default_factory=tuple)
+    groups: tuple[Tensor, ...]
+    signs: tuple[Tensor, ...] | None = None
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor | float]]:
+        signs = self.signs or (1.0,) * len(self.groups)
+        return zip(self.groups, signs, strict=True)
 
     @property
     def num_directions(self) -> int:
@@ -312,7 +330,7 @@ class Translation:
 
     def draw(self, generator: torch.Generator, size: float) -> Tensor:
         """What is added along each."""
-        return _normal((self.num_directions,), generator) * size
+        return normal((self.num_directions,), generator) * size
 
     def far(self, generator: torch.Generator) -> Tensor:
         """Larger constants."""
@@ -321,11 +339,13 @@ class Translation:
     def tangent(self, coefficients: Tensor, theta: Tensor) -> Tensor:
         """The constants, whatever θ is."""
         result, sizes = torch.zeros_like(theta), [len(group) for group in self.groups]
-        for group, added in zip(self.groups, torch.split(coefficients, sizes), strict=True):
-            result.index_add_(0, group.reshape(-1), added[:, None].expand_as(group).reshape(-1))
+        parts = torch.split(coefficients, sizes)
+        for (group, sign), added in zip(self._pairs(), parts, strict=True):
+            numbers = (added[:, None] * sign).expand_as(group)
+            result.index_add_(0, group.reshape(-1), numbers.reshape(-1))
         return result
 
-    def transposed(self, _coefficients: Tensor, vector: Tensor) -> Tensor:
+    def transposed(self, _coefficients: Tensor, _theta: Tensor, vector: Tensor) -> Tensor:
         """0: the tangent does not depend on θ."""
         return torch.zeros_like(vector)
 
@@ -335,14 +355,14 @@ class Translation:
 
     def moments(self, _theta: Tensor, vector: Tensor) -> Tensor:
         """The sum of v along each."""
-        return torch.cat([vector[group].sum(-1) for group in self.groups])
+        return torch.cat([(vector[group] * sign).sum(-1) for group, sign in self._pairs()])
 
     def lengths(self, theta: Tensor) -> Tensor:
         """The root of its number of entries."""
         return torch.cat([theta.new_full((len(g),), g.shape[1] ** 0.5) for g in self.groups])
 
     def charges(self, theta: Tensor) -> Tensor:
-        """The sum of θ along each."""
+        """The sum of θ along each, by its signs."""
         return self.moments(theta, theta)
 
 
@@ -367,15 +387,12 @@ def rank_of(families: Sequence[Family], theta: Tensor, most: int = 1 << 24) -> i
 
 def tangents(family: Family, theta: Tensor) -> list[Tensor]:
     """Xθ of each generator, in the order of moments."""
-    generator = torch.Generator().manual_seed(0)
-    like = family.draw(generator, 1.0)
-    rows = list[Tensor]()
-    rotates = isinstance(family, Mixing) and family.algebra == "rotation"
-    for number in range(family.num_directions):
-        coefficients = torch.zeros_like(like)
-        if rotates:
-            coefficients[number, 0, 1], coefficients[number, 1, 0] = 1.0, -1.0
-        else:
-            coefficients.view(-1)[number] = 1.0
-        rows.append(family.tangent(coefficients, theta))
-    return rows
+    like = family.draw(torch.Generator().manual_seed(0), 1.0)
+    single = getattr(family, "generator", None) or (lambda number: _unit(like, number))
+    return [family.tangent(single(number), theta) for number in range(family.num_directions)]
+
+
+def _unit(like: Tensor, number: int) -> Tensor:
+    result = torch.zeros_like(like)
+    result.view(-1)[number] = 1.0
+    return result

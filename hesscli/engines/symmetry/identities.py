@@ -89,7 +89,7 @@ def _hessian(family: Family, place: Place, generator: torch.Generator) -> float:
     assert place.product is not None
     drawn = family.draw(generator, 1.0)
     tangent = family.tangent(drawn, place.theta)
-    turned = family.transposed(drawn, place.gradient) * float(place.turns)
+    turned = family.transposed(drawn, place.theta, place.gradient) * float(place.turns)
     missing = float((place.product(tangent) + turned).norm())
     return _ratio(missing, place.spread * float(tangent.norm()) + float(turned.norm()))
 

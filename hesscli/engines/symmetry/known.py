@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from hesscli.engines.symmetry.seen import Flow, Seen
+from hesscli.engines.symmetry.seen import Flow, Normed, Seen, Shift
 
 Key = tuple[Any, ...]
 """A tensor's place in memory and its layout, by which the same numbers are known again."""
@@ -72,7 +72,7 @@ class Known:
         flows: of what was computed.
         scores: of attention, the channels of its keys.
         live: what depends on parameters.
-        normal: what was divided by its own size.
+        normal: what was divided by its own size: the channels that this was of.
     """
 
     seen: Seen = field(default_factory=Seen)
@@ -80,7 +80,7 @@ class Known:
     flows: dict[Key, list[Flow]] = field(default_factory=dict)
     scores: dict[Key, Tensor] = field(default_factory=dict)
     live: set[Key] = field(default_factory=set)
-    normal: set[Key] = field(default_factory=set)
+    normal: dict[Key, Tensor] = field(default_factory=dict)
 
     def is_entries(self, value: Any) -> TypeGuard[Tensor]:
         """Whether a value is a view of a parameter."""
@@ -155,6 +155,20 @@ class Known:
                 if key_of(factor) in self.live and not self.is_entries(factor):
                     self.seen.mark("gated", flow)
 
+    def normed(
+        self, labels: Tensor, gain: Tensor, bias: Any, channels: Tensor, *, has_mean: bool
+    ) -> None:
+        """Take note of a norm over a last dimension, if it is of the same channels everywhere."""
+        entries = self.entries[key_of(gain)].reshape(-1)
+        rows = labels.reshape(-1, labels.shape[-1])
+        if len(entries) != rows.shape[1] or bool((rows != rows[:1]).any()):
+            return
+        added = self.entries[key_of(bias)].reshape(-1) if self.is_entries(bias) else None
+        if not has_mean:
+            self.seen.mark("RMS norm", Flow(rows[0]))
+            self.seen.shifts.append(Shift("RMS norm", rows[:1]))
+        self.seen.norms.append(Normed(rows[0], entries, added, channels, has_mean))
+
     def gain(self, parameter: Tensor, other: Any, shape: torch.Size, degree: float) -> Flow:
         """A parameter that multiplies: its entries are channels."""
         entries = self.entries[key_of(parameter)]
@@ -162,4 +176,6 @@ class Known:
         follows_norm = isinstance(other, Tensor) and key_of(other) in self.normal
         channels = self.seen.new("norm" if follows_norm else "gain", len(own))
         self.seen.act(own, channels, 1.0, self.seen.used(entries))
+        if follows_norm and degree == 1:
+            self.normed(self.normal[key_of(other)], parameter, None, channels, has_mean=False)
         return Flow(channels[place].expand(shape).contiguous(), degree)

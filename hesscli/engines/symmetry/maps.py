@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.symmetry.known import Call, Known, key_of, tensors_in, varies
-from hesscli.engines.symmetry.seen import Flow, Shift, distinct
+from hesscli.engines.symmetry.seen import Anchor, Flow, Shift, distinct
 
 Handler = Callable[[Known, Call], None]
 
@@ -173,8 +173,11 @@ def _layer_norm(known: Known, call: Call) -> None:
     bias = call.args[3] if layer else None
     eps = call.args[4] if layer else (call.args[3] if len(call.args) > 3 else None)
     dims = list(range(tensor.dim() - len(shape), tensor.dim()))
-    _absorbed(known, known.promoted(tensor), dims, eps, "layer norm" if layer else "RMS norm")
-    _gain_and_bias(known, call, weight, bias, lambda entries: entries)
+    flows = known.promoted(tensor)
+    _absorbed(known, flows, dims, eps, "layer norm" if layer else "RMS norm")
+    channels = _gain_and_bias(known, call, weight, bias, lambda entries: entries)
+    if channels is not None and len(flows) == len(dims) == 1:
+        known.normed(flows[0].labels, weight, bias, channels, has_mean=layer)
 
 
 def _group_norm(known: Known, call: Call) -> None:
@@ -210,18 +213,34 @@ def _batch_norm(known: Known, call: Call) -> None:
         known.seen.mark("normalised", *flows)
         known.seen.mark("batch norm", *flows)
         known.seen.stop("running statistics", flows)
+    fixed = statistics(call)
+    if fixed is not None and known.is_entries(weight) and known.is_entries(bias):
+        for flow in flows:
+            channels = flow.labels.transpose(0, 1).flatten(1)[:, 0]
+            own = known.entries[key_of(weight)], known.entries[key_of(bias)]
+            known.seen.anchors.append(Anchor(channels, *own, fixed[0] / fixed[1]))
     wide = (-1, *(1,) * (tensor.dim() - 2))
     _gain_and_bias(known, call, weight, bias, lambda entries: entries.view(wide))
 
 
+def statistics(call: Call) -> tuple[Tensor, Tensor] | None:
+    """Mean, and root of the variance with its eps, of a batch norm whose statistics are fixed."""
+    if call.name == "_native_batch_norm_legit" and not isinstance(call.args[3], Tensor):
+        return None
+    mean, variance, training, _, eps = call.args[3:8]
+    if training or not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+        return None
+    return mean.detach().double().cpu(), (variance.detach().double().cpu() + eps).sqrt()
+
+
 def _gain_and_bias(
     known: Known, call: Call, weight: Any, bias: Any, wide: Callable[[Tensor], Tensor]
-) -> None:
-    """Gain and bias of a norm, one of each for a channel."""
+) -> Tensor | None:
+    """Gain and bias of a norm, one of each for a channel, which are what is returned."""
     if not known.is_entries(weight):
         if known.is_entries(bias):
             known.seen.used(known.entries[key_of(bias)])
-        return
+        return None
     out = next(tensors_in(call.result))
     entries = known.entries[key_of(weight)]
     channels = known.seen.new("norm", entries.numel())
@@ -231,6 +250,7 @@ def _gain_and_bias(
         known.seen.act(own.reshape(-1), channels, 1.0, known.seen.used(own), shift=True)
     labels = wide(channels.view(entries.shape)).expand(out.shape)
     call.give([Flow(labels.contiguous())], out)
+    return channels
 
 
 def table() -> dict[str, Handler]:

@@ -18,10 +18,10 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_VIEWS = _names(
+VIEWS = _names(
     "view _unsafe_view reshape permute transpose t expand slice select split split_with_sizes "
     "unbind unsqueeze squeeze clone alias detach unfold flip roll index index_select diagonal "
-    "repeat _to_copy _reshape_alias lift_fresh gather contiguous"
+    "unsafe_split repeat _to_copy _reshape_alias lift_fresh gather contiguous"
 )
 _HOMOGENEOUS = {"relu", "leaky_relu", "_prelu_kernel", "abs", "rrelu"}
 _POWERS = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
@@ -37,13 +37,13 @@ _REDUCTIONS = {
     "nansum": 1.0,
 }
 _CLIPS = ("hardtanh", "clamp", "clamp_min", "clamp_max", "relu6")
-_POOLS = _names(
+POOLS = _names(
     "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d "
     "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest2d "
     "upsample_bilinear2d"
 )
 _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax", "logsumexp")
-_SILENT = _names(
+SILENT = _names(
     "gt lt ge le eq ne isnan isinf isfinite sign argmax argmin empty_like zeros_like "
     "ones_like full_like new_zeros new_ones new_empty new_full is_same_size "
     "_local_scalar_dense scalar_tensor"
@@ -52,7 +52,7 @@ _SILENT = _names(
 
 def _view(known: Known, call: Call) -> None:
     tensor, outs = call.args[0], list(tensors_in(call.result))
-    rest = _on_cpu(call.args[1:])  # where labels are, whatever device the model has
+    rest = on_cpu(call.args[1:])  # where labels are, whatever device the model has
     key = key_of(tensor)
 
     def replayed(labels: Tensor) -> list[Tensor]:
@@ -79,17 +79,17 @@ def _view(known: Known, call: Call) -> None:
             call.scores[key_of(out)] = known.scores[key]
 
 
-def _on_cpu(args: Any) -> Any:
+def on_cpu(args: Any) -> Any:
     """Arguments whose tensors are indices."""
     if isinstance(args, Tensor):
         return args.cpu()
-    return type(args)(map(_on_cpu, args)) if type(args) in (tuple, list) else args
+    return type(args)(map(on_cpu, args)) if type(args) in (tuple, list) else args
 
 
 def _lookup(known: Known, call: Call) -> None:
     """Rows of a parameter, by their numbers."""
     entries = known.entries[key_of(call.args[0])]
-    call.entries[key_of(call.result)] = call.func(entries, *_on_cpu(call.args[1:])).contiguous()
+    call.entries[key_of(call.result)] = call.func(entries, *on_cpu(call.args[1:])).contiguous()
 
 
 def _keep(known: Known, call: Call) -> None:
@@ -242,7 +242,7 @@ def _product(known: Known, call: Call) -> None:
         if mine and not known.flows_of(factor):
             known.meets_factor(mine, factor, shape)
     if flows and others and not result:
-        known.normal.add(key_of(call.result))
+        known.normal[key_of(call.result)] = flows[0].labels
     for parameter, factor, degree in ((one, other, 1.0), (other, one, divided)):
         if known.is_entries(parameter):
             result.append(known.gain(parameter, factor, shape, degree))
@@ -266,7 +266,7 @@ def _multiplied(known: Known, flows: list[Flow], others: list[Flow]) -> list[Flo
         if number not in met
     ]
     if flows and others:
-        known.seen.mark("diagonal", *result)
+        known.seen.mark("diagonal", *(flow for flow in result if flow.degree))
         known.seen.mark("gated", *(flow for flow in result if flow.degree == 1))
     absorbed = [flow for flow in result if flow.degree == 0]
     known.seen.mark("normalised", *absorbed)
@@ -307,15 +307,15 @@ def table() -> dict[str, Handler]:
     """What is done where one of these operations is met, by its name."""
     found: dict[str, Handler] = {}
     for names, handler in (
-        (_VIEWS, _view),
+        (VIEWS, _view),
         (_HOMOGENEOUS, _homogeneous),
         (("neg",), _keep),
         ((*_POWERS, "pow"), _power),
         (_REDUCTIONS, _reduction),
         (_CLIPS, _clip),
-        (_POOLS, _pool),
+        (POOLS, _pool),
         (_SOFTMAXES, _softmax),
-        (_SILENT, _ignore),
+        (SILENT, _ignore),
         (("add", "sub", "rsub"), _sum),
         (("mul", "div"), _product),
         (("cat", "stack"), _cat),

@@ -66,6 +66,42 @@ class Shift:
     rows: Tensor
 
 
+@dataclass(frozen=True)
+class Normed:
+    """A norm over channels, with a gain for each.
+
+    Attributes:
+        row: channels ``(n,)`` that it is over.
+        gain: entries of theirs.
+        bias: of the same; None where there is none.
+        channels: of what comes out.
+        has_mean: whether a mean is taken away first.
+    """
+
+    row: Tensor
+    gain: Tensor
+    bias: Tensor | None
+    channels: Tensor
+    has_mean: bool
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A batch norm whose statistics are fixed.
+
+    Attributes:
+        channels: ``(n,)`` that go in.
+        gain: entries of theirs.
+        bias: of the same.
+        shift: mean over deviation.
+    """
+
+    channels: Tensor
+    gain: Tensor
+    bias: Tensor
+    shift: Tensor
+
+
 @dataclass
 class Seen:
     """What a pass has shown.
@@ -82,6 +118,8 @@ class Seen:
         marks: what channels went through.
         broken: what no factor goes through.
         shifts: of constants.
+        norms: over channels, with gains.
+        anchors: with fixed statistics.
         uses: entries that an operation reads, one after the other.
     """
 
@@ -96,6 +134,8 @@ class Seen:
     marks: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     broken: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     shifts: list[Shift] = field(default_factory=list)
+    norms: list[Normed] = field(default_factory=list)
+    anchors: list[Anchor] = field(default_factory=list)
     uses: list[Tensor] = field(default_factory=list)
     num_channels: int = 0
     _firsts: list[int] = field(default_factory=list)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.symmetry import maps, pointwise
+from hesscli.engines.symmetry.constants import Constants
 from hesscli.engines.symmetry.known import Call, Key, Known, key_of, tensors_in
 from hesscli.engines.symmetry.seen import Seen
 from hesscli.torch_private import TorchDispatchMode
@@ -33,7 +34,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, tensors: Sequence[Tensor], offsets: Sequence[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._known, self._alive = Known(), list[Any]()
+        self._known, self.constants, self._alive = Known(), Constants(), list[Any]()
         self._handlers = pointwise.table() | maps.table()
         for tensor, offset in zip(tensors, offsets, strict=True):
             if tensor.numel():
@@ -64,6 +65,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         name = name if name.startswith("_") else name.removesuffix("_")
         call = Call(func, name, args, kwargs, result)
+        self.constants.follow(known, call, made)
         if matter:
             self._follow(call)
         for key in map(key_of, made):
@@ -73,7 +75,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _replace(known.entries, call.entries, key)
             _replace(known.scores, call.scores, key)
             if name not in ("mul", "div"):
-                known.normal.discard(key)
+                known.normal.pop(key, None)
             if is_live:
                 known.live.add(key)
         return result
