@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAY_CHANGE = ("budget", "rtol", "atol")
 """Options that may be others when a run goes on: how far it is to come, and by when."""
-LOADED = ("examples", "batch_size", "weight_decay", "device", "dtype")
+LOADED = ("examples", "batch_size", "weight_decay", "device", "dtype", "checkpoint_activations")
 """Options that may be others where that changes nothing: what they make of a problem must not."""
 RANGES = ("probes", "batches")
 """Options by which a run is of a part of the work."""

@@ -471,6 +471,12 @@ MODE = _COMPUTE.choice(
     help=f"How products are differentiated: {listed(_MODES)}. Default: auto, the cheapest that "
     "passes its checks.",
 )
+CHECKPOINT_ACTIVATIONS = _COMPUTE.switch(
+    "--checkpoint-activations",
+    help="Keep of each repeated block of the model what it is given, and run it again for the "
+    "rest: less memory, a forward pass more for a gradient, one and a way back for a product. "
+    "Passes over single examples keep theirs.",
+)
 
 
 TRAINED_WITH = _COMPUTE.value(
@@ -548,13 +554,14 @@ LOADED = (
     SEED,
     DEVICE,
     DTYPE,
+    CHECKPOINT_ACTIVATIONS,
     BUDGET,
 )
 """How a problem is loaded; seed and budget are of its measurement as well."""
 SHOWN = (LAYERS, OUT, DIRECTORY, RESUME, QUIET, VERBOSE)
 """What happens to a result."""
 PROBLEM = (CHECKPOINT, SPEC, *FOLDER, MATRIX, PARAMS, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST)
-COMPUTE = (SEED, DEVICE, DTYPE, MODE)
+COMPUTE = (SEED, DEVICE, DTYPE, MODE, CHECKPOINT_ACTIVATIONS)
 OUTPUT = (OUT, DIRECTORY, QUIET, VERBOSE)
 RESULT = (*OUTPUT, RESUME)
 """Of what takes work that may be cut off."""

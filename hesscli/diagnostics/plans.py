@@ -57,7 +57,8 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
 
     def timed(watching: Callable[[], AbstractContextManager[Any]]) -> tuple[float, ...]:
         ticks = [_now(problem.device)]
-        with watching() if forward else nullcontext():
+        seen = watching() if forward else nullcontext()
+        with seen, problem.forward_context(), problem.recomputing():
             flatten(gradient(problem.evaluate(batch.data), operator.parameters.tensors))
         ticks.append(_now(problem.device))
         with nullcontext() if forward else watching(), problem.forward_context():

@@ -248,7 +248,8 @@ class Predictions:
         """The gradient of one batch's loss, float64 ``(d,)``."""
         problem, parameters = self.problem, self.problem.parameters
         self.operator.meter.add(problem.gradient_cost, batch.count / problem.data.count)
-        parts = gradient(problem.evaluate(batch.data), parameters.tensors)
+        with problem.forward_context(), problem.recomputing():
+            parts = gradient(problem.evaluate(batch.data), parameters.tensors)
         return parameters.flatten(parts).double()
 
     def _known_within(self, rtol: float) -> bool:

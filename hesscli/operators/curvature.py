@@ -63,7 +63,7 @@ class Curvature(ABC):
             apply = BUILDERS[self.kind][self.mode](*self.parts(batch))
 
         def in_the_same(block: Tensor) -> Tensor:
-            with self._surroundings():  # activation checkpointing runs the forward again
+            with self._surroundings():  # what is run again is run in the same
                 return apply(block)
 
         return in_the_same
@@ -87,6 +87,7 @@ class Curvature(ABC):
                 stack.enter_context(twice_differentiable())
             if self.autocast is not None:
                 stack.enter_context(self.problem.mixed())
+            stack.enter_context(self.problem.recomputing())
             yield
 
     @property
@@ -97,7 +98,8 @@ class Curvature(ABC):
     @property
     def cost(self) -> tuple[float, float]:
         """Gradients for a batch's graph, and for each product."""
-        return work(self.kind, self.mode, self.problem.way_back)
+        again = bool(self.problem.blocks)
+        return work(self.kind, self.mode, self.problem.way_back, again=again)
 
     @property
     def is_batched(self) -> bool:

@@ -123,6 +123,15 @@ def preflight(
     """
     if mode not in ("auto", *MODES):
         raise UsageError("no such autodiff mode", repr(mode), f"auto, {', '.join(MODES)}")
+    candidates = [known for known in MODES if mode in ("auto", known)]
+    if problem.blocks:
+        candidates = [known for known in candidates if known != "forward-over-reverse"]
+        if not candidates:
+            raise UsageError(
+                "--checkpoint-activations is for products by passes back",
+                "--mode forward-over-reverse, which keeps all on its one way",
+                "--mode double-backward, or no --checkpoint-activations",
+            )
     proof = problem.prove()
     few, many = _samples(problem)
     meter = Meter() if meter is None else meter
@@ -136,7 +145,7 @@ def preflight(
         checks.append(check())
         on_step()
     refusals: list[str] = []
-    for candidate in [known for known in MODES if mode in ("auto", known)]:
+    for candidate in candidates:
         build = partial(make, problem, mode=candidate, meter=meter)
         try:
             outcome = _test_of(problem, candidate)(build, few, many, on_step)

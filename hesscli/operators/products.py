@@ -47,15 +47,37 @@ _PASSES: dict[Kind, dict[Mode, tuple[_Passes, _Passes]]] = {
 long as that back. A tangent is carried only from where the parameters are."""
 
 
-def work(kind: Kind, mode: Mode, way_back: float = BACKWARD) -> tuple[float, float]:
+_AGAIN: dict[Kind, dict[Mode, tuple[_Passes, _Passes]]] = {
+    "hessian": {
+        "double-backward": ((1, 0), (1, 1)),
+        "finite-difference": ((0, 0), (2, 0)),
+    },
+    "sandwich": {
+        "double-backward": ((1, 0), (2, 1)),
+        "finite-difference": ((0, 0), (1, 0)),
+    },
+}
+"""What comes to that where blocks are run again for each way back, and for its own derivative."""
+
+
+def work(
+    kind: Kind, mode: Mode, way_back: float = BACKWARD, *, again: bool = False
+) -> tuple[float, float]:
     """Gradients for a batch's graph and for each product.
 
     Args:
         kind: of the matrix.
         mode: of the products.
         way_back: what a pass back to the parameters takes; default to all of the model's.
+        again: blocks are run again for it.
     """
     graph, product = _PASSES[kind][mode]
+    if again:
+        more = _AGAIN[kind][mode]
+        graph, product = (
+            (one[0] + other[0], one[1] + other[1])
+            for one, other in zip((graph, product), more, strict=True)
+        )
     return graph[0] * FORWARD + graph[1] * way_back, product[0] * FORWARD + product[1] * way_back
 
 

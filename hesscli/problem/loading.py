@@ -42,6 +42,7 @@ def load(
     examples: str | int = Selection.usual,
     device: str = "auto",
     dtype: str | None = None,
+    checkpoint_activations: bool = False,
     batch_size: int | None = None,
     weight_decay: float | None = None,
     trust: bool = False,
@@ -68,6 +69,7 @@ def load(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
         dtype: ``float32`` or ``float64``, or ``bfloat16`` for products under autocast; default
             the checkpoint's (half types: float32).
+        checkpoint_activations: keep of the model's blocks what they are given, and run them again.
         batch_size: instead of the spec's.
         weight_decay: instead of the spec's.
         trust: let code in the checkpoint run, and that of a spec found outside that tree.
@@ -110,6 +112,7 @@ def load(
             unseen=parts.unseen,
             device=place,
             dtype=parts.dtype if asked is None else asked,
+            checkpoint_activations=checkpoint_activations,
             seed=seed,
             checkpoint=parts.checkpoint,
             warnings=parts.notes,

@@ -31,6 +31,7 @@ from hesscli.problem.freezing import FrozenData
 from hesscli.problem.independence import MUST_FIT, Independence
 from hesscli.problem.losses import Loss
 from hesscli.problem.precision import Narrowing, Precision, Widened, tolerance
+from hesscli.problem.recomputing import recomputed
 from hesscli.problem.restriction import held_fixed, shares_of_way_back
 from hesscli.units import human_bytes
 
@@ -63,6 +64,7 @@ class Objective:
         parameters: those that it is differentiated by, one at least.
         trainable: those that weight decay is on, these included; default these.
         autocast: the type that products are made in, where it is not the weights'.
+        blocks: of the model, which keep nothing of a pass but what they are given.
         loss: settled on this model.
         data: frozen batches.
         independence: what is known of the examples of a batch.
@@ -85,6 +87,7 @@ class Objective:
         must_fit: str = MUST_FIT,
         trainable: Parameters | None = None,
         autocast: torch.dtype | None = None,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
         self.model, self.parameters, self.loss = model, parameters, loss
         self.data, self.independence, self.masses = data, independence, masses
@@ -94,7 +97,7 @@ class Objective:
         self._fixed = self.trainable.without(parameters).tensors
         self.device: torch.device = self.trainable[0].tensor.device
         self.dtype: torch.dtype = self.trainable[0].tensor.dtype
-        self._autocast = autocast
+        self._autocast, self.blocks = autocast, blocks
         self.together = Together()
         self.retypings = 0  # a graph that was made before one is cut off from the parameters
         self._widened = self._is_widening = False
@@ -188,6 +191,16 @@ class Objective:
         with held_fixed(self._fixed), undisturbed(self.model, self.device), self._widening():
             yield
 
+    @contextmanager
+    def recomputing(self) -> Iterator[list[int]]:
+        """Meanwhile, blocks that are to be run again keep nothing; yields the number of calls.
+
+        Both the passes and their way back are to be in :meth:`forward_context`, and whoever looks
+        at a graph or at modules within a pass does not want this.
+        """
+        with recomputed(self.blocks) as calls:
+            yield calls
+
     @property
     def autocast(self) -> torch.dtype | None:
         """The type that products are made in now, where it is not that of the weights.
@@ -251,8 +264,11 @@ class Objective:
 
     @property
     def gradient_cost(self) -> float:
-        """Work of its gradient, in the same: a whole forward pass, and the way back."""
-        return FORWARD + self.way_back
+        """Work of its gradient, in the same: a whole forward pass, and the way back.
+
+        Where blocks are run again for that, another forward pass.
+        """
+        return (2 if self.blocks else 1) * FORWARD + self.way_back
 
     @cached_property
     def _passes(self) -> int:

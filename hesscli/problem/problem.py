@@ -26,6 +26,7 @@ from hesscli.problem.parts import Origin
 from hesscli.problem.precision import HALF, as_wide, weights_in
 from hesscli.problem.pretrained.rows import as_rows
 from hesscli.problem.proof import Proof, prove
+from hesscli.problem.recomputing import recomputed, require_blocks
 from hesscli.problem.restriction import chosen, held_fixed
 from hesscli.results import (
     CheckpointReport,
@@ -68,6 +69,8 @@ class Problem(Objective):
         device: where to compute; default where the model is.
         dtype: floating type to compute in; default the model's own, float32 for half types. With
             ``torch.bfloat16`` products are made under autocast, and all else in float32.
+        checkpoint_activations: of the model's repeated blocks keep what they are given alone, and
+            run them again for gradients and products.
         seed: of the draw of examples.
         checkpoint: which file the model came from.
         warnings: what its reader should be told besides.
@@ -75,7 +78,7 @@ class Problem(Objective):
 
     Raises:
         HesscliError: empty or unusable data, nothing to analyse, non-finite weights.
-        UsageError: a glob of ``params`` takes nothing, or nothing is left.
+        UsageError: a glob of ``params`` takes nothing, or nothing is left; there are no blocks.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Problem(Objective):
         unseen: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        checkpoint_activations: bool = False,
         seed: int = 0,
         checkpoint: CheckpointReport | None = None,
         warnings: tuple[str, ...] = (),
@@ -112,8 +116,9 @@ class Problem(Objective):
         if isinstance(given, HuggingFace):
             data, collate = as_rows(model, data, collate)
         hint = must_fit(data)
+        blocks = require_blocks(twin) if checkpoint_activations else []
         test = IndependenceTest(twin, given, *where, hint, observe)
-        with held_fixed(trainable.without(parameters).tensors):
+        with held_fixed(trainable.without(parameters).tensors), recomputed(blocks):
             if isinstance(data, FrozenData):
                 test.see_frozen(data.batches)
             else:
@@ -143,6 +148,7 @@ class Problem(Objective):
             must_fit=hint,
             trainable=trainable,
             autocast=None if dtype == weights else dtype,
+            blocks=blocks,
         )
         if dtype == torch.bfloat16:
             _require_float64(self)

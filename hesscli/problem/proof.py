@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hesscli import world
-from hesscli.errors import UnsoundError
+from hesscli.errors import UnsoundError, UsageError, first_line
 from hesscli.memory import is_out_of_memory
 from hesscli.meter import FORWARD, OnStep, go_on
 from hesscli.problem.batches import tensors_of
@@ -21,6 +21,7 @@ from hesscli.problem.independence import MODEL_RAISED
 from hesscli.problem.losses import Loss, require_number, same_mean
 from hesscli.problem.objective import Objective, WeightedBatch
 from hesscli.problem.outputs import HiddenOutputsError
+from hesscli.problem.precision import tolerance
 from hesscli.results import Observe, Snapshot, tell
 from hesscli.sums import shared_sum
 
@@ -91,7 +92,8 @@ def _made_anew(problem: Objective) -> Tensor:
     """The whole loss's gradient, as the proof has seen it."""
 
     def its_gradient(batch: WeightedBatch) -> Iterator[Tensor]:
-        parts = _gradient(problem, problem.evaluate(batch.data), batch)
+        with problem.forward_context(), problem.recomputing():
+            parts = _gradient(problem, problem.evaluate(batch.data), batch)
         yield from map(_flat, parts, problem.parameters.tensors)
 
     groups = world.share(problem.joint())
@@ -121,15 +123,16 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         KeyboardInterrupt: the observer wanted no more.
     """
     parameters, decay = problem.parameters, problem.weight_decay
-    own, done = list[_Share](), 0
+    own, done, tried = list[_Share](), 0, _tried_again(problem)
 
     def its_gradient(batch: WeightedBatch) -> Iterator[Tensor]:
         nonlocal done
-        with blamed_on_user(MODEL_RAISED, _must_fit(problem, batch)):
-            seen, value = _run(problem, batch)
-        _require_finite_loss(problem, value, batch)
-        _require_own_weights(problem, value)
-        parts, square = _gradient(problem, value, batch), 0.0
+        with problem.forward_context(), problem.recomputing():
+            with blamed_on_user(MODEL_RAISED, _must_fit(problem, batch)):
+                seen, value = _run(problem, batch)
+            _require_finite_loss(problem, value, batch)
+            _require_own_weights(problem, value)
+            parts, square = _gradient(problem, value, batch), 0.0
         for part, tensor in zip(parts, parameters.tensors, strict=True):
             found = _flat(part, tensor)
             square += float(torch.linalg.vector_norm(found)) ** 2
@@ -174,7 +177,7 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         gradient_norm=float(torch.linalg.vector_norm(gradient)),
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
         hidden_outputs=hidden,
-        gradients=sum(one.gradients for one in shares),
+        gradients=tried + sum(one.gradients for one in shares),
         make_gradient=partial(_kept, gradient)
         if gradient.nbytes <= _KEPT
         else partial(_made_anew, problem),
@@ -305,6 +308,60 @@ def _independent(problem: Objective) -> UnsoundError:
         "a loss without a gradient",
         "no torch.no_grad(), .detach() or .item() between parameters and loss",
     )
+
+
+_TRIED = 2
+"""Examples on which blocks are run again to see whether the gradient is the same."""
+
+
+def _tried_again(problem: Objective) -> float:
+    """See that the gradient is what it was where blocks are run again by themselves.
+
+    It is not where one reads or leaves something beside what it is given: a cache, a counter, or
+    what another block has left.
+
+    Returns:
+        The gradients that it took.
+
+    Raises:
+        UsageError: it is another, or there is none.
+    """
+    if not problem.blocks:
+        return 0.0
+    sample, got = problem.sample(_TRIED), ""
+
+    def slopes() -> list[Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # whether the loss is random is another question
+            value = problem.evaluate(sample.data)
+            _require_own_weights(problem, value)
+            parts = _gradient(problem, value, sample)
+        return list(map(_flat, parts, problem.parameters.tensors))
+
+    with problem.forward_context():
+        expected = slopes()
+        try:
+            with problem.recomputing() as calls:
+                found = slopes()
+        except Exception as error:  # of any kind: the code is the user's
+            if is_out_of_memory(error):
+                raise
+            got = first_line(error) or type(error).__name__
+        else:
+            off = math.hypot(*(float((a - b).norm()) for a, b in zip(found, expected, strict=True)))
+            size = math.hypot(*(float(part.norm()) for part in expected))
+            if not calls[0]:
+                got = f"none of {len(problem.blocks)} blocks is called as a function"
+            elif not off <= tolerance(problem.dtype) * size:
+                got = f"a gradient that is off by {off / size:.2g} of its length"
+    if got:
+        raise UsageError(
+            "the model's blocks cannot be run again by themselves",
+            got,
+            "no --checkpoint-activations; or blocks that read and write nothing but their "
+            "arguments (of a Hugging Face model, use_cache = false)",
+        )
+    return (2 * problem.gradient_cost + FORWARD) * problem.share_of(sample.count)
 
 
 def _require_own_weights(problem: Objective, value: Tensor) -> None:

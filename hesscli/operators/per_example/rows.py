@@ -146,5 +146,6 @@ class Rows:
                 data = rows_of_batch(data, start, start + size)
             share = min(size, batch.count - start) / self.problem.data.count
             self.meter.add(self.problem.gradient_cost, share)
-            parts = gradient(self.problem.evaluate(data), self.problem.parameters.tensors)
+            with self.problem.forward_context(), self.problem.recomputing():
+                parts = gradient(self.problem.evaluate(data), self.problem.parameters.tensors)
             yield flatten(parts).detach()[None]
