@@ -252,6 +252,94 @@ def test_attention_however_it_is_written(make: Callable[[], nn.Module]) -> None:
     assert counts(result, "query-key") == {(HEADS * rank**2, HEADS * rank * (rank + 1) // 2)}
 
 
+class Again(nn.Module):
+    """One map twice on the way, as in a recurrent network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.inner(F.relu(self.inner(F.relu(self.first(x)))))))
+
+
+class Beside(nn.Module):
+    """One branch twice, on two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.inner(x))) + self.head(F.relu(self.inner(-x)))
+
+
+class Last(nn.Module):
+    """The last state of a recurrent layer, whose gates have two biases each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.LSTM(5, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(torch.stack([x, -x], 1))[0][:, -1])
+
+
+class Patches(nn.Module):
+    """A token for the class beside those of patches, all with their positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Linear(1, 4), nn.LayerNorm(4)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.positions = nn.Parameter(torch.randn(1, 6, 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), self.patches(x[..., None])], 1)
+        return self.head(F.gelu(self.norm(tokens + self.positions)).mean(1))
+
+
+def convolutions(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 5)), *layers, nn.Flatten(), nn.Linear(9, 3))
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
+    "used again": (Again, {"homogeneous activation": 4, "softmax head": 5}),
+    "used beside": (Beside, {"homogeneous activation": 4, "softmax head": 5}),
+    "two biases": (Last, {"bias against bias": 16, "softmax head": 5}),
+    # Four of the class's token, and four of the bias of patches; the shift's are those of
+    # patches (2), of the token and of six positions, and the last are the rows of the norm's gain.
+    "patches": (Patches, {"bias against bias": 8, "residual shift": 9, "softmax head": 5}),
+    "depthwise": (
+        lambda: convolutions(nn.Conv1d(1, 3, 1), nn.Conv1d(3, 3, 3, groups=3)),
+        {"linear maps": 6, "bias through maps": 6, "softmax head": 10},
+    ),
+    "instances": (
+        lambda: convolutions(
+            nn.Conv1d(1, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.ReLU(), nn.Conv1d(4, 9, 3)
+        ),
+        {"norm gain": 4, "bias before batch norm": 4, "linear maps": 81, "softmax head": 10}
+        | {"bias through maps": 9},
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "expected"), OTHERS.values(), ids=OTHERS.keys())
+def test_other_networks_have_these_directions(
+    make: Callable[[], nn.Module], expected: dict[str, int]
+) -> None:
+    """No more than once each, and what holds has no cause of being broken."""
+    result = hesscli.symmetries(problem_of(spread(make())))
+    require_exact(result)
+    found: dict[str, int] = {}
+    for one in result.families:
+        if one.status == "holds":
+            found[one.name] = found.get(one.name, 0) + one.directions
+            assert not one.causes
+    assert found == expected
+
+
 # -- What breaks a family, planted -----------------------------------------------------------------
 
 
@@ -613,8 +701,10 @@ def test_the_trace_is_a_matter_of_scale_and_its_companion_is_not() -> None:
     for point in others:
         assert point.loss == pytest.approx(first.loss, rel=HOLDS)
         assert point.companion == pytest.approx(first.companion, rel=1e-10)
-    traces = [abs(point.trace) for point in result.orbit.points]
-    assert max(traces) > 3 * min(traces)
+        assert point.largest_companion == pytest.approx(first.largest_companion, rel=1e-8)
+    for name in ("trace", "largest"):
+        sizes = [abs(getattr(point, name)) for point in result.orbit.points]
+        assert max(sizes) > 1.5 * min(sizes)
     theta, _, loss = plain(problem)
     dense = torch.func.hessian(loss)(theta)
     signs = torch.Generator().manual_seed(0)
@@ -625,6 +715,13 @@ def test_the_trace_is_a_matter_of_scale_and_its_companion_is_not() -> None:
     assert first.trace_error == pytest.approx(by_t * float(torch.stack(by_hand).std()))
     scaled = [(z * theta) @ dense @ (z * theta) for z in draws.double()]
     assert first.companion == pytest.approx(float(torch.stack(scaled).mean()))
+    for matrix, value, error in (
+        (dense, first.largest, first.largest_error),
+        (theta[:, None] * dense * theta, first.largest_companion, first.largest_companion_error),
+    ):
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        assert (eigenvalues - value).abs().min() <= error < 0.2 * value
+        assert value <= eigenvalues[-1] * (1 + HOLDS)
 
 
 # -- Two ends of a run -----------------------------------------------------------------------------

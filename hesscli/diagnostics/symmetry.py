@@ -215,7 +215,7 @@ class Testing(Kept):
         yield Work(phase=_TESTING, spent=work, note=f"{count} families")
         if orbit.can_be_rescaled([one for one in self.families if not one.told.causes]):
             points = (orbit.POINTS + 1) * shares[0]
-            yield Work(phase=_RESCALING, spent=pace.products(2 * orbit.PROBES * points, points))
+            yield Work(phase=_RESCALING, spent=pace.products(orbit.PRODUCTS * points, points))
 
     def steps(self) -> Iterator[Snapshot]:
         """A place each, then what eps breaks, and how the trace is changed by what holds."""

@@ -87,25 +87,42 @@ class Drift:
 
 @dataclass(frozen=True, kw_only=True)
 class OrbitPoint:
-    """What is measured after one transformation."""
+    """What is measured after one transformation.
+
+    Attributes:
+        loss: of the batch.
+        trace: of the Hessian.
+        companion: Σ θᵢ² ∂²L/∂θᵢ², which is the trace of D H D, D being diagonal with the weights.
+        trace_error: half-widths of 95% intervals.
+        companion_error: the same of the companion.
+        largest: eigenvalue that Lanczos' method has found.
+        largest_companion: the same of D H D.
+        largest_error: there is an eigenvalue that is no further away; a larger one was not seen.
+        largest_companion_error: the same of D H D.
+    """
 
     loss: float
     trace: float
     companion: float
     trace_error: float
     companion_error: float
+    largest: float
+    largest_companion: float
+    largest_error: float
+    largest_companion_error: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Orbit:
-    """The trace on a batch at weights whose loss is the same, and what does not change with it.
+    """Sharpness on a batch at weights whose loss is the same, and what does not change with it.
 
     ``points`` begin with the weights as they are; the others are random rescalings by all families
-    that hold and scale. ``trace`` and ``companion`` = Σ θᵢ² ∂²L/∂θᵢ² are from as many ``probes``,
-    the same at each point, on so many ``examples``; errors are half-widths of 95% intervals.
+    that hold and scale. Traces are from as many ``probes``, and eigenvalues from as many ``steps``
+    of Lanczos' method, the same at each point, on so many ``examples``.
     """
 
     probes: int
+    steps: int
     examples: int
     points: tuple[OrbitPoint, ...]
 

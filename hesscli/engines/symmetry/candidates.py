@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from hesscli.engines.symmetry.families import Algebra, Family, Mixing, Scaling, Told, Translation
-from hesscli.engines.symmetry.seen import Action, Seen, Shift
+from hesscli.engines.symmetry.seen import Action, Kind, Seen, Shift
 from hesscli.parameters import Parameters
 
 _CAUSES = {
@@ -91,7 +91,7 @@ class Factors:
         """The actions, cut by sign."""
         found = list[Part]()
         for action in self.seen.actions:
-            entries, channels = action.entries.numpy(), action.channels.numpy()
+            entries, channels = self._apart(action.entries.numpy(), action.channels.numpy())
             for sign in (1.0, -1.0):
                 chosen = self.sign[channels] == sign
                 if chosen.any():
@@ -106,6 +106,14 @@ class Factors:
                         )
                     )
         return found
+
+    def _apart(self, entries: np.ndarray, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Without what is there once more, because channels have turned out to be the same."""
+        if not (entries[1:] == entries[:-1]).any():
+            return entries, channels
+        pairs = np.stack([entries, self.channel[channels]])
+        _, first = np.unique(pairs, axis=1, return_index=True)
+        return entries[first], channels[first]
 
     @cached_property
     def _uses(self) -> np.ndarray:
@@ -196,7 +204,7 @@ class Factors:
         if not (undone or "normalised" in marks) or broken - _TOLD.keys():
             return
         channels = np.isin(self.factor, factors)
-        kinds = {self.seen.sources[number] for number in distinct_of(self.source[channels])}
+        kinds = self.kinds(channels)
         every = [self.within(part, channels) for part in parts]
         told, few = self._told(_name(marks, kinds, undone), every, marks, broken), once(every)
         free = kinds <= {"map", "embedding", "tensor"} and all(abs(p.exponent) == 1 for p in few)
@@ -208,6 +216,10 @@ class Factors:
                 yield from mixed
                 return
         yield self.scaled(factors, few, told)
+
+    def kinds(self, channels: np.ndarray) -> set[Kind]:
+        """What some channels, as a mask, are of."""
+        return {self.seen.sources[number] for number in distinct_of(self.source[channels])}
 
     def within(self, part: Part, channels: np.ndarray) -> Part:
         """What is done to some channels."""
@@ -425,7 +437,7 @@ def by_channel(part: Part, channel: np.ndarray) -> dict[int, np.ndarray]:
     return {int(number): piece for number, piece in zip(numbers, pieces, strict=True)}
 
 
-def _name(marks: set[str], kinds: set[str], undone: bool) -> str:
+def _name(marks: set[str], kinds: set[Kind], undone: bool) -> str:
     """What the field calls it."""
     if "paired" in marks:
         return "query-key plane" if "turned" in marks else "query-key"

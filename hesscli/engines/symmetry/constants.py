@@ -45,7 +45,7 @@ class Adder:
 
     Attributes:
         made_by: the reading of the map that does; None of a parameter.
-        table: all of one whose rows are looked up, of which more may be than were seen.
+        table: all of one whose rows are looked up, which get the same: more may be than were seen.
         is_padded: whether autograd leaves a row of it without its gradient.
     """
 
@@ -61,7 +61,8 @@ class Reading:
     Attributes:
         addends: of it.
         weights: of a map, entries of the flat vector ``(outputs, inputs, ·)``, or ``(outputs, 1)``
-            where each has one input; None where nothing can take a constant back.
+            where each has one input; absent where an output does not read an input. None where
+            nothing can take a constant back.
         inputs: the map's input of each of its numbers.
         scale: of each output, where that is fixed.
     """
@@ -300,10 +301,10 @@ class Constants:
         padding, transposed, groups = call.args[4], call.args[6], call.args[8]
         terms = [(self._by_channel(known, bias, call.result), 1.0)]
         addends = self._of(tensor)
-        if addends and (any(padding) or transposed or groups != 1 or not known.is_entries(weight)):
+        if addends and (any(padding) or transposed or not known.is_entries(weight)):
             self._read(addends)
         elif addends:
-            made = self._mapped(addends, known.entries[key_of(weight)], tensor, 1)
+            made = self._mapped(addends, _whole(known.entries[key_of(weight)], groups), tensor, 1)
             terms.append((self._placed(made, call.result, 1), 1.0))
         return self._gathered(call.result, terms)
 
@@ -315,12 +316,12 @@ class Constants:
         return (Addend(one.adder, one.entries.view(shape).expand(out.shape)),)
 
     def looked_up(self, known: Known, call: Call) -> dict[Key, tuple[Addend, ...]]:
-        """Rows of a table."""
+        """Rows of a table, for which its first stands."""
         if not known.is_entries(call.args[0]):
             self._read(self._of(call.args[0]))
             return {}
         table = known.entries[key_of(call.args[0])]
-        entries = table[on_cpu(call.args[1])]
+        entries = table[0].expand(call.result.shape)
         padding = call.args[2] if len(call.args) > 2 else -1
         is_padded = padding >= 0 and bool((call.args[1] == padding).any())
         found = self._parameter(table, is_table=True, is_padded=is_padded)
@@ -346,6 +347,18 @@ class Constants:
         else:
             self._read(addends)
         return self._gathered(out, terms)
+
+
+def _whole(weights: Tensor, groups: int) -> Tensor:
+    """A convolution's entries ``(outputs, inputs, ·)``, absent where groups are apart."""
+    if groups == 1:
+        return weights
+    outputs, depth = weights.shape[:2]
+    whole = torch.full((outputs, depth * groups, *weights.shape[2:]), ABSENT)
+    first = torch.arange(outputs) // (outputs // groups) * depth
+    inputs = first[:, None] + torch.arange(depth)
+    whole[torch.arange(outputs)[:, None], inputs] = weights
+    return whole
 
 
 _Handler = Callable[[Constants, Known, Call], dict[Key, tuple[Addend, ...]]]

@@ -128,6 +128,8 @@ def _convolution(known: Known, call: Call) -> None:
         else:
             known.seen.mark("diagonal", flow)
     channels = known.seen.new("map", len(entries))
+    if groups != 1:
+        known.seen.mark("diagonal", Flow(channels))
     column = channels.view(-1, *(1,) * (entries.dim() - 1))
     known.seen.act(entries, column.expand_as(entries), 1.0, use)
     spread = channels.view(1, -1, *(1,) * (out.dim() - 2)).expand(out.shape).contiguous()

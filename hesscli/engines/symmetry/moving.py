@@ -60,7 +60,8 @@ class Moving:
             if weights is not None and taker is not None and len(taker) == len(weights):
                 own = np.array([taker[each] for each in sorted(taker)])
                 rows = weights.numpy().reshape(len(weights), -1)
-                found[rows] = own[:, None]
+                there = rows != ABSENT
+                found[rows[there]] = np.broadcast_to(own[:, None], rows.shape)[there]
         return found
 
     @cached_property
@@ -77,14 +78,11 @@ class Moving:
         """Entries by where they are read, adder by adder."""
         by_place = defaultdict[bytes, list[_Term]](list)
         for adder, readings in self._found.items():
-            table = self.constants.adders[adder].table
             every = np.unique(np.concatenate([a.entries.numpy().ravel() for _, a in readings]))
             every = every[every != ABSENT]
             seen = np.zeros((len(every), len(readings)))
             for column, (_, addend) in enumerate(readings):
                 seen[np.isin(every, addend.entries.numpy()), column] = addend.factor
-            if table is not None:  # rows that were not seen are read where others are
-                every, seen = _of_table(table.numpy(), every, seen)
             kinds, kind = np.unique(seen, axis=0, return_inverse=True)
             for number, factors in enumerate(kinds):
                 places = [(readings[c][0], factors[c]) for c in np.flatnonzero(factors)]
@@ -98,45 +96,50 @@ class Moving:
         """From one parameter to another that is read where it is, and through maps to theirs."""
         for terms in self.terms.values():
             own = [t for t in terms if self.constants.adders[t.adder].made_by is None]
-            for one, other in itertools.pairwise(own):
-                yield from self._exchanged(one, other)
+            joined = dict[int, int]()
+            for one, other in itertools.combinations(own, 2):
+                yield from self._exchanged(one, other, joined)
             if own:
                 yield from self._through(own[0])
 
     # -- between two that are read alike ---------------------------------------------------------
 
-    def _exchanged(self, one: _Term, other: _Term) -> Iterator[Family]:
-        links = [self._linked(one), self._linked(other)]
-        for number in one.readings:
-            links.append(self._meeting(self.constants.readings[number], one.adder, other.adder))
+    def _exchanged(self, one: _Term, other: _Term, joined: dict[int, int]) -> Iterator[Family]:
+        """One direction for each part of both that are always together, and were not before."""
+        links = [
+            self._meeting(self.constants.readings[number], one.adder, other.adder)
+            for number in one.readings
+        ]
         groups = defaultdict[tuple[int, int], list[np.ndarray]](list)
         for part in _parts(np.concatenate(links, axis=1)):
             signs = np.isin(part, one.entries), np.isin(part, other.entries)
-            if (signs[0] ^ signs[1]).all() and signs[0].any() and signs[1].any():
-                ordered = np.concatenate([part[signs[0]], part[signs[1]]])
-                groups[int(signs[0].sum()), len(part)].append(ordered)
+            both = (signs[0] ^ signs[1]).all() and signs[0].any() and signs[1].any()
+            if both and _joins(part, joined):
+                ahead = self._whole(one.adder, part[signs[0]])
+                ordered = np.concatenate([ahead, self._whole(other.adder, part[signs[1]])])
+                groups[len(ahead), len(ordered)].append(ordered)
         if not groups:
             return
         told = self._told(
             "bias against bias", np.concatenate([one.entries, other.entries]), one, other
         )
         tensors, signs_of = list[torch.Tensor](), list[torch.Tensor]()
-        for (ahead, size), rows in groups.items():
+        for (count, size), rows in groups.items():
             tensors.append(torch.from_numpy(np.stack(rows)))
-            signs_of.append(1.0 - 2.0 * (torch.arange(size) >= ahead).double())
+            signs_of.append(1.0 - 2.0 * (torch.arange(size) >= count).double())
         yield Translation(told, tuple(tensors), tuple(signs_of))
 
     def _told(self, name: str, entries: np.ndarray, *terms: _Term) -> Told:
         padded = any(self.constants.adders[term.adder].is_padded for term in terms)
         return self._tell(name, entries, padded)
 
-    def _linked(self, term: _Term) -> np.ndarray:
-        """Pairs of a table's entries that get the same: those of a column."""
-        table = self.constants.adders[term.adder].table
+    def _whole(self, adder: int, entries: np.ndarray) -> np.ndarray:
+        """Of a table all entries of the columns of which these are the first."""
+        table = self.constants.adders[adder].table
         if table is None:
-            return np.zeros((2, 0), dtype=np.int64)
-        first = np.broadcast_to(table.numpy()[:1], table.shape)
-        return np.stack([first.ravel(), table.numpy().ravel()])
+            return entries
+        columns = np.searchsorted(table[0].numpy(), entries)
+        return np.asarray(table[:, torch.from_numpy(columns)].T.numpy().reshape(-1))
 
     def _meeting(self, reading: Reading, one: int, other: int) -> np.ndarray:
         """Pairs of entries that are added to the same number."""
@@ -170,12 +173,14 @@ class Moving:
         target, weight, by, factor = (np.concatenate(each) for each in zip(*rows, strict=True))
         own = np.array(sorted(channel))
         numbers, by_place = np.unique(np.array([channel[e] for e in own]), return_inverse=True)
+        by_place = by_place.ravel().repeat(len(self._whole(term.adder, own)) // len(own))
+        own = self._whole(term.adder, own)
         kept = np.isin(by, numbers)
         told = self._told("bias through maps", np.concatenate([own, target[kept]]), term)
         yield Shear(
             told,
             torch.from_numpy(own),
-            torch.from_numpy(by_place.ravel()),
+            torch.from_numpy(by_place),
             torch.from_numpy(target[kept]),
             torch.from_numpy(weight[kept]),
             torch.from_numpy(np.searchsorted(numbers, by[kept])),
@@ -208,7 +213,7 @@ class Moving:
 
     def _channels(self, term: _Term, readings: list[Reading]) -> dict[int, int]:
         """Which entries get the same, so that each input of each map gets one constant."""
-        links, first = [self._linked(term)], int(term.entries.max()) + 1
+        links, first = list[np.ndarray](), int(term.entries.max()) + 1
         for reading in readings:
             assert reading.inputs is not None
             for addend in reading.addends:
@@ -246,34 +251,29 @@ class Moving:
                 outputs = [int(column)] if single else range(len(weights))
                 few = weights[outputs, 0 if single else column]
                 target = np.array([taker[made[output]] for output in outputs])
-                size = few.shape
+                there = few != ABSENT
                 rows.append(
                     (
-                        np.broadcast_to(target[:, None], size).ravel(),
-                        few.ravel(),
-                        np.full(few.size, channel[int(entry)]),
-                        np.broadcast_to((scale[outputs] * addend.factor)[:, None], size).ravel(),
+                        np.broadcast_to(target[:, None], few.shape)[there],
+                        few[there],
+                        np.full(int(there.sum()), channel[int(entry)]),
+                        np.broadcast_to((scale[outputs] * addend.factor)[:, None], few.shape)[
+                            there
+                        ],
                     )
                 )
         return rows
 
 
-def _of_table(
-    table: np.ndarray, every: np.ndarray, seen: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """All entries of a table, each read as those of its column that were seen."""
-    columns = table.shape[1]
-    by_column = np.zeros((columns, seen.shape[1]))
-    place = {int(entry): number for number, entry in enumerate(every)}
-    for row in table:
-        known = [(c, place[int(e)]) for c, e in enumerate(row) if int(e) in place]
-        for column, number in known:
-            by_column[column] = seen[number]
-        if len(known) == columns:
-            break
-    return table.ravel(), np.broadcast_to(by_column, (*table.shape, seen.shape[1])).reshape(
-        table.size, -1
-    )
+def _joins(part: np.ndarray, joined: dict[int, int]) -> bool:
+    """Whether entries were not all in one set, as from now on they are."""
+    labels = {joined.get(int(entry), int(entry)) for entry in part}
+    if len(labels) == 1:
+        return False
+    first = min(labels)
+    joined |= dict.fromkeys((e for e, label in joined.items() if label in labels), first)
+    joined |= dict.fromkeys(part.tolist(), first)
+    return True
 
 
 def _parts(pairs: np.ndarray) -> list[np.ndarray]:

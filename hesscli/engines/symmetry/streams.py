@@ -57,6 +57,8 @@ class Streams:
         if not norms or len(own) < 2 or any(part.exponent != 1 for part in parts):
             return
         whole = np.isin(factors.factor, numbers)
+        if not factors.kinds(whole) <= {"map", "embedding", "tensor"}:
+            return
         found = list[Conjugated]()
         for part in once([factors.within(part, whole) for part in parts]):
             entries = _rows(by_channel(part, factors.channel), own)

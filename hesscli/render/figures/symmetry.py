@@ -139,9 +139,21 @@ def charge_figure(result: SymmetryResult) -> Figure:
     return rows.figure
 
 
+_SHARPNESS = (
+    ("trace", "o", canvas.ACCENT, "trace"),
+    ("companion", "o", canvas.PALE, "that of D H D"),
+    ("largest", "D", canvas.INK, "largest eigenvalue"),
+    ("largest_companion", "D", canvas.PALE, "that of D H D"),
+)
+_APART = 0.16
+"""Between the marks of a row, in rows."""
+_SHORTEST = 0.1
+"""Where a bar reaches 0 it ends at this share of its number."""
+
+
 @canvas.styled
 def orbit_figure(result: SymmetryResult) -> Figure:
-    """Draw the trace after each random rescaling, and the companion that does not change.
+    """Draw sharpness after each random rescaling, and the companions that do not change.
 
     Args:
         result: the answer of ``hesscli symmetry``, with an orbit.
@@ -149,30 +161,37 @@ def orbit_figure(result: SymmetryResult) -> Figure:
     Returns:
         The figure, for ``save_figure`` or for one's own canvas.
     """
-    assert result.orbit is not None
-    points = result.orbit.points
-    names = ["as they are", *(f"rescaling {number}" for number in range(1, len(points)))]
+    orbit = result.orbit
+    assert orbit is not None
+    names = ["as they are", *(f"rescaling {number}" for number in range(1, len(orbit.points)))]
     rows = Rows(
-        "The trace where the loss is the same", canvas.provenance(result), names, above=_LEGEND
+        "Sharpness where the loss is the same", canvas.provenance(result), names, above=_LEGEND
     )
-    drawn = (
-        ("trace", "o", canvas.ACCENT, "trace"),
-        ("companion", "D", canvas.INK, "Σ θ² ∂²L/∂θ², which no rescaling changes"),
-    )
-    handles = [canvas.symbol(mark, colour, label) for _, mark, colour, label in drawn]
+    handles = [canvas.symbol(mark, colour, label) for _, mark, colour, label in _SHARPNESS]
     canvas.legend(rows.figure, handles)
     left, width = rows.room()
     rows.put(rows.axes, left, width)
     rows.axes.set_xscale("log")
     places = list[float]()
-    for row, point in enumerate(points):
-        for attribute, mark, colour, _ in drawn:
-            place = max(abs(getattr(point, attribute)), _LEAST)
-            rows.axes.plot(place, row, mark, color=colour, markersize=5)
-            places.append(place)
-    _decades(rows.axes, min(places) / 3, max(places) * 3)
-    rows.axes.set_xlabel(f"size, from {words.count(result.orbit.probes, 'probe')}")
+    for row, point in enumerate(orbit.points):
+        for number, (attribute, mark, colour, _) in enumerate(_SHARPNESS):
+            value = abs(getattr(point, attribute))
+            error = getattr(point, f"{attribute}_error")
+            height = row + _APART * (number - (len(_SHARPNESS) - 1) / 2)
+            low = max(value - error, value * _SHORTEST, _LEAST)
+            rows.axes.plot([low, value + error], [height] * 2, "-", color=colour, linewidth=1.2)
+            rows.axes.plot(max(value, _LEAST), height, mark, color=colour, markersize=4)
+            places += [low, value + error]
+    _decades(rows.axes, min(places) / 2, max(places) * 2)
+    rows.axes.set_xlabel(
+        f"size on {words.count(orbit.examples, 'example')}: traces of "
+        f"{words.count(orbit.probes, 'probe')} ± 95%, eigenvalues ± their residuals"
+    )
     rows.axes.grid(axis="x")
+    canvas.note(
+        rows.figure,
+        ["D H D, with D the diagonal matrix of the weights, is what no rescaling changes."],
+    )
     return rows.figure
 
 

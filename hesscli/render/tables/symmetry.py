@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -11,7 +11,7 @@ from rich.text import Text
 from hesscli.render import words
 from hesscli.render.tables.shared import cost_lines, listing_notes, proof_line, status_text
 from hesscli.render.terminal import GAP, Column, FittedRows, Plainable, facts
-from hesscli.results import SymmetryFamily, SymmetryResult
+from hesscli.results import Orbit, OrbitPoint, SymmetryFamily, SymmetryResult
 
 _MANY = 40
 """Families that all get a row."""
@@ -127,30 +127,68 @@ def _drifts(result: SymmetryResult) -> Iterator[RenderableType]:
 
 
 def _orbit(result: SymmetryResult) -> Iterator[RenderableType]:
-    """Between what the trace lies where the loss is the same, and what stays."""
-    if result.orbit is None:
+    """Between what sharpness lies where the loss is the same, and what stays."""
+    orbit = result.orbit
+    if orbit is None:
         return
-    first, *others = result.orbit.points
-    least, *_, most = sorted(result.orbit.points, key=lambda point: point.trace)
+    first = orbit.points[0]
+    off = max(abs(point.loss - first.loss) for point in orbit.points) / (abs(first.loss) or 1.0)
     yield GAP
-    line = Text("trace by random rescalings  ")
-    ends = (words.with_error(point.trace, point.trace_error) for point in (least, most))
-    line.append(" to ".join(ends), style="bold")
-    yield line
-    off = max(abs(point.loss - first.loss) for point in others) / (abs(first.loss) or 1.0)
-    moved = max(abs(point.companion - first.companion) for point in others)
+    yield FittedRows(
+        "by random rescalings",
+        ["trace", "largest eigenvalue"],
+        [
+            Column(6, "as it is", _sharpness(first)),
+            Column(5, "least", _sharpness(*_extremes(orbit, min))),
+            Column(5, "most", _sharpness(*_extremes(orbit, max))),
+            Column(
+                4,
+                "of D H D",
+                [
+                    words.with_error(first.companion, first.companion_error),
+                    words.with_error(first.largest_companion, first.largest_companion_error),
+                ],
+            ),
+            Column(
+                3,
+                "which stays to",
+                [_size(_moved(orbit, "companion")), _size(_moved(orbit, "largest_companion"))],
+            ),
+        ],
+    )
     yield facts(
         [
-            f"{words.with_error(first.trace, first.trace_error)} at the weights as they are",
             f"the loss is the same to {_size(off)}",
-            f"Σ θ² ∂²L/∂θ² stays {words.with_error(first.companion, first.companion_error)} to "
-            f"{_size(moved / (abs(first.companion) or 1.0))}",
-            f"{words.count(result.orbit.probes, 'probe')} on "
-            f"{words.count(result.orbit.examples, 'example')}, ± (95%)",
+            "D is diagonal with the weights",
+            f"{words.count(orbit.probes, 'probe')}, ± (95%), and "
+            f"{words.count(orbit.steps, 'step')} of Lanczos' method, ± its residual",
+            f"on {words.count(orbit.examples, 'example')}",
         ],
-        indent=2,
         style="dim",
     )
+
+
+def _sharpness(trace: OrbitPoint, largest: OrbitPoint | None = None) -> list[str]:
+    """The trace of one point, and the eigenvalue of another, with their errors."""
+    other = largest or trace
+    return [
+        words.with_error(trace.trace, trace.trace_error),
+        words.with_error(other.largest, other.largest_error),
+    ]
+
+
+def _extremes(orbit: Orbit, choose: Callable[..., OrbitPoint]) -> tuple[OrbitPoint, OrbitPoint]:
+    """Where the trace, and where the eigenvalue is least or most."""
+    return (
+        choose(orbit.points, key=lambda point: point.trace),
+        choose(orbit.points, key=lambda point: point.largest),
+    )
+
+
+def _moved(orbit: Orbit, name: str) -> float:
+    """By how much what should stay has changed, relative to its size."""
+    first, *others = (float(getattr(point, name)) for point in orbit.points)
+    return max(abs(other - first) for other in others) / (abs(first) or 1.0)
 
 
 def _maybe(value: float | None) -> str:
