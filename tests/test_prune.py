@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli.errors import ExitCode
+from hesscli.ledger import FileLedger
 from hesscli.results import Snapshot
 
 SAMPLES = SUNSPOTS.parent.parent
@@ -307,6 +308,32 @@ def test_a_training_checkpoint_with_kernels_comes_out_whole(tmp_path: Path) -> N
             assert ((groups != 0).sum(1) == 2).all()
         else:
             assert torch.equal(value, old["model_state_dict"][name])
+
+
+@pytest.mark.parametrize("pattern", [None, "1x2"])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(
+    pattern: str | None, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).eval()
+    problem = hesscli.Problem(net, "cross_entropy", (torch.randn(32, 6), torch.randint(2, (32,))))
+    options: dict[str, Any] = {"sparsity": 0.75, "steps": 3, "pattern": pattern, "budget": None}
+    options["window"] = hesscli.WindowOptions(size=34)
+    whole = hesscli.prune(problem, **options)
+    for phase, done in (("pruning", 1), ("comparing methods", 1)):
+        file = tmp_path / f"{phase}{done}.ledger"
+
+        def observe(snapshot: Snapshot, at: tuple[str, int] = (phase, done)) -> bool:
+            return (snapshot.phase, snapshot.done) == at
+
+        kept = FileLedger(file, {}, resume=False, say=pytest.fail)
+        cut = hesscli.prune(problem, observe=observe, ledger=kept, **options)
+        assert cut.status == "interrupted"
+        kept = FileLedger(file, {}, resume=True, say=pytest.fail)
+        found = hesscli.prune(problem, ledger=kept, **options)
+        assert found.methods == whole.methods
+        assert found.predicted == whole.predicted
+        assert all(np.array_equal(found.weights[n], whole.weights[n]) for n in whole.weights)
 
 
 def test_a_run_that_is_stopped_says_how_far_it_came() -> None:

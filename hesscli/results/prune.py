@@ -26,6 +26,9 @@ class Sparsity:
 class Quality:
     """Of a network on all kept examples: the loss of the data, without weight decay.
 
+    It has no error bar: the weights were chosen by the same examples, so that how much these
+    differ says little of others.
+
     ``loss`` is None where it is not finite, ``accuracy`` where there is none.
     """
 
@@ -81,7 +84,7 @@ class PruneResult(Answer):
         before: the network as it was.
         methods: M-FAC, whose weights are written, and what it is compared with.
         predicted: the change of the loss of the data by M-FAC that its gradient and the matrix
-            foresee, to second order; None where the run ended before.
+            foresee, to second order and so without an error bar; None where the run ended before.
         window: of the last step.
         weights: by parameter.
         checkpoint: the names of the files to write, and what writes them, by their kinds; none

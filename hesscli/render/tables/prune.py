@@ -22,6 +22,9 @@ NAMES = {"mfac": "M-FAC", "diagonal-fisher": "diagonal Fisher", "magnitude": "ma
 """What methods are called in a table or picture."""
 
 
+_NO_BARS = "of the examples that the weights were chosen by: no bars, and others may lose more"
+
+
 def prune_table(result: PruneResult, full: bool = False) -> RenderableType:
     """Lay out the answer of ``hesscli prune``.
 
@@ -41,6 +44,7 @@ def prune_table(result: PruneResult, full: bool = False) -> RenderableType:
             *_headline(result),
             GAP,
             _methods(result),
+            facts([_NO_BARS], style="dim"),
             GAP,
             _rows(layers),
             *([facts(notes, style="dim")] if notes else []),
