@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import hesscli
-from hesscli.errors import UnsoundError, UsageError
+from hesscli.errors import InputError, UnsoundError, UsageError
 from hesscli.operators.hessian import Residual
 from hesscli.problem.batches import first_rows
 from hesscli.problem.criteria import as_loss
@@ -250,3 +250,20 @@ def test_weights_of_torchs_criteria_in_a_spec(
     x, weight = torch.randn(24, 4), torch.tensor([0.1, 2, 3])
     value = expected(model(x), torch.arange(24) % 3, weight)
     assert problem.prove().loss == pytest.approx(float(value.detach()), rel=1e-6)
+
+
+def test_next_tokens_are_told_the_loss_that_they_are_for() -> None:
+    """Classes may have positions too, as those of pixels do, but then come before them."""
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    tokens = torch.randint(7, (6, 5))
+    with pytest.raises(InputError, match=r"targets of shape \(N, 7\)") as refused:
+        Problem(model, "cross_entropy", (tokens, tokens))
+    assert refused.value.hint.startswith("language_model")
+    assert Problem(model, "language_model", (tokens, tokens)).data.count == 6
+
+
+def test_one_line_tells_of_training_mode_and_of_warnings() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    data = torch.randn(16, 3), torch.randint(2, (16,))
+    assert ", in training mode, " in str(hesscli.trace(Problem(model, "cross_entropy", data)))
+    assert "training mode" not in str(hesscli.trace(Problem(model.eval(), "cross_entropy", data)))

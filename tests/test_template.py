@@ -124,6 +124,8 @@ def test_data_files(
     save_file(tensors, tmp_path / "train.safetensors")
     save_file(tensors, tmp_path / "held_out.safetensors")
     save_file(_net(), tmp_path / "another_model.safetensors")
+    log = {name: torch.zeros(5, *value.shape) for name, value in _net().items()}
+    save_file(log | {"lr": torch.zeros(5)}, tmp_path / "log_of_updates.safetensors")
     _, document = _write(tmp_path, _net())
     names = list(tensors)
     expected = {"file": "train.safetensors", "inputs": names[inputs], "targets": names[targets]}
@@ -137,8 +139,9 @@ def test_several_inputs(tmp_path: Path) -> None:
     assert sorted(_write(tmp_path, _net())[1]["data"]["inputs"]) == ["left", "right"]
 
 
-def test_an_embedding_as_wide_as_the_outputs(tmp_path: Path) -> None:
-    state = {"embedding.weight": torch.zeros(7, 4), "head.weight": torch.zeros(7, 4)}
+@pytest.mark.parametrize("name", ["embedding.weight", "tok.weight"])
+def test_an_embedding_as_wide_as_the_outputs(tmp_path: Path, name: str) -> None:
+    state = {name: torch.zeros(7, 4), "head.weight": torch.zeros(7, 4)}
     assert _write(tmp_path, state)[1]["loss"]["name"] == "language_model"
 
 

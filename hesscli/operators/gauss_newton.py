@@ -119,8 +119,8 @@ def require_examples(problem: Problem, matrix: str) -> None:
         raise UsageError(
             "per-example gradients do not exist here",
             f"{module} mixes the examples of a batch",
-            "--method hutchinson with --matrix hessian or ggn, or, of batch norm, "
-            "[model] training = false",
+            "--method hutchinson with --matrix hessian or ggn, or, of batch norm, model.eval() "
+            "(of a spec, training = false under [model])",
         )
     if not problem.data.sliceable:
         raise UsageError(

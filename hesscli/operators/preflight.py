@@ -228,7 +228,7 @@ def _determinism(sample: Sample, meter: Meter) -> Check:
             "the loss is random",
             f"{first:.6g}, then {second:.6g} on the same examples"
             + (f"; {culprit} differs" if culprit else f"; look into the loss {problem.loss.name}"),
-            "evaluation mode ([model] training = false), or no random operation in the forward",
+            "model.eval() (of a spec, training = false under [model]), or no random operation",
         )
     return Check(
         name="determinism",

@@ -249,14 +249,14 @@ def require_number(loss: Loss, value: object) -> None:
     )
 
 
-def require_shape(name: str, like: Tensor, targets: Tensor) -> None:
+def require_shape(name: str, like: Tensor, targets: Tensor, hint: str | None = None) -> None:
     """Refuse targets of another shape than the outputs call for."""
     if like.shape != targets.shape:
         count = len(like)
         raise InputError(
             f"{name} needs targets of shape {shape_of(like, count)}, N an example each",
             f"targets of shape {shape_of(targets, count)}",
-            _same_numbers(like, targets) or "another [loss] name, or targets in that shape",
+            hint or _same_numbers(like, targets) or "another [loss] name, or targets in that shape",
         )
 
 

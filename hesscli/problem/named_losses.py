@@ -110,7 +110,9 @@ class CrossEntropy(Loss):
                     f"{shape_of(logits, len(logits))}",
                 )
             return require_shape(self.name, logits, targets)
-        require_shape(self.name, logits[:, 0], targets)
+        is_text = logits.dim() == 3 and targets.shape == logits.shape[:2]
+        hint = "language_model, for outputs (N, T, V) and as targets the tokens that come next"
+        require_shape(self.name, logits[:, 0], targets, hint if is_text else None)
         num_classes = logits.shape[1]
         outside = (targets != self.ignore_index) & ((targets < 0) | (targets >= num_classes))
         if outside.any():

@@ -92,7 +92,9 @@ class TensorRows(Examples):
                 tensors = [file.get_tensor(name) for name in names]
         except (OSError, SafetensorError) as error:
             raise InputError(
-                "the data file cannot be read", f"{path}: {error}", "[data] file = '...'"
+                "the data file cannot be read",
+                f"{path}: {error}",
+                "a .safetensors file, or of another kind [data] factory = 'data:dataset'",
             ) from None
         if not is_sliceable(tensors):
             shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(names, tensors, strict=True))

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from hesscli.problem.torch_files import SeveralSetsError, key_line
 _PLACEHOLDER = f"{FILL_IN}:{FILL_IN}"
 _TARGET = re.compile(r"(^|_)(targets?|labels?|y|next|classes)(_|$)", re.IGNORECASE)
 _NOT_TRAINED_ON = re.compile(r"held|test|val", re.IGNORECASE)
-_EMBEDDING = re.compile(r"emb|wte|symbols|vocab", re.IGNORECASE)
+_EMBEDDING = re.compile(r"emb|wte|tok|symbols|vocab", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def write_template(
         read = read_checkpoint(checkpoint, trust=trust, key=sets[0])
     folder = (checkpoint if checkpoint.is_dir() else checkpoint.parent).absolute()
     builder = builder_of(folder, read.state, read.said, model or of_timm(folder))
-    data = _find_data(folder, exclude=read.path)
+    data = _find_data(folder, exclude=read.path, weights=read.state)
     blocks = [
         _describe(read.path.name, read.state, sets),
         "" if read.module else "\n".join(("[model]", *builder.lines, "")),
@@ -187,8 +187,11 @@ def _guess_loss(
     return "cross_entropy", f"{quote(last)} has {outputs} outputs"
 
 
-def _find_data(folder: Path, *, exclude: Path) -> _Data | None:
-    """The first .safetensors file whose tensors have one length, as inputs and targets have."""
+def _find_data(folder: Path, *, exclude: Path, weights: Collection[str] = ()) -> _Data | None:
+    """The first .safetensors file whose tensors have one length, as inputs and targets have.
+
+    One with the names of weights is another checkpoint, or a log of updates.
+    """
     for path in sorted(folder.glob("*.safetensors")):
         if path.resolve() == exclude.resolve() or _NOT_TRAINED_ON.search(path.stem):
             continue
@@ -196,7 +199,7 @@ def _find_data(folder: Path, *, exclude: Path) -> _Data | None:
             found = _look_into(path)
         except (SafetensorError, OSError):
             continue
-        if found:
+        if found and not any(name in weights for name in found.inputs):
             return found
     return None
 

@@ -129,5 +129,5 @@ class DiagResult(Answer):
             f"diag({self.problem.matrix}): {self.problem.num_parameters} entries, "
             f"norm {report.norm:.6g} ± {error} relative, "
             f"{report.negative_fraction:.2%} negative, {self.method.num_probes} probes, "
-            f"{self.cost.gradients:.3g} gradients, {self.status}"
+            f"{self.cost.gradients:.3g} gradients, {self.end}"
         )

@@ -268,6 +268,13 @@ class Answer(Header):
         """How many there are, those included that were left out."""
         return len(self.layers) + (self.num_hidden or 0)
 
+    @property
+    def end(self) -> str:
+        """How it ended, and what a reader of one line is not to miss."""
+        mode = ", in training mode" if self.problem.training_mode else ""
+        many = f", {len(self.warnings)} in .warnings" if self.warnings else ""
+        return f"{self.status}{mode}{many}"
+
     def only(self, names: Collection[str] | None) -> Self:
         """The answer with no layers but those of these names, or with all where it is None."""
         if names is None:

@@ -219,5 +219,5 @@ class IhvpResult(Answer):
             f"ihvp({self.problem.matrix}): {self.window.rows} {self.window.row_kind} rows, "
             f"damping {self.window.damping:.3g}, |y| = {self.solve.norm:.6g}, "
             f"residual {'unknown' if off is None else format(off, '.2g')} against "
-            f"{self.residual.operator_name}, {self.cost.gradients:.3g} gradients, {self.status}"
+            f"{self.residual.operator_name}, {self.cost.gradients:.3g} gradients, {self.end}"
         )

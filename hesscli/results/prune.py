@@ -115,5 +115,5 @@ class PruneResult(Answer):
         was = "not finite" if self.before.loss is None else f"{self.before.loss:.4g}"
         return (
             f"prune: {self.sparsity.num_zeros} of {self.sparsity.num_weights} weights are zero, "
-            f"loss {was} before and {loss} after, {self.status}"
+            f"loss {was} before and {loss} after, {self.end}"
         )

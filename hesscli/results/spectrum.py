@@ -182,5 +182,5 @@ class SpectrumResult(Answer):
             f"spectrum({self.problem.matrix}): an eigenvalue in {top.value:.6g} ± "
             f"{top.residual:.2g}, {self.outliers.count} stand apart, negative mass {mass}, "
             f"{self.steps} steps, {self.method.num_probes} start vectors, "
-            f"{self.cost.products:.3g} products, {self.status}"
+            f"{self.cost.products:.3g} products, {self.end}"
         )

@@ -195,7 +195,7 @@ class SymmetryResult(Answer):
         told = ", ".join(f"{n} {status}" for n, status in zip(counts, _STANDINGS, strict=True) if n)
         return (
             f"symmetry: {told or 'no family found'}; {self.flat.directions} null directions of "
-            f"{self.problem.num_parameters} parameters, {self.status}"
+            f"{self.problem.num_parameters} parameters, {self.end}"
         )
 
 

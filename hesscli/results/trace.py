@@ -25,5 +25,5 @@ class TraceResult(Answer):
             f"trace({self.problem.matrix}) = {self.trace.estimate:.6g}, "
             f"{self.trace.confidence:.0%} interval {known}, "
             f"{self.problem.num_examples} examples, {self.method.num_probes} probes, "
-            f"{self.cost.products:.3g} products, {self.status}"
+            f"{self.cost.products:.3g} products, {self.end}"
         )
