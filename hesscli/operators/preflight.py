@@ -213,8 +213,9 @@ def _determinism(sample: Sample, meter: Meter) -> Check:
     problem = sample.problem
 
     def once() -> tuple[float, list[Tensor]]:
-        value = sample.evaluate()
-        return float(value.detach()), gradient(value, problem.parameters.tensors)
+        with problem.forward_context():
+            value = sample.evaluate()
+            return float(value.detach()), gradient(value, problem.parameters.tensors)
 
     (first, slope), (second, again) = once(), once()
     meter.add(2 * problem.gradient_cost, sample.share)

@@ -225,8 +225,9 @@ class Terms:
 
         Second derivatives of f are multiplied with s then, and its first with one another.
         """
-        with _outputs_of(self.operator.problem) as outputs:
-            loss = self.operator.problem.evaluate(batch.data)
+        problem = self.operator.problem
+        with _outputs_of(problem) as outputs, problem.recomputing():
+            loss = problem.evaluate(batch.data)
         terms, share = [loss * 0], 2 * batch.count / self.operator.problem.loss.multiple
         for number, output in enumerate(outputs):
             signs = randomness.rademacher(

@@ -350,8 +350,8 @@ class Objective:
             try:
                 value, narrowest, numbers = self._seen(sample)
                 # Compiled code may run as Python while it is watched, and not be widened otherwise.
-                unwatched = self.evaluate(sample.data)
-                with self.forward_context():
+                with self.forward_context(), self.recomputing():
+                    unwatched = self.evaluate(sample.data)
                     if unwatched.requires_grad:
                         torch.autograd.grad(unwatched, self.parameters.tensors, allow_unused=True)
             except Exception as error:  # of any kind: the code is the user's, made for another type
@@ -370,7 +370,7 @@ class Objective:
         Of types only those are told that float64 was turned into.
         """
         watch = Narrowing()
-        with watch:
+        with watch, self.recomputing():
             value = self.evaluate(sample.data)
         return value, watch.narrowest, watch.numbers // sample.count
 
@@ -451,8 +451,9 @@ class Sample:
             yield self.problem.batch_of(part, index, mass / total)
 
     def evaluate(self) -> Tensor:
-        """The mean loss over them, as a live scalar."""
-        terms = [b.weight * self.problem.evaluate(b.data) for b in self.batches()]
+        """The mean loss over them, as a live scalar, whose way back is gone in forward_context."""
+        with self.problem.recomputing():
+            terms = [b.weight * self.problem.evaluate(b.data) for b in self.batches()]
         return torch.stack([term.reshape(()) for term in terms]).sum()
 
     def halves(self) -> tuple[Sample, ...]:
