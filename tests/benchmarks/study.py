@@ -61,6 +61,8 @@ class Task:
         epochs: of a training whose result is compared.
         tuning_epochs: of a training that tries a learning rate.
         held_back: this share of the examples to train on is for comparing learning rates.
+        window: of M-FAC. As it fills, steps along the newest gradient grow with the number of rows:
+            a learning rate is worth nothing that is from a training in which it was never full.
     """
 
     make: Callable[[], nn.Module]
@@ -70,6 +72,7 @@ class Task:
     epochs: int = 5
     tuning_epochs: int = 2
     held_back: float = 1 / 6
+    window: int = 512
 
 
 def sample(folder: str) -> ModuleType:
@@ -153,7 +156,7 @@ ON_IMAGES = {"SGD": 0.2, "Adam": 0.016, "AdamW": 0.016, "AdaHessian": 0.2, "M-FA
 ON_TEXT = {"SGD": 0.1, "Adam": 0.004, "AdamW": 0.004, "AdaHessian": 0.05, "M-FAC": 0.008}
 TASKS = {
     "cnn": Task(convolutions, clothes, ON_IMAGES, 128),
-    "text": Task(transformer, dictionary, ON_TEXT, 32),
+    "text": Task(transformer, dictionary, ON_TEXT, 32, window=128),
     "resnet8": Task(residual, clothes, ON_IMAGES, 128),
 }
 
@@ -168,7 +171,7 @@ OPTIMIZERS: dict[str, Make] = {
     "Adam": partial(torch.optim.Adam, weight_decay=5e-4),
     "AdamW": partial(torch.optim.AdamW, weight_decay=0.01),
     "AdaHessian": partial(AdaHessian, weight_decay=5e-4),
-    "M-FAC": partial(MFAC, window=512, weight_decay=5e-4),
+    "M-FAC": partial(MFAC, weight_decay=5e-4),
 }
 GRID = [0.25, 0.5, 1, 2, 4]
 #: At AdaHessian's own learning rate.
@@ -271,7 +274,8 @@ def train(run: Run, data: tuple[Examples, Examples]) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     net = task.make().train()
     make = VARIANTS.get(run.optimizer) or OPTIMIZERS[run.optimizer]
-    optimizer = make(net.parameters(), run.lr)
+    options = {"window": task.window} if run.optimizer == "M-FAC" else {}
+    optimizer = make(net.parameters(), run.lr, **options)
     if isinstance(optimizer, AdaHessian):
         optimizer.seed = run.seed
     each = math.ceil(len(seen.inputs) / task.batch)
