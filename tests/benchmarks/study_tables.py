@@ -22,10 +22,10 @@ BESIDE = ("Adam", "SGD")
 
 
 def main() -> None:
-    """All tables of the tasks that are begun."""
+    """All tables of the tasks that have come to a test."""
     lines = Lines("study.jsonl", Run)
     for task in TASKS:
-        if any(run.task == task for run in lines):
+        if any(run.task == task and run.phase == "test" for run in lines):
             for text in section(task, lines):
                 print(text)
 
