@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ ABSENT = -1
 @dataclass(frozen=True)
 class Addend:
     """What is added to a tensor.
+
+    Its entries have the tensor's shape and, as far as they repeat, no memory.
 
     Attributes:
         adder: its number.
@@ -161,7 +164,7 @@ class Constants:
             else:
                 moved = list(tensors_in(call.func(addend.entries, *rest, **call.kwargs)))
             for out, entries in zip(tensors_in(call.result), moved, strict=True):
-                kept = Addend(addend.adder, entries.contiguous(), addend.factor)
+                kept = Addend(addend.adder, entries, addend.factor)
                 found[key_of(out)] = (*found.get(key_of(out), ()), kept)
         return found
 
@@ -178,7 +181,7 @@ class Constants:
         self, out: Tensor, terms: list[tuple[tuple[Addend, ...], float]]
     ) -> dict[Key, tuple[Addend, ...]]:
         every = [
-            Addend(each.adder, each.entries.expand(out.shape).contiguous(), sign * each.factor)
+            Addend(each.adder, each.entries.expand(out.shape), sign * each.factor)
             for addends, sign in terms
             for each in addends
         ]
@@ -239,7 +242,7 @@ class Constants:
             if bool((each.entries != first).any()):
                 raise ValueError
             shaped = first if first.dim() == out.dim() else first.reshape(out.shape)
-            found.append(Addend(each.adder, shaped.expand(out.shape).contiguous(), each.factor))
+            found.append(Addend(each.adder, shaped.expand(out.shape), each.factor))
         return {key_of(out): tuple(found)}
 
     def product(self, known: Known, call: Call) -> dict[Key, tuple[Addend, ...]]:
@@ -334,7 +337,7 @@ class Constants:
         if call.name == "native_layer_norm" and known.is_entries(call.args[3]):
             one = self._parameter(known.entries[key_of(call.args[3])])
             self._read(self._of(call.args[0]))
-            return {key_of(out): (Addend(one.adder, one.entries.expand(out.shape).contiguous()),)}
+            return {key_of(out): (Addend(one.adder, one.entries.expand(out.shape)),)}
         terms = [(self._by_channel(known, bias, out), 1.0)]
         addends = self._of(call.args[0])
         fixed = statistics(call) if "batch" in call.name else None
@@ -347,6 +350,14 @@ class Constants:
         else:
             self._read(addends)
         return self._gathered(out, terms)
+
+
+def distinct_places(*tensors: Tensor) -> list[np.ndarray]:
+    """The numbers of tensors of one shape, flat, without dimensions along which all repeat."""
+    for dim in range(tensors[0].dim()):
+        if all(tensor.stride(dim) == 0 for tensor in tensors):
+            tensors = tuple(tensor.narrow(dim, 0, 1) for tensor in tensors)
+    return [tensor.numpy().ravel() for tensor in tensors]
 
 
 def _whole(weights: Tensor, groups: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from hesscli.engines.symmetry.constants import ABSENT, Addend, Constants, Reading
+from hesscli.engines.symmetry.constants import ABSENT, Addend, Constants, Reading, distinct_places
 from hesscli.engines.symmetry.families import Family, Told, Translation
 from hesscli.engines.symmetry.gauges import Shear
 
@@ -78,18 +78,19 @@ class Moving:
         """Entries by where they are read, adder by adder."""
         by_place = defaultdict[bytes, list[_Term]](list)
         for adder, readings in self._found.items():
-            every = np.unique(np.concatenate([a.entries.numpy().ravel() for _, a in readings]))
+            places = [np.unique(distinct_places(a.entries)[0]) for _, a in readings]
+            every = np.unique(np.concatenate(places))
             every = every[every != ABSENT]
             seen = np.zeros((len(every), len(readings)))
             for column, (_, addend) in enumerate(readings):
-                seen[np.isin(every, addend.entries.numpy()), column] = addend.factor
+                seen[np.isin(every, places[column]), column] = addend.factor
             kinds, kind = np.unique(seen, axis=0, return_inverse=True)
             for number, factors in enumerate(kinds):
-                places = [(readings[c][0], factors[c]) for c in np.flatnonzero(factors)]
+                read = [(readings[c][0], float(factors[c])) for c in np.flatnonzero(factors)]
                 entries = every[kind.ravel() == number]
-                if places:
-                    term = _Term(adder, entries, tuple(place for place, _ in places))
-                    by_place[repr(sorted(places)).encode()].append(term)
+                if read:
+                    term = _Term(adder, entries, tuple(place for place, _ in read))
+                    by_place[repr(sorted(read)).encode()].append(term)
         return by_place
 
     def families(self) -> Iterator[Family]:
@@ -144,12 +145,12 @@ class Moving:
     def _meeting(self, reading: Reading, one: int, other: int) -> np.ndarray:
         """Pairs of entries that are added to the same number."""
         pairs = [
-            np.stack([a.entries.numpy().ravel(), b.entries.numpy().ravel()])
+            _pairs(*distinct_places(a.entries, b.entries))
             for a in reading.addends
             for b in reading.addends
             if a.adder == one and b.adder == other
         ]
-        return np.unique(np.concatenate(pairs, axis=1), axis=1)
+        return np.concatenate(pairs, axis=1)
 
     # -- through maps ----------------------------------------------------------------------------
 
@@ -218,9 +219,8 @@ class Moving:
             assert reading.inputs is not None
             for addend in reading.addends:
                 if addend.adder == term.adder:
-                    inputs = first + reading.inputs.numpy().ravel()
-                    entries = addend.entries.numpy().ravel()
-                    links.append(np.unique(np.stack([entries, inputs]), axis=1))
+                    entries, inputs = distinct_places(addend.entries, reading.inputs)
+                    links.append(_pairs(entries, first + inputs))
             first += int(reading.inputs.max()) + 1
         channel = dict[int, int]()
         for number, part in enumerate(_parts(np.concatenate(links, axis=1))):
@@ -241,9 +241,9 @@ class Moving:
         scale = np.ones(len(weights)) if reading.scale is None else reading.scale.numpy()
         rows = list[tuple[np.ndarray, ...]]()
         for addend in (a for a in reading.addends if a.adder == term.adder):
-            inputs = reading.inputs.numpy().ravel()
+            inputs, every = distinct_places(reading.inputs, addend.entries)
             which, at = np.unique(inputs, return_index=True)
-            entries = addend.entries.numpy().ravel()[at]
+            entries = every[at]
             for column, entry in zip(which, entries, strict=True):
                 if int(entry) not in channel:
                     continue
@@ -274,6 +274,13 @@ def _joins(part: np.ndarray, joined: dict[int, int]) -> bool:
     joined |= dict.fromkeys((e for e, label in joined.items() if label in labels), first)
     joined |= dict.fromkeys(part.tolist(), first)
     return True
+
+
+def _pairs(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Each pair of entries once, ``(2, ·)``; absent ones count as such."""
+    width = int(other.max()) + 2
+    found = np.unique((one + 1) * width + other + 1)
+    return np.stack([found // width - 1, found % width - 1])
 
 
 def _parts(pairs: np.ndarray) -> list[np.ndarray]:
