@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from symmetric_networks import (
     Perceptron,
     Pictures,
     Squared,
+    gpt_like,
     layer_norm,
     llama_like,
     problem_of,
@@ -27,10 +29,13 @@ from symmetric_networks import (
     spread,
 )
 from torch import nn
+from torch.nn import functional as F
 
 import hesscli
 from hesscli.diagnostics.symmetry import found_in
 from hesscli.errors import HesscliError
+from hesscli.optim import UpdateLog
+from hesscli.vocabulary import TrainedWith
 
 pytestmark = pytest.mark.study
 
@@ -72,6 +77,29 @@ def test_what_holds_does_so_at_other_weights_by_other_transformations(seed: int)
 def test_transformers_have_no_other_null_directions(normed: bool) -> None:
     decoder = llama_like(normed=normed)
     require_complete(decoder, hesscli.symmetries(problem_of(spread(decoder))))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_charges_of_five_hundred_steps_are_predicted(decay: float, tmp_path: Path) -> None:
+    """Of a GPT-like network, to a millionth of what they have changed by, from the log alone."""
+    model = spread(gpt_like())
+    problem = problem_of(spread(gpt_like()))
+    sgd = torch.optim.SGD(model.parameters(), 0.05, weight_decay=decay)
+    with UpdateLog(model, sgd, tmp_path / "log.safetensors"):
+        for step in range(500):
+            x, y = problem.data.batches[step % 3]
+            sgd.zero_grad()
+            F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+            sgd.step()
+    torch.save(model.state_dict(), tmp_path / "late.pt")
+    way = TrainedWith(updates=str(tmp_path / "log.safetensors"))
+    result = hesscli.symmetries(problem, later=[tmp_path / "late.pt"], trained_with=way)
+    drifts = [each for each in result.drifts if each.changes[0] > 1e-9 * each.size]
+    assert {each.name for each in drifts} >= {"norm gain", "query-key", "value-output"}
+    assert all(each.error is not None and each.error < 1e-6 for each in drifts)
+    linear = [c for c in result.charges if c.name in ("key bias", "softmax head")]
+    shrunk = (1 - 0.05 * decay) ** 500
+    assert all(c.later == pytest.approx(c.value * shrunk, rel=1e-6, abs=1e-12) for c in linear)
 
 
 # -- Planted families, each in several forms -------------------------------------------------------
