@@ -64,7 +64,7 @@ calibration: $(VENV)/demo  ## Predicted against measured loss changes, in float6
 fuzz: $(VENV)/test  ## Random networks with faults planted in them, and without (a quarter of an hour)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
-study: $(VENV)/demo  ## Train three networks by five optimizers (ten hours of a core, resumed at will); DATA=FOLDER
+study: $(VENV)/demo  ## Train three networks by five optimizers (six hours of a core, resumed at will); DATA=FOLDER
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/study.py --data $(or $(DATA),/usr/share)
 	$(BIN)/python tests/benchmarks/study_tables.py
 
