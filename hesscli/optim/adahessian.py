@@ -48,7 +48,9 @@ class AdaHessian(LossOptimizer):
             authors' code for images.
         diagonal: whether a block's mean is of v ⊙ Hv as it is (``signed``, as in the paper), which
             is unbiased for the diagonal's, or of |v ⊙ Hv| (``abs``, as in the authors' code).
-        hessian_every: from one product to the next, in steps.
+        hessian_every: from one product to the next, in steps; the first so many have one each. One
+            probe's v ⊙ Hv is next to nothing in some entries, along which steps would be far too
+            long until there is another.
         probes: products in an estimate, which is their mean.
         seed: of the probes.
         replicas: processes with the same model, over which gradients and products are averaged.
@@ -116,7 +118,7 @@ class AdaHessian(LossOptimizer):
         BlockRule.parse(options["blocks"])
 
     def _has_products(self) -> bool:
-        return self.steps % self.hessian_every == 0
+        return self.steps < self.hessian_every or self.steps % self.hessian_every == 0
 
     def _differentiate(self, loss: Tensor) -> None:
         gradient = self._gradient(loss, create_graph=self._has_products())
