@@ -196,9 +196,10 @@ class Constants:
         if isinstance(other, Tensor):
             if not addends:
                 return {}
-            if other.numel() != 1 or key_of(other) in known.live or self._of(other):
+            depends = key_of(other) in known.live or known.is_entries(other) or self._of(other)
+            if other.numel() != 1 or depends:
                 raise ValueError
-            other = float(other)
+            other = float(other.detach())
         factor = float(other) ** power
         return {
             key_of(call.result): tuple(

@@ -135,7 +135,8 @@ class Streams:
         """Maps ahead of batch norms whose biases can make up for their means."""
         factors = self.factors
         broken = factors.sets_of(factors.broken, numbers)
-        if broken != {"running statistics"}:
+        clipped = "clipped" in factors.sets_of(factors.marks, numbers)
+        if broken != {"running statistics"} or clipped:
             return
         anchors = [
             anchor
