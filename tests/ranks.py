@@ -105,7 +105,7 @@ def product() -> dict[str, Any]:
     apply, vector = Retained(operator, 1 << 30), torch.ones(operator.parameters.size).double()
     operator.problem.prove()
     before = world.sums()
-    found = [apply(vector), apply(vector), operator @ vector]
+    found = [apply(vector).clone(), apply(vector), operator @ vector]
     after = world.sums()
     return {
         "product": found[0],

@@ -26,6 +26,7 @@ from hesscli.operators.per_example.rows import Rows
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.losses import StepLoss
 from hesscli.problem.problem import Problem
+from hesscli.problem.work import PassWork
 from hesscli.vocabulary import RowKind
 
 COUNT, SAMPLE = 24, 8
@@ -40,13 +41,20 @@ def problem_of(loss: Any = "mse") -> Problem:
     return Problem(model, loss, FrozenData(pairs, (16, 8), COUNT, True, "by hand"))
 
 
+def beside(operator: Hessian, products: int) -> float:
+    """What is done with vectors: each product is made, and then added to others in four passes."""
+    return products * operator.problem.vectors(1, 4, operator.parameters.size)
+
+
 def test_blocks_count_with_their_whole() -> None:
     operator = Hessian(problem_of())
     operator @ torch.ones(operator.parameters.size)
-    assert (operator.meter.products, operator.meter.gradients) == pytest.approx((1, 3))
+    taken = 3 + beside(operator, 2)
+    assert (operator.meter.products, operator.meter.gradients) == pytest.approx((1, taken))
     block = operator.restrict("0")
     block @ torch.ones(block.parameters.size)
-    assert (operator.meter.products, operator.meter.gradients) == pytest.approx((2, 6))
+    taken += 3 + beside(block, 2)
+    assert (operator.meter.products, operator.meter.gradients) == pytest.approx((2, taken))
 
 
 def test_sources_that_share_a_meter_are_counted_once() -> None:
@@ -60,7 +68,8 @@ def test_sources_that_share_a_meter_are_counted_once() -> None:
     assert meter.products == pytest.approx(2)
     alone = PerExample(GaussNewton(problem))
     list(alone.extend())
-    assert meter.gradients == pytest.approx(alone.meter.gradients + 1 + 2 * 2)
+    vectors = beside(Hessian(problem), 2 * 2)
+    assert meter.gradients == pytest.approx(alone.meter.gradients + 1 + 2 * 2 + vectors)
 
 
 def test_a_proof_is_counted_however_often_it_was_asked_for() -> None:
@@ -84,12 +93,12 @@ def test_a_proof_is_counted_however_often_it_was_asked_for() -> None:
 @pytest.mark.parametrize(("row", "check"), [("sampled", 1), ("example", 1), ("microbatch:4", 0)])
 def test_rows_are_counted(row: str, check: int) -> None:
     """A gradient for all; first, 16 examples take three forward and two backward passes."""
-    meter = Meter()
-    rows = Rows(problem_of(), RowKind.parse(row), meter=meter)
+    meter, problem = Meter(), problem_of()
+    rows = Rows(problem, RowKind.parse(row), meter=meter)
     list(rows.take(min(rows.available, COUNT)))
     checked = meter.gradients
     list(rows.take(min(rows.available, COUNT)))
-    assert checked == pytest.approx(1 + check * 16 / COUNT * (3 / 3 + 2 * 2 / 3))
+    assert checked == pytest.approx(1 + check * problem.share_of(16) * (3 / 3 + 2 * 2 / 3))
     assert meter.gradients - checked == pytest.approx(1)
 
 
@@ -100,7 +109,8 @@ def test_claims_of_exactness_cost_a_forward_pass_and_little_more() -> None:
     assert all(claim.exact for claim in claims)
     ways = problem.ways_back([problem.parameters.tensors[:2], problem.parameters.tensors[2:]])
     share = problem.share_of(SAMPLE)
-    assert meter.gradients == pytest.approx(1 / 3 + share * (1 / 3 + 1 + sum(ways) / 2))
+    vectors = problem.vectors(3)  # signs, those of a layer, and their product
+    assert meter.gradients == pytest.approx(1 / 3 + share * (1 / 3 + 1 + sum(ways) / 2) + vectors)
     assert len(steps) == 2 + 2  # the batches, and the layers
 
 
@@ -113,14 +123,31 @@ def test_a_losss_own_curvature_is_counted() -> None:
     assert users.gradients == pytest.approx(problem.share_of(SAMPLE) * 2 / 3)
 
 
-def test_a_pass_over_a_few_reads_all_weights() -> None:
-    """All of them for each of the two batches, and some numbers for each example."""
+def test_a_pass_over_a_few_calls_its_operations_and_reads_all_weights() -> None:
+    """For each of the two batches; beside them, what grows with the examples is in proportion."""
     problem = problem_of()
-    each, weights = problem.independence.numbers, problem.parameters.size
-    assert each > 0
-    all_of_them = COUNT * each + 2 * weights
-    assert problem.share_of(SAMPLE) == pytest.approx((SAMPLE * each + weights) / all_of_them)
-    assert problem.share_of(16) + problem.share_of(8) == pytest.approx(1)
+    work = problem.independence.work
+    assert work.multiplied == 3 * 4 + 4 * 1  # per example, by the two layers
+    assert work.weights == problem.parameters.size
+    assert work.operations >= 4  # two layers, the rectifier, and the loss
+    shares = [problem.share_of(count) for count in (0, 8, 16)]
+    assert shares[2] + shares[1] == pytest.approx(1)
+    assert shares[1] - shares[0] == pytest.approx(shares[2] - shares[1])
+    assert 0 < shares[0] < 1 / 2
+
+
+def test_a_pass_in_a_wider_type_takes_longer() -> None:
+    """The examples' part four times as long, the weights' twice, the operations as they were."""
+    work = PassWork(operations=0, numbers=0, multiplied=5, weights=0)
+    assert work.nanoseconds(2, torch.float64) == pytest.approx(
+        4 * work.nanoseconds(2, torch.float32)
+    )
+    work = PassWork(operations=0, numbers=7, multiplied=0, weights=3)
+    assert work.nanoseconds(2, torch.float64) == pytest.approx(
+        2 * work.nanoseconds(2, torch.float32)
+    )
+    work = PassWork(operations=3)
+    assert work.nanoseconds(2, torch.float64) == work.nanoseconds(1, torch.float32) > 0
 
 
 def test_the_products_of_one_tensor_alone_say_what_all_of_them_say(samples: Any) -> None:

@@ -448,7 +448,8 @@ def test_products_are_counted(small: tuple[Operator, Tensor]) -> None:
     operator = Hessian(small[0].problem)
     _ = operator @ _draw(15, 4)
     assert operator.meter.products == pytest.approx(4)
-    assert operator.meter.gradients == pytest.approx(1 + 4 * 2)
+    made, problem = operator.meter.gradients, operator.problem
+    assert made == pytest.approx(1 + 4 * 2 + 4 * len(problem.joint()) * problem.vectors(1, 4))
 
 
 def test_more_columns_than_are_held_at_once(small: tuple[Operator, Tensor]) -> None:

@@ -50,6 +50,8 @@ _MIXED, MEASURED = 4, 2
 """Ritz vectors by which it is measured once there are many, and products in which they are."""
 _GRAPHS_SHARE = 4
 """Graphs may take this part of the memory that is free then."""
+_HANDLED, _SWEEPS = 16, 4
+"""Vectors that are gone through in a step, and for each row of the basis that there is by then."""
 _NEXT_START = 0x5BEC7
 """Separates the start vectors of later runs from the first."""
 
@@ -198,6 +200,7 @@ class Exploration:
         lanczos = self.lanczos
         while not self._is_enough():
             lanczos.step()
+            self._count(lanczos)
             if lanczos.count <= STEPS or lanczos.count % _READ_EVERY == 0:
                 self._read()
             if not self.rounding_measured and lanczos.count >= _FIRST_MEASURED and self.late():
@@ -205,6 +208,11 @@ class Exploration:
             self.operator.meter.keep()
             yield self._snapshot()
         self._read()
+
+    def _count(self, lanczos: Lanczos) -> None:
+        """A step's work beside its product: its row, and twice or thrice all that were before."""
+        made = self.operator.problem.vectors(1.0, _HANDLED + _SWEEPS * lanczos.count, lanczos.size)
+        self.operator.meter.add(made)
 
     def _is_enough(self) -> bool:
         """Whether the long run has all its steps, or reached its goal, or has no more time."""
@@ -285,6 +293,7 @@ class Exploration:
         """So many steps in all."""
         while lanczos.count < count:
             lanczos.step()
+            self._count(lanczos)
             self.operator.meter.keep()
             yield self._snapshot()
 

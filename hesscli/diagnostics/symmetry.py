@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -208,14 +208,21 @@ class Testing(Kept):
     def expected(self, pace: Pace) -> Iterator[Work]:
         """Gradients and losses of some batches, and products of some of these."""
         problem, count = self.run.problem, len(self.families)
-        shares = [problem.data.counts[i] / problem.data.count for i in self.indices]
-        made = [share for share, (_, is_made) in zip(shares, _PLACES, strict=True) if is_made]
+        counts = [problem.data.counts[i] for i in self.indices]
+        shares = list(map(problem.share_of, counts))  # few take more than their part of all
+        chosen = [i for i, (_, is_made) in enumerate(_PLACES) if is_made]
+        made = sum(shares[i] for i in chosen)
         gradients = (1 + FORWARD * 2 * count) * sum(shares)
-        work = pace.gradient.times(gradients) + pace.products((count + 1) * sum(made), sum(made))
+        work = pace.gradient.times(gradients) + pace.products((count + 1) * made, made)
+        part = sum(counts[i] for i in chosen) / problem.data.count
+        work = replace(work, products=(count + 1) * part)
         yield Work(phase=_TESTING, spent=work, note=f"{count} families")
         if orbit.can_be_rescaled([one for one in self.families if not one.told.causes]):
             points = (orbit.POINTS + 1) * shares[0]
-            yield Work(phase=_RESCALING, spent=pace.products(orbit.PRODUCTS * points, points))
+            work = pace.products(orbit.PRODUCTS * points, points)
+            part = (orbit.POINTS + 1) * counts[0] / problem.data.count
+            work = replace(work, products=orbit.PRODUCTS * part)
+            yield Work(phase=_RESCALING, spent=work)
 
     def steps(self) -> Iterator[Snapshot]:
         """A place each, then what eps breaks, and how the trace is changed by what holds."""
@@ -282,7 +289,7 @@ class Testing(Kept):
         )
 
     def _share(self, batch: WeightedBatch) -> float:
-        return batch.count / self.run.problem.data.count
+        return self.run.problem.share_of(batch.count)
 
     def _gradient(self, batch: WeightedBatch) -> tuple[float, Tensor]:
         problem = self.run.problem

@@ -38,6 +38,11 @@ _AROUND, _SIDE_BY_SIDE = 8, 5
 each vector. At four networks 4 to 8 times were measured, and 2.2 to 5.1."""
 
 
+_MADE, _READ = 1, 4
+"""Vectors that are made for a product, in half of float64's width in parts and as one, and that
+are gone through where it is added to others."""
+
+
 @dataclass
 class LiveTerm:
     """One batch's matrix on one retained graph, which is made by the first product.
@@ -54,8 +59,6 @@ class LiveTerm:
     counted: int | None = None
     """How often the problem had changed its type when its graph, which another process had made
     and counted, was still good."""
-    is_sample: bool = False
-    """Whether it is a few of the examples, on which each pass costs more than their share."""
     _apply: Apply | None = field(default=None, repr=False)
     _made: int = field(default=0, repr=False)
 
@@ -68,14 +71,6 @@ class LiveTerm:
     def weight(self) -> float:
         """The batch's share of the weight mass."""
         return self.batch.weight
-
-    @property
-    def _share(self) -> float:
-        """Work of a pass beside that of one over all kept examples."""
-        problem = self.operator.problem
-        if self.is_sample:
-            return problem.share_of(self.batch.count)
-        return self.batch.count / problem.data.count
 
     def is_made_at(self, retypings: int) -> bool:
         """Whether its graph serves, or will where it is counted, after so many changes of type."""
@@ -91,7 +86,7 @@ class LiveTerm:
         Raises:
             UnsoundError: the first product is not finite.
         """
-        operator, share = self.operator, self._share
+        operator, share = self.operator, self.operator.problem.share_of(self.batch.count)
         with operator.problem.forward_context():
             is_first = self._apply is None
             if self._apply is None or self._made != operator.problem.retypings:
@@ -109,6 +104,8 @@ class LiveTerm:
             finally:
                 part = self.batch.count / operator.problem.data.count
                 operator.meter.add(made * operator.cost[1], share, products=made * part)
+                size = operator.parameters.size
+                operator.meter.add(operator.problem.vectors(_MADE * made, _READ * made, size))
         product = torch.cat(products) if len(products) > 1 else products[0]
         if is_first and not is_finite(product):
             raise _not_finite(operator, self.batch, block)
@@ -277,7 +274,7 @@ class Operator(Curvature):
         kept = dict[int, int]()
         with storages_kept(kept):
             self.problem.evaluate(batch.data)
-        self.meter.add(FORWARD, batch.count / self.problem.data.count)
+        self.meter.add(FORWARD, self.problem.share_of(batch.count))
         held = max(1, sum(kept.values()))
         room = room_for_more(self.device) - _AROUND * held
         return max(1, min(self.block_size, room // (_SIDE_BY_SIDE * held)))
@@ -436,14 +433,14 @@ class Retained:
         kept = self._kept.get(group[0])
         if kept is not None and self._groups.get(group[0]) == group:
             return kept
-        return LiveTerm(self.operator.problem.batch(*group), self.operator, is_sample=True)
+        return LiveTerm(self.operator.problem.batch(*group), self.operator)
 
     def _relative_error(self, group: tuple[int, ...], vectors: Tensor) -> float:
         """Error of a group's products with some vectors, beside the largest of them."""
         problem, operator = self.operator.problem, self.operator
         own = self._term(group).apply(vectors.to(problem.device, problem.dtype))
         with doubled(problem):
-            exact = LiveTerm(problem.batch(*group), operator, is_sample=True)
+            exact = LiveTerm(problem.batch(*group), operator)
             products = exact.apply(vectors.to(problem.device))
         size = float(products.norm(dim=1).max())
         return max(map(distance, own, products)) / size if size else 0.0

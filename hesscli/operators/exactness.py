@@ -96,7 +96,7 @@ def exact_parameters(
                 if group is not None:
                     batch = problem.batch(*group)
                     found = _bends(problem, left, batch)
-                    meter.add(FORWARD, batch.count / problem.data.count)
+                    meter.add(FORWARD, problem.share_of(batch.count))
             for each in reversed(world.gathered(found)):  # the first batch's reason counts
                 reasons |= each
         on_step()
@@ -107,6 +107,8 @@ def exact_parameters(
 
 Group = Sequence[int]
 """Parameters by their places."""
+_PROBED = 3.0
+"""Vectors that are made for a form: signs, all of a group's, and their product."""
 _OWN = 0.5
 """Of the way back to a group: no other weights' gradients are made, nor what is zero."""
 
@@ -128,6 +130,7 @@ def own_forms(
             vector = torch.cat([_probe(residual, index) for index in group])
             form = abs(float(vector @ apply(group, vector)))
             residual.meter.add(_OWN * way, share)
+            residual.meter.add(residual.problem.vectors(_PROBED, size=len(vector)))
             yield form
 
 

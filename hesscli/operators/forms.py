@@ -62,7 +62,7 @@ class LayerForms:
 
     def __init__(self, layers: Layers, batch: WeightedBatch, *, is_counted: bool = False) -> None:
         self.layers, self.batch, self._is_counted = layers, batch, is_counted
-        self._share = batch.count / layers.operator.problem.data.count
+        self._share = layers.operator.problem.share_of(batch.count)
 
     def __call__(self, layer: int, changes: Tensor) -> Tensor:
         """Forms, float64 ``(k,)``, of changes of a layer ``(k, its size)``.
@@ -79,7 +79,8 @@ class LayerForms:
         with problem.forward_context():
             found = self._together(slice(first, first + len(owned[layer])), rows)
         work = len(rows) * self.layers.costs[layer]
-        operator.meter.add(work, self._share, products=len(rows) * self._share)
+        products = len(rows) * self.batch.count / problem.data.count
+        operator.meter.add(work, self._share, products=products)
         # A product that is not finite is made once more, to be refused as any.
         return found if bool(torch.isfinite(found).all()) else self._apart(layer, rows)
 

@@ -274,6 +274,9 @@ _LONGER = 20
 """Steps of the loss to those of its gradient, which jumps at kinks where the loss bends."""
 
 
+_AT, _WRITES = 3, 12
+"""Vectors that are made for a direction and weights off theirs, and gone through for a step."""
+
 _PIECE = 1 << 18
 """Entries of a direction that are compared at once."""
 
@@ -346,6 +349,7 @@ class Product:
             if len(self.sample.parts) == 1:
                 self._kept = apply
             self.operator.meter.add(each, share)
+            self.operator.meter.add(problem.vectors(2.0 * len(block)))  # in parts, and as one
             return apply(block)
 
         with problem.forward_context():
@@ -357,6 +361,7 @@ class Product:
     def with_signs(self) -> Products:
         """With the first few Rademacher vectors."""
         problem = self.operator.problem
+        self.operator.meter.add(problem.vectors(2.0 * FORMS))  # by themselves, and as rows
         block = torch.stack([signs(problem, number) for number in range(FORMS)])
         return Products(block, self(block))
 
@@ -396,6 +401,7 @@ def gradient_comparison(problem: Objective, meter: Meter) -> Comparison:
                 central_difference(lambda: part.evaluate().detach(), tensors, direction, step)
             )
         meter.add(problem.gradient_cost + 2 * FORWARD, part.share)
+        meter.add(problem.vectors(_AT + 1, _WRITES))
         # Along ±1 signs, gradient'v is about |gradient| / √d, however small it comes out.
         typical = length / problem.parameters.size**0.5
         scale = max(abs(along), abs(truth), typical, 1e-300)
@@ -493,6 +499,7 @@ def _by_differences(operator: Curvature, sample: Sample, direction: Tensor, step
 
     cost = work(operator.kind, "finite-difference", operator.problem.way_back)
     operator.meter.add(sum(cost), sample.share)
+    operator.meter.add(operator.problem.vectors(_AT + 3, _WRITES))
     with operator.problem.forward_context():
         return _mean(sample, direction[None], difference)[0]
 

@@ -29,6 +29,7 @@ from hesscli.problem.forward import moved, retyped, undisturbed
 from hesscli.problem.losses import Loss, StepLoss, UserLoss, require_number
 from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.problem.precision import Narrowing, Widened, tolerance
+from hesscli.problem.work import PassWork
 from hesscli.results import Observe, Reduction, Snapshot, tell
 
 MIN_GROUPS = 16
@@ -68,6 +69,9 @@ def sliced(batch: Batch) -> Part:
     return lambda places: map_tensors(lambda tensor: _take(tensor, places), batch)
 
 
+_NOTHING = PassWork()
+
+
 @dataclass(frozen=True)
 class Independence:
     """What was found.
@@ -79,7 +83,7 @@ class Independence:
         rounded: what it does to the loss that inputs were rounded to the model's type, if much.
         change: the largest relative change that was seen.
         bound: what rounding may do.
-        numbers: that are made for one example on the way to the loss; 0 where nothing was run.
+        work: of a pass on the way to the loss; of none where nothing was run.
         passes: rows in each pass that was made to compare them.
     """
 
@@ -89,8 +93,13 @@ class Independence:
     rounded: str | None
     change: float
     bound: float
-    numbers: int = 0
+    work: PassWork = _NOTHING
     passes: tuple[int, ...] = ()
+
+    @property
+    def numbers(self) -> int:
+        """That are made for one example on the way to the loss."""
+        return self.work.numbers
 
     @property
     def proven(self) -> bool:
@@ -129,7 +138,7 @@ class IndependenceTest:
         self._mixes: str | None = None
         self._random = self._widened = False
         self._rounded: str | None = None
-        self._outputs_each = self._numbers = 0
+        self._outputs_each, self._work = 0, _NOTHING
         self._passes: list[int] = []
         # A loss that says "sum" is already divided by its mass.
         self._reductions: set[Reduction] = {"mean"}
@@ -146,7 +155,7 @@ class IndependenceTest:
             rounded=self._rounded,
             change=self._change,
             bound=self._bound,
-            numbers=self._numbers,
+            work=self._work,
             passes=tuple(self._passes),
         )
 
@@ -278,7 +287,13 @@ class IndependenceTest:
             self.loss.check(outputs, batch)
         with Narrowing() as watch:
             value = self.loss.evaluate(self.model, batch)
-        self._numbers = watch.numbers // max(1, size_of(batch))
+        count = max(1, size_of(batch))
+        self._work = PassWork(
+            operations=watch.operations,
+            numbers=watch.numbers // count,
+            multiplied=watch.multiplied // count,
+            weights=sum(p.numel() for p in self.model.parameters()),
+        )
         require_number(self.loss, value)
 
     @contextmanager

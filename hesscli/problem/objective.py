@@ -33,6 +33,7 @@ from hesscli.problem.losses import Loss
 from hesscli.problem.precision import Narrowing, Precision, Widened, tolerance
 from hesscli.problem.recomputing import recomputed
 from hesscli.problem.restriction import held_fixed, shares_of_way_back
+from hesscli.problem.work import of_vectors
 from hesscli.units import human_bytes
 
 _EXAMPLES = 8
@@ -97,7 +98,7 @@ class Objective:
         self._fixed = self.trainable.without(parameters).tensors
         self.device: torch.device = self.trainable[0].tensor.device
         self.dtype: torch.dtype = self.trainable[0].tensor.dtype
-        self._autocast, self.blocks = autocast, blocks
+        self._own, self._autocast, self.blocks = self.dtype, autocast, blocks
         self.together = Together()
         self.retypings = 0  # a graph that was made before one is cut off from the parameters
         self._widened = self._is_widening = False
@@ -277,21 +278,46 @@ class Objective:
             return len(self.indices)
         return len(list(_to_be_joined(self.data.batches, self.indices, self.data.together)))
 
-    def share_of(self, count: int) -> float:
-        """Work of a pass over so few examples at once, beside that over all in the user's batches.
+    def share_of(self, count: int, dtype: torch.dtype | None = None) -> float:
+        """Work of a pass over so many examples at once, beside that over all in the user's batches.
 
-        A pass makes numbers for each of its examples and reads every weight, however few they are.
+        A pass calls its operations and reads every weight, however few examples there are.
+
+        Args:
+            count: of the examples.
+            dtype: that it is made in, by default the present one: a wider one has more to read.
         """
-        each, weights = self.independence.numbers, sum(p.numel() for p in self.model.parameters())
-        if not each:
+        work = self.independence.work
+        if not work.numbers:
             return count / self.data.count
-        return (count * each + weights) / (self.data.count * each + self._passes * weights)
+        return work.nanoseconds(count, dtype or self.dtype) / self._forward
+
+    def vectors(self, made: float, read: float = 0.0, size: int | None = None) -> float:
+        """Gradients that it takes to make so many long vectors, and to go through so many.
+
+        Args:
+            made: in memory that is taken anew.
+            read: or written, where they were before.
+            size: of each, by default as many entries as there are parameters.
+        """
+        if not self.independence.numbers:
+            return 0.0
+        entries = self.parameters.size if size is None else size
+        return of_vectors(made * entries, read * entries, self._forward)
+
+    @cached_property
+    def _forward(self) -> float:
+        """What a pass over all kept examples takes in the user's batches."""
+        work, own = self.independence.work, self._own
+        once_more = (self._passes - 1) * work.nanoseconds(0, own)
+        return work.nanoseconds(self.data.count, own) + once_more
 
     @property
     def trial_work(self) -> float:
         """Of finding whether examples are independent, and what becomes of it in float64."""
-        compared = FORWARD * sum(map(self.share_of, self.independence.passes))
-        seen = (2 * FORWARD + BACKWARD) * self.share_of(min(_EXAMPLES, self.data.count))
+        wide = torch.float64 if self.precision.numbers else self._own
+        compared = FORWARD * sum(self.share_of(count, wide) for count in self.independence.passes)
+        seen = (2 * FORWARD + BACKWARD) * self.share_of(min(_EXAMPLES, self.data.count), wide)
         return compared + (seen if self.precision.numbers else 0.0)
 
     def fixed_outputs(self, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import flop_registry
 
 from hesscli.errors import UsageError
 from hesscli.problem.batches import tensors_of
@@ -199,11 +200,13 @@ class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches for operations that turn float64 values into a narrower type, ``narrowest``.
 
     ``numbers`` counts what the operations make, and not views: a weight is not made by turning it.
+    ``operations`` are those, and ``multiplied`` the pairs of numbers that products multiply.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.narrowest, self.numbers = torch.float64, 0
+        self.operations = self.multiplied = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -216,7 +219,10 @@ class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         made = _floating(result)
         if not func.is_view:
+            self.operations += 1
             self.numbers += sum(tensor.numel() for tensor in made)
+            if (counted := flop_registry.get(func.overloadpacket)) is not None:
+                self.multiplied += counted(*args, **(kwargs or {}), out_val=result) // 2
         if torch.float64 in map(_real, _floating(args)):
             met = {self.narrowest, *map(_real, made)}  # a comparison's result has none
             self.narrowest = max(met, key=lambda dtype: torch.finfo(dtype).eps)

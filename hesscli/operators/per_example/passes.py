@@ -39,6 +39,8 @@ GRADIENT_BYTES = 1 << 27
 """Bytes of output gradients that are held at once."""
 PART_BYTES = 1 << 22
 """Bytes of module outputs that a CPU works on at once."""
+_ADDED = 3
+"""Vectors that are gone through where squares are added to others."""
 _TERMS = 16
 """Rounding of a sum in units of eps times the size of its terms, which were rounded before."""
 _CHECK = 0xC4EC
@@ -58,7 +60,7 @@ class Pass:
 
     def __init__(self, owner: ExampleGradients, batch: WeightedBatch) -> None:
         self.owner, self.batch = owner, batch
-        self.share = batch.count / owner.problem.data.count
+        self.share = owner.problem.share_of(batch.count)
         with captured(owner.known, owner.shared, batch.count) as calls:
             self.outputs = owner.problem.outputs(batch.data)
         if bare := [module for module in owner.known if isinstance(module, BareLinear)]:
@@ -130,7 +132,9 @@ class Pass:
 
     def squares(self, pulled: Pulled) -> Tensor:
         """Σ over examples and columns s of (J_iᵀ s_i)², flat float64 ``(d,)``."""
-        parameters = self.owner.parameters
+        parameters, problem = self.owner.parameters, self.owner.problem
+        self.owner.meter.add(len(pulled.columns) * problem.way_back, self.share)
+        self.owner.meter.add(problem.vectors(1.0, _ADDED, parameters.size))
         total = torch.zeros(parameters.size, dtype=torch.float64, device=self.outputs.device)
         parts = parameters.split(total)
         for module, names in self.owner.known.items():
