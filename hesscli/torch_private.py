@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 from torch.autograd.graph import Node
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["DisableTorchFunction", "TorchDispatchMode"]
@@ -21,6 +23,8 @@ __all__ = ["DisableTorchFunction", "TorchDispatchMode"]
 # code included; torch's tutorials use it. DisableTorchFunction: reading an attribute of a tensor
 # subclass calls the subclass, which is the user's.
 
+Convolution, RunningNorm = _ConvNd, _NormBase
+"""What all convolutions are, and all norms that can keep running statistics."""
 COPY_SLICES = "torch::autograd::CopySlices"
 """Autograd's node for any operation that writes into a view."""
 

@@ -10,11 +10,10 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from hesscli.errors import UsageError
 from hesscli.parameters import Parameter, Parameters
+from hesscli.torch_private import Convolution, RunningNorm
 from hesscli.vocabulary import USUAL_SPARSITY, Pattern
 
 
@@ -160,7 +159,7 @@ class Candidates:
 # -- Which tensors have weights that may go, and how these lie in groups ---------------------------
 
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RunningNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -170,7 +169,7 @@ def _is_vector(parameter: Parameter) -> bool:
     if tensor.dim() < 2 or isinstance(owner, _NORMS) or parameter.name.endswith("bias"):
         return True
     is_long = tensor.dim() > 2 and tensor.numel() == max(tensor.shape)
-    return is_long and not isinstance(owner, _ConvNd)
+    return is_long and not isinstance(owner, Convolution)
 
 
 def _fits(parameter: Parameter, outputs: int, inputs: int) -> bool:
@@ -195,7 +194,7 @@ def _by_output(parameter: Parameter, tensor: Tensor) -> tuple[Tensor, int]:
     what transformers calls ``Conv1D``.
     """
     owner = parameter.owner
-    groups = owner.groups if isinstance(owner, _ConvNd) else 1
+    groups = owner.groups if isinstance(owner, Convolution) else 1
     if isinstance(owner, _TRANSPOSED):
         inputs, outputs, *rest = tensor.shape
         parts = tensor.reshape(groups, inputs // groups, outputs, *rest)
