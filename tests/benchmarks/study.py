@@ -231,11 +231,11 @@ def plan(tasks: list[str], lines: Lines[Run]) -> Iterator[Run]:
     for task in tasks:
         for seed, variant in itertools.product(range(FIRST_SEEDS), VARIANTS):
             yield Run("test", task, variant, tuned(task, "AdaHessian", lines), seed)
+    for task in tasks:
+        yield from tests(task, range(FIRST_SEEDS, SEEDS), lines)
     for task, seed in itertools.product(tasks, range(OFF_SEEDS)):
         for factor, optimizer in itertools.product(OFF, OPTIMIZERS):
             yield Run("test", task, optimizer, factor * tuned(task, optimizer, lines), seed)
-    for task in tasks:
-        yield from tests(task, range(FIRST_SEEDS, SEEDS), lines)
 
 
 def next_of(tasks: list[str], lines: Lines[Run]) -> Run | None:
