@@ -26,6 +26,7 @@ def test_python_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     "module",
     [
         "operators.hessian",
+        "diagnostics.prune",
         "operators.dense",
         "engines.root_mean_square",
         "optim.adahessian",

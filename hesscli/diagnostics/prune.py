@@ -48,8 +48,8 @@ def prune(
 ) -> PruneResult:
     """Weights of the least saliency go, and the others move so that the loss grows least.
 
-    The model is left as it is: the result has the weights, and what writes them to a checkpoint
-    like the one that they came from.
+    The model is left as it is: the result has the weights as arrays, to be loaded as below, and
+    where they came from a checkpoint, what writes one like it.
 
     Args:
         problem: model, loss and frozen examples. Entries of its matrices and kernels may go.
@@ -75,6 +75,15 @@ def prune(
         UnsoundError: the problem's curvature would mean nothing, or all gradients are zero.
         BudgetError: there was no time for one step.
         KeyboardInterrupt: stopped before there was one.
+
+    >>> import hesscli
+    >>> model, data = torch.nn.Linear(8, 4), (torch.randn(64, 8), torch.arange(64) % 4)
+    >>> result = prune(hesscli.Problem(model, "cross_entropy", data), sparsity=0.75)
+    >>> weights = {name: torch.from_numpy(each) for name, each in result.weights.items()}
+    >>> model.load_state_dict(model.state_dict() | weights)
+    <All keys matched successfully>
+    >>> int((model.weight == 0).sum())
+    24
     """
     aim = Aim.of(sparsity, steps, per_layer, pattern)
     candidates = Candidates(problem.parameters, aim.pattern)

@@ -86,7 +86,7 @@ class PruneResult(Answer):
         predicted: the change of the loss of the data by M-FAC that its gradient and the matrix
             foresee, to second order and so without an error bar; None where the run ended before.
         window: of the last step.
-        weights: by parameter.
+        weights: arrays by parameter, in ``state_dict``'s names and without buffers.
         checkpoint: the names of the files to write, and what writes them, by their kinds; none
             where there is no file that they could be like.
     """
