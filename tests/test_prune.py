@@ -13,11 +13,14 @@ import pytest
 import torch
 from program import SUNSPOTS, hesscli_warm, three_lines
 from safetensors.torch import load_file, save_file
+from shown import on_one_line, printed
 from torch import Tensor, nn
 
 import hesscli
 from hesscli.errors import ExitCode
 from hesscli.ledger import FileLedger
+from hesscli.render import words
+from hesscli.render.tables.prune import prune_table
 from hesscli.results import Snapshot
 
 SAMPLES = SUNSPOTS.parent.parent
@@ -94,6 +97,41 @@ def test_a_network_in_memory_is_left_as_it_is() -> None:
     loss = float(nn.functional.cross_entropy(net.eval()(data[0]), data[1]).detach())
     assert found.methods[0].recalibrated is not None
     assert found.methods[0].recalibrated.loss == pytest.approx(loss, rel=1e-5)
+
+
+def linear_network(loss: str) -> hesscli.Problem:
+    """A linear network of 40 weights that is right by large margins, where its loss is flat."""
+    generator = torch.Generator().manual_seed(0)
+    net, inputs = nn.Linear(10, 4, bias=False), torch.randn(64, 10, generator=generator)
+    with torch.no_grad():
+        net.weight.copy_(10 * torch.randn(4, 10, generator=generator))
+        targets = net(inputs)
+    noise = torch.randn(64, 4, generator=generator)
+    wanted = (targets + noise).double() if loss == "mse" else targets.argmax(1)
+    return hesscli.Problem(net.double(), loss, (inputs.double(), wanted))
+
+
+@pytest.mark.parametrize(
+    ("loss", "steps"), [("mse", 1), ("cross_entropy", 1), ("cross_entropy", 2)]
+)
+def test_a_prediction_is_marked_where_the_quadratic_does_not_reach(loss: str, steps: int) -> None:
+    """It is the change where errors are squared; cross-entropy that is flat grows all the same."""
+    problem = linear_network(loss)
+    window = hesscli.WindowOptions(size=32, damping=1e-2)
+    found = hesscli.prune(problem, sparsity=0.9, steps=steps, window=window)
+    change = found.methods[0].loss - found.before.loss  # type: ignore[operator]
+    shown = on_one_line(printed(prune_table(found), width=400))
+    assert found.predicted is not None
+    if loss == "mse":
+        assert found.predicted == pytest.approx(change, rel=1e-9)
+        assert found.holds is True
+        assert "!" not in shown
+        return
+    assert found.holds is False
+    assert abs(change - found.predicted) > max(abs(change), abs(found.predicted)) / 3
+    assert f"changed by {words.number(change)}!, where" in shown
+    assert "a quadratic does not reach so far" in shown
+    assert ("--steps 16" in shown) == (steps == 1)
 
 
 def test_weights_that_are_gone_stay_gone(tmp_path: Path) -> None:

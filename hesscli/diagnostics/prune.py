@@ -20,6 +20,7 @@ from hesscli.errors import InputError
 from hesscli.problem.problem import Problem
 from hesscli.problem.rewriting import Rewriting
 from hesscli.results import (
+    HOLDS_WITHIN,
     LOW_LEVERAGE,
     LayerPruned,
     Observe,
@@ -134,13 +135,24 @@ def _result(study: PruningStudy, status: Status) -> PruneResult:
         pattern=None if aim.pattern is None else str(aim.pattern),
         before=study.before,
         methods=tuple(_methods(study)),
-        predicted=study.predicted,
+        predicted=None if study.predicted is None else sum(study.predicted),
+        holds=_holds(study),
         window=window,
         layers=layers,
         weights=problem.parameters.by_name(weights, problem.dtype),
         checkpoint=study.files(weights),
         **run.header(_warnings(study, layers)),
     )
+
+
+def _holds(study: PruningStudy) -> bool | None:
+    """Whether the loss changed as it was predicted to; None where either is unknown."""
+    after, before = study.pruned.qualities[-1].loss, study.before.loss
+    if study.predicted is None or after is None or before is None:
+        return None
+    linear, quadratic = study.predicted
+    off = after - before - linear - quadratic
+    return abs(off) <= HOLDS_WITHIN * (abs(linear) + abs(quadratic))
 
 
 def _methods(study: PruningStudy) -> Iterator[PrunedBy]:

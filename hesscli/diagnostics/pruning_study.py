@@ -121,7 +121,7 @@ class PruningStudy:
         self.targets = list(self.candidates.targets(aim, zeros))
         self.networks = {name: Pruned(self.original.clone(), zeros.clone()) for name in METHODS}
         self.before = _as_proven(self.problem)
-        self.predicted: float | None = None
+        self.predicted: tuple[float, float] | None = None  # linear and quadratic
 
     @property
     def problem(self) -> Problem:
@@ -159,7 +159,9 @@ class PruningStudy:
 
     def load_state_dict(self, state: State) -> None:
         """Go on from where another was."""
-        self.predicted = state["predicted"]
+        if state["predicted"] is not None:
+            linear, quadratic = state["predicted"]
+            self.predicted = linear, quadratic
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
 
@@ -326,16 +328,16 @@ class PruningStudy:
         known = accuracy if self.before.accuracy is not None else None
         return Quality(loss=loss if math.isfinite(loss) else None, accuracy=known)
 
-    def _predicted(self) -> float:
+    def _predicted(self) -> tuple[float, float]:
         """Linear and quadratic part of the change of the loss of the data."""
         problem, operator = self.problem, self.run.operator.in_full()
         change = self.as_written(self.pruned.weights) - self.original
         moved = change.to(problem.device)
         product = operator.apply(moved[None])[0].double().cpu()
         gradient = problem.prove().gradient.cpu()
-        found = gradient @ change + product @ change / 2
-        decay = self.original @ change + change @ change / 2
-        return float(found - problem.weight_decay * decay)
+        linear = gradient @ change - problem.weight_decay * (self.original @ change)
+        quadratic = (product @ change - problem.weight_decay * (change @ change)) / 2
+        return float(linear), float(quadratic)
 
 
 def _as_proven(problem: Problem) -> Quality:

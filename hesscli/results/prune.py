@@ -85,6 +85,8 @@ class PruneResult(Answer):
         methods: M-FAC, whose weights are written, and what it is compared with.
         predicted: the change of the loss of the data by M-FAC that its gradient and the matrix
             foresee, to second order and so without an error bar; None where the run ended before.
+        holds: whether that is off by no more than 10% of |linear| + |quadratic|; None where it is
+            not known, or the loss is not finite.
         window: of the last step.
         weights: arrays by parameter, in ``state_dict``'s names and without buffers.
         checkpoint: the names of the files to write, and what writes them, by their kinds; none
@@ -99,6 +101,7 @@ class PruneResult(Answer):
     before: Quality
     methods: tuple[PrunedBy, ...]
     predicted: float | None
+    holds: bool | None
     window: WindowReport
     layers: tuple[LayerPruned, ...]
     weights: dict[str, Any] = field(default_factory=dict, repr=False, metadata=IN_FILES)

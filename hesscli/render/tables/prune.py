@@ -16,12 +16,15 @@ from hesscli.render.tables.shared import (
     status_text,
 )
 from hesscli.render.terminal import GAP, Bar, Column, FittedRows, Plainable, facts
-from hesscli.results import LayerPruned, PruneResult, Quality
+from hesscli.results import HOLDS_WITHIN, LayerPruned, PruneResult, Quality
 
 NAMES = {"mfac": "M-FAC", "diagonal-fisher": "diagonal Fisher", "magnitude": "magnitude"}
 """What methods are called in a table or picture."""
 
 
+_SEVERAL = 16
+"""Steps that leave 90% sparse networks a fraction of the loss which one step leaves them
+(tests/benchmarks/pruning.md)."""
 _NO_BARS = "of the examples that the weights were chosen by: no bars, and others may lose more"
 
 
@@ -75,10 +78,23 @@ def _headline(result: PruneResult) -> Iterator[RenderableType]:
         change = words.number(after - before)
         name = words.matrix_name(result.problem)
         foreseen = words.number(result.predicted)
+        mark = "!" if result.holds is False else ""
         details.append(
-            f"the loss changed by {change}, where gradient and {name} foresee {foreseen}"
+            f"the loss changed by {change}{mark}, where gradient and {name} foresee {foreseen}"
         )
     yield facts(details, indent=2, style="dim")
+    if result.holds is False:
+        yield facts(_too_far(result.steps), indent=2, style="dim")
+
+
+def _too_far(steps: int) -> Iterator[str]:
+    """What it means that the prediction is off, and what helps where all went at once."""
+    yield (
+        f"!: off by more than {words.percent(HOLDS_WITHIN)} of |linear| + |quadratic|: "
+        "a quadratic does not reach so far"
+    )
+    if steps == 1:
+        yield f"--steps {_SEVERAL} goes in shorter steps, and usually loses less"
 
 
 def _pattern(pattern: str | None) -> Iterator[str]:
