@@ -67,6 +67,11 @@ def viewed(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
+def times_written(tensor: Tensor) -> int:
+    """How often a tensor was written in place, as autograd counts it."""
+    return tensor._version
+
+
 def stored_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """What takes the memory of a tensor; a sparse one has two, which ``indices()`` would merge."""
     if tensor.layout == torch.strided:

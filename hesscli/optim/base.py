@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import UnsoundError, UsageError
+from hesscli.torch_private import times_written
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -254,12 +255,13 @@ class LossOptimizer(torch.optim.Optimizer):
     def _called(self, closure: Callable[[], Tensor]) -> tuple[Tensor, bool]:
         """A closure's loss, and whether its derivatives are still to be taken."""
         tensors = self._parameters()
-        before = [(p.grad, getattr(p.grad, "_version", None)) for p in tensors]
+        before = [None if p.grad is None else times_written(p.grad) for p in tensors]
+        held = [p.grad for p in tensors]
         with torch.enable_grad():
             loss = closure()
-        for tensor, (gradient, version) in zip(tensors, before, strict=True):
+        for tensor, gradient, count in zip(tensors, held, before, strict=True):
             new = tensor.grad
-            if new is not None and (new is not gradient or new._version != version):
+            if new is not None and (new is not gradient or times_written(new) != count):
                 self._averaged = False
                 return loss, False
         return loss, True
