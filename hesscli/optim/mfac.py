@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,8 +175,9 @@ class MFAC(LossOptimizer):
 _ENOUGH = 0.1
 """Bound of a step's relative error that is left to float32. What was seen is a hundredth of the
 bound, and of a gradient's own noise much less."""
+_NOT_HERE = r"(, )?--window-file FILE or \d+ ranks with as much memory each"
+"""Ways to a window that an optimizer has not: each replica keeps a whole one, in memory."""
 _WORDS = {
-    " or --window-file FILE": "",
     "--window-dtype ": "window_dtype=torch.",
     "--window ": "window=",
     "--damping abs:": "damping=",
@@ -184,7 +186,7 @@ _WORDS = {
 
 def _in_python(error: HesscliError) -> HesscliError:
     """An engine's error, with options as they are typed here."""
-    got, hint = error.got, error.hint
+    got, hint = error.got, re.sub(_NOT_HERE, "", error.hint) or "fewer parameters"
     for typed, ours in _WORDS.items():
         got, hint = got.replace(typed, ours), hint.replace(typed, ours)
     return type(error)(error.what, got, hint)
