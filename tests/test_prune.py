@@ -134,6 +134,20 @@ def test_a_prediction_is_marked_where_the_quadratic_does_not_reach(loss: str, st
     assert ("--steps 16" in shown) == (steps == 1)
 
 
+def test_the_matrix_is_of_the_prediction_alone() -> None:
+    """Which weights go is the window's: rows of another kind choose others."""
+    window = hesscli.WindowOptions(size=32, damping=1e-2)
+    plain, other = (
+        hesscli.prune(linear_network("cross_entropy"), matrix=matrix, window=window)
+        for matrix in ("hessian", "empirical-fisher")
+    )
+    np.testing.assert_allclose(plain.weights["weight"], other.weights["weight"], rtol=1e-9)
+    assert plain.predicted != other.predicted
+    rows = hesscli.WindowOptions(rows="example", size=32, damping=1e-2)
+    chosen = hesscli.prune(linear_network("cross_entropy"), window=rows)
+    assert not np.array_equal(plain.weights["weight"] == 0, chosen.weights["weight"] == 0)
+
+
 def test_weights_that_are_gone_stay_gone(tmp_path: Path) -> None:
     first = tmp_path / "first"
     shutil.copytree(SUNSPOTS.parent, first, ignore=shutil.ignore_patterns("*.csv", "__pycache__"))

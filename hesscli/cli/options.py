@@ -65,6 +65,13 @@ SPEC = _PROBLEM.text(
 MATRIX = _PROBLEM.choice(
     "--matrix", _MATRICES, default="hessian", help=f"{listed(_MATRICES)}. Default: hessian."
 )
+MATRIX_OF_PRUNING = _PROBLEM.choice(
+    "--matrix",
+    _MATRICES,
+    default="hessian",
+    help=f"By which the change of the loss is foreseen: {listed(_MATRICES)}. It does not decide "
+    "which weights go: that is up to the window, see --rows. Default: hessian.",
+)
 PARAMS = _PROBLEM.text(
     "--params",
     "GLOB",
@@ -560,7 +567,9 @@ LOADED = (
 """How a problem is loaded; seed and budget are of its measurement as well."""
 SHOWN = (LAYERS, OUT, DIRECTORY, RESUME, QUIET, VERBOSE)
 """What happens to a result."""
-PROBLEM = (CHECKPOINT, SPEC, *FOLDER, MATRIX, PARAMS, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST)
+_WHERE, _WHAT = (CHECKPOINT, SPEC, *FOLDER), (PARAMS, EXAMPLES, WEIGHT_DECAY, BATCH_SIZE, TRUST)
+PROBLEM = (*_WHERE, MATRIX, *_WHAT)
+PROBLEM_OF_PRUNING = (*_WHERE, MATRIX_OF_PRUNING, *_WHAT)
 COMPUTE = (SEED, DEVICE, DTYPE, MODE, CHECKPOINT_ACTIVATIONS)
 OUTPUT = (OUT, DIRECTORY, QUIET, VERBOSE)
 RESULT = (*OUTPUT, RESUME)

@@ -39,7 +39,7 @@ Examples:
   hesscli prune --out json --dir pruned > prune.json
 """,
     options=(
-        *options.PROBLEM,
+        *options.PROBLEM_OF_PRUNING,
         options.SPARSITY,
         options.PATTERN,
         options.PRUNING_STEPS,

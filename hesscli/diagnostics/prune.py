@@ -54,7 +54,7 @@ def prune(
 
     Args:
         problem: model, loss and frozen examples. Entries of its matrices and kernels may go.
-        matrix: by which the change of the loss is predicted.
+        matrix: by which the change of the loss is predicted; which weights go is the window's.
         sparsity: share of these that are to be zero; default the pattern's, else a half.
         pattern: N:M, of M weights for consecutive inputs no more than N are to stay, of which every
             choice is tried; or RxC, blocks of R outputs by C inputs go or stay whole. Either is
