@@ -180,6 +180,7 @@ def test_the_checkpoint_itself_is_never_written_over(tmp_path: Path) -> None:
     assert run.returncode == ExitCode.USAGE
     assert "take the place of the checkpoint" in run.stderr
     assert (tmp_path / "prune.pt").read_bytes() == before
+    assert "the run is kept" not in run.stderr, "it is refused before the work"
 
 
 BAD = [

@@ -69,6 +69,11 @@ def answer(
                 shown = select_layers(given.get("layers") or (), problem)
                 folder = given["directory"] if world.is_first() else NO_FILES
                 held = until_delivered.enter_context(output(folder, problem.checkpoint, console))
+                if held is not None and usage.copies is not None:
+                    name = resolve_name(command.result).command
+                    document = _document(name, given["matrix"], held)
+                    for copy in usage.copies(problem):
+                        _require_place(copy, name, document, problem.checkpoint)
                 if joined is not None:
                     ledger = joined
                     joined.recognise(facts_of(problem, what_is_asked(usage, given)))
@@ -269,7 +274,7 @@ def _save(command: Command, result: Header, console: Console, given: Given, held
     from hesscli.storage import FileSet
 
     matrix = result.problem.matrix
-    document = held.folder / f"{file_name(result.command, matrix)}.json"
+    document = _document(result.command, matrix, held)
     paths = {"json": document}
     with FileSet(held.folder) as files:
         for name, arrays in result.tensors().items():
@@ -277,9 +282,7 @@ def _save(command: Command, result: Header, console: Console, given: Given, held
             file = f"{file_name(name, matrix)}.safetensors"
             paths[kind] = files.write(file, partial(_put_arrays, arrays))
         for kind, (file, write) in result.copies().items():
-            if not (place := held.folder / file).name.startswith(result.command):
-                _require_new(place, belonging(document))
-            _require_another(place, result.problem.checkpoint)
+            _require_place(file, result.command, document, result.problem.checkpoint)
             paths[kind] = files.write(file, write)
         if command.figures:
             from hesscli.render.figures.canvas import encoders
@@ -309,6 +312,32 @@ def _kind(result: Header, name: str, kind: str) -> str:
 def file_name(name: str, matrix: str) -> str:
     """A file's name without its ending; it carries the matrix where that is not the Hessian."""
     return name if matrix == "hessian" else f"{name}-{matrix}"
+
+
+def _document(command: str, matrix: str, held: Hold) -> Path:
+    return held.folder / f"{file_name(command, matrix)}.json"
+
+
+def _require_place(
+    name: str, command: str, document: Path, checkpoint: CheckpointReport | None
+) -> None:
+    """See that a copy of a checkpoint takes no other file's place, but for an earlier run's.
+
+    Args:
+        name: of the copy.
+        command: whose it is.
+        document: beside which it will lie.
+        checkpoint: that it is a copy of.
+
+    Raises:
+        UsageError: it would.
+    """
+    from hesscli.results.saved import belonging
+
+    place = document.parent / name
+    _require_another(place, checkpoint)
+    if not name.startswith(command):
+        _require_new(place, belonging(document))
 
 
 def _require_another(path: Path, checkpoint: CheckpointReport | None) -> None:

@@ -20,6 +20,14 @@ def prepare(problem: Problem, asked: Given, _shown: Layers) -> Measure:
     return partial(prune, problem, **with_window(asked))
 
 
+def copies(problem: Problem) -> list[str]:
+    """What the pruned checkpoint's files will be called."""
+    from hesscli.problem.rewriting import names_of_copies
+
+    file = problem.origin.file
+    return [] if file is None else names_of_copies(file, "prune")
+
+
 USAGE = Usage(
     help="""\
     Prune weights by M-FAC, and compare with magnitude and diagonal Fisher pruning.
@@ -56,4 +64,5 @@ Examples:
         *options.RESULT,
     ),
     prepare=prepare,
+    copies=copies,
 )

@@ -86,6 +86,8 @@ class Usage:
         prepare: makes a measurement of a problem, what is asked of it, and the layers that were
             chosen, if any, and refuses what cannot be before the long work; None where the
             registry's own takes what is asked as it is.
+        copies: the names of the files that it makes of the problem's own, which must not take the
+            place of these; None where it makes none.
     """
 
     help: str
@@ -93,6 +95,7 @@ class Usage:
     options: tuple[Option, ...]
     run: Callable[[Console, Path | None, Given], ExitCode] | None = None
     prepare: Callable[[Problem, Given, Layers], Measure] | None = None
+    copies: Callable[[Problem], Sequence[str]] | None = None
 
     def defaults(self) -> dict[str, Any]:
         """What is given where nothing is typed."""

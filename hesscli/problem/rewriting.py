@@ -95,9 +95,23 @@ class Rewriting:
         for number, (file, places) in enumerate(self._files.items(), 1):
             changed = {n: values[id(p)] for n, p in places.items()}
             kind = f"checkpoint_{number}" if self._is_index else "checkpoint"
-            own = file.path.name if self._is_index else f"{name}{path.suffix}"
-            found[kind] = (own, partial(file.write, changed))
+            found[kind] = (_copied_as(path, file.path, name), partial(file.write, changed))
         return found
+
+
+def names_of_copies(path: Path, name: str) -> list[str]:
+    """What the files that a checkpoint is written to will be called.
+
+    Args:
+        path: the checkpoint, or its index.
+        name: of the file without its ending; shards and their index keep their names.
+    """
+    shards = [path, *shards_of(path)] if path.name.endswith(INDEX_SUFFIXES) else [path]
+    return [_copied_as(path, shard, name) for shard in shards]
+
+
+def _copied_as(path: Path, shard: Path, name: str) -> str:
+    return shard.name if path.name.endswith(INDEX_SUFFIXES) else f"{name}{path.suffix}"
 
 
 class _File:
