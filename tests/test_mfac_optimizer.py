@@ -200,6 +200,10 @@ def test_misuse_is_told_as_options_are_typed_here() -> None:
         with pytest.raises(UsageError, match="window of another size") as refused:
             MFAC(model.parameters(), window=window).load_state_dict(state)
         assert "window=4" in refused.value.hint
+    state = taken_by(MFAC(model.parameters(), window=9, damping=0.1), model).state_dict()
+    with pytest.raises(UsageError, match="window of another size") as refused:
+        MFAC(model.parameters(), window=5).load_state_dict(state)
+    assert "window=9" in refused.value.hint, "of which 6 were taken"
     huge: Any = MFAC([nn.Parameter(torch.zeros(1 << 20))], window=1 << 30)
     with pytest.raises(UsageError, match="larger than the memory") as told:
         huge.step(huge.param_groups[0]["params"][0].sum())

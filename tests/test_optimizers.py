@@ -357,6 +357,65 @@ def test_a_state_of_other_parameters_is_refused(make: Make) -> None:
         make([matrix, row]).load_state_dict(one.state_dict())
 
 
+def state_of(kind: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Of an optimizer that has made two steps by gradients or losses."""
+    model = net()
+    optimizer = kind(model.parameters(), lr=1e-3)
+    for number in range(2):
+        if kind is torch.optim.AdamW:
+            loss_of(model, number).backward()
+            optimizer.step()
+        else:
+            optimizer.step(loss_of(model, number))
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("own", [AdaHessian, MFAC])
+@pytest.mark.parametrize("other", [AdaHessian, MFAC, torch.optim.AdamW])
+def test_a_state_of_another_optimizer_is_refused_and_changes_nothing(own: Any, other: Any) -> None:
+    model = net()
+    optimizer = own(model.parameters(), lr=0.5)
+    if own is other:
+        optimizer.load_state_dict(state_of(other))
+        assert optimizer.steps == 2
+        return
+    with pytest.raises(UsageError, match="another optimizer") as refused:
+        optimizer.load_state_dict(state_of(other))
+    assert own.__name__ in refused.value.hint
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.steps == 0
+
+
+@every
+def test_a_loss_that_cannot_be_differentiated_says_why(make: Make) -> None:
+    model = net()
+    optimizer, before = make(model.parameters()), weights(model)
+    images, labels = batch(0)
+    with pytest.raises(UsageError, match="one number") as refused:
+        optimizer.step(F.cross_entropy(model(images), labels, reduction="none"))
+    assert "(8,)" in refused.value.got
+    loss = loss_of(model, 0)
+    loss.backward()
+    with pytest.raises(UsageError, match="differentiated already") as refused:
+        optimizer.step(loss)
+    assert "without backward()" in refused.value.hint
+    with torch.no_grad():
+        loss = loss_of(model, 0)
+    with pytest.raises(UsageError, match="no gradient"):
+        optimizer.step(loss)
+    assert torch.equal(weights(model), before)
+    optimizer.step(loss_of(model, 0))  # nothing of them is left
+
+
+def test_what_is_printed_has_every_option() -> None:
+    parameters = [nn.Parameter(torch.ones(2))]
+    shown = repr(MFAC(parameters, lr=0.25, window=7, damping=0.125)).splitlines()
+    assert shown[:3] == ["MFAC (", "window: 7", "damping: 0.125"]
+    assert "    lr: 0.25" in shown
+    shown = repr(AdaHessian(parameters, hessian_every=3)).splitlines()
+    assert "hessian_every: 3" in shown
+
+
 def test_gradients_that_autograd_takes_for_constant_are_refused() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     loss = torch.tanh(table(torch.arange(4))).square().sum()

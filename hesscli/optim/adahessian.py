@@ -99,6 +99,9 @@ class AdaHessian(LossOptimizer):
         }
         super().__init__(params, defaults, replicas)
 
+    _options = ("probes", "hessian_every", "seed")
+    _kept = ("steps", "seed")
+
     def state_dict(self) -> dict[str, Any]:
         """All there is to go on from between two steps, by reference as torch's own are."""
         return super().state_dict() | {"seed": self.seed}

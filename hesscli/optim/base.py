@@ -43,6 +43,10 @@ class LossOptimizer(torch.optim.Optimizer):
     """GradScaler leaves it to :meth:`step` to divide what it has multiplied, and says by what."""
     grad_scale: Tensor | None
     found_inf: Tensor
+    _options: tuple[str, ...] = ()
+    """Those that all groups share."""
+    _kept: tuple[str, ...] = ("steps",)
+    """What a state has beside the groups and their tensors."""
 
     def __init__(
         self, params: Params, defaults: dict[str, Any], replicas: ProcessGroup | None
@@ -51,6 +55,12 @@ class LossOptimizer(torch.optim.Optimizer):
         self.replicas, self.steps = replicas, 0
         self._products: Sums = {}
         self._averaged = False
+
+    def __repr__(self) -> str:
+        """Its options, and those of each group."""
+        name, _, groups = super().__repr__().partition("\n")
+        own = (f"{option}: {getattr(self, option)}" for option in self._options)
+        return "\n".join((name, *own, groups))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in more parameters.
@@ -144,7 +154,12 @@ class LossOptimizer(torch.optim.Optimizer):
         return saved | {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from where another of the same parameters was; of what it has copies are made."""
+        """Go on from where another of the same parameters was; of what it has copies are made.
+
+        Raises:
+            UsageError: it is of another optimizer, or of other parameters.
+        """
+        self._require_own(state_dict)
         super().load_state_dict(state_dict | {"state": {}})  # which would cast it to half types
         self.steps = state_dict["steps"]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -225,6 +240,21 @@ class LossOptimizer(torch.optim.Optimizer):
             wide[name] = state[name].to(tensor.device, wide_dtype(tensor), copy=True)
         return wide
 
+    def _require_own(self, state_dict: dict[str, Any]) -> None:
+        """See that a state is of such an optimizer.
+
+        Raises:
+            UsageError: it is not.
+        """
+        wanted = ("state", "param_groups", *self._kept)
+        if missing := [name for name in wanted if name not in state_dict]:
+            name = type(self).__name__
+            raise UsageError(
+                "the state is of another optimizer",
+                f"no {' and no '.join(missing)} in it, which {name} keeps",
+                f"what state_dict() of {name} has saved; or none, and it begins anew",
+            )
+
     # -- What they have in common ------------------------------------------------------------------
 
     def _parameters(self) -> list[Tensor]:
@@ -301,12 +331,31 @@ class LossOptimizer(torch.optim.Optimizer):
             )
 
     def _gradient(self, loss: Tensor, *, create_graph: bool = False) -> Sums:
-        """The gradient in each parameter that the loss reaches."""
+        """The gradient in each parameter that the loss reaches.
+
+        Raises:
+            UsageError: there is none, or not of one number, or it was taken already.
+        """
         tensors = [p for p in self._parameters() if p.requires_grad]
         if not tensors:
             hint = "requires_grad_() for those that are to move"
             raise UsageError("there is nothing to move", "all parameters are frozen", hint)
-        parts = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True)
+        if loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}"
+            raise UsageError("a loss must be one number", got, "loss.mean()")
+        if not loss.requires_grad:
+            hint = "a forward pass outside torch.no_grad(), and a loss that is not detached"
+            raise UsageError("the loss has no gradient", "a tensor without a graph", hint)
+        try:
+            parts = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "a second time" not in str(error):
+                raise
+            raise UsageError(
+                "the loss has been differentiated already",
+                "its graph is used up, by loss.backward() or a loss that shares it",
+                "step(loss) without backward(), which is part of it; of losses that share, the sum",
+            ) from error
         return {p: part for p, part in zip(tensors, parts, strict=True) if part is not None}
 
     @torch.no_grad()

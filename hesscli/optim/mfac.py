@@ -56,6 +56,9 @@ class MFAC(LossOptimizer):
     [2.94..., 3.92...]
     """
 
+    _options = ("window", "damping", "window_dtype")
+    _kept = ("steps", "window", "fisher")
+
     def __init__(
         self,
         params: Params,
@@ -97,14 +100,15 @@ class MFAC(LossOptimizer):
             window: whether with the rows, without which the window begins anew.
         """
         fisher = self._fisher.state_dict() if window and self._fisher is not None else None
-        return super().state_dict() | {"fisher": fisher}
+        return super().state_dict() | {"window": self.window, "fisher": fisher}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from where another of the same parameters was; of what it has copies are made.
 
         Raises:
-            UsageError: its window is another.
+            UsageError: its window is another, or it is of another optimizer or other parameters.
         """
+        self._require_own(state_dict)
         fisher, new = state_dict["fisher"], None
         if fisher is not None:
             new, rows = self._new_fisher(), fisher["window"]["rows"]
@@ -113,7 +117,7 @@ class MFAC(LossOptimizer):
                 raise UsageError(
                     "a window of another size",
                     f"{len(rows)} rows of {rows.shape[1]}, of {pushes}",
-                    f"MFAC(..., window={len(rows)}) with the same parameters",
+                    f"MFAC(..., window={state_dict['window']}) with the same parameters",
                 )
             new.load_state_dict(fisher)
         super().load_state_dict(state_dict)
