@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hesscli
+from hesscli.diagnostics.charges import strays, way_to
 from hesscli.diagnostics.symmetry import found_in
 from hesscli.engines.symmetry.families import (
     Family,
@@ -58,6 +60,7 @@ from hesscli.engines.symmetry.gauges import (
 from hesscli.engines.symmetry.identities import Place, residuals_of
 from hesscli.errors import ExitCode, InputError
 from hesscli.optim import AdaHessian, UpdateLog
+from hesscli.problem.ends import read_end
 from hesscli.problem.problem import Problem
 from hesscli.render.figures.symmetry import figures
 from hesscli.render.tables.symmetry import symmetry_table
@@ -824,6 +827,36 @@ def test_log_and_checkpoints_say_how_it_was_trained(nesterov: bool, tmp_path: Pa
     net.load_state_dict(twin.state_dict())
     result = hesscli.symmetries(early, later=[net_later], trained_with=way)
     require_predicted(result, 0.1)
+
+
+def test_a_log_that_does_not_lead_from_end_to_end_is_told(tmp_path: Path) -> None:
+    """In float32, where a log of own steps and its ends are rounded; and its distance by hand."""
+    net = perceptron(nn.ReLU()).float()
+    early, batches = copy.deepcopy(net), problem_of(spread(perceptron(nn.ReLU()))).data.batches
+    single = [(x.float(), y) for x, y in batches]
+    log = trained(net, torch.optim.SGD(net.parameters(), RATE), single)
+    moved = torch.cat([each.double().sum(0).flatten() for each in log.values()])
+    last = torch.cat([each[-1].double().flatten() for each in log.values()])
+    half = {name: each[:-1].clone() for name, each in log.items()}
+    another = {name: 1.01 * each for name, each in log.items()}
+    torch.save(net.state_dict(), tmp_path / "late.pt")
+    torch.save(early.state_dict(), tmp_path / "early.pt")
+    for model, end, kept, gap in (
+        (early, "late", log, None),
+        (net, "early", log, 2 * moved.norm()),
+        (early, "late", half, last.norm()),
+        (early, "late", another, 0.01 * moved.norm()),
+    ):
+        save_file(kept, tmp_path / "log.safetensors")
+        problem = hesscli.Problem(copy.deepcopy(model), "cross_entropy", single)
+        way = TrainedWith(lr=RATE, updates=str(tmp_path / "log.safetensors"))
+        ends = [read_end(problem, tmp_path / f"{end}.pt")]
+        found = list(strays(problem, ends, way_to(problem, ends, way)))
+        assert bool(found) == (gap is not None)
+        if gap is not None:
+            assert f"lead from the first weights to {end}.pt" in found[0]
+            size = float(re.findall(r"end (\S+) beside", found[0])[0])
+            assert size == pytest.approx(float(gap), rel=0.06)  # of two digits
 
 
 def test_an_optimizer_of_the_file_that_keeps_no_charges_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -59,6 +60,24 @@ class Way:
                 "quadratic charges drift by what each step adds to them: they are predicted by a "
                 "log of the updates alone, --trained-with lr=X,updates=FILE"
             )
+
+
+def strays(problem: Problem, ends: Sequence[End], way: Way) -> Iterator[str]:
+    """Say where a log, by which something is predicted, is not of what led to the last end.
+
+    The problem's weights are in their own type, not yet in float64.
+    """
+    if way.log is None or not ends or not way.is_known:
+        return
+    parameters, late = problem.parameters, ends[-1]
+    theta = parameters.flatten([t.detach().double().cpu() for t in parameters.tensors])
+    if gap := way.log.gap(theta, late.theta):
+        first = Path(problem.checkpoint.path).name if problem.checkpoint else "the first weights"
+        last, change = Path(late.file.path).name, float((late.theta - theta).norm())
+        yield (
+            f"the log does not lead from {first} to {last}: its {len(way.log)} steps end "
+            f"{gap:.1e} beside {last}, which is {change:.1e} from {first}: no prediction counts"
+        )
 
 
 def way_to(problem: Problem, ends: Sequence[End], asked: TrainedWith | None) -> Way:

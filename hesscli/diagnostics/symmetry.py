@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hesscli.diagnostics import orbit
-from hesscli.diagnostics.charges import by_family, drifts, listed, way_to
+from hesscli.diagnostics.charges import by_family, drifts, listed, strays, way_to
 from hesscli.diagnostics.keeping import UNKEPT, Kept, Ledger
 from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.plans import Pilot
@@ -102,6 +102,7 @@ def symmetries(
     """
     ends = [read_end(problem, path) for path in later or ()]
     way = way_to(problem, ends, trained_with)
+    warnings = (*way.warnings(trained_with, bool(ends)), *strays(problem, ends, way))
     with started(problem, matrix, mode, Clock(budget, observe), ledger) as run, doubled(problem):
         testing = Testing(run, seed)
         status = drive(run.clock, testing, run.ledger) or "exact"
@@ -125,7 +126,7 @@ def symmetries(
             drifts=tuple(one.report for one in charted.values()),
             charge_values=by_family(testing.families, families, theta),
             layers=tuple(_layers(problem, families)),
-            **run.header((*way.warnings(trained_with, bool(ends)), *_warnings(problem))),
+            **run.header((*warnings, *_warnings(problem))),
         )
 
 

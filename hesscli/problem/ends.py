@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -107,6 +108,11 @@ class Updates:
             got = f"{self.path}: {', '.join(map(str, sorted(lengths)))} steps"
             raise InputError("the log of updates has tensors of unlike lengths", got, hint)
 
+    def __len__(self) -> int:
+        """Steps."""
+        with safe_open(self.path, framework="pt") as file:
+            return int(file.get_slice(self._parameters.names[0]).get_shape()[0])
+
     def __iter__(self) -> Iterator[Tensor]:
         """What each step added, float64 ``(d,)``."""
         with safe_open(self.path, framework="pt") as file:
@@ -114,6 +120,28 @@ class Updates:
             for step in range(slices[0].get_shape()[0]):
                 rows = [each[step : step + 1].double() for each in slices]
                 yield self._parameters.flatten(rows)
+
+    def gap(self, early: Tensor, late: Tensor) -> float:
+        """How far from where a run has come its steps lead; 0 where that may be rounding.
+
+        Args:
+            early: weights that it began with, float64 ``(d,)``.
+            late: those that it ended with.
+        """
+        reached = early.clone()
+        for update in self:
+            reached += update
+        missed = float((late - reached).norm())
+        # Each step is rounded to the type of the weights, and so is each end.
+        largest = float(torch.maximum(early.abs(), late.abs()).norm())
+        return 0.0 if missed <= (len(self) + 1) * self._eps() * largest else missed
+
+    def _eps(self) -> float:
+        """Of the coarsest type among its updates and the weights that they are of."""
+        with safe_open(self.path, framework="pt") as file:
+            rows = [file.get_slice(name)[:0] for name in self._parameters.names]
+        types = {each.dtype for each in (*rows, *self._parameters.tensors)}
+        return max(torch.finfo(one).eps for one in types if one.is_floating_point)
 
 
 def steps_of(

@@ -124,6 +124,8 @@ def _drifts(result: SymmetryResult) -> Iterator[RenderableType]:
             Column(4, "off by", ["" if one.error is None else _size(one.error) for one in drifts]),
         ],
     )
+    if any(one.error is not None for one in drifts):
+        yield facts(["off by: found less predicted, relative to the change"], style="dim")
 
 
 def _orbit(result: SymmetryResult) -> Iterator[RenderableType]:
