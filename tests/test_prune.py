@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -146,6 +147,28 @@ def test_the_matrix_is_of_the_prediction_alone() -> None:
     rows = hesscli.WindowOptions(rows="example", size=32, damping=1e-2)
     chosen = hesscli.prune(linear_network("cross_entropy"), window=rows)
     assert not np.array_equal(plain.weights["weight"] == 0, chosen.weights["weight"] == 0)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_damping_that_a_leverage_takes_is_told(absolute: bool) -> None:
+    """In blocks of one weight ℓ = F̂ / (F̂ + λ): twice that damping leaves it low, half does not."""
+
+    def warned(damping: float) -> str:
+        window = hesscli.WindowOptions(size=32, damping=damping, absolute=absolute, blocks="1")
+        result = hesscli.prune(linear_network("mse"), window=window)
+        return " ".join(text for text in result.warnings if "leverage below 50%" in text)
+
+    assert (told := re.search(r"50% takes --damping (abs:)?(\S+) or less", warned(1e3)))
+    assert (told[1] == "abs:") == absolute
+    assert warned(2 * float(told[2]))
+    assert not warned(float(told[2]) / 2)
+
+
+def test_the_blocks_that_a_leverage_takes_are_told() -> None:
+    """Of 40 weights in one block 8 rows leave the mean leverage below a fifth, whatever damping."""
+    window = hesscli.WindowOptions(size=8, damping=1e-6, blocks="whole")
+    result = hesscli.prune(linear_network("mse"), window=window)
+    assert any("--blocks 2," in warning for warning in result.warnings)
 
 
 def test_weights_that_are_gone_stay_gone(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from hesscli.diagnostics.saliency import (
     saliency_report,
 )
 from hesscli.diagnostics.sensitivity_study import Array, Ranking, SensitivityStudy
-from hesscli.diagnostics.window import WindowOptions
+from hesscli.diagnostics.window import WindowOptions, raising_leverage
 from hesscli.errors import UsageError
 from hesscli.problem.problem import Problem
 from hesscli.results import (
@@ -38,6 +38,7 @@ from hesscli.results import (
     RankingReport,
     ScaledChange,
     SolveReport,
+    WindowReport,
 )
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_RTOL
 
@@ -54,6 +55,7 @@ def report(study: SensitivityStudy, source: str) -> IhvpResult:
     run, solved = study.run, study.solved
     found = None if study.ranked is None else _Layers(study, study.ranked)
     layers = () if found is None else tuple(found.reports())
+    window = study.collected.report()
     return IhvpResult(
         status=study.status,
         method=run.method(
@@ -63,7 +65,7 @@ def report(study: SensitivityStudy, source: str) -> IhvpResult:
             rtol=study.refine if study.rank is None else study.rank.rtol,
         ),
         cost=run.cost(),
-        window=study.collected.report(),
+        window=window,
         solve=SolveReport(
             vector=source,
             vector_norm=float(study.right.norm()),
@@ -76,7 +78,7 @@ def report(study: SensitivityStudy, source: str) -> IhvpResult:
         layers=layers,
         saliency={} if study.ranked is None else _by_name(study, study.ranked.saliency),
         direction=_by_name(study, solved.direction),
-        **run.header(_warnings(study, layers)),
+        **run.header(_warnings(study, window, layers)),
     )
 
 
@@ -172,7 +174,9 @@ def _by_name(study: SensitivityStudy, vector: Tensor) -> dict[str, Any]:
     return study.problem.parameters.by_name(vector, study.problem.dtype)
 
 
-def _warnings(study: SensitivityStudy, layers: Sequence[LayerSensitivity]) -> Iterator[str]:
+def _warnings(
+    study: SensitivityStudy, window: WindowReport, layers: Sequence[LayerSensitivity]
+) -> Iterator[str]:
     """What a careful reader of the numbers must know."""
     collected = study.collected
     if study.reading is not None:
@@ -198,11 +202,13 @@ def _warnings(study: SensitivityStudy, layers: Sequence[LayerSensitivity]) -> It
         yield "no time to measure the losses that --verify asks for: more --budget"
     yield from _solve_warnings(study)
     ranked = [layer for layer in layers if layer.saliency.mean > 0]
-    low = [layer.name for layer in ranked if layer.ranked_by == "magnitude"]
+    low = {layer.name: layer.leverage for layer in ranked if layer.ranked_by == "magnitude"}
     if low:
+        absolute = collected.options.absolute
+        cure = raising_leverage([*low.values()], window, absolute=absolute)
         yield (
-            f"leverage below {LOW_LEVERAGE:.0%} in {', '.join(low[:5])} ({len(low)} layers): "
-            "this ranking is magnitude; more rows, smaller --blocks or less --damping"
+            f"leverage below {LOW_LEVERAGE:.0%} in {', '.join([*low][:5])} ({len(low)} layers): "
+            f"this ranking is magnitude; {cure}"
         )
     changes = [change for layer in layers for change in layer.perturbations]
     broken = sum(change.holds is False for change in changes)

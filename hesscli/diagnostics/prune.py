@@ -15,7 +15,7 @@ from hesscli.diagnostics.pruning_choice import Aim, Candidates
 from hesscli.diagnostics.pruning_study import METHODS, MFAC, PruningStudy
 from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.run import Clock, started
-from hesscli.diagnostics.window import WindowOptions
+from hesscli.diagnostics.window import WindowOptions, raising_leverage
 from hesscli.errors import InputError
 from hesscli.problem.problem import Problem
 from hesscli.problem.rewriting import Rewriting
@@ -199,12 +199,15 @@ def _warnings(study: PruningStudy, layers: tuple[LayerPruned, ...]) -> Iterator[
         n for n in METHODS if len(study.networks[n].qualities) < aim.steps and n != MFAC
     ]:
         yield f"no time to compare with {' and '.join(missing)} pruning: more --budget, or --resume"
-    low = [x.name for x in layers if x.leverage is not None and x.leverage < LOW_LEVERAGE]
+    assert pruned.window is not None
+    known = {x.name: x.leverage for x in layers if x.leverage is not None}
+    low = [name for name, leverage in known.items() if leverage < LOW_LEVERAGE]
     if low:
+        absolute = study.options.absolute
+        cure = raising_leverage([known[name] for name in low], pruned.window, absolute=absolute)
         yield (
             f"leverage below {LOW_LEVERAGE:.0%} in {', '.join(low[:5])} ({len(low)} layers): which "
-            "weights went there is a matter of magnitude; more rows, smaller --blocks or less "
-            "--damping"
+            f"weights went there is a matter of magnitude; {cure}"
         )
     if empty := [layer.name for layer in layers if layer.num_zeros == layer.num_weights]:
         spread = "" if aim.per_layer else "--per-layer, "
@@ -222,7 +225,6 @@ def _warnings(study: PruningStudy, layers: tuple[LayerPruned, ...]) -> Iterator[
             f"{', '.join(whole[:5])} ({len(whole)} tensors) stay whole: groups of {aim.pattern} do "
             "not fit their outputs and inputs"
         )
-    assert pruned.window is not None
     if pruned.window.rows < study.options.count(study.problem):
         yield (
             f"the window of gradients has {pruned.window.rows} rows: "

@@ -22,7 +22,7 @@ from hesscli.operators.base import Operator
 from hesscli.operators.per_example.rows import Rows, fitting_kind
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
-from hesscli.results import Snapshot, WindowReport
+from hesscli.results import LOW_LEVERAGE, Snapshot, WindowReport
 from hesscli.units import human_bytes
 from hesscli.vocabulary import WINDOW_DTYPES, RowKind, WindowBlocks
 
@@ -288,6 +288,32 @@ def _cut(total: int, most: int) -> Sizes:
     """Blocks of one size, and what is left over."""
     whole, rest = divmod(total, most)
     return np.concatenate([np.full(whole, most), np.full(int(rest > 0), rest)])
+
+
+_NO_LEVERAGE = 1e-9
+"""What rounding may make of none."""
+
+
+def raising_leverage(leverages: Sequence[float], window: WindowReport, *, absolute: bool) -> str:
+    """What it takes for medians of some layers' leverages to come to where data decide.
+
+    A weight's λ ℓ / (1 − ℓ) is F̂_qq − F̂_qS (F̂_SS + λI)⁻¹ F̂_Sq with S the others of its block, which
+    grows with λ: at a λ above what it is now, ℓ is below a half. A lower one may be wanted still.
+
+    Args:
+        leverages: the medians ℓ, each below a half.
+        window: in which they are so.
+        absolute: whether damping is typed in its own unit.
+    """
+    if window.largest_block > (most := max(1, window.rows // _BLOCKS_IN_WINDOW)):
+        return f"--blocks {most}, of no more weights than {window.rows} rows tell apart"
+    told = [leverage for leverage in leverages if leverage > _NO_LEVERAGE]
+    if not told:
+        return "rows are next to zero for most of these weights, whatever the options"
+    typed = window.damping if absolute else window.relative_damping
+    most_damping = typed * min(leverage / (1 - leverage) for leverage in told)
+    unit = "abs:" if absolute else ""
+    return f"{LOW_LEVERAGE:.0%} takes --damping {unit}{most_damping:.2g} or less"
 
 
 def kind_of(problem: Problem, rows: str) -> tuple[RowKind, str]:
