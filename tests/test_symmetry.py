@@ -58,7 +58,7 @@ from hesscli.engines.symmetry.gauges import (
     Turning,
 )
 from hesscli.engines.symmetry.identities import Place, residuals_of
-from hesscli.errors import ExitCode, InputError
+from hesscli.errors import ExitCode, InputError, UsageError
 from hesscli.optim import AdaHessian, UpdateLog
 from hesscli.problem.ends import read_end
 from hesscli.problem.problem import Problem
@@ -869,12 +869,15 @@ def test_an_optimizer_of_the_file_that_keeps_no_charges_is_named(tmp_path: Path)
         (AdaHessian(weights), "the optimizer keeps no charges"),
         (torch.optim.SGD(groups, RATE), "unlike settings"),
     ):
-        with UpdateLog(model, optimizer, tmp_path / "log.safetensors"):
+        log = tmp_path / f"{type(optimizer).__name__}.safetensors"
+        with UpdateLog(model, optimizer, log):
             loss = F.cross_entropy(model(problem.data.batches[0][0]), problem.data.batches[0][1])
             optimizer.step(lambda loss=loss: loss)  # type: ignore[misc]
         whole = {"net": model.state_dict(), "optim": optimizer.state_dict()}
         torch.save(whole, tmp_path / "late.pt")
-        for way in (None, TrainedWith(updates=str(tmp_path / "log.safetensors"))):
+        with pytest.raises(UsageError, match="there already"):
+            UpdateLog(model, optimizer, log)
+        for way in (None, TrainedWith(updates=str(log))):
             late = [tmp_path / "late.pt"]
             result = hesscli.symmetries(problem, later=late, trained_with=way)
             assert any(said in warning for warning in result.warnings)

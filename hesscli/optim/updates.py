@@ -25,7 +25,7 @@ class UpdateLog:
         path: a .safetensors file, for ``--trained-with updates=FILE``.
 
     Raises:
-        UsageError: the optimizer moves no parameter of the model.
+        UsageError: the optimizer moves no parameter of the model, or the file is there already.
 
     >>> import tempfile
     >>> model = nn.Linear(3, 2)
@@ -52,6 +52,12 @@ class UpdateLog:
                 "the optimizer moves none of the model's parameters",
                 f"{type(optimizer).__name__} and {type(model).__name__}",
                 "an optimizer of model.parameters()",
+            )
+        if self.path.exists():  # said before the training, and not after it
+            raise UsageError(
+                "a log of updates is there already",
+                str(self.path),
+                "another path, for one log is of one run; or remove the file first",
             )
 
     def __len__(self) -> int:
