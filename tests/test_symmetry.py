@@ -60,7 +60,7 @@ from hesscli.engines.symmetry.gauges import (
 from hesscli.engines.symmetry.identities import Place, residuals_of
 from hesscli.errors import ExitCode, InputError, UsageError
 from hesscli.optim import AdaHessian, UpdateLog
-from hesscli.problem.ends import read_end
+from hesscli.problem.ends import read_end, steps_of
 from hesscli.problem.problem import Problem
 from hesscli.render.figures.symmetry import figures
 from hesscli.render.tables.symmetry import symmetry_table
@@ -882,6 +882,31 @@ def test_an_optimizer_of_the_file_that_keeps_no_charges_is_named(tmp_path: Path)
             result = hesscli.symmetries(problem, later=late, trained_with=way)
             assert any(said in warning for warning in result.warnings)
             assert all(drift.predicted_change is None for drift in result.drifts)
+
+
+def test_what_is_typed_counts_before_what_the_log_and_the_checkpoint_say(tmp_path: Path) -> None:
+    """The rate as any other setting, which is told where the log has others."""
+    model = perceptron(nn.ReLU())
+    problem, log = problem_of(model), tmp_path / "log.safetensors"
+    sgd = torch.optim.SGD(model.parameters(), RATE, momentum=0.5)
+    with UpdateLog(model, sgd, log):
+        sgd.step()
+        sgd.param_groups[0]["lr"] = 2 * RATE
+        sgd.step()
+    whole = {"net": model.state_dict(), "optim": sgd.state_dict()}
+    torch.save(whole, tmp_path / "late.pt")
+    ends = [read_end(problem, tmp_path / "late.pt")]
+    for typed, rates, momentum, told in (
+        (TrainedWith(), [RATE, 2 * RATE], 0.5, []),
+        (TrainedWith(lr=0.5, momentum=0.1), [0.5, 0.5], 0.1, ["lr=0.5 was typed"]),
+    ):
+        typed = typed._replace(updates=str(log))
+        way = way_to(problem, ends, typed)
+        assert [rate for rate, _ in steps_of(way.settings, way.log)] == rates
+        assert way.settings.momentum == momentum
+        assert [warning[:16] for warning in way.warnings(typed, True)] == told
+    with pytest.raises(InputError, match="steps=120"):
+        way_to(problem, ends, TrainedWith(lr=RATE, updates="120"))
 
 
 LOGS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {

@@ -494,8 +494,8 @@ TRAINED_WITH = _COMPUTE.value(
     metavar="KEY=X,...",
     help="How LATER came from CHECKPOINT: lr, wd, momentum, dampening, nesterov (yes or no) and "
     "optimizer (sgd, adam, adamw or other), default what the log or the optimizer's state in LATER "
-    "says; and updates, a .safetensors log of what each step added to each parameter, or the "
-    "number of steps. Charges are then predicted.",
+    "says (lr, once typed, is of every step); and updates=FILE, a .safetensors log of what each "
+    "step added to each parameter, or steps=N, their number alone. Charges are then predicted.",
 )
 
 

@@ -55,7 +55,14 @@ class Way:
                 f"{name} keeps no charges, for its steps are no gradients: that they "
                 "drift is no fault, and nothing is predicted"
             )
-        elif self.log is None:
+        elif self.log is not None:
+            rate, rates = self.settings.lr, self.log.rates
+            if rate is not None and rates is not None and not np.allclose(rates, rate, atol=0):
+                yield (
+                    f"lr={rate:g} was typed and counts at each step, not the rates in the log, "
+                    f"{min(rates):g} to {max(rates):g}"
+                )
+        else:
             yield (
                 "quadratic charges drift by what each step adds to them: they are predicted by a "
                 "log of the updates alone, --trained-with lr=X,updates=FILE"
@@ -91,7 +98,9 @@ def way_to(problem: Problem, ends: Sequence[End], asked: TrainedWith | None) -> 
     if log is not None:
         settings = settings.over(log.settings)
     if ends:
-        settings = settings.over(settings_in(ends[-1]))
+        in_file = settings_in(ends[-1])
+        has_rates = log is not None and log.rates is not None
+        settings = settings.over(in_file._replace(lr=None) if has_rates else in_file)
     if settings.optimizer is None and asked is not None:
         settings = settings._replace(optimizer="sgd")
     return Way(settings, log)

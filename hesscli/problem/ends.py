@@ -62,7 +62,7 @@ class Updates:
     """A log: what each step added to each parameter, and the rates of the steps.
 
     A .safetensors file with one tensor for each trainable parameter, ``(steps, *shape)``, by the
-    parameter's name; ``lr``, ``(steps,)``, in it counts in place of a single rate, and settings
+    parameter's name; ``lr``, ``(steps,)``, in it counts where no rate was typed, and settings
     of the optimizer may be in its metadata.
 
     Args:
@@ -83,6 +83,8 @@ class Updates:
                 said = (file.metadata() or {}).get("trained_with", "")
         except FileNotFoundError:
             hint = "updates=FILE, a log of what each step added to the weights"
+            if path.isdecimal():
+                hint = f"steps={path}, if that is the number of steps"
             raise InputError("file not found", path, hint) from None
         except (OSError, SafetensorError) as error:
             hint = "a .safetensors file"
@@ -163,8 +165,8 @@ def steps_of(
         for _ in range(trained_with.steps or 0):
             yield rate or 0.0, None
         return
-    for number, update in enumerate(log):
-        yield rate or 0.0 if log.rates is None else log.rates[number], update
+    rates = [rate or 0.0] * len(log) if rate is not None or log.rates is None else log.rates
+    yield from zip(rates, log, strict=True)
 
 
 def settings_in(end: End) -> TrainedWith:
