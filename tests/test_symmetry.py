@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from program import SPEC, SUNSPOTS, hesscli_warm, three_lines
@@ -965,6 +966,13 @@ def test_adam_keeps_no_charges_and_that_is_no_fault(tmp_path: Path) -> None:
         labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
         assert labels
         assert not any("$" in label for label in labels)
+        low, high = figure.axes[0].get_xlim()
+        marks = [float(x) for line in figure.axes[0].lines for x in np.ravel(line.get_xdata())]
+        assert 1.2 * low < min(marks) <= max(marks) < high / 1.2
+    assert [text.get_text() for text in drawn["symmetry_charges"].legends[0].get_texts()] == [
+        "found"
+    ]
+    assert not any("exact" in text.get_text() for text in drawn["symmetry_orbit"].texts)
     console = Console(width=120, file=io.StringIO())
     console.print(symmetry_table(result))
     shown = console.file.getvalue()  # type: ignore[attr-defined]

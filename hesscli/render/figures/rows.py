@@ -31,6 +31,7 @@ class Rows:
             more.
         above: between the headings and the rows.
         below: for the labels of the x axis and the note.
+        longest: characters of a name; longer ones are cut.
 
     Attributes:
         figure: the page.
@@ -47,6 +48,7 @@ class Rows:
         *,
         above: float = 0.0,
         below: float = 0.95,
+        longest: int = 44,
     ) -> None:
         row = next((row for most, row in heights if len(names) <= most), heights[-1][1])
         self.tall, self.below, self._columns = row * max(len(names), 1), below, 0.0
@@ -54,7 +56,7 @@ class Rows:
         self.figure: Figure = canvas.page(height, title, subtitle)
         self.axes = self.figure.add_axes((0.3, 0.1, 0.3, 0.7))
         self.axes.set_ylim(len(names) - 0.4, -0.6)
-        self.axes.set_yticks(range(len(names)), words.shorten_all(names, 44))
+        self.axes.set_yticks(range(len(names)), words.shorten_all(names, longest))
 
     def panel(self) -> Axes:
         """Another panel of the same rows."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,15 +13,19 @@ from matplotlib.figure import Figure
 from hesscli.render import words
 from hesscli.render.figures import canvas
 from hesscli.render.figures.rows import Rows
-from hesscli.results import SymmetryFamily, SymmetryResult
+from hesscli.results import Orbit, SymmetryFamily, SymmetryResult
 
 _LEGEND = 0.3
 """Inches between the headings and the rows."""
 _LEAST, _MOST = 1e-18, 10.0
+_MARGIN = 6.0
+"""A factor beyond the outermost marks, so that these are whole."""
+_LONGEST = 62
+"""Characters of a family's label."""
 _RESIDUALS = (
-    ("gradient_residual", "o", "gradient"),
-    ("hessian_residual", "s", "product"),
-    ("finite_residual", "D", "loss, by a finite transformation"),
+    ("gradient_residual", "o", "gradient (its length)"),
+    ("hessian_residual", "s", "product (a random vector's)"),
+    ("finite_residual", "D", "loss after a finite transformation (its size)"),
 )
 _COLOURS = {"holds": canvas.ACCENT, "asymptotic": canvas.INK, "broken": canvas.PALE}
 
@@ -36,11 +41,11 @@ def residual_figure(result: SymmetryResult) -> Figure:
         The figure, for ``save_figure`` or for one's own canvas.
     """
     families = result.families[: canvas.MOST_LAYERS]
-    names = [f"{one.name}: {words.ends(one.layers)}" for one in families]
+    names = [_label(one) for one in families]
     if not families:
         names = [layer.name for layer in result.layers][: canvas.MOST_LAYERS]
     above = _LEGEND if families else 0.0
-    rows = Rows(_title(result), canvas.provenance(result), names, above=above)
+    rows = Rows(_title(result), canvas.provenance(result), names, above=above, longest=_LONGEST)
     if families:
         counts = [words.count(one.directions) for one in families]
         rows.columns({"directions": counts, "": [one.status for one in families]})
@@ -51,8 +56,19 @@ def residual_figure(result: SymmetryResult) -> Figure:
     rows.put(rows.axes, left, width)
     _draw(rows.axes, families)
     hidden = len(result.families) - len(families)
-    canvas.note(rows.figure, _notes() + canvas.not_drawn(hidden, "family", " more"))
+    canvas.note(rows.figure, _notes(families) + canvas.not_drawn(hidden, "family", " more"))
     return rows.figure
+
+
+def _label(family: SymmetryFamily) -> str:
+    """What kind it is, whole, and its layers, of a pair the second without what both lie in."""
+    layers = words.ends(family.layers)
+    if len(family.layers) == 2:
+        first, second = (name.split(".") for name in family.layers)
+        modules = zip(first[:-1], second[:-1], strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], modules))
+        layers = f"{'.'.join(first)}, {'…' * (shared > 0)}{'.'.join(second[shared:])}"
+    return f"{family.name}: {words.shorten(layers, _LONGEST - len(family.name) - 2)}"
 
 
 def _title(result: SymmetryResult) -> str:
@@ -71,8 +87,8 @@ def _draw(axes: Axes, families: tuple[SymmetryFamily, ...]) -> None:
             if value is not None:
                 place = min(max(value, _LEAST), _MOST)
                 axes.plot(place, row, marker, color=_COLOURS[family.status], markersize=5)
-    _decades(axes, _LEAST, _MOST)
-    axes.set_xlabel("residual, relative to what would be usual")
+    _decades(axes, _LEAST / _MARGIN, _MOST * _MARGIN)
+    axes.set_xlabel("residual, relative to what stands in brackets")
     axes.grid(axis="x")
 
 
@@ -86,8 +102,15 @@ def _decades(axes: Axes, low: float, high: float) -> None:
     axes.minorticks_off()
 
 
-def _notes() -> list[str]:
-    return ["What is rounding lies at the left; pale families are broken."]
+def _notes(families: Sequence[SymmetryFamily]) -> list[str]:
+    values = [getattr(one, name) for one in families for name, *_ in _RESIDUALS]
+    known = [value for value in values if value is not None]
+    said = ["What is rounding lies at the left; pale families are broken."]
+    if any(value < _LEAST for value in known):
+        said.append(f"What is below {_LEAST:g} is drawn at {_LEAST:g}.")
+    if any(not value <= _MOST for value in known):
+        said.append(f"What is above {_MOST:g} is drawn at {_MOST:g}.")
+    return said
 
 
 @canvas.styled
@@ -107,13 +130,15 @@ def charge_figure(result: SymmetryResult) -> Figure:
         f"Charges at {ends}", canvas.provenance(result), names, above=_LEGEND if drifts else 0.0
     )
     rows.columns({"charges": [words.count(one.charges) for one in drifts]})
+    has_earlier, is_foretold = len(result.later) > 1, any(d.error is not None for d in drifts)
+    kinds = (
+        ("o", canvas.PALE, "earlier ends", has_earlier),
+        ("o", canvas.ACCENT, "the last" if has_earlier else "found", True),
+        ("D", canvas.INK, "predicted for it" if has_earlier else "predicted", is_foretold),
+    )
     canvas.legend(
         rows.figure,
-        [
-            canvas.symbol("o", canvas.PALE, "earlier ends"),
-            canvas.symbol("o", canvas.ACCENT, "the last"),
-            canvas.symbol("D", canvas.INK, "predicted for it"),
-        ],
+        [canvas.symbol(mark, colour, name) for mark, colour, name, is_there in kinds if is_there],
     )
     left, width = rows.room()
     rows.put(rows.axes, left, width)
@@ -131,7 +156,8 @@ def charge_figure(result: SymmetryResult) -> Figure:
             rows.axes.plot(place, row, "D", markersize=8, **style)
             places.append(place)
     if places:
-        _decades(rows.axes, min(places) / 3, max(places) * 3)
+        low, high = math.log10(min(places) / 1.5), math.log10(max(places) * 1.5)
+        _decades(rows.axes, 10.0 ** math.floor(low), 10.0 ** math.ceil(high))
     rows.axes.set_xlabel("change of a family's charges, relative to their size at the first end")
     rows.axes.grid(axis="x")
     hidden = len(result.drifts) - len(drifts)
@@ -151,6 +177,16 @@ _SHORTEST = 0.1
 """Where a bar reaches 0 it ends at this share of its number."""
 
 
+def _seen_by(result: SymmetryResult, orbit: Orbit) -> tuple[str, ...]:
+    """The facts of a subtitle: those of the estimates, where the tests were on all examples."""
+    return (
+        *canvas.provenance(result)[:2],
+        words.count(orbit.examples, "example"),
+        words.count(orbit.probes, "probe"),
+        f"{words.count(orbit.steps, 'step')} of Lanczos' method",
+    )
+
+
 @canvas.styled
 def orbit_figure(result: SymmetryResult) -> Figure:
     """Draw sharpness after each random rescaling, and the companions that do not change.
@@ -165,7 +201,7 @@ def orbit_figure(result: SymmetryResult) -> Figure:
     assert orbit is not None
     names = ["as they are", *(f"rescaling {number}" for number in range(1, len(orbit.points)))]
     rows = Rows(
-        "Sharpness where the loss is the same", canvas.provenance(result), names, above=_LEGEND
+        "Sharpness where the loss is the same", _seen_by(result, orbit), names, above=_LEGEND
     )
     handles = [canvas.symbol(mark, colour, label) for _, mark, colour, label in _SHARPNESS]
     canvas.legend(rows.figure, handles)
@@ -183,10 +219,7 @@ def orbit_figure(result: SymmetryResult) -> Figure:
             rows.axes.plot(max(value, _LEAST), height, mark, color=colour, markersize=4)
             places += [low, value + error]
     _decades(rows.axes, min(places) / 2, max(places) * 2)
-    rows.axes.set_xlabel(
-        f"size on {words.count(orbit.examples, 'example')}: traces of "
-        f"{words.count(orbit.probes, 'probe')} ± 95%, eigenvalues ± their residuals"
-    )
+    rows.axes.set_xlabel("size: traces ± 95%, eigenvalues ± their residuals")
     rows.axes.grid(axis="x")
     canvas.note(
         rows.figure,

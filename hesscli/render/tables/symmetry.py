@@ -199,7 +199,8 @@ def _maybe(value: float | None) -> str:
 
 def _ending(result: SymmetryResult) -> str:
     if result.status == "exact":
-        return "every family was tested at every place"
+        made = "every family was tested at every place"
+        return f"{made}; of random rescalings there are estimates" if result.orbit else made
     if result.status == "interrupted":
         return "stopped early; what holds does so in the tests made so far"
     return "the budget ended the tests; what holds does so in those made so far"
