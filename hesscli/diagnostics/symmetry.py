@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hesscli.diagnostics import orbit
-from hesscli.diagnostics.charges import by_family, drifts, listed, strays, way_to
+from hesscli.diagnostics.charges import Way, by_family, drifts, listed, strays, way_to
 from hesscli.diagnostics.keeping import UNKEPT, Kept, Ledger
 from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.plans import Pilot
@@ -29,7 +29,7 @@ from hesscli.memory import room_for_more
 from hesscli.meter import FORWARD
 from hesscli.operators.base import LiveTerm
 from hesscli.operators.products import flatten, gradient
-from hesscli.problem.ends import read_end
+from hesscli.problem.ends import End, read_end
 from hesscli.problem.forward import moved
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled, tolerance
@@ -40,6 +40,7 @@ from hesscli.results import (
     LayerSymmetry,
     Observe,
     Snapshot,
+    Status,
     SymmetryFamily,
     SymmetryResult,
 )
@@ -106,28 +107,7 @@ def symmetries(
     with started(problem, matrix, mode, Clock(budget, observe), ledger) as run, doubled(problem):
         testing = Testing(run, seed)
         status = drive(run.clock, testing, run.ledger) or "exact"
-        families = [testing.report(number) for number in range(len(testing.families))]
-        theta = testing.theta
-        charted = drifts(problem, testing.families, families, theta, ends, way)
-        return SymmetryResult(
-            status=status,
-            method=run.method(
-                "identities in float64",
-                seed,
-                f"{len(testing.found)} of {len(_PLACES)} places; holds is within "
-                f"{testing.bound:.0e}",
-            ),
-            cost=run.cost(),
-            flat=_flat(testing.holding, theta),
-            families=tuple(families),
-            charges=tuple(listed(testing.families, families, theta, charted)),
-            orbit=orbit.report(testing.orbit, problem.data.counts[testing.indices[0]]),
-            later=tuple(end.file for end in ends),
-            drifts=tuple(one.report for one in charted.values()),
-            charge_values=by_family(testing.families, families, theta),
-            layers=tuple(_layers(problem, families)),
-            **run.header((*warnings, *_warnings(problem))),
-        )
+        return _answer(testing, status, ends, way, warnings)
 
 
 _BYTES_EACH = 160
@@ -434,6 +414,34 @@ class _Product:
 
 
 # -- What is said of all families together ---------------------------------------------------------
+
+
+def _answer(
+    testing: Testing, status: Status, ends: Sequence[End], way: Way, warnings: Iterable[str]
+) -> SymmetryResult:
+    """What has been found, and what became of charges at other ends."""
+    run, theta = testing.run, testing.theta
+    problem = run.problem
+    families = [testing.report(number) for number in range(len(testing.families))]
+    charted = drifts(problem, testing.families, families, theta, ends, way)
+    return SymmetryResult(
+        status=status,
+        method=run.method(
+            "identities in float64",
+            testing.seed,
+            f"{len(testing.found)} of {len(_PLACES)} places; holds is within {testing.bound:.0e}",
+        ),
+        cost=run.cost(),
+        flat=_flat(testing.holding, theta),
+        families=tuple(families),
+        charges=tuple(listed(testing.families, families, theta, charted)),
+        orbit=orbit.report(testing.orbit, problem.data.counts[testing.indices[0]]),
+        later=tuple(end.file for end in ends),
+        drifts=tuple(one.report for one in charted.values()),
+        charge_values=by_family(testing.families, families, theta),
+        layers=tuple(_layers(problem, families)),
+        **run.header((*warnings, *_warnings(problem))),
+    )
 
 
 def _flat(holding: Sequence[Family], theta: Tensor) -> FlatReport:
