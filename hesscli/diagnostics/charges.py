@@ -59,8 +59,8 @@ class Way:
             rate, rates = self.settings.lr, self.log.rates
             if rate is not None and rates is not None and not np.allclose(rates, rate, atol=0):
                 yield (
-                    f"lr={rate:g} was typed and counts at each step, not the rates in the log, "
-                    f"{min(rates):g} to {max(rates):g}"
+                    f"lr={rate:g} was typed and counts at each step, not the log's "
+                    + " to ".join(f"{each:g}" for each in sorted({min(rates), max(rates)}))
                 )
         else:
             yield (
