@@ -193,7 +193,7 @@ def variants(plain: Found, found: dict[str, Found]) -> Iterator[str]:
     """AdaHessian with one thing changed, at its own rate."""
 
     def row(name: str) -> Iterator[str]:
-        yield name.removeprefix("AdaHessian, ")
+        yield name.removeprefix("AdaHessian, ").replace("|", r"\|")
         seeds = found[name]
         yield from (str(len(seeds)), spread(seeds.values()), difference(seeds, plain))
         yield a_step(seeds, plain)
