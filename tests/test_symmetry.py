@@ -878,6 +878,8 @@ def test_an_optimizer_of_the_file_that_keeps_no_charges_is_named(tmp_path: Path)
         torch.save(whole, tmp_path / "late.pt")
         with pytest.raises(UsageError, match="there already"):
             UpdateLog(model, optimizer, log)
+        with pytest.raises(UsageError, match="folder does not exist"):
+            UpdateLog(model, optimizer, tmp_path / "nowhere" / "log.safetensors")
         for way in (None, TrainedWith(updates=str(log))):
             late = [tmp_path / "late.pt"]
             result = hesscli.symmetries(problem, later=late, trained_with=way)

@@ -25,7 +25,8 @@ class UpdateLog:
         path: a .safetensors file, for ``--trained-with updates=FILE``.
 
     Raises:
-        UsageError: the optimizer moves no parameter of the model, or the file is there already.
+        UsageError: the optimizer moves no parameter of the model, the file is there already, or
+            its folder is not.
 
     >>> import tempfile
     >>> model = nn.Linear(3, 2)
@@ -53,7 +54,10 @@ class UpdateLog:
                 f"{type(optimizer).__name__} and {type(model).__name__}",
                 "an optimizer of model.parameters()",
             )
-        if self.path.exists():  # said before the training, and not after it
+        folder = self.path.absolute().parent
+        if not folder.is_dir():  # said before the training, and not after it
+            raise UsageError("the log's folder does not exist", str(folder), f"mkdir -p {folder}")
+        if self.path.exists():
             raise UsageError(
                 "a log of updates is there already",
                 str(self.path),
