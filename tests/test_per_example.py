@@ -517,3 +517,28 @@ def test_what_examples_share_is_seen_where_every_batch_has_one() -> None:
     relative = _run(problem).engine.passes.relative_rounding()
     assert relative is not None
     assert relative < ROUNDING
+
+
+class Positions(nn.Module):
+    """Rows ``(T·N, ...)`` by position; of few examples has the linear layer a gradient."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.linear, self.least = nn.Linear(3, 2), least
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, length, width = x.shape
+        turned = self.linear(x.transpose(0, 1).reshape(length * count, width))
+        found = turned.view(length, count, -1).transpose(0, 1)
+        is_live = x[:, :1, :1] > self.least
+        return torch.where(is_live, found, 0.0).tanh().sum(1)
+
+
+@pytest.mark.parametrize("least", [0.5, 1.0])
+def test_rows_by_position_are_told_from_rows_by_example(least: float) -> None:
+    """However few examples speak: a half of them drawn at random may be all that would."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        data = _draw(16, 4, 3, seed=seed), _classes(2, 16)
+        problem = Problem(Positions(least).double(), "cross_entropy", _cut(data, [16]))
+        assert _error(problem, _run(problem)) < ROUNDING

@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -164,20 +163,36 @@ class Pass:
 
     def wrong_modules(self) -> dict[nn.Module, bool]:
         """Known modules whose sites do not tell the truth, and whether their rows are examples."""
-        kept, column = self._some_examples()
+        column, scales = self._probe()
         pulled, expected = self._pulled(column), self._batch_gradients(column)
+        scaled = self._pulled((column.view(len(scales), -1) * scales).view_as(column))
         wrong: dict[nn.Module, bool] = {}
         for module, names in self.owner.known.items():
-            in_rows = self._in_rows(module, pulled[module], ~kept)
+            in_rows = self._in_rows(module, pulled[module], scaled[module], scales)
             if not in_rows or not self._adds_up(module, pulled[module], names, expected):
                 wrong[module] = in_rows
         return wrong
 
-    def _in_rows(self, module: nn.Module, pulled: list[Tensor], others: Tensor) -> bool:
-        """Whether rows are examples: those that were not backpropagated have no gradient."""
-        if any(call.rows_each(self.batch.count) is None for call in self.calls[module]):
-            return False
-        return not any((g.reshape(self.batch.count, -1)[others] != 0).any() for g in pulled)
+    def _in_rows(
+        self, module: nn.Module, pulled: list[Tensor], scaled: list[Tensor], scales: Tensor
+    ) -> bool:
+        """Whether rows are examples: where an example's output counts twice, its rows double.
+
+        Several rows an example may lie in two orders, of which the first and the last row know
+        nothing: another is to have a gradient.
+        """
+        count = self.batch.count
+        for call, slopes, others in zip(self.calls[module], pulled, scaled, strict=True):
+            if (each := call.rows_each(count)) is None:
+                return False
+            expected = slopes.reshape(count, -1) * scales
+            error = (others.reshape(count, -1) - expected).abs()
+            digits = torch.finfo(expected.dtype).eps ** 0.5
+            if (error > digits * expected.abs().amax(1, keepdim=True)).any():
+                return False
+            if count > 1 and each > 1 and not slopes.reshape(count * each, -1)[1:-1].any():
+                return False
+        return True
 
     def _adds_up(
         self,
@@ -209,7 +224,7 @@ class Pass:
         Raises:
             UnsoundError: they do not, so that examples depend on each other.
         """
-        _, column = self._some_examples()
+        column, _ = self._probe()
         expected = self._batch_gradients(column) if self.owner.unspoken_for else []
         terms = torch.stack([part.norm() for part in expected]).norm() if expected else None
         for position, (total, square) in self._generic([column]).items():
@@ -221,15 +236,18 @@ class Pass:
                     f"or {self.owner.instead}",
                 )
 
-    def _some_examples(self) -> tuple[Tensor, Tensor]:
-        """About half of the examples, chosen at random, and random weights on their outputs."""
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Random weights on the outputs, and a scale for each example ``(N, 1)``.
+
+        Scales are powers of two, with which a gradient that is of one example alone grows to the
+        last bit, and which the examples of a sample have each its own.
+        """
+        dtype, device = self.outputs.dtype, self.outputs.device
         stream = randomness.key(_CHECK, self.batch.index)
-        signs = partial(randomness.rademacher, dtype=self.outputs.dtype, device=self.outputs.device)
-        chosen = signs(stream, 0, self.batch.count)
-        chosen[0], chosen[-1] = -1, 1
-        weights = signs(randomness.key(stream), 0, self.outputs.numel()).view(self.batch.count, -1)
-        weights[chosen < 0] = 0
-        return chosen > 0, weights.view(self.outputs.shape)
+        weights = randomness.rademacher(stream, 0, self.outputs.numel(), dtype=dtype, device=device)
+        powers = torch.arange(self.batch.count, dtype=dtype, device=device)
+        powers = powers.remainder_(_SAMPLE).sub_(_SAMPLE // 2)
+        return weights.view(self.outputs.shape), powers.exp2_()[:, None]
 
     def _batch_gradients(self, column: Tensor) -> list[Tensor]:
         self.owner.meter.add(self.owner.problem.way_back, self.share)
@@ -318,9 +336,10 @@ def _size_of_terms(inputs: Sequence[Tensor], pulled: Sequence[Tensor]) -> Tensor
 # One backward pass gives every module's output gradients for all examples; each known module turns
 # them and its inputs into its parameters' per-example gradients. That a parameter acts through its
 # module alone, and that rows of the module are examples, is not assumed: on the first batch of
-# every structure, outputs of some examples are backpropagated with random weights; no other
-# example's row may then have a gradient, and the sums over examples must be autograd's own
-# gradients. What fails takes the generic path, which is checked in the same way.
+# every structure, outputs are backpropagated with random weights, and again with each example's
+# times a power of two of its own; its rows must have grown by just that, and the sums over
+# examples must be autograd's own gradients. What fails takes the generic path, which is checked in
+# the same way.
 
 
 _SAMPLE = 16
