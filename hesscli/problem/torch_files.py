@@ -360,7 +360,9 @@ def find_weights(payload: object, path: Path, key: str | None = None) -> FoundWe
     )
     if isinstance(held, nn.Module):
         return FoundWeights(held.state_dict(), held, notes)
-    return FoundWeights(held, None, notes, _said(payload), tuple(_optimizers(payload, _DEEPEST)))
+    return FoundWeights(
+        held, None, notes, _said(payload), tuple(_optimizers(payload, _DEEPEST, set()))
+    )
 
 
 # What Lightning, timm and other training scripts write beside the weights.
@@ -375,13 +377,16 @@ def _said(payload: object) -> dict[str, Any]:
     return {key: _plain(top[key]) for key in _SAID if key in top}
 
 
-def _optimizers(node: object, depth: int) -> Iterator[Mapping[str, Any]]:
-    """What ``torch.optim`` wrote of itself, wherever it lies."""
+def _optimizers(node: object, depth: int, seen: set[int]) -> Iterator[Mapping[str, Any]]:
+    """What ``torch.optim`` wrote of itself, wherever it lies; no container is entered twice."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, Mapping) and {"state", "param_groups"} <= node.keys():
         yield node
     elif depth and isinstance(node, (Mapping, list, tuple)):
         for inner in node.values() if isinstance(node, Mapping) else node:
-            yield from _optimizers(inner, depth - 1)
+            yield from _optimizers(inner, depth - 1, seen)
 
 
 def _plain(value: object, depth: int = _DEEPEST) -> Any:
