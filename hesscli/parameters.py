@@ -58,11 +58,11 @@ class Parameters(Sequence[Parameter]):
         names: dict[int, list[str]] = {}
         for name, tensor in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(name)
-        offset = 0
+        modules, offset = dict(model.named_modules(remove_duplicate=False)), 0
         for name, tensor in model.named_parameters():
             if tensor.requires_grad:
                 path = name.rpartition(".")[0]
-                owner, every = model.get_submodule(path), tuple(names[id(tensor)])
+                owner, every = modules[path], tuple(names[id(tensor)])
                 items.append(Parameter(name, path or name, tensor, offset, every, owner))
                 offset += tensor.numel()
         return cls(items)
