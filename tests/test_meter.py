@@ -92,13 +92,13 @@ def test_a_proof_is_counted_however_often_it_was_asked_for() -> None:
 
 @pytest.mark.parametrize(("row", "check"), [("sampled", 1), ("example", 1), ("microbatch:4", 0)])
 def test_rows_are_counted(row: str, check: int) -> None:
-    """A gradient for all; first, 16 examples take three forward and two backward passes."""
+    """A gradient for all; first, 16 examples take three forward and three backward passes."""
     meter, problem = Meter(), problem_of()
     rows = Rows(problem, RowKind.parse(row), meter=meter)
     list(rows.take(min(rows.available, COUNT)))
     checked = meter.gradients
     list(rows.take(min(rows.available, COUNT)))
-    assert checked == pytest.approx(1 + check * problem.share_of(16) * (3 / 3 + 2 * 2 / 3))
+    assert checked == pytest.approx(1 + check * problem.share_of(16) * (3 / 3 + 3 * 2 / 3))
     assert meter.gradients - checked == pytest.approx(1)
 
 

@@ -185,6 +185,8 @@ class Pass:
         for call, slopes, others in zip(self.calls[module], pulled, scaled, strict=True):
             if (each := call.rows_each(count)) is None:
                 return False
+            if not slopes.numel():
+                continue
             expected = slopes.reshape(count, -1) * scales
             error = (others.reshape(count, -1) - expected).abs()
             digits = torch.finfo(expected.dtype).eps ** 0.5
