@@ -98,7 +98,7 @@ def test_rows_are_counted(row: str, check: int) -> None:
     list(rows.take(min(rows.available, COUNT)))
     checked = meter.gradients
     list(rows.take(min(rows.available, COUNT)))
-    assert checked == pytest.approx(1 + check * problem.share_of(16) * (3 / 3 + 3 * 2 / 3))
+    assert checked == pytest.approx(1 + check * 16 / COUNT * (3 / 3 + 3 * 2 / 3))
     assert meter.gradients - checked == pytest.approx(1)
 
 

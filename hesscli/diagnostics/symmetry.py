@@ -190,7 +190,7 @@ class Testing(Kept):
         """Gradients and losses of some batches, and products of some of these."""
         problem, count = self.run.problem, len(self.families)
         counts = [problem.data.counts[i] for i in self.indices]
-        shares = list(map(problem.share_of, counts))  # few take more than their part of all
+        shares = [count / problem.data.count for count in counts]
         chosen = [i for i, (_, is_made) in enumerate(_PLACES) if is_made]
         made = sum(shares[i] for i in chosen)
         gradients = (1 + FORWARD * 2 * count) * sum(shares)
@@ -270,7 +270,7 @@ class Testing(Kept):
         )
 
     def _share(self, batch: WeightedBatch) -> float:
-        return self.run.problem.share_of(batch.count)
+        return batch.count / self.run.problem.data.count
 
     def _gradient(self, batch: WeightedBatch) -> tuple[float, Tensor]:
         problem = self.run.problem

@@ -59,6 +59,8 @@ class LiveTerm:
     counted: int | None = None
     """How often the problem had changed its type when its graph, which another process had made
     and counted, was still good."""
+    is_sample: bool = False
+    """Whether it is a few of the examples, on which each pass costs more than their share."""
     _apply: Apply | None = field(default=None, repr=False)
     _made: int = field(default=0, repr=False)
 
@@ -71,6 +73,14 @@ class LiveTerm:
     def weight(self) -> float:
         """The batch's share of the weight mass."""
         return self.batch.weight
+
+    @property
+    def _share(self) -> float:
+        """Work of a pass beside that of one over all kept examples."""
+        problem = self.operator.problem
+        if self.is_sample:
+            return problem.share_of(self.batch.count)
+        return self.batch.count / problem.data.count
 
     def is_made_at(self, retypings: int) -> bool:
         """Whether its graph serves, or will where it is counted, after so many changes of type."""
@@ -86,7 +96,7 @@ class LiveTerm:
         Raises:
             UnsoundError: the first product is not finite.
         """
-        operator, share = self.operator, self.operator.problem.share_of(self.batch.count)
+        operator, share = self.operator, self._share
         with operator.problem.forward_context():
             is_first = self._apply is None
             if self._apply is None or self._made != operator.problem.retypings:
@@ -274,7 +284,7 @@ class Operator(Curvature):
         kept = dict[int, int]()
         with storages_kept(kept):
             self.problem.evaluate(batch.data)
-        self.meter.add(FORWARD, self.problem.share_of(batch.count))
+        self.meter.add(FORWARD, batch.count / self.problem.data.count)
         held = max(1, sum(kept.values()))
         room = room_for_more(self.device) - _AROUND * held
         return max(1, min(self.block_size, room // (_SIDE_BY_SIDE * held)))
@@ -433,14 +443,14 @@ class Retained:
         kept = self._kept.get(group[0])
         if kept is not None and self._groups.get(group[0]) == group:
             return kept
-        return LiveTerm(self.operator.problem.batch(*group), self.operator)
+        return LiveTerm(self.operator.problem.batch(*group), self.operator, is_sample=True)
 
     def _relative_error(self, group: tuple[int, ...], vectors: Tensor) -> float:
         """Error of a group's products with some vectors, beside the largest of them."""
         problem, operator = self.operator.problem, self.operator
         own = self._term(group).apply(vectors.to(problem.device, problem.dtype))
         with doubled(problem):
-            exact = LiveTerm(problem.batch(*group), operator)
+            exact = LiveTerm(problem.batch(*group), operator, is_sample=True)
             products = exact.apply(vectors.to(problem.device))
         size = float(products.norm(dim=1).max())
         return max(map(distance, own, products)) / size if size else 0.0

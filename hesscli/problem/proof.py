@@ -148,7 +148,7 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
                 reached=tuple(part is not None for part in parts),
                 depends=value.requires_grad,
                 hidden=seen.hidden or _why_another(problem, value, seen.mean),
-                gradients=cost * problem.share_of(batch.count),
+                gradients=cost * batch.count / problem.data.count,
             )
         )
         total = problem.data.count
