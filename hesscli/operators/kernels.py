@@ -10,16 +10,17 @@ shift that it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hesscli.problem.convolutions import as_product
+from hesscli.problem.replacing import replacing
 
 _CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _convolve = torch.ops.aten.convolution
@@ -30,26 +31,13 @@ Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 """Stride, padding, dilation, transposed, output padding, groups, as the kernels take them."""
 
 
-class twice_differentiable(TorchFunctionMode):  # noqa: N801 (used as a context manager)
+def twice_differentiable() -> replacing:
     """Meanwhile, convolutions and evaluation-mode batch norms are those of this module.
 
     Forward mode does not go through them, and a third derivative does not either.
     """
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Replace what is known and pass on the rest."""
-        kwargs = kwargs or {}
-        if function in _CONVOLUTIONS:
-            return _convolution(function, *args, **kwargs)
-        if function is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
-        return function(*args, **kwargs)
+    ours = {function: partial(_convolution, function) for function in _CONVOLUTIONS}
+    return replacing({**ours, F.batch_norm: _batch_norm})
 
 
 _only: frozenset[int] | None = None

@@ -7,30 +7,23 @@ positions of all examples side by side take one product, whose derivatives are p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from hesscli.problem.replacing import replacing
 
 
-class as_products(TorchFunctionMode):  # noqa: N801 (used as a context manager)
+def as_products() -> replacing:
     """Meanwhile, two-dimensional convolutions are those of :func:`as_product` where they may be."""
+    return replacing({F.conv2d: _conv2d})
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Replace what is known and pass on the rest."""
-        kwargs = kwargs or {}
-        if function is F.conv2d and (product := as_product(*args, **kwargs)) is not None:
-            return product
-        return function(*args, **kwargs)
+
+def _conv2d(*args: Any, **kwargs: Any) -> Tensor:
+    product = as_product(*args, **kwargs)
+    return F.conv2d(*args, **kwargs) if product is None else product
 
 
 def as_product(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hesscli.memory import is_out_of_memory
 from hesscli.operators.products import gradient
@@ -18,6 +17,7 @@ from hesscli.parameters import Parameter
 from hesscli.problem.batches import Batch, filled, rows, tensors_of
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.problem import Problem
+from hesscli.problem.replacing import replacing
 
 GRADIENT_BYTES = 1 << 26
 """Bytes of per-example gradients that are held at once."""
@@ -102,7 +102,7 @@ class Generic:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of operations that vmap maps one by one
-                with _padded():
+                with replacing({F.embedding: _lookup}):
                     examples = tuple(tensors_of(batch))
                     outputs = torch.func.vmap(alone, randomness="same")(examples, *owned)
                 found = [
@@ -127,27 +127,13 @@ class Generic:
             yield [part[None] for part in parts]
 
 
-class _padded(TorchFunctionMode):  # noqa: N801 (used as a context manager)
-    """Meanwhile, padding has no gradient in tables of which each example has its own.
-
-    ``torch.func.vmap`` looks up all of them in one long table, of whose paddings it knows one.
-    """
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Replace what is looked up and pass on the rest."""
-        lookup = _lookup if function is F.embedding else function
-        return lookup(*args, **(kwargs or {}))
-
-
 def _lookup(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, *others: Any, **named: Any
 ) -> Tensor:
+    """Without a gradient of padding, in tables of which each example has its own.
+
+    ``torch.func.vmap`` looks up all of them in one long table, of whose paddings it knows one.
+    """
     found = F.embedding(input, weight, None, *others, **named)
     if padding_idx is None:
         return found
