@@ -152,7 +152,7 @@ def moved(tensors: Sequence[Tensor], relative: float) -> Iterator[None]:
     if not relative:
         yield
         return
-    with written(tensors, tensors):
+    with _restored(tensors):
         _move(tensors, relative)
         yield
 
@@ -160,9 +160,15 @@ def moved(tensors: Sequence[Tensor], relative: float) -> Iterator[None]:
 @contextmanager
 def written(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """Other values in the same weights, which have their own again afterwards."""
+    with _restored(tensors):
+        _copy(values, tensors)
+        yield
+
+
+@contextmanager
+def _restored(tensors: Sequence[Tensor]) -> Iterator[None]:
     originals = [tensor.detach().clone() for tensor in tensors]
     try:
-        _copy(values, tensors)
         yield
     finally:
         _copy(originals, tensors)
