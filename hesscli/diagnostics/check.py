@@ -7,6 +7,7 @@ from pkgutil import resolve_name
 
 from hesscli import world
 from hesscli.commands import COMMANDS
+from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.plans import Asked, Pilot, measured_pace, planned
 from hesscli.diagnostics.run import Clock, started
 from hesscli.diagnostics.symmetry import check_of_symmetry
@@ -16,6 +17,7 @@ from hesscli.results import CheckResult, Observe, Plan
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_CONFIDENCE
 
 
+@as_asked
 def check(
     problem: Problem,
     *,

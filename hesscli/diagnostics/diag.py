@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.block_variance import block_report
 from hesscli.diagnostics.choice import Draw, batches_within, probe_range
 from hesscli.diagnostics.estimation import Outcome
@@ -188,6 +189,7 @@ def _finite(error: float) -> float | None:
 # -- How large is each entry of the diagonal, how are a layer's spread, and do blocks keep that? ---
 
 
+@as_asked
 def diagonal(
     problem: Problem,
     *,

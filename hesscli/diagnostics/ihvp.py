@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Work, drive
 from hesscli.diagnostics.perturbations import kinds_of
@@ -244,6 +245,7 @@ def _solve_warnings(study: SensitivityStudy) -> Iterator[str]:
 # -- Which weights and layers matter: saliency, leverage, and what pruning and rounding do ---------
 
 
+@as_asked
 def sensitivity(
     problem: Problem,
     *,
@@ -292,6 +294,7 @@ def sensitivity(
         return report(study, "gradient")
 
 
+@as_asked
 def ihvp(
     problem: Problem,
     vector: Tensor | Array | None = None,

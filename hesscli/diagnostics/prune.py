@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Work, drive
 from hesscli.diagnostics.plans import Pilot
@@ -32,6 +33,7 @@ from hesscli.results import (
 from hesscli.vocabulary import PRUNING_DAMPING, USUAL_BUDGET, USUAL_SPARSITY
 
 
+@as_asked
 def prune(
     problem: Problem,
     *,

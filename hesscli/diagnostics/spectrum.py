@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
+from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Work, drive
 from hesscli.diagnostics.plans import Pilot
@@ -223,6 +224,7 @@ _GOAL = 0.01
 """The relative bar of an eigenvalue that is called known, where no other was asked for."""
 
 
+@as_asked
 def spectrum(
     problem: Problem,
     *,
@@ -288,12 +290,8 @@ def _plan(
     problem: Problem, k: int, steps: int | None, probes: int, rtol: float | None, seed: int
 ) -> SpectralPlan:
     """What is asked for; steps that are not fit into memory, and into time by being fewer."""
-    if min(k, 1 if steps is None else steps, probes) < 1:
-        raise UsageError(
-            "k, steps and probes are numbers from 1",
-            f"k = {k}, steps = {steps}, probes = {probes}",
-            "k=10, steps=64, probes=5",
-        )
+    if probes < 1:
+        raise UsageError("a spectrum needs a start vector", f"probes={probes}", "probes=5")
     usual = most_steps(problem, probes, STEPS) if rtol is None else most_steps(problem, probes)
     return SpectralPlan(
         steps=min(usual if steps is None else steps, problem.parameters.size),

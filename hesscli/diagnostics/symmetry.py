@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hesscli.diagnostics import orbit
+from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.charges import Way, by_family, drifts, listed, strays, way_to
 from hesscli.diagnostics.keeping import UNKEPT, Kept, Ledger
 from hesscli.diagnostics.measurement import Pace, Work, drive
@@ -63,6 +64,7 @@ _NOT_OF_THE_LOSS = "products that are not of the loss, whose gradient has the sy
 _Three = tuple[float, float | None, float]
 
 
+@as_asked
 def symmetries(
     problem: Problem,
     *,

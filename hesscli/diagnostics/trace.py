@@ -8,6 +8,7 @@ from functools import partial
 
 from scipy.special import ndtri
 
+from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.choice import Draw, batches_within, probe_range
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.looks import Standing, Tolerance
@@ -30,6 +31,7 @@ from hesscli.results import Observe, TraceResult
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_CONFIDENCE, USUAL_RTOL
 
 
+@as_asked
 def trace(
     problem: Problem,
     *,
