@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -66,14 +67,20 @@ class LossOptimizer(torch.optim.Optimizer):
         """Take in more parameters.
 
         Raises:
-            UsageError: an option, or the type of a parameter, cannot be meant.
+            UsageError: an option, or a parameter, cannot be meant.
         """
+        for name in self._options:
+            if name in param_group:
+                what, hint = f"{name} is one for all groups", f"{type(self).__name__}(..., {name}="
+                raise UsageError(what, f"a group with {name}={param_group[name]}", f"{hint}...)")
         self._check(self.defaults | param_group)
-        super().add_param_group(param_group)
-        for tensor in self.param_groups[-1]["params"]:
-            if tensor.is_complex():
-                del self.param_groups[-1]
-                raise UsageError("parameters must be real", str(tensor.dtype), "leave it out")
+        with warnings.catch_warnings(action="ignore"):  # a parameter that is there twice is refused
+            super().add_param_group(param_group)
+        try:
+            _require_own_numbers(self.param_groups[-1]["params"])
+        except UsageError:
+            del self.param_groups[-1]
+            raise
 
     def step(self, loss: Tensor | Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Move the parameters. What a step was made of is used up: ``zero_grad`` has no work.
@@ -131,7 +138,11 @@ class LossOptimizer(torch.optim.Optimizer):
 
         Returns:
             The norm before, over all parameters and of the average over the replicas.
+
+        Raises:
+            UsageError: a bound below 0.
         """
+        require("max_norm", max_norm, max_norm >= 0, "max_norm=1.0")
         self._average()
         with torch.no_grad():
             gradients = self._gradients()
@@ -283,7 +294,11 @@ class LossOptimizer(torch.optim.Optimizer):
         return loss
 
     def _called(self, closure: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-        """A closure's loss, and whether its derivatives are still to be taken."""
+        """A closure's loss, and whether its derivatives are still to be taken.
+
+        Raises:
+            UsageError: it has neither given a loss nor differentiated one.
+        """
         tensors = self._parameters()
         before = [None if p.grad is None else times_written(p.grad) for p in tensors]
         held = [p.grad for p in tensors]
@@ -294,6 +309,8 @@ class LossOptimizer(torch.optim.Optimizer):
             if new is not None and (new is not gradient or times_written(new) != count):
                 self._averaged = False
                 return loss, False
+        if loss is None:
+            raise UsageError("there is no loss", "a closure that returns None", "return loss")
         return loss, True
 
     def _unscaled(self) -> bool:
@@ -340,6 +357,9 @@ class LossOptimizer(torch.optim.Optimizer):
         if not tensors:
             hint = "requires_grad_() for those that are to move"
             raise UsageError("there is nothing to move", "all parameters are frozen", hint)
+        if not isinstance(loss, Tensor):
+            hint = "the tensor that the model's forward pass leads to"
+            raise UsageError("a loss must be a tensor", type(loss).__name__, hint)
         if loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}"
             raise UsageError("a loss must be one number", got, "loss.mean()")
@@ -397,6 +417,23 @@ class LossOptimizer(torch.optim.Optimizer):
             elif share:
                 self._products[like[i]] = mean
         self._averaged = True
+
+
+def _require_own_numbers(tensors: list[Tensor]) -> None:
+    """See that each parameter can be moved, and is once.
+
+    Raises:
+        UsageError: one cannot, or is there twice.
+    """
+    for tensor in tensors:
+        if tensor.is_complex():
+            raise UsageError("parameters must be real", str(tensor.dtype), "leave it out")
+        if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            got = f"an expanded tensor of shape {tuple(tensor.shape)}"
+            raise UsageError("entries of a parameter share memory", got, "its clone()")
+    if len(set(tensors)) < len(tensors):
+        got = f"{len(tensors)} tensors, and {len(set(tensors))} different ones"
+        raise UsageError("a parameter is there twice", got, "list(dict.fromkeys(params))")
 
 
 def require(name: str, value: object, holds: bool, hint: str) -> None:
