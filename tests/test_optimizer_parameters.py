@@ -1,4 +1,4 @@
-"""Parameters and losses that an optimizer cannot take are told so."""
+"""Parameters and losses that an optimizer cannot take are told so; moved ones take their state."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from optimizing import Make, loss_of, net, weights
-from torch import nn
+from optimizing import Make, loss_of, net, taken, weights
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hesscli.errors import UsageError
@@ -24,6 +24,67 @@ MAKES: dict[str, Make] = {
     ),
 }
 every = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
+
+
+@every
+@pytest.mark.parametrize(
+    ("of", "to"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float64, torch.bfloat16),
+        (torch.bfloat16, torch.float64),
+    ],
+)
+def test_a_model_that_is_cast_goes_on_as_from_a_state_that_is(
+    make: Make, of: torch.dtype, to: torch.dtype
+) -> None:
+    """Between two steps, as ``load_state_dict`` casts what was saved: to the same bits."""
+    model, other = net(of), net(of)
+    one, two = make(model.parameters()), make(other.parameters())
+    for optimizer, each in ((one, model), (two, other)):
+        taken(each, optimizer, range(7))
+    model.to(to)
+    loaded = make(other.to(to).parameters())
+    loaded.load_state_dict(two.state_dict())
+    taken(model, one, range(7, 10))
+    taken(other, loaded, range(7, 10))
+    assert torch.equal(weights(model), weights(other))
+    assert {p.dtype for p in model.parameters()} == {to}
+    wide = torch.float64 if to == torch.float64 else torch.float32
+    kept = [t for state in one.state.values() for t in state.values() if isinstance(t, Tensor)]
+    assert {t.dtype for t in kept} <= {wide}
+
+
+def test_rows_in_another_type_have_the_products_of_what_they_are_rounded_to() -> None:
+    """A step in it is that of a dense matrix of the rounded rows."""
+    rows = torch.randn(4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = nn.Parameter(torch.zeros(12, dtype=torch.float64))
+    saved = MFAC([x], window=4, damping=0.1)
+    for row in rows[:3]:
+        x.grad = row.clone()
+        saved.step()
+    y = nn.Parameter(torch.zeros(12, dtype=torch.float64))
+    narrow = MFAC([y], 1.0, window=4, damping=0.1, window_dtype=torch.bfloat16)
+    narrow.load_state_dict(saved.state_dict())
+    narrow.param_groups[0]["lr"] = 1.0
+    y.grad = rows[3].clone()
+    narrow.step()
+    kept = rows.bfloat16().double()
+    matrix = kept.T @ kept / 4 + 0.1 * torch.eye(12, dtype=torch.float64)
+    # products in float32, of a matrix whose condition is below 1e3
+    torch.testing.assert_close(-y.detach(), torch.linalg.solve(matrix, kept[3]), rtol=0, atol=1e-3)
+
+
+@every
+def test_a_parameter_that_has_become_another_is_told(make: Make) -> None:
+    model = net()
+    optimizer = make(model.parameters())
+    taken(model, optimizer, range(2))
+    model.head.weight.data = torch.zeros(4, 40).double()
+    model.head.bias.data = torch.zeros(4).double()
+    with pytest.raises(UsageError, match=r"other parameters|wrong length"):
+        optimizer.step(loss_of(model, 0))
 
 
 def overlapping() -> list[nn.Parameter]:

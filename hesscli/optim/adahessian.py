@@ -201,7 +201,10 @@ class AdaHessian(LossOptimizer):
 
     def _unpacked(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         curvature = RootMeanSquare(dtype=wide_dtype(tensor))
-        curvature.load_state_dict(state["curvature"])
+        saved = state["curvature"].items()
+        curvature.load_state_dict(
+            {name: v.to(tensor.device) if isinstance(v, Tensor) else v for name, v in saved}
+        )
         return super()._unpacked(tensor, state) | {"steps": state["steps"], "curvature": curvature}
 
 

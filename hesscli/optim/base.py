@@ -102,6 +102,7 @@ class LossOptimizer(torch.optim.Optimizer):
             with torch.no_grad():
                 if self._unscaled():
                     self._require_finite()
+                    self._follow()
                     self._move()
                     self.steps += 1
         except BaseException:
@@ -229,6 +230,21 @@ class LossOptimizer(torch.optim.Optimizer):
             return wide
         whole = wide + lost
         return torch.where(whole.to(tensor.dtype) == tensor, whole, wide)
+
+    def _follow(self) -> None:
+        """Let states be where their parameters are, and as wide, should these have been moved.
+
+        Raises:
+            UsageError: a parameter has another shape than it had.
+        """
+        for tensor in self._parameters():
+            state = self.state.get(tensor, {})
+            kept = state.get("momentum", state.get("compensation"))
+            if kept is None:
+                continue
+            like = tensor.device, wide_dtype(tensor), tensor.shape
+            if (kept.device, kept.dtype, kept.shape) != like:
+                self.state[tensor] = self._unpacked(tensor, self._packed(state))
 
     def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state as tensors and numbers."""

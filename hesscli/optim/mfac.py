@@ -127,15 +127,25 @@ class MFAC(LossOptimizer):
         super()._check(options)
         require("momentum", options["momentum"], 0 <= options["momentum"] < 1, "momentum=0.9")
 
+    def _row_dtype(self) -> torch.dtype:
+        return self.window_dtype or wide_dtype(*self._parameters())
+
     def _new_fisher(self) -> WindowedFisher:
-        tensors = self._parameters()
-        dtype = self.window_dtype or wide_dtype(*tensors)
+        tensors, dtype = self._parameters(), self._row_dtype()
         columns = sum(tensor.numel() for tensor in tensors)
         try:
             window = GradientWindow(self.window, columns, dtype=dtype, device=tensors[0].device)
         except UsageError as error:
             raise _in_python(error) from error
         return WindowedFisher(window, self.damping, enough=_ENOUGH)
+
+    def _follow(self) -> None:
+        super()._follow()
+        if (before := self._fisher) is not None:
+            first, dtype = self._parameters()[0], self._row_dtype()
+            if (before.window.device, before.window.dtype) != (first.device, dtype):
+                self._fisher = self._new_fisher()
+                self._fisher.load_state_dict(before.state_dict())
 
     def _move(self) -> None:
         tensors = self._parameters()

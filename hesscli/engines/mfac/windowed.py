@@ -198,10 +198,16 @@ class WindowedFisher:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Be where another with a window of the same shape was; a damping of one's own stays."""
+        """Be where another with a window of the same shape was; a damping of one's own stays.
+
+        In a window of another type the rows are rounded otherwise, and their products are of these.
+        """
         self.window.load_state_dict(state["window"])
-        self._gram = Gram.of(self.window, state["gram"], exact=state["exact"])
         self._seen, self._system, self._tail = self.window.pushes, None, None
+        if state["window"]["rows"].dtype != self.window.dtype:
+            self._gram = Gram(self.window, exact=state["exact"])
+            return
+        self._gram = Gram.of(self.window, state["gram"], exact=state["exact"])
         if state["tail"] is not None and state["damping"] == self.damping:
             shift = self.window.count * self.damping
             self._tail = TailFactor.resumed(self._gram.matrix, shift, state["tail"])
