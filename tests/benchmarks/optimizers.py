@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesscli.cli.process import keep_freed_memory
+from hesscli.errors import UnsoundError
 from hesscli.optim import MFAC, AdaHessian
 from hesscli.randomness import key, rademacher
 
@@ -431,7 +432,10 @@ def gap(problem: Problem, make: Callable[..., Any], lr: float, seed: int, price:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / steps)
     for _ in range(steps):
         if isinstance(optimizer, AdaHessian):
-            optimizer.step(loss(x))
+            try:
+                optimizer.step(loss(x))
+            except UnsoundError:  # a rate that leads away, as others' NaN says in the end
+                return math.inf
         else:
             optimizer.zero_grad()
             loss(x).backward()
