@@ -19,8 +19,8 @@ class SymmetryFamily:
         name: its kind, as the field calls it.
         layer: the first that it acts on.
         layers: all of them.
-        status: ``holds``; ``broken``; or ``asymptotic``, which is broken by an eps, and less and
-            less as the scale grows.
+        status: ``holds``; ``broken``; or ``asymptotic``, which would hold but for an eps: it is
+            broken by O(eps), less and less as the scale grows, and has no null direction here.
         causes: what is on its way that can break it, where that is known.
         directions: of the group, each a null direction where it holds.
         null_directions: the same where it holds, else 0.

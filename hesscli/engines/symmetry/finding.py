@@ -6,6 +6,7 @@ from hesscli.engines.symmetry.candidates import Factors
 from hesscli.engines.symmetry.families import Family
 from hesscli.engines.symmetry.moving import Moving
 from hesscli.engines.symmetry.streams import Streams
+from hesscli.engines.symmetry.supposed import Supposed
 from hesscli.engines.symmetry.watch import Watch
 from hesscli.parameters import Parameters
 
@@ -19,4 +20,9 @@ def candidates(watch: Watch, parameters: Parameters) -> list[Family]:
     """
     factors = Factors(watch.seen, parameters)
     moving = Moving(watch.constants, parameters.size, factors.tell)
-    return [*factors.families(), *moving.families(), *Streams(factors, moving).families()]
+    return [
+        *factors.families(),
+        *moving.families(),
+        *Streams(factors, moving).families(),
+        *Supposed(factors).families(),
+    ]

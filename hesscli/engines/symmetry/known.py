@@ -177,5 +177,8 @@ class Known:
         channels = self.seen.new("norm" if follows_norm else "gain", len(own))
         self.seen.act(own, channels, 1.0, self.seen.used(entries))
         if follows_norm and degree == 1:
-            self.normed(self.normal[key_of(other)], parameter, None, channels, has_mean=False)
+            labels = self.normal[key_of(other)]
+            self.normed(labels, parameter, None, channels, has_mean=False)
+            if labels.shape == shape:
+                self.seen.require(labels, channels[place].expand(shape), self.seen.gained)
         return Flow(channels[place].expand(shape).contiguous(), degree)

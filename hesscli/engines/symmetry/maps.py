@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.symmetry.known import Call, Known, key_of, tensors_in, varies
-from hesscli.engines.symmetry.seen import Anchor, Flow, Shift, distinct
+from hesscli.engines.symmetry.seen import Anchor, Flow, Heads, Shift, distinct
 
 Handler = Callable[[Known, Call], None]
 
@@ -107,6 +107,8 @@ def _contracted(known: Known, call: Call, ones: list[Flow], others: list[Flow]) 
     known.seen.mark("paired", query, key)
     if key.linear:
         call.scores[key_of(call.result)] = distinct(keys)
+        rows = torch.unique(torch.cat([queries[:, 0], keys[:, 0]], dim=1), dim=0)
+        known.seen.heads.append(Heads(*rows.chunk(2, dim=1)))
 
 
 def _convolution(known: Known, call: Call) -> None:
@@ -178,6 +180,9 @@ def _layer_norm(known: Known, call: Call) -> None:
     flows = known.promoted(tensor)
     _absorbed(known, flows, dims, eps, "layer norm" if layer else "RMS norm")
     channels = _gain_and_bias(known, call, weight, bias, lambda entries: entries)
+    for flow in flows if channels is not None else ():
+        outcomes = channels.view(weight.shape).expand_as(flow.labels)
+        known.seen.require(flow.labels, outcomes, known.seen.gained)
     if channels is not None and len(flows) == len(dims) == 1:
         known.normed(flows[0].labels, weight, bias, channels, has_mean=layer)
 

@@ -102,6 +102,19 @@ class Anchor:
     shift: Tensor
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Scores of attention.
+
+    Attributes:
+        queries: channels ``(heads, r)``.
+        keys: those that they meet, alike.
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+
 @dataclass
 class Seen:
     """What a pass has shown.
@@ -119,6 +132,8 @@ class Seen:
         broken: what no factor goes through.
         shifts: of constants.
         norms: over channels, with gains.
+        gained: pairs of a channel that goes into a norm, and of its gain's.
+        heads: that attend.
         anchors: with fixed statistics.
         uses: entries that an operation reads, one after the other.
     """
@@ -135,6 +150,8 @@ class Seen:
     broken: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     shifts: list[Shift] = field(default_factory=list)
     norms: list[Normed] = field(default_factory=list)
+    gained: list[Tensor] = field(default_factory=list)
+    heads: list[Heads] = field(default_factory=list)
     anchors: list[Anchor] = field(default_factory=list)
     uses: list[Tensor] = field(default_factory=list)
     num_channels: int = 0
