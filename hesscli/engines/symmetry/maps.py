@@ -180,10 +180,12 @@ def _layer_norm(known: Known, call: Call) -> None:
     flows = known.promoted(tensor)
     _absorbed(known, flows, dims, eps, "layer norm" if layer else "RMS norm")
     channels = _gain_and_bias(known, call, weight, bias, lambda entries: entries)
-    for flow in flows if channels is not None else ():
+    if channels is None:
+        return
+    for flow in flows:
         outcomes = channels.view(weight.shape).expand_as(flow.labels)
         known.seen.require(flow.labels, outcomes, known.seen.gained)
-    if channels is not None and len(flows) == len(dims) == 1:
+    if len(flows) == len(dims) == 1:
         known.normed(flows[0].labels, weight, bias, channels, has_mean=layer)
 
 

@@ -153,13 +153,13 @@ class Supposed:
             if len(queries) % len(keys):
                 continue
             turned = self.factors.factor[heads.keys[0].numpy()]
-            planes = [tuple(np.flatnonzero(turned == each)) for each in np.unique(turned)]
+            planes = [np.flatnonzero(turned == each).tolist() for each in np.unique(turned)]
             rank = keys.shape[1]
             found.append(
                 _Pair(
                     queries.reshape(len(keys), -1, rank),
                     keys[:, None],
-                    tuple(plane for plane in planes if len(plane) == 2),
+                    tuple(tuple(plane) for plane in planes if len(plane) == 2),
                 )
             )
         return found
@@ -197,15 +197,14 @@ class Supposed:
                 shapes = (tuple(each.shape[1:] for each in side) for side in (ahead, behind))
                 alike[(pair.planes, *shapes)].append((ahead, behind))
         for (planes, *_), found in alike.items():
-            sides = [
+            one, other = (
                 tuple(torch.cat(parts) for parts in zip(*side, strict=True))
                 for side in zip(*found, strict=True)
-            ]
-            told = self._told("query-key", [*sides[0], *sides[1]], _NORMS)
-            yield Mixing(told, *sides)
+            )
+            yield Mixing(self._told("query-key", [*one, *other], _NORMS), one, other)
             if planes:
-                chosen = torch.tensor(planes)
-                yield from self._planes(*([each[:, chosen] for each in side] for side in sides))
+                pairs = torch.tensor(planes)
+                yield from self._planes([e[:, pairs] for e in one], [e[:, pairs] for e in other])
 
     def _planes(self, ahead: list[Tensor], behind: list[Tensor]) -> Iterator[Family]:
         """Entries ``(groups, planes, 2, ·)``: a scale and a rotation of each plane."""
