@@ -63,6 +63,7 @@ from hesscli.errors import ExitCode, InputError, UsageError
 from hesscli.optim import AdaHessian, UpdateLog
 from hesscli.problem.ends import read_end, steps_of
 from hesscli.problem.problem import Problem
+from hesscli.render.families import family_label
 from hesscli.render.figures.symmetry import figures
 from hesscli.render.tables.symmetry import symmetry_table
 from hesscli.results import CheckpointReport, SymmetryResult
@@ -788,6 +789,8 @@ def require_predicted(result: SymmetryResult, decay: float) -> None:
     for drift in result.drifts:
         (change,) = drift.changes
         assert drift.error is not None
+        assert drift.rounding is not None
+        assert drift.error <= drift.rounding
         if drift.name in LINEAR and not decay:
             assert change < 1e-12 * STEPS * max(drift.size, 1)
         else:
@@ -887,6 +890,42 @@ def test_a_log_that_does_not_lead_from_end_to_end_is_told(tmp_path: Path) -> Non
             assert f"lead from the first weights to {end}.pt" in found[0]
             size = float(re.findall(r"end (\S+) beside", found[0])[0])
             assert size == pytest.approx(float(gap), rel=0.06)  # of two digits
+
+
+@pytest.mark.parametrize("rate", [RATE, 1e-5], ids=["steps", "steps within rounding"])
+def test_what_rounding_does_to_charges_is_said(rate: float, tmp_path: Path) -> None:
+    """In float32; and what is off by decay that was not said is off by more than that."""
+    net = perceptron(nn.ReLU()).float()
+    early, batches = copy.deepcopy(net), problem_of(spread(perceptron(nn.ReLU()))).data.batches
+    single = [(x.float(), y) for x, y in batches]
+    sgd = torch.optim.SGD(net.parameters(), rate, weight_decay=1.0)
+    save_file(trained(net, sgd, single), tmp_path / "log.safetensors")
+    torch.save(net.state_dict(), tmp_path / "late.pt")
+    for decay, is_rounding in ((1.0, True), (0.0, False)):
+        problem = hesscli.Problem(copy.deepcopy(early), "cross_entropy", single)
+        way = TrainedWith(lr=rate, wd=decay, updates=str(tmp_path / "log.safetensors"))
+        result = hesscli.symmetries(problem, later=[tmp_path / "late.pt"], trained_with=way)
+        for drift in result.drifts:
+            assert drift.error is not None
+            assert drift.rounding is not None
+            assert (drift.error <= drift.rounding) == is_rounding
+    console = Console(width=120, file=io.StringIO())
+    console.print(symmetry_table(result))
+    assert re.search(r"\de-\d+ ± \de-\d+|1e\+00 ± ", console.file.getvalue())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("layers", [["a.0.b.long", "a.0.b.longer"], ["a.b", "c", "d.e"], ["a.b.c"]])
+def test_labels_of_families_are_cut_between_modules(layers: list[str]) -> None:
+    """Until there is no room for the kind itself."""
+    whole = f"value-output: {', '.join(layers)}"
+    names = {part for layer in layers for part in layer.split(".")} | {"", "layer", "layers"}
+    for width in range(len(whole) + 9, 11, -1):
+        label = family_label("value-output", layers, width)
+        assert len(label) <= width
+        assert label.startswith("value-output")
+        words = re.split(r"[.,… ()]+", label.removeprefix("value-output").removeprefix(":"))
+        assert {word for word in words if not word.isdigit()} <= names
+    assert family_label("value-output", layers[:2], 80) == f"value-output: {', '.join(layers[:2])}"
 
 
 def test_an_optimizer_of_the_file_that_keeps_no_charges_is_named(tmp_path: Path) -> None:

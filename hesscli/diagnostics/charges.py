@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from hesscli.engines.symmetry.drift import Descent, Prediction
+from hesscli.engines.symmetry.drift import Descent, Prediction, rounding_of
 from hesscli.engines.symmetry.families import Family
-from hesscli.problem.ends import End, Updates, settings_in, steps_of, velocity_at
+from hesscli.problem.ends import End, Updates, eps_of, settings_in, steps_of, velocity_at
 from hesscli.problem.problem import Problem
 from hesscli.results import Charge, Drift, SymmetryFamily
 from hesscli.vocabulary import TrainedWith
@@ -27,10 +27,17 @@ class Way:
     Attributes:
         settings: that were typed, or else those in the log, or in the last checkpoint.
         log: what each step added, if there is one.
+        eps: of the coarsest type that steps were made in.
     """
 
     settings: TrainedWith
     log: Updates | None = None
+    eps: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """How many there were."""
+        return len(self.log) if self.log is not None else self.settings.steps or 0
 
     @property
     def is_known(self) -> bool:
@@ -103,7 +110,7 @@ def way_to(problem: Problem, ends: Sequence[End], asked: TrainedWith | None) -> 
         settings = settings.over(in_file._replace(lr=None) if has_rates else in_file)
     if settings.optimizer is None and asked is not None:
         settings = settings._replace(optimizer="sgd")
-    return Way(settings, log)
+    return Way(settings, log, eps_of(problem.parameters.tensors) if log is None else log.eps)
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,7 @@ def drifts(
         before, after = family.charges(theta), [family.charges(end.theta) for end in ends]
         change = float((after[-1] - before).norm())
         error = None if expected is None else float((after[-1] - expected).norm())
+        rounding = None if expected is None else rounding_of(family, theta, way.eps, way.steps)
         drift = Drift(
             name=report.name,
             layer=report.layer,
@@ -143,6 +151,7 @@ def drifts(
             changes=tuple(float((each - before).norm()) for each in after),
             predicted_change=None if expected is None else float((expected - before).norm()),
             error=error / change if error is not None and change else error,
+            rounding=rounding / change if rounding is not None and change else rounding,
         )
         found[number] = Drifted(drift, after[-1], expected)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def read_end(problem: Problem, path: Path | str) -> End:
     parts = [tensors[name].detach().cpu() for name in problem.parameters.names]
     file = CheckpointReport(path=str(weights.path), sha256=weights.sha256)
     return End(file, every.flatten(parts), weights.optimizers)
+
+
+def eps_of(tensors: Sequence[Tensor]) -> float:
+    """Of the coarsest floating type among some tensors."""
+    types = {each.dtype for each in tensors if each.is_floating_point()}
+    return max((torch.finfo(one).eps for one in types), default=0.0)
 
 
 # -- The steps between two ends --------------------------------------------------------------------
@@ -136,14 +143,14 @@ class Updates:
         missed = float((late - reached).norm())
         # Each step is rounded to the type of the weights, and so is each end.
         largest = float(torch.maximum(early.abs(), late.abs()).norm())
-        return 0.0 if missed <= (len(self) + 1) * self._eps() * largest else missed
+        return 0.0 if missed <= (len(self) + 1) * self.eps * largest else missed
 
-    def _eps(self) -> float:
+    @cached_property
+    def eps(self) -> float:
         """Of the coarsest type among its updates and the weights that they are of."""
         with safe_open(self.path, framework="pt") as file:
             rows = [file.get_slice(name)[:0] for name in self._parameters.names]
-        types = {each.dtype for each in (*rows, *self._parameters.tensors)}
-        return max(torch.finfo(one).eps for one in types if one.is_floating_point)
+        return eps_of([*rows, *self._parameters.tensors])
 
 
 def steps_of(

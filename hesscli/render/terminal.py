@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -190,6 +190,7 @@ class FittedRows:
         columns: what there is to say, from left to right.
         numbers: of the rows, to the left of their names; none where empty.
         styles: of the rows; all plain where empty.
+        fitted: names for a width, where they are more than names of layers.
     """
 
     heading: str
@@ -197,6 +198,7 @@ class FittedRows:
     columns: Sequence[Column]
     numbers: Sequence[str] = ()
     styles: Sequence[str] = ()
+    fitted: Callable[[int], Sequence[str]] | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns, least = list(self.columns), self._least_name_width()
@@ -211,7 +213,7 @@ class FittedRows:
             table.add_column(
                 column.heading, justify=column.justify, no_wrap=not bars, vertical="bottom"
             )
-        names = words.shorten_all(self.names, max(options.max_width - self._width(columns), 1))
+        names = self._cut(max(options.max_width - self._width(columns), 1))
         for row, name in enumerate(names):
             number = [Text(self.numbers[row])] if self.numbers else []
             cells = (_plain(column.cells[row]) for column in columns)
@@ -224,11 +226,13 @@ class FittedRows:
         numbers = max(map(len, self.numbers), default=-_GAP) + _GAP
         return numbers + sum(_GAP + column.width for column in columns)
 
+    def _cut(self, width: int) -> Sequence[str]:
+        return self.fitted(width) if self.fitted else words.shorten_all(self.names, width)
+
     def _least_name_width(self) -> int:
         longest = max(map(len, (self.heading, *self.names)))
         different = len(set(self.names))
         least = next(
-            (w for w in _NAME_WIDTHS if len(set(words.shorten_all(self.names, w))) == different),
-            _NAME_WIDTHS[0],
+            (w for w in _NAME_WIDTHS if len(set(self._cut(w))) == different), _NAME_WIDTHS[0]
         )
         return min(longest, least)

@@ -147,13 +147,6 @@ def few(names: Sequence[str], every: Sequence[str]) -> str:
     return ", ".join(short[name] for name in names)
 
 
-def ends(names: Sequence[str]) -> str:
-    """Name layers in order, where they are more than two the first and the last."""
-    if len(names) <= 2:
-        return ", ".join(names)
-    return f"{names[0]} … {names[-1]} ({count(len(names), 'layer')})"
-
-
 def _told_apart(name: str, others: Set[str], width: int) -> str:
     usual = _usual_head(width)
     if len(name) <= width:

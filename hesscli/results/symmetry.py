@@ -74,6 +74,8 @@ class Drift:
         predicted_change: what is predicted for the last of these; None where nothing is known of
             the way.
         error: the norm of what was found there less what was predicted, over that of the change.
+        rounding: of the error as much as the rounding of weights to their type may be, step after
+            step.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Drift:
     changes: tuple[float, ...]
     predicted_change: float | None
     error: float | None
+    rounding: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,16 @@ ICLR 2021; Zhao et al., arXiv 2402.07193).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hesscli.engines.symmetry.families import Family, Translation
+
+_DRAWS = 8
+"""Of rounded weights, from which the usual size of their charges' rounding is told."""
 
 
 @dataclass(frozen=True)
@@ -111,3 +115,25 @@ class Prediction:
         ahead = -update / rate + (0.0 if before is None else momentum * before)
         self._velocity = ahead / (1 + momentum)
         return self._paired(update, self._velocity)
+
+
+def rounding_of(family: Family, theta: Tensor, eps: float, steps: int) -> float:
+    """What the rounding of weights does to the norm of a family's charges, in 95% and more.
+
+    Each step leaves each weight within eps/2 of what it should be. Over the weights that is at
+    random, and over the steps it need not be: where these are short and alike, so is their
+    rounding. A root mean square over the weights is taken twice, as often as there are steps.
+
+    Args:
+        family: whose charges.
+        theta: the weights.
+        eps: of their type.
+        steps: that were made; what is stored in the end is rounded once more.
+    """
+    generator = torch.Generator().manual_seed(0)
+    squares = 0.0
+    for _ in range(_DRAWS):
+        off = theta * (2.0 * torch.randint(0, 2, theta.shape, generator=generator) - 1)
+        moved = (family.charges(theta + off) - family.charges(theta - off)) / 2
+        squares += float(moved.square().sum()) / _DRAWS
+    return 2 * (steps + 1) * eps / 2 * math.sqrt(squares)

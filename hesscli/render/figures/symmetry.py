@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hesscli.render import words
+from hesscli.render.families import family_label
 from hesscli.render.figures import canvas
 from hesscli.render.figures.rows import Rows
 from hesscli.results import Orbit, SymmetryFamily, SymmetryResult
@@ -41,7 +41,7 @@ def residual_figure(result: SymmetryResult) -> Figure:
         The figure, for ``save_figure`` or for one's own canvas.
     """
     families = result.families[: canvas.MOST_LAYERS]
-    names = [_label(one) for one in families]
+    names = [family_label(one.name, one.layers, _LONGEST) for one in families]
     if not families:
         names = [layer.name for layer in result.layers][: canvas.MOST_LAYERS]
     above = _LEGEND if families else 0.0
@@ -58,17 +58,6 @@ def residual_figure(result: SymmetryResult) -> Figure:
     hidden = len(result.families) - len(families)
     canvas.note(rows.figure, _notes(families) + canvas.not_drawn(hidden, "family", " more"))
     return rows.figure
-
-
-def _label(family: SymmetryFamily) -> str:
-    """What kind it is, whole, and its layers, of a pair the second without what both lie in."""
-    layers = words.ends(family.layers)
-    if len(family.layers) == 2:
-        first, second = (name.split(".") for name in family.layers)
-        modules = zip(first[:-1], second[:-1], strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], modules))
-        layers = f"{'.'.join(first)}, {'…' * (shared > 0)}{'.'.join(second[shared:])}"
-    return f"{family.name}: {words.shorten(layers, _LONGEST - len(family.name) - 2)}"
 
 
 def _title(result: SymmetryResult) -> str:
@@ -124,10 +113,14 @@ def charge_figure(result: SymmetryResult) -> Figure:
         The figure, for ``save_figure`` or for one's own canvas.
     """
     drifts = result.drifts[: canvas.MOST_LAYERS]
-    names = [f"{one.name}: {one.layer}" for one in drifts]
+    names = [family_label(one.name, (one.layer,), _LONGEST) for one in drifts]
     ends = words.count(len(result.later), "later checkpoint")
     rows = Rows(
-        f"Charges at {ends}", canvas.provenance(result), names, above=_LEGEND if drifts else 0.0
+        f"Charges at {ends}",
+        canvas.provenance(result),
+        names,
+        above=_LEGEND if drifts else 0.0,
+        longest=_LONGEST,
     )
     rows.columns({"charges": [words.count(one.charges) for one in drifts]})
     has_earlier, is_foretold = len(result.later) > 1, any(d.error is not None for d in drifts)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hesscli.render import words
+from hesscli.render.families import family_label
 from hesscli.render.tables.shared import cost_lines, listing_notes, proof_line, status_text
 from hesscli.render.terminal import GAP, Column, FittedRows, Plainable, facts
-from hesscli.results import Orbit, OrbitPoint, SymmetryFamily, SymmetryResult
+from hesscli.results import Drift, Orbit, OrbitPoint, SymmetryFamily, SymmetryResult
 
 _MANY = 40
 """Families that all get a row."""
@@ -75,9 +76,9 @@ def _flat(result: SymmetryResult) -> Iterator[RenderableType]:
 
 
 def _rows(families: tuple[SymmetryFamily, ...]) -> FittedRows:
-    return FittedRows(
+    return _families(
         "family",
-        [f"{one.name}: {words.ends(one.layers)}" for one in families],
+        [(one.name, one.layers) for one in families],
         [
             Column(6, "", [one.status for one in families], "left"),
             Column(5, "directions", [words.count(one.directions) for one in families]),
@@ -88,6 +89,22 @@ def _rows(families: tuple[SymmetryFamily, ...]) -> FittedRows:
         ],
         styles=[_STYLES[one.status] for one in families],
     )
+
+
+def _families(
+    heading: str,
+    families: Sequence[tuple[str, Sequence[str]]],
+    columns: Sequence[Column],
+    styles: Sequence[str] = (),
+) -> FittedRows:
+    """Rows of kinds of families, and the layers that they act on."""
+
+    def fitted(width: int) -> list[str]:
+        return [family_label(*family, width) for family in families]
+
+    names = [f"{kind}: {', '.join(layers)}" for kind, layers in families]
+    longest = max(map(len, names), default=0)
+    return FittedRows(heading, fitted(longest), columns, styles=styles, fitted=fitted)
 
 
 def _size(residual: float | None) -> str:
@@ -113,19 +130,25 @@ def _drifts(result: SymmetryResult) -> Iterator[RenderableType]:
     if not drifts:
         return
     yield GAP
-    yield FittedRows(
+    yield _families(
         f"charges at {words.shorten(Path(result.later[-1].path).name, 32)}",
-        [f"{one.name}: {one.layer}" for one in drifts],
+        [(one.name, (one.layer,)) for one in drifts],
         [
             Column(2, "charges", [words.count(one.charges) for one in drifts]),
             Column(3, "size", [words.number(one.size) for one in drifts]),
             Column(6, "change", [words.number(one.changes[-1]) for one in drifts]),
             Column(5, "predicted", [_maybe(one.predicted_change) for one in drifts]),
-            Column(4, "off by", ["" if one.error is None else _size(one.error) for one in drifts]),
+            Column(4, "off by", [_off(one) for one in drifts]),
         ],
     )
     if any(one.error is not None for one in drifts):
-        yield facts(["off by: found less predicted, relative to the change"], style="dim")
+        told = ["off by: found less predicted, relative to the change", "± rounding of the steps"]
+        yield facts(told, style="dim")
+
+
+def _off(drift: Drift) -> str:
+    error = _size(drift.error)
+    return error if drift.rounding is None else f"{error} ± {_size(drift.rounding)}"
 
 
 def _orbit(result: SymmetryResult) -> Iterator[RenderableType]:
