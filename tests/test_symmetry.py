@@ -38,6 +38,7 @@ from symmetric_networks import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscli
 from hesscli.diagnostics.charges import strays, way_to
@@ -60,8 +61,11 @@ from hesscli.engines.symmetry.gauges import (
 )
 from hesscli.engines.symmetry.identities import Place, residuals_of
 from hesscli.errors import ExitCode, InputError, UsageError
+from hesscli.operators.head import check_head
+from hesscli.operators.verification import MismatchError, Products
 from hesscli.optim import AdaHessian, UpdateLog
 from hesscli.problem.ends import read_end, steps_of
+from hesscli.problem.objective import Sample
 from hesscli.problem.problem import Problem
 from hesscli.render.families import family_label
 from hesscli.render.figures.symmetry import figures
@@ -572,6 +576,67 @@ def test_the_check_of_products_on_null_directions(sunspots: Problem) -> None:
     assert last.state == "not applicable"
 
 
+def linear(last: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), last)
+
+
+HEADS_OF: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "with bias": (lambda: linear(nn.Linear(4, 3)), ("2.weight", "2.bias")),
+    "without": (lambda: linear(nn.Linear(4, 3, bias=False)), ("2.weight",)),
+    "of tokens": (gpt_like, ("head.weight",)),
+    "tied": (tied, ()),
+    "twice": (lambda: Twice(), ("head.weight", "head.bias")),
+    "not linear": (lambda: linear(nn.Sequential(nn.Linear(4, 3), nn.Tanh())), ()),
+    "turned": (lambda: linear(nn.Sequential(nn.Linear(4, 6), Grouped())), ()),
+    "of a norm": (lambda: linear(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))), ()),
+}
+
+
+class Grouped(nn.Module):
+    """Two numbers a class, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), 3, 2).sum(-1)
+
+
+@pytest.mark.parametrize(("make", "names"), HEADS_OF.values(), ids=HEADS_OF.keys())
+def test_products_on_the_null_directions_of_a_softmax_head(
+    make: Callable[[], nn.Module], names: tuple[str, ...]
+) -> None:
+    """They are tried where the graph shows such a head; the truth is a dense Hessian's."""
+    problem = problem_of(spread(make()))
+    theta, _, loss = plain(problem)
+    generator = torch.Generator().manual_seed(0)
+    vectors = 2.0 * torch.randint(0, 2, (2, len(theta)), generator=generator).double() - 1
+    slope = torch.func.grad(loss)
+    with sdpa_kernel(SDPBackend.MATH):
+        rows = [torch.func.grad(lambda t, v=v: slope(t) @ v)(theta) for v in vectors]
+    values = torch.stack(rows)
+    operator, sample = hesscli.Hessian(problem), Sample.of(problem, 16)
+    found = check_head(operator, sample, Products(vectors, values))
+    assert (found is not None) == bool(names)
+    noise = 1e-6 * values.norm() * torch.randn(values.shape, generator=generator).double()
+    if found is not None:
+        assert found.value is not None
+        assert found.value < HOLDS
+        with pytest.raises(MismatchError, match=", ".join(names)):
+            check_head(operator, sample, Products(vectors, values + noise))
+
+
+def test_heads_of_which_only_a_part_is_looked_at() -> None:
+    """Others are constants; and squared errors have no null directions there."""
+    model = spread(linear(nn.Linear(4, 3)))
+    batches = list(problem_of(model).data.batches)
+    for params, shown in (("2.bias", True), ("2.weight", True), ("0", False)):
+        few = hesscli.Problem(model, "cross_entropy", batches, params=[params])
+        names = [check.name for check in hesscli.Hessian(few).check().checks]
+        assert ("softmax head" in names) == shown
+    squared = hesscli.Problem(
+        model, "mse", [(x, torch.randn(len(x), 3).double()) for x, _ in batches]
+    )
+    assert "softmax head" not in [c.name for c in hesscli.Hessian(squared).check().checks]
+
+
 # -- Groups by themselves --------------------------------------------------------------------------
 
 
@@ -716,7 +781,7 @@ def test_layers_that_are_shown_have_their_families() -> None:
 
 
 def test_work_is_little() -> None:
-    """At most twelve gradients, and two products a family, of the batches that are looked at."""
+    """At most twelve gradients, and two products a family, and the plan says so."""
     problem = problem_of(spread(gpt_like()), batches=8)
     checked = hesscli.check(problem)
     result = hesscli.symmetries(problem)
@@ -724,6 +789,12 @@ def test_work_is_little() -> None:
     assert result.cost.products == pytest.approx(planned.products, rel=0.1)
     assert result.cost.gradients == pytest.approx(planned.gradients, rel=0.5)
     assert result.cost.products <= 2 * len(result.families)
+    assert result.cost.gradients - 2 * result.cost.products <= 12
+    told = re.search(r"(\d+) families: (\S+) products and (\S+) gradients besides", planned.note)
+    assert told is not None
+    assert int(told[1]) == len(result.families)
+    assert float(told[2]) <= 2 * int(told[1])
+    assert float(told[3]) <= 12
 
 
 def test_the_trace_is_a_matter_of_scale_and_its_companion_is_not() -> None:

@@ -199,7 +199,8 @@ class Testing(Kept):
         work = pace.gradient.times(gradients) + pace.products((count + 1) * made, made)
         part = sum(counts[i] for i in chosen) / problem.data.count
         work = replace(work, products=(count + 1) * part)
-        yield Work(phase=_TESTING, spent=work, note=f"{count} families")
+        told = f"{count} families: {part * (count + 1):.1f} products and {gradients:.1f} gradients"
+        yield Work(phase=_TESTING, spent=work, note=f"{told} besides")
         if orbit.can_be_rescaled([one for one in self.families if not one.told.causes]):
             points = (orbit.POINTS + 1) * shares[0]
             work = pace.products(orbit.PRODUCTS * points, points)

@@ -16,6 +16,7 @@ from hesscli.memory import is_out_of_memory
 from hesscli.meter import FORWARD, Meter, OnStep, go_on
 from hesscli.operators.bias import Bias, measured
 from hesscli.operators.curvature import Curvature
+from hesscli.operators.head import check_head
 from hesscli.operators.products import central_difference, flatten, gradient
 from hesscli.operators.verification import (
     MismatchError,
@@ -295,11 +296,13 @@ def _against_float64(make: Make, few: Sample, many: Sample, on_step: OnStep) -> 
         symmetry = check_symmetry(operator, few, exact.crossing, torch.float64)
         on_step()
         difference = product_comparison(operator, few, exact, on_step).check(many)
+        head = check_head(operator, few, exact)
     forms, error = (0.0, 0.0) if own is None else _rounding(own, exact, largest)
     if bias is not None:
         forms, error = bias.forms, bias.products
     floor = max(_FLOOR, torch.finfo(problem.dtype).eps)  # a measurement may be small by chance
-    return _Outcome((symmetry, difference), max(forms, floor), max(error, floor))
+    checks = (symmetry, difference) if head is None else (symmetry, difference, head)
+    return _Outcome(checks, max(forms, floor), max(error, floor))
 
 
 def _rounding(own: Products, exact: Products, largest: float) -> tuple[float, float]:
