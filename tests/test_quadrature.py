@@ -13,7 +13,7 @@ from hesscli.diagnostics.measurement import drive
 from hesscli.diagnostics.run import Clock
 from hesscli.diagnostics.spectral_runs import Exploration, SpectralPlan
 from hesscli.diagnostics.spectrum import functions
-from hesscli.engines.lanczos import Complement, Lanczos
+from hesscli.engines.lanczos import Lanczos
 from hesscli.engines.quadrature import Measure, measure, smoothed
 from hesscli.engines.ritz import KrylovRun, counted
 from hesscli.operators.dense import Dense
@@ -162,19 +162,6 @@ def test_depth_is_compared_before_a_bar_is_given() -> None:
     assert shallow.stderr is None or abs(shallow.depth_change or 0.0) <= shallow.stderr
     alone = functions(exploration(with_spectrum(spectrum), 8, 1)).negative_mass
     assert (alone.stderr, alone.depth_change) == (None, None)
-
-
-def test_the_complement_is_what_is_orthogonal() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.linalg.qr(torch.randn(20, 6, generator=generator, dtype=torch.float64)).Q.T
-    complement = Complement(rows.contiguous())
-    assert complement.size == 14
-    basis = torch.stack([complement.embed(unit) for unit in torch.eye(14, dtype=torch.float64)])
-    together = torch.cat([rows, basis])
-    rounding = 7 * 20 * EPS  # of six reflections and a product, of 20 terms each
-    assert (together @ together.T - torch.eye(20)).abs().max() < rounding
-    vector = torch.randn(20, generator=generator, dtype=torch.float64)
-    assert (complement.restrict(vector) - basis @ vector).abs().max() < rounding * vector.norm()
 
 
 @every_spectrum

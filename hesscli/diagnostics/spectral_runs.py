@@ -1,6 +1,6 @@
 """Lanczos runs under a clock: a long one for the eigenvalues, short ones for the rest.
 
-One long run beats many short ones: what it counts has no noise. The runs after it start in the
+One long run beats many short ones: what it counts has no noise. The runs after it are made in the
 complement of the eigenvectors that it has counted. They show how noisy the rest is, and whether an
 eigenvalue has copies, which one start vector cannot see.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.engines.lanczos import Complement, Lanczos
+from hesscli.engines.lanczos import Lanczos
 from hesscli.engines.quadrature import Measure, measure
 from hesscli.engines.ritz import (
     Counted,
@@ -30,6 +30,7 @@ from hesscli.engines.ritz import (
 from hesscli.memory import available_bytes
 from hesscli.meter import OnStep, go_on
 from hesscli.operators.base import Operator, Retained
+from hesscli.problem.problem import Problem
 from hesscli.randomness import key
 from hesscli.results import ConvergencePoint, Snapshot, Status
 from hesscli.state import Rows, State
@@ -41,8 +42,6 @@ SHORTEST = 8
 _READ_EVERY = 16  # steps, once there are many: a reading takes the third power of their number
 _BACK = 0.75
 """Where it is looked whether the largest eigenvalues have been the same for some steps."""
-_RESTARTS = 3
-"""Later runs leave out at most as many vectors as the first made, and reflect them once more."""
 _FIRST_MEASURED = 4
 """Steps after which the rounding of products may be measured with the largest Ritz vector, lest a
 run that is cut short has to spend products that it has no time for."""
@@ -50,12 +49,10 @@ _MIXED, MEASURED = 4, 2
 """Ritz vectors by which it is measured once there are many, and products in which they are."""
 _GRAPHS_SHARE = 4
 """Graphs may take this part of the memory that is free then."""
-_HANDLED, _SWEEPS = 16, 4
+_HANDLED, _SWEEPS = 12, 2
 """Vectors that are gone through in a step, and for each row of the basis that there is by then."""
 _NEXT_START = 0x5BEC7
 """Separates the start vectors of later runs from the first."""
-
-Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,19 +79,20 @@ class SpectralPlan:
         return first if first == size else first + (self.probes - 1) * shorter(first)
 
 
-def basis_bytes(size: int, steps: int) -> int:
-    """A float64 vector for each step."""
-    return 8 * size * steps
+def basis_bytes(problem: Problem, steps: int) -> int:
+    """A vector for each step, in the type of the products."""
+    return steps * problem.parameters.size * problem.dtype.itemsize
 
 
-def needed_bytes(size: int, steps: int, probes: int) -> int:
-    """At most, with what the later runs take."""
-    return basis_bytes(size, steps) * (1 if probes == 1 else _RESTARTS)
+def needed_bytes(problem: Problem, steps: int, probes: int) -> int:
+    """At most: later runs leave out as many vectors as the first made, or fewer."""
+    later = 0 if probes == 1 else steps + shorter(steps)
+    return basis_bytes(problem, steps + later)
 
 
 def room_for_graphs(operator: Operator, plan: SpectralPlan) -> int:
     """Bytes that graphs may take beside the vectors."""
-    needed = needed_bytes(operator.parameters.size, plan.steps, plan.probes)
+    needed = needed_bytes(operator.problem, plan.steps, plan.probes)
     return (available_bytes(operator.problem.device) - needed) // _GRAPHS_SHARE
 
 
@@ -121,7 +119,7 @@ class Exploration:
         self.enough, self.late, self.shortened = enough, late, False
         self.product = Retained(operator, room_for_graphs(operator, plan), on_step)
         reserve = min(plan.steps, STEPS) if plan.early else plan.steps
-        self.lanczos = _lanczos(operator, self.product, self.size, plan, plan.seed, reserve)
+        self.lanczos = self._run(plan.seed, reserve)
         self.status: Status = "budget"
         self.runs: list[KrylovRun] = []
         self.halves: list[KrylovRun] = []
@@ -211,8 +209,9 @@ class Exploration:
 
     def _count(self, lanczos: Lanczos) -> None:
         """A step's work beside its product: its row, and twice or thrice all that were before."""
-        made = self.operator.problem.vectors(1.0, _HANDLED + _SWEEPS * lanczos.count, lanczos.size)
-        self.operator.meter.add(made)
+        problem, read = self.operator.problem, _HANDLED + _SWEEPS * lanczos.count
+        wide = problem.dtype.itemsize / torch.float32.itemsize
+        self.operator.meter.add(problem.vectors(wide, wide * read, lanczos.size))
 
     def _is_enough(self) -> bool:
         """Whether the long run has all its steps, or reached its goal, or has no more time."""
@@ -267,11 +266,12 @@ class Exploration:
             return
         steps = shorter(self.lanczos.count)
         rows = self.lanczos.vectors(self.ritz, _taken(standing_alone(self.ritz)))
-        complement = Complement(torch.cat([rows, *self._copies]) if self._copies else rows)
-        while self._number < self.plan.probes and complement.size:
+        while self._number < self.plan.probes:
+            size = self.size - len(rows) - sum(map(len, self._copies))
+            if not size:
+                return
             seed = key(_NEXT_START, self.plan.seed, self._number)
-            within, size = _within(complement, self.product), complement.size
-            lanczos = _lanczos(self.operator, within, size, self.plan, seed, steps)
+            lanczos = self._run(seed, steps, (rows, *self._copies))
             if self._begun is not None:
                 lanczos.load_state_dict(self._begun)
             self._later, self._begun = lanczos, None
@@ -285,9 +285,21 @@ class Exploration:
             self._number, self._later, self._half = self._number + 1, None, None
             if again := copies(before, whole):
                 self.known = with_copies(before, whole)
-                vectors = lanczos.vectors(whole, _taken(again))
-                self._copies.append(torch.stack([complement.embed(v) for v in vectors]))
-                complement = Complement(torch.cat([rows, *self._copies]))
+                self._copies.append(lanczos.vectors(whole, _taken(again)))
+
+    def _run(self, seed: int, steps: int, apart: Sequence[Tensor] = ()) -> Lanczos:
+        """With room for so many steps, in the complement of some vectors."""
+        problem = self.operator.problem
+        return Lanczos(
+            self.product,
+            self.size,
+            seed=seed,
+            dtype=problem.dtype,
+            device=problem.device,
+            reserve=steps,
+            rounding=self.plan.rounding,
+            apart=apart,
+        )
 
     def _to(self, lanczos: Lanczos, count: int) -> Iterator[Snapshot]:
         """So many steps in all."""
@@ -383,25 +395,6 @@ def _run(told: State) -> KrylovRun:
     return KrylovRun(Ritz(**told["ritz"]), told["dimension"], deflated)
 
 
-def _within(complement: Complement, product: Product) -> Product:
-    return lambda vector: complement.restrict(product(complement.embed(vector)))
-
-
 def _light(ritz: Ritz) -> Ritz:
     """A reading of Ritz values without their vectors."""
     return replace(ritz, coordinates=np.empty((0, len(ritz.values))))
-
-
-def _lanczos(
-    operator: Operator, product: Product, size: int, plan: SpectralPlan, seed: int, reserve: int
-) -> Lanczos:
-    problem = operator.problem
-    return Lanczos(
-        product,
-        size,
-        seed=seed,
-        dtype=problem.dtype,
-        device=problem.device,
-        reserve=reserve,
-        rounding=plan.rounding,
-    )

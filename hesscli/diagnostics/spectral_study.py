@@ -158,14 +158,15 @@ class SpectralStudy:
             plan, why = replace(plan, steps=steps), " for want of time"
         elif plan.shorter and plan.steps < min(STEPS, size):
             why = " for want of memory"
-        held = needed_bytes(size, plan.steps, plan.probes)
+        problem = self.run.problem
+        held = needed_bytes(problem, plan.steps, plan.probes)
         yield Work(
             phase="iterating",
             spent=self._runs(plan, pace),
             num_bytes=held + self._graph_bytes(plan, pace),
             note=f"{plan.steps} steps{why}, each of which keeps a vector: "
-            f"{human_bytes(basis_bytes(size, plan.steps))}, at most {human_bytes(held)} with "
-            "restarts",
+            f"{human_bytes(basis_bytes(problem, plan.steps))}, at most {human_bytes(held)} "
+            "with restarts",
         )
         if self.exact:
             yield Work(phase=_FORMING, spent=pace.products(size, -(-size // _COLUMNS)))
@@ -200,8 +201,9 @@ class SpectralStudy:
     @cached_property
     def _row_seconds(self) -> float:
         """What a vector takes to be made orthogonal to another."""
-        device, size = self.operator.problem.device, self.operator.parameters.size
-        rows = torch.ones(_TIMED, min(size, _MOST_TIMED), dtype=torch.float64, device=device)
+        problem, size = self.operator.problem, self.operator.parameters.size
+        entries = min(size, _MOST_TIMED)
+        rows = torch.ones(_TIMED, entries, dtype=problem.dtype, device=problem.device)
         vector, times = torch.ones_like(rows[0]), []
         for _ in range(3):
             began = time.perf_counter()
@@ -270,8 +272,17 @@ _MOST_STEPS = 512
 
 def most_steps(problem: Problem, probes: int, wanted: int = _MOST_STEPS) -> int:
     """As many as are wanted and fit; by default no more than can be orthogonalised soon."""
-    room = int(_SPARE * available_bytes(problem.device))
-    return max(1, min(wanted, room // needed_bytes(problem.parameters.size, 1, probes)))
+    return max(1, _fitting(problem, probes, wanted, _room(problem)))
+
+
+def _room(problem: Problem) -> int:
+    return int(_SPARE * available_bytes(problem.device))
+
+
+def _fitting(problem: Problem, probes: int, most: int, room: int) -> int:
+    """Steps that fit into so many bytes; 0 where none do."""
+    fit = (steps for steps in range(most, 0, -1) if needed_bytes(problem, steps, probes) <= room)
+    return next(fit, 0)
 
 
 def require_room(problem: Problem, plan: SpectralPlan) -> None:
@@ -280,25 +291,25 @@ def require_room(problem: Problem, plan: SpectralPlan) -> None:
     Raises:
         UsageError: they do not; the hint names a run that does.
     """
-    size, room = problem.parameters.size, int(_SPARE * available_bytes(problem.device))
-    needed = needed_bytes(size, plan.steps, plan.probes)
+    room, needed = _room(problem), needed_bytes(problem, plan.steps, plan.probes)
     if needed <= room:
         return
     raise UsageError(
         "the Lanczos vectors do not fit in the memory that is free",
-        f"{plan.steps} steps of {size} parameters take "
-        f"{human_bytes(basis_bytes(size, plan.steps))}, {human_bytes(needed)} with restarts, "
+        f"{plan.steps} steps of {problem.parameters.size} parameters take "
+        f"{human_bytes(basis_bytes(problem, plan.steps))}, {human_bytes(needed)} with restarts, "
         f"and there is room for {human_bytes(room)}",
-        _proposal(size, plan.probes, room),
+        _proposal(problem, plan, room),
     )
 
 
-def _proposal(size: int, probes: int, room: int) -> str:
+def _proposal(problem: Problem, plan: SpectralPlan, room: int) -> str:
     """Fewer steps, or fewer start vectors, that fit."""
     offers = []
-    for starts in dict.fromkeys((probes, 1)):
-        if steps := room // needed_bytes(size, 1, starts):
-            offers.append(f"--steps {steps}" + (" --probes 1" if starts == 1 != probes else ""))
+    for starts in dict.fromkeys((plan.probes, 1)):
+        if steps := _fitting(problem, starts, plan.steps, room):
+            fewer = " --probes 1" if starts == 1 != plan.probes else ""
+            offers.append(f"--steps {steps}{fewer}")
     return " or ".join(offers) or "--layer for one layer of a smaller network, or more memory"
 
 

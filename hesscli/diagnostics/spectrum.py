@@ -407,7 +407,7 @@ def _participation(study: SpectralStudy, indices: list[int]) -> Array:
         for start in range(place.start, place.stop, _TILE):
             tile = slice(start, min(start + _TILE, place.stop))
             rows = whole.lanczos.vectors(whole.ritz, indices, tile)
-            shares[:, layer] += torch.linalg.vector_norm(rows, dim=1).square().cpu().numpy()
+            shares[:, layer] += rows.square_().sum(1).cpu().numpy()
     return shares
 
 

@@ -316,7 +316,8 @@ class Deflated(Design):
 
         with self.operator.meter.pooled():
             mine = self.operator.batches(world.share(self.operator.indices))
-            total = shared_sum(mine, torch.zeros_like(vector[None]), product)[0]
+            nothing = torch.zeros_like(vector[None], dtype=torch.float64)
+            total = shared_sum(mine, nothing, product)[0]
             every = world.gathered(offsets)
         for batch, offset in (one for each in every for one in each.items()):
             self._offsets[batch] = self._offsets.get(batch, np.zeros(())) + offset
@@ -357,7 +358,7 @@ def deflated_ratio(operator: Source, steps: int, seed: int, on_step: OnStep = go
         own.append(tested)
 
     def product(vector: Tensor) -> Tensor:
-        total = torch.zeros_like(vector)
+        total = torch.zeros_like(vector, dtype=torch.float64)
         for term in own:
             row = vector[None].to(operator.dtype)
             total += term.weight / len(own) * term.apply(row)[0].double()
