@@ -24,8 +24,7 @@ def copies(problem: Problem) -> list[str]:
     """What the pruned checkpoint's files will be called."""
     from hesscli.problem.rewriting import names_of_copies
 
-    file = problem.origin.file
-    return [] if file is None else names_of_copies(file, "prune")
+    return names_of_copies(problem.origin, "prune")
 
 
 USAGE = Usage(

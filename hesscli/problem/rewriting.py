@@ -7,7 +7,8 @@ import mmap
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -26,9 +27,15 @@ from hesscli.problem.checkpoint import (
     shards_of,
 )
 from hesscli.problem.parts import Origin
+from hesscli.problem.pretrained.folder import is_pretrained
 from hesscli.problem.torch_files import is_archive, is_program, is_unpacked, read_pickle
 from hesscli.tensor_files import chunks
 
+_BESIDE = (
+    *("*config*.json", "*token*.json", "*template*.json", "*.jinja"),
+    *("vocab.*", "merges.txt", "*.model", "*.py"),
+)
+"""Files beside the weights, in a folder that says how its model is built, that a library reads."""
 _CHUNK = 1 << 20
 _HINT = (
     "torch.save({k: v.clone() for k, v in model.state_dict().items()}, 'weights.pt') with the "
@@ -53,11 +60,10 @@ class Rewriting:
         self._origin, self._parameters = origin, parameters
         self._is_index = origin.file.name.endswith(INDEX_SUFFIXES)
         shards = shards_of(origin.file) if self._is_index else {origin.file: None}
-        held = {path: _File(path, origin, names) for path, names in shards.items()}
-        places = _places(origin, [n for file in held.values() for n in file.names], parameters)
+        held = [_File(path, origin, names) for path, names in shards.items()]
+        places = _places(origin, held, parameters)
         self._files = {
-            file: {name: places[name] for name in file.names if name in places}
-            for file in held.values()
+            file: {name: places[name] for name in file.names if name in places} for file in held
         }
         self._dtypes: dict[int, set[torch.dtype]] = {id(p): set() for p in parameters}
         for file, own in self._files.items():
@@ -80,7 +86,8 @@ class Rewriting:
 
         Args:
             vector: the weights.
-            name: of the file without its ending; shards and their index keep their names.
+            name: of the file without its ending, unless it keeps its own: see
+                :func:`names_of_copies`.
 
         Returns:
             Names of files and what writes them, ``checkpoint`` being the one that is to be read.
@@ -95,23 +102,44 @@ class Rewriting:
         for number, (file, places) in enumerate(self._files.items(), 1):
             changed = {n: values[id(p)] for n, p in places.items()}
             kind = f"checkpoint_{number}" if self._is_index else "checkpoint"
-            found[kind] = (_copied_as(path, file.path, name), partial(file.write, changed))
+            found[kind] = (_copied_as(self._origin, file.path, name), partial(file.write, changed))
+        for number, beside in enumerate(_beside(self._origin), 1):
+            found[f"folder_{number}"] = (beside.name, partial(_copy, beside))
         return found
 
 
-def names_of_copies(path: Path, name: str) -> list[str]:
+def names_of_copies(origin: Origin, name: str) -> list[str]:
     """What the files that a checkpoint is written to will be called.
 
     Args:
-        path: the checkpoint, or its index.
-        name: of the file without its ending; shards and their index keep their names.
+        origin: where it came from.
+        name: of the file without its ending. Shards and their index keep their names, and so does
+            all that a library reads of a folder, which is copied whole.
     """
+    if (path := origin.file) is None:
+        return []
     shards = [path, *shards_of(path)] if path.name.endswith(INDEX_SUFFIXES) else [path]
-    return [_copied_as(path, shard, name) for shard in shards]
+    return [_copied_as(origin, each, name) for each in shards] + [p.name for p in _beside(origin)]
 
 
-def _copied_as(path: Path, shard: Path, name: str) -> str:
-    return shard.name if path.name.endswith(INDEX_SUFFIXES) else f"{name}{path.suffix}"
+def _copied_as(origin: Origin, shard: Path, name: str) -> str:
+    assert origin.file is not None
+    keeps = origin.file.name.endswith(INDEX_SUFFIXES) or _is_librarys(origin)
+    return shard.name if keeps else f"{name}{shard.suffix}"
+
+
+def _is_librarys(origin: Origin) -> bool:
+    """Whether a library has found the weights in a folder that says how its model is built."""
+    return origin.file is not None and origin.names is None and is_pretrained(origin.file.parent)
+
+
+def _beside(origin: Origin) -> list[Path]:
+    """What else a library reads of such a folder, but for other weights' indexes."""
+    if not _is_librarys(origin):
+        return []
+    assert origin.file is not None
+    found = {path for glob in _BESIDE for path in origin.file.parent.glob(glob) if path.is_file()}
+    return sorted(path for path in found if not path.name.endswith(INDEX_SUFFIXES))
 
 
 class _File:
@@ -180,8 +208,8 @@ class _File:
         _renew_checksums(stream)
 
 
-def _not_so(path: Path, why: str) -> InputError:
-    return InputError("this checkpoint cannot be written anew", f"{path}: {why}", _HINT)
+def _not_so(path: Path, why: str, hint: str = _HINT) -> InputError:
+    return InputError("this checkpoint cannot be written anew", f"{path}: {why}", hint)
 
 
 def _copy(path: Path, stream: BinaryIO) -> None:
@@ -207,20 +235,51 @@ _TYPES = {
 }
 
 
-def _places(origin: Origin, held: Iterable[str], parameters: Parameters) -> dict[str, Parameter]:
-    """Which parameter each name of the file is of."""
-    plain = {short: name for name, short in plain_names(held).items()}
+def _places(origin: Origin, files: Sequence[_File], parameters: Parameters) -> dict[str, Parameter]:
+    """Which parameter each name of the files is of.
+
+    Raises:
+        InputError: one has none.
+    """
+    names = [name for file in files for name in file.names]
+    plain = {short: name for name, short in plain_names(names).items()}
     if origin.names is not None:
         called = origin.names
         pairs = ((called[n], p) for p in parameters for n in p.names if n in called)
         found = {plain[name]: parameter for name, parameter in pairs if name in plain}
     else:
         found = _as_a_library_finds_them(plain, parameters)
-    known = {id(parameter) for parameter in found.values()}
-    if missing := [p.name for p in parameters if id(p) not in known]:
+        found |= _by_what_they_hold(files, found, _unknown(found, parameters))
+    if missing := _unknown(found, parameters):
         assert origin.file is not None
-        raise _not_so(origin.file, f"{missing[0]} is not in it by this name")
+        why = f"{missing[0].name} is not in it by this name"
+        spared = " ".join(f"--params '!{p.name}'" for p in missing)
+        hint = f"{spared} to let what is not there stay as it is; or --dir -"
+        raise _not_so(origin.file, why, hint if _is_librarys(origin) else _HINT)
     return found
+
+
+def _unknown(found: Mapping[str, Parameter], parameters: Parameters) -> list[Parameter]:
+    known = {id(parameter) for parameter in found.values()}
+    return [parameter for parameter in parameters if id(parameter) not in known]
+
+
+def _by_what_they_hold(
+    files: Sequence[_File], taken: Mapping[str, Parameter], parameters: Sequence[Parameter]
+) -> dict[str, Parameter]:
+    """Parameters that a library has renamed: those whose entries one name has, and no other."""
+    if not parameters:
+        return {}
+    pairs = [
+        (name, parameter)
+        for file in files
+        for name, value in file.weights().items()
+        if name in file.names and name not in taken
+        for parameter in parameters
+        if _is_same(value, parameter)
+    ]
+    names, owners = Counter(name for name, _ in pairs), Counter(id(p) for _, p in pairs)
+    return {name: p for name, p in pairs if names[name] == owners[id(p)] == 1}
 
 
 def _as_a_library_finds_them(
@@ -288,11 +347,18 @@ def _share(one: Tensor, other: Tensor) -> bool:
 
 
 def _require_same(path: Path, name: str, value: Tensor, parameter: Parameter) -> None:
-    own = parameter.tensor.detach().cpu()
+    if not _is_same(value, parameter):
+        raise _not_so(path, f"{name} is not {parameter.name} as the model has it")
+
+
+def _is_same(value: Tensor, parameter: Parameter) -> bool:
+    """Whether what a file holds can be written, and is a parameter as the model has it."""
+    own = parameter.tensor.detach()
     plain = value.layout == torch.strided and value.dtype in _TYPES.values()
-    if plain and value.shape == own.shape and torch.equal(value.detach().to(own.dtype), own):
-        return
-    raise _not_so(path, f"{name} is not {parameter.name} as the model has it")
+    if not plain or value.shape != own.shape:
+        return False
+    parts = ((value[:1], own[:1]), (value, own)) if own.dim() else ((value, own),)  # mostly, one
+    return all(torch.equal(v.detach().to(o.dtype), o.cpu()) for v, o in parts)
 
 
 def _renew_checksums(stream: BinaryIO) -> None:
