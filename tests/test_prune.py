@@ -135,6 +135,13 @@ def test_a_prediction_is_marked_where_the_quadratic_does_not_reach(loss: str, st
     assert ("--steps 16" in shown) == (steps == 1)
 
 
+def test_few_weights_may_be_gone_before_the_last_step() -> None:
+    found = hesscli.prune(linear_network("cross_entropy"), sparsity=0.995, steps=9)
+    shares = [one.sparsity for one in found.methods[0].steps]
+    assert shares == [round(40 * (1 - 0.005 ** (k / 9))) / 40 for k in range(1, 10)]
+    assert shares[-2:] == [1.0, 1.0]
+
+
 def test_the_matrix_is_of_the_prediction_alone() -> None:
     """Which weights go is the window's: rows of another kind choose others."""
     window = hesscli.WindowOptions(size=32, damping=1e-2)

@@ -46,6 +46,27 @@ def test_of_equal_costs_the_first_go() -> None:
     assert least(costs, [(slice(0, 6), 2)]).tolist() == [False, True, True, False, False, False]
 
 
+def test_where_all_are_zero_none_can_go() -> None:
+    """Whether or not the pattern counts all of them."""
+    parameters = Parameters.of(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)))
+    for pattern in (None, Pattern.parse("2:4")):
+        candidates = Candidates(parameters, pattern)
+        zeros = torch.ones(candidates.count, dtype=torch.bool)
+        for aim in (Aim(0.5, pattern=pattern), Aim(0.99, 3, per_layer=True, pattern=pattern)):
+            with pytest.raises(UsageError, match="there is no weight to prune"):
+                list(candidates.targets(aim, zeros))
+
+
+def test_lengths_of_rows_are_no_weights() -> None:
+    """As ``weight_norm`` has them, in a column: without one, the row would not go but be 0/0."""
+    torch_own = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    older = nn.Linear(3, 4)
+    older.weight_g, older.weight_v = nn.Parameter(torch.ones(4, 1)), older.weight
+    del older.weight
+    for model in (torch_own, older):
+        assert Candidates(Parameters.of(model)).count == 12
+
+
 def test_no_sparsity_is_all_or_nothing() -> None:
     for sparsity in (0.0, 1.0, 1.5):
         with pytest.raises(UsageError, match="--sparsity"):
@@ -127,5 +148,5 @@ def test_groups_that_have_gone_count_as_so_many_weights() -> None:
     aim = Aim.of(0.75, 2, False, "1x4")
     assert [number for ((_, number),) in candidates.targets(aim, zeros)] == [9, 12]
     zeros[:] = True
-    with pytest.raises(UsageError, match="sparser already"):
+    with pytest.raises(UsageError, match="no weight to prune"):
         next(candidates.targets(aim, zeros))

@@ -126,15 +126,18 @@ class Candidates:
             zeros: which are zero before the first ``(C,)``.
 
         Raises:
-            UsageError: more than are to be are so already.
+            UsageError: more than are to be are so already, or all are.
         """
+        if bool(zeros.all()):
+            got, hint = f"all {self.count} are zero", "a checkpoint with weights to prune"
+            raise UsageError("there is no weight to prune", got, hint)
         spans = self.layers if aim.per_layer else {"": slice(0, self.count)}
         counts = {name: self._done(zeros[place]) for name, place in spans.items()}
         sparse = {n: counts[n] / (p.stop - p.start) for n, p in spans.items()}
         worst = max(sparse, key=lambda name: sparse[name])
         if counts[worst] > math.ceil(aim.sparsity * (spans[worst].stop - spans[worst].start)):
             share = f"{100 * sparse[worst]:.4g}%"
-            spared = f"--params '!{worst}'" if worst else "a checkpoint with weights to prune"
+            spared = f"--params '!{worst}'"
             raise UsageError(
                 "the weights are sparser already",
                 f"{share} of {worst or 'them'} are zero, and --sparsity {100 * aim.sparsity:g}%",
@@ -159,6 +162,9 @@ class Candidates:
 # -- Which tensors have weights that may go, and how these lie in groups ---------------------------
 
 
+_VECTORS = ("bias", "weight_g", "weight.original0")
+"""How names of vectors end, whatever their rank: ``weight_norm`` calls lengths of rows by the last
+two."""
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RunningNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -166,7 +172,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _is_vector(parameter: Parameter) -> bool:
     """Whether it is a gain, a bias or a token, whatever its rank: no map that has inputs."""
     tensor, owner = parameter.tensor, parameter.owner
-    if tensor.dim() < 2 or isinstance(owner, _NORMS) or parameter.name.endswith("bias"):
+    if tensor.dim() < 2 or isinstance(owner, _NORMS) or parameter.name.endswith(_VECTORS):
         return True
     is_long = tensor.dim() > 2 and tensor.numel() == max(tensor.shape)
     return is_long and not isinstance(owner, Convolution)

@@ -213,7 +213,9 @@ class PruningStudy:
         kept = weights[columns]
         costs = torch.full((len(columns),), -1.0, dtype=torch.float64)
         leverage, report = network.leverage, network.window
-        if name == "magnitude":
+        if not bool(stays.any()):  # few weights go in fewer steps
+            gone = network.gone
+        elif name == "magnitude":
             costs[stays] = kept[stays].square()
             gone = self._least(costs, network.gone, targets)
         elif name == "diagonal-fisher":
