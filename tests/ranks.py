@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -194,6 +195,19 @@ def trained() -> dict[str, Tensor]:
     return found
 
 
+def warned() -> list[str]:
+    """What is said of steps by a rank alone, and by replicas, twice each."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for replicas in (None, dist.group.WORLD):
+            model = net()
+            optimizer = MFAC(model.parameters(), window=2, replicas=replicas)
+            for _ in range(2):
+                optimizer.accumulate(model.scale.square())
+                optimizer.step()
+    return [str(each.message) for each in told]
+
+
 def sharded() -> dict[str, Any]:
     """Solves with a window that ranks share by its columns, and what was sent for them.
 
@@ -259,7 +273,7 @@ def run(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"whole": {}, "resumed": {}}
     with world.joined():
         found["size"] = world.size()
-        found |= product() | agreements() | joined() | {"trained": trained()}
+        found |= product() | agreements() | joined() | {"trained": trained(), "warned": warned()}
         found |= {"sharded": sharded(), "refused": refused(), "plans": plans()}
         found |= ended_by(partial(signal.raise_signal, signal.SIGTERM))
         for name in WHOLE:

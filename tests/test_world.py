@@ -277,6 +277,14 @@ def test_replicas_take_one_process_s_steps(several: Ranks) -> None:
             torch.testing.assert_close(found["trained"][name], expected, rtol=0, atol=1e-11)
 
 
+def test_whoever_steps_alone_among_others_is_told_once(several: Ranks) -> None:
+    """Replicas would drift apart in silence; those that are averaged do not."""
+    for found in several.found:
+        (told,) = found["warned"]
+        assert told.startswith(f"derivatives of {len(several.found)} processes are not averaged")
+        assert "replicas=torch.distributed.group.WORLD" in told
+
+
 def test_what_one_rank_meets_all_meet(several: Ranks) -> None:
     for found in several.found:
         raised, differs = found["told"]

@@ -55,7 +55,7 @@ class LossOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.replicas, self.steps = replicas, 0
         self._products: Sums = {}
-        self._averaged = False
+        self._averaged = self._knows_of_others = False
 
     def __repr__(self) -> str:
         """Its options, and those of each group."""
@@ -119,6 +119,9 @@ class LossOptimizer(torch.optim.Optimizer):
         Args:
             loss: a scalar, whose graph is used up.
         """
+        if self.replicas is None and not self._knows_of_others:
+            self._knows_of_others = True
+            _tell_of_others()
         with torch.enable_grad():
             self._differentiate(loss)
         self._averaged = False
@@ -433,6 +436,19 @@ class LossOptimizer(torch.optim.Optimizer):
             elif share:
                 self._products[like[i]] = mean
         self._averaged = True
+
+
+def _tell_of_others() -> None:
+    """Warn that replicas drift apart, where there may be some."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"derivatives of {dist.get_world_size()} processes are not averaged, by "
+            "DistributedDataParallel neither, which sees no autograd.grad: "
+            "replicas=torch.distributed.group.WORLD, unless each trains a model of its own",
+            stacklevel=3,
+        )
 
 
 def _require_own_numbers(tensors: list[Tensor]) -> None:
