@@ -22,6 +22,12 @@ def family_label(kind: str, layers: Sequence[str], width: int) -> str:
     return next(fitting, words.shorten(kind, width))
 
 
+def layers_label(layers: Sequence[str], width: int) -> str:
+    """Layers, without some modules that they lie in where that is too long."""
+    labels = list(_ever_shorter(layers))
+    return next((label for label in labels if len(label) <= width), labels[-1])
+
+
 @dataclass
 class _Layer:
     """A layer's name, with a gap between the modules that are left of it."""

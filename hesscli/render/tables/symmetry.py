@@ -9,13 +9,15 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.families import family_label
+from hesscli.render.families import family_label, layers_label
 from hesscli.render.tables.shared import cost_lines, listing_notes, proof_line, status_text
 from hesscli.render.terminal import GAP, Column, FittedRows, Plainable, facts
 from hesscli.results import Drift, Orbit, OrbitPoint, SymmetryFamily, SymmetryResult
 
 _MANY = 40
 """Families that all get a row."""
+_CAUSED = 48
+"""Characters of layers for which a cause is told."""
 _STYLES = {"holds": "", "asymptotic": "yellow", "broken": "dim"}
 
 
@@ -121,7 +123,7 @@ def _causes(families: tuple[SymmetryFamily, ...]) -> Iterator[RenderableType]:
                 said += f", ever less as the scale grows: by its power {-one.exponent:.2f}"
             told.setdefault((one.name, said), []).append(one.layer)
     for (name, said), layers in told.items():
-        yield Text(f"{name} of {words.few(layers, layers)}: {said}", style="dim")
+        yield Text(f"{name} of {layers_label(layers, _CAUSED)}: {said}", style="dim")
 
 
 def _drifts(result: SymmetryResult) -> Iterator[RenderableType]:
