@@ -11,7 +11,8 @@ from torch import Tensor
 from hesscli.engines.hutchinson.blocks import Blocks
 from hesscli.engines.root_mean_square import RootMeanSquare
 from hesscli.errors import UnsoundError, UsageError, first_line
-from hesscli.optim.base import LossOptimizer, Params, Sums, require, wide_dtype
+from hesscli.optim.base import LossOptimizer, Params, wide_dtype
+from hesscli.optim.refusals import Sums, require, require_dense, require_whole
 from hesscli.pairing import paired
 from hesscli.randomness import key, rademacher
 from hesscli.vocabulary import BlockRule
@@ -115,7 +116,7 @@ class AdaHessian(LossOptimizer):
         super()._check(options)
         betas, power = options["betas"], options["hessian_power"]
         require("betas", betas, all(0 <= beta < 1 for beta in betas), "betas=(0.9, 0.999)")
-        require("eps", options["eps"], options["eps"] >= 0, "eps=1e-4")
+        require("eps", options["eps"], 0 <= options["eps"] < float("inf"), "eps=1e-4")
         require("hessian_power", power, 0 <= power <= 1, "hessian_power=1")
         require("diagonal", options["diagonal"], options["diagonal"] in ("signed", "abs"), "signed")
         BlockRule.parse(options["blocks"])
@@ -126,11 +127,11 @@ class AdaHessian(LossOptimizer):
     def _differentiate(self, loss: Tensor) -> None:
         gradient = self._gradient(loss, create_graph=self._has_products())
         if self._has_products():
-            _require_dense(gradient)
+            require_dense(gradient)
         self._add(gradient)
         live = {p: part for p, part in gradient.items() if part.requires_grad}
         if self.steps == 0:
-            _require_whole(live)
+            require_whole(live)
         for probe in range(self.probes if self._has_products() else 0):
             signs = self._signs(probe)
             last = probe == self.probes - 1
@@ -210,48 +211,19 @@ class AdaHessian(LossOptimizer):
 
 _TWICE = ("derivative", "differentiate", "double backward")
 """One of these is in what torch says of an operation whose gradient has none of its own."""
+_CURE = "the same of operations that have a second derivative, or MFAC, which needs but a first"
+_CURES = {
+    "torch.compile": "a model that is not compiled",
+    "attention": "a forward pass within "
+    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+    "embedding_bag": "an Embedding, and the mean or sum of what it gives",
+}
+"""What to try where one of these is in it."""
 
 
 @lru_cache(maxsize=1024)
 def _blocks(shape: tuple[int, ...], rule: str) -> Blocks:
     return Blocks.of(shape, BlockRule.parse(rule))
-
-
-def _require_dense(gradient: Sums) -> None:
-    """See that no gradient is sparse, which autograd takes for constant.
-
-    Raises:
-        UnsoundError: one is.
-    """
-    if any(part.is_sparse for part in gradient.values()):
-        raise UnsoundError(
-            "the loss cannot be differentiated twice",
-            "a sparse gradient",
-            "sparse=False in the Embedding",
-        )
-
-
-def _require_whole(gradient: Sums) -> None:
-    """See that a gradient's graph does not end at an operation that has no second derivative.
-
-    Autograd takes what lies behind one that is marked so (``once_differentiable``) for unused.
-
-    Raises:
-        UnsoundError: it does.
-    """
-    seen, ahead = set(), [part.grad_fn for part in gradient.values()]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        if node.name().endswith("::Error"):
-            raise UnsoundError(
-                "the loss cannot be differentiated twice",
-                "an operation that is marked as once differentiable",
-                "the same of torch's own operations",
-            )
-        seen.add(node)
-        ahead += [function for function, _ in node.next_functions]
 
 
 def _product(
@@ -282,9 +254,6 @@ def _product(
     except RuntimeError as error:
         if not any(word in str(error) for word in _TWICE):
             raise
-        raise UnsoundError(
-            "the loss cannot be differentiated twice",
-            first_line(error),
-            "a model that is not compiled; where attention is fused, a forward pass within "
-            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
-        ) from error
+        what, got = "the loss cannot be differentiated twice", first_line(error)
+        cure = next((cure for word, cure in _CURES.items() if word in got), _CURE)
+        raise UnsoundError(what, got, cure) from error

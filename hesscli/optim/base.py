@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hesscli.errors import UnsoundError, UsageError
+from hesscli.optim.refusals import (
+    Sums,
+    require,
+    require_own_numbers,
+    require_reached,
+    tell_of_others,
+    tells_backward_alone,
+)
 from hesscli.torch_private import times_written
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
-Sums = dict[Tensor, Tensor]
-"""Of some parameters, a tensor of the same shape."""
 
 
 class LossOptimizer(torch.optim.Optimizer):
@@ -55,7 +62,7 @@ class LossOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.replicas, self.steps = replicas, 0
         self._products: Sums = {}
-        self._averaged = self._knows_of_others = False
+        self._averaged = self._knows_of_others = self._has_looked = False
 
     def __repr__(self) -> str:
         """Its options, and those of each group."""
@@ -77,7 +84,7 @@ class LossOptimizer(torch.optim.Optimizer):
         with warnings.catch_warnings(action="ignore"):  # a parameter that is there twice is refused
             super().add_param_group(param_group)
         try:
-            _require_own_numbers(self.param_groups[-1]["params"])
+            require_own_numbers(self.param_groups[-1]["params"])
         except UsageError:
             del self.param_groups[-1]
             raise
@@ -99,7 +106,7 @@ class LossOptimizer(torch.optim.Optimizer):
         try:
             loss = self._differentiated(loss)
             self._average()
-            with torch.no_grad():
+            with torch.no_grad(), self._in_full():
                 if self._unscaled():
                     self._require_finite()
                     self._follow()
@@ -121,8 +128,8 @@ class LossOptimizer(torch.optim.Optimizer):
         """
         if self.replicas is None and not self._knows_of_others:
             self._knows_of_others = True
-            _tell_of_others()
-        with torch.enable_grad():
+            tell_of_others()
+        with torch.enable_grad(), self._in_full():
             self._differentiate(loss)
         self._averaged = False
 
@@ -197,8 +204,8 @@ class LossOptimizer(torch.optim.Optimizer):
         Raises:
             UsageError: one cannot.
         """
-        require("lr", options["lr"], options["lr"] >= 0, "lr=0.1")
-        require("weight_decay", options["weight_decay"], options["weight_decay"] >= 0, "0.01")
+        for name, hint in (("lr", "lr=0.1"), ("weight_decay", "weight_decay=0.01")):
+            require(name, options[name], 0 <= options[name] < float("inf"), hint)
 
     def _differentiate(self, loss: Tensor) -> None:
         """Add a loss's derivatives to the sums."""
@@ -286,6 +293,13 @@ class LossOptimizer(torch.optim.Optimizer):
             )
 
     # -- What they have in common ------------------------------------------------------------------
+
+    def _in_full(self) -> ExitStack:
+        """Without autocast, which is for forward passes: it would make sums in a half type."""
+        stack = ExitStack()
+        for kind in {tensor.device.type for tensor in self._parameters()}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
 
     def _parameters(self) -> list[Tensor]:
         every = (tensor for group in self.param_groups for tensor in group["params"])
@@ -388,6 +402,8 @@ class LossOptimizer(torch.optim.Optimizer):
         try:
             parts = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True)
         except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise tells_backward_alone() from error
             if "a second time" not in str(error):
                 raise
             raise UsageError(
@@ -395,7 +411,11 @@ class LossOptimizer(torch.optim.Optimizer):
                 "its graph is used up, by loss.backward() or a loss that shares it",
                 "step(loss) without backward(), which is part of it; of losses that share, the sum",
             ) from error
-        return {p: part for p, part in zip(tensors, parts, strict=True) if part is not None}
+        found = {p: part for p, part in zip(tensors, parts, strict=True) if part is not None}
+        if not found or not (len(found) == len(tensors) or self._has_looked):
+            self._has_looked = True
+            require_reached(loss, found)
+        return found
 
     @torch.no_grad()
     def _add(self, gradient: Sums) -> None:
@@ -436,46 +456,6 @@ class LossOptimizer(torch.optim.Optimizer):
             elif share:
                 self._products[like[i]] = mean
         self._averaged = True
-
-
-def _tell_of_others() -> None:
-    """Warn that replicas drift apart, where there may be some."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        warnings.warn(
-            f"derivatives of {dist.get_world_size()} processes are not averaged, by "
-            "DistributedDataParallel neither, which sees no autograd.grad: "
-            "replicas=torch.distributed.group.WORLD, unless each trains a model of its own",
-            stacklevel=3,
-        )
-
-
-def _require_own_numbers(tensors: list[Tensor]) -> None:
-    """See that each parameter can be moved, and is once.
-
-    Raises:
-        UsageError: one cannot, or is there twice.
-    """
-    for tensor in tensors:
-        if tensor.is_complex():
-            raise UsageError("parameters must be real", str(tensor.dtype), "leave it out")
-        if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
-            got = f"an expanded tensor of shape {tuple(tensor.shape)}"
-            raise UsageError("entries of a parameter share memory", got, "its clone()")
-    if len(set(tensors)) < len(tensors):
-        got = f"{len(tensors)} tensors, and {len(set(tensors))} different ones"
-        raise UsageError("a parameter is there twice", got, "list(dict.fromkeys(params))")
-
-
-def require(name: str, value: object, holds: bool, hint: str) -> None:
-    """See that an option can be meant.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    if not holds:
-        raise UsageError(f"{name} cannot be meant", repr(value), hint)
 
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:

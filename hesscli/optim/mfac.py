@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hesscli.engines.mfac import GradientWindow, WindowedFisher
 from hesscli.errors import HesscliError, UnsoundError, UsageError
-from hesscli.optim.base import LossOptimizer, Params, require, wide_dtype
+from hesscli.optim.base import LossOptimizer, Params, wide_dtype
+from hesscli.optim.refusals import require
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -60,9 +60,8 @@ class CholeskyFactor:
 
         Random signs, and all alike, as errors are where rows are.
         """
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.scales.shape[-1], _PROBES)
-        signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
+        generator, shape = torch.Generator("cpu").manual_seed(0), (self.scales.shape[-1], _PROBES)
+        signs = torch.randint(2, shape, generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
         signs[:, 0] = 1
         return self.solve(self.scales[..., None] * signs.to(self.scales))
 
