@@ -22,7 +22,12 @@ class Attention(nn.Module):
     """Causal attention: keys and values by groups of heads, rotary planes, norms of both."""
 
     def __init__(
-        self, *, groups: int, rotary: bool = False, normed: bool = False, bias: bool = True
+        self,
+        *,
+        groups: int,
+        rotary: Callable[[Tensor], Tensor] | None = None,
+        normed: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.groups, self.rotary = groups, rotary
@@ -39,20 +44,41 @@ class Attention(nn.Module):
         )
         if self.norms:
             query, key = self.norms[0](query), self.norms[1](key)
-        if self.rotary:
-            query, key = _turned(query), _turned(key)
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
         key, value = (part.repeat_interleave(HEADS // self.groups, 1) for part in (key, value))
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(seen.transpose(1, 2).flatten(-2))
 
 
-def _turned(x: Tensor) -> Tensor:
-    """Rotary positions, the first half of a head's channels with the second."""
+def _angles(x: Tensor) -> Tensor:
     speeds = torch.arange(RANK // 2, dtype=x.dtype).add(1).reciprocal()
-    angles = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * speeds
-    angles = torch.cat([angles, angles], -1)
+    return torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * speeds
+
+
+def halves(x: Tensor) -> Tensor:
+    """Rotary positions, the first half of a head's channels with the second."""
+    angles = _angles(x).repeat(1, 2)
     one, other = x.chunk(2, -1)
     return x * angles.cos() + torch.cat([-other, one], -1) * angles.sin()
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """Each channel with the next."""
+    angles = _angles(x)
+    one, other = x[..., ::2], x[..., 1::2]
+    turned = one * angles.cos() - other * angles.sin(), one * angles.sin() + other * angles.cos()
+    return torch.stack(turned, -1).flatten(-2)
+
+
+def complex_numbers(x: Tensor) -> Tensor:
+    """The same by products of complex numbers."""
+    angles = _angles(x)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+ROTARY = (halves, neighbours, complex_numbers)
 
 
 class Gated(nn.Module):
@@ -122,8 +148,10 @@ def gpt_like(**options: object) -> Decoder:
     return Decoder(layer_norm, Attention(groups=HEADS), Perceptron(), **options)  # type: ignore[arg-type]
 
 
-def llama_like(*, normed: bool = False, **options: object) -> Decoder:
-    attention = Attention(groups=GROUPS, rotary=True, normed=normed)
+def llama_like(
+    *, normed: bool = False, rotary: Callable[[Tensor], Tensor] = halves, **options: object
+) -> Decoder:
+    attention = Attention(groups=GROUPS, rotary=rotary, normed=normed)
     return Decoder(rms_norm, attention, Gated(), **options)  # type: ignore[arg-type]
 
 

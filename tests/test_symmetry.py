@@ -25,6 +25,7 @@ from symmetric_networks import (
     HEADS,
     LENGTH,
     RANK,
+    ROTARY,
     TOKENS,
     WIDTH,
     Decoder,
@@ -253,6 +254,19 @@ def test_batch_norm_in_both_modes(activation: nn.Module) -> None:
     moving = {"map before batch norm": {"asymptotic"}, "bias before batch norm": {"holds"}}
     assert standing(training) == shared | moving
     require_exact(training)
+
+
+@pytest.mark.parametrize("rotary", ROTARY[1:])
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+def test_rotary_positions_however_they_are_written(
+    rotary: Callable[[Tensor], Tensor], normed: bool
+) -> None:
+    """The families of halves that are turned as one, each with what it acts on."""
+    found = [
+        [(family.told, len(family.entries)) for family in found_in(problem_of(spread(decoder)))]
+        for decoder in (llama_like(normed=normed), llama_like(normed=normed, rotary=rotary))
+    ]
+    assert sorted(found[0], key=str) == sorted(found[1], key=str)
 
 
 class Fused(nn.Module):

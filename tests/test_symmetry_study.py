@@ -13,6 +13,7 @@ from fuzz.grammar import plain
 from symmetric_networks import (
     GROUPS,
     HEADS,
+    ROTARY,
     WIDTH,
     Attention,
     Decoder,
@@ -106,7 +107,8 @@ def test_charges_of_five_hundred_steps_are_predicted(decay: float, tmp_path: Pat
 
 
 def decoder(choose: random.Random, **options: bool) -> nn.Module:
-    rotary, normed = options.get("rotary", False), options.get("normed", False)
+    normed = options.get("normed", False)
+    rotary = choose.choice(ROTARY) if options.get("rotary") else None
     groups = choose.choice([1, GROUPS, HEADS])
     attention = Attention(groups=groups, rotary=rotary, normed=normed)
     norm = layer_norm if options.get("shifts") else choose.choice([layer_norm, rms_norm])

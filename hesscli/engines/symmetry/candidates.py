@@ -391,6 +391,8 @@ class Factors:
         causes = [_CAUSES["padding_idx"]] if "padding_idx" in marks else []
         if shift.name == "keys" and "turned" in marks:
             causes.append(_CAUSES["turned"])
+        if shift.name == "RMS norm" and "summed" not in marks:
+            return  # of which nobody thinks
         if shift.name in ("layer norm", "RMS norm") and "RMS norm" in marks:
             causes.append(_CAUSES["RMS norm"])
         parts = [

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from hesscli.engines.symmetry.seen import Flow, Normed, Seen, Shift
+from hesscli.engines.symmetry.seen import Flow, Normed, Seen, Shift, distinct
 
 Key = tuple[Any, ...]
 """A tensor's place in memory and its layout, by which the same numbers are known again."""
@@ -73,6 +73,7 @@ class Known:
         scores: of attention, the channels of its keys.
         live: what depends on parameters.
         normal: what was divided by its own size: the channels that this was of.
+        halves: pairs of channels of planes, the first of which has been a sum's.
     """
 
     seen: Seen = field(default_factory=Seen)
@@ -81,6 +82,7 @@ class Known:
     scores: dict[Key, Tensor] = field(default_factory=dict)
     live: set[Key] = field(default_factory=set)
     normal: dict[Key, Tensor] = field(default_factory=dict)
+    halves: set[tuple[bytes, bytes]] = field(default_factory=set)
 
     def is_entries(self, value: Any) -> TypeGuard[Tensor]:
         """Whether a value is a view of a parameter."""
@@ -128,6 +130,17 @@ class Known:
     def is_own(self, one: Tensor, other: Tensor) -> bool:
         """Whether two are channels of one source."""
         return self.seen.source(one) == self.seen.source(other)
+
+    def turned(self, one: Tensor, other: Tensor) -> Tensor:
+        """The channels that a sum of two channels of a plane stands for, the first or the second.
+
+        Where halves are turned one by one, there are two sums of the same two.
+        """
+        pair = distinct(one), distinct(other)
+        key = pair[0].numpy().tobytes(), pair[1].numpy().tobytes()
+        is_second = key in self.halves and not bool(torch.isin(*pair).any())
+        self.halves.add(key)
+        return other if is_second else one
 
     def with_constant(self, flows: list[Flow], value: Any, shape: torch.Size) -> list[Flow]:
         """A sum with what has no channels."""

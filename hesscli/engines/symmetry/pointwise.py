@@ -201,6 +201,7 @@ def _together(
     if known.is_own(one, other):
         if known.seen.require(one, other, known.seen.merged):
             known.seen.mark("turned", *ones, *others)
+            one = known.turned(one, other)
     else:
         known.seen.require(one, other, known.seen.same)
         known.seen.mark("summed", *ones, *others)
@@ -226,6 +227,9 @@ def _cat(known: Known, call: Call) -> None:
 def _product(known: Known, call: Call) -> None:
     (one, other), shape = call.args[:2], call.result.shape
     divided = -1.0 if call.name == "div" else 1.0
+    if call.result.is_complex():
+        _rotated(known, call)
+        return
     for tensor, factor in ((one, other), (other, one)):
         is_constant = not (known.flows_of(factor) or known.is_entries(factor))
         if scored(tensor, known.scores) and is_constant:
@@ -246,6 +250,30 @@ def _product(known: Known, call: Call) -> None:
     for parameter, factor, degree in ((one, other, 1.0), (other, one, divided)):
         if known.is_entries(parameter):
             result.append(known.gain(parameter, factor, shape, degree))
+    call.give(result)
+
+
+def _as_complex(known: Known, call: Call) -> None:
+    """Pairs of real numbers as complex ones, whose labels stay pairs; and back."""
+    flows = known.flows_of(call.args[0])
+    shape = call.result.shape if call.name == "view_as_real" else call.args[0].shape
+    if any(flow.labels.shape != shape for flow in flows):
+        raise ValueError
+    call.give([flow.through(flow.labels) for flow in flows])
+
+
+def _rotated(known: Known, call: Call) -> None:
+    """Complex numbers times constants, which turn each pair."""
+    one, other = call.args[:2]
+    flows = known.flows_of(one) or known.flows_of(other)
+    if call.name != "mul" or (known.flows_of(one) and known.flows_of(other)):
+        raise ValueError
+    result = list[Flow]()
+    for flow in flows:
+        labels = flow.labels.expand(*call.result.shape, 2)
+        known.seen.require(labels[..., 0], labels[..., 1], known.seen.merged)
+        known.seen.mark("turned", flow)
+        result.append(flow.through(labels))
     call.give(result)
 
 
@@ -318,6 +346,7 @@ def table() -> dict[str, Handler]:
         (SILENT, _ignore),
         (("add", "sub", "rsub"), _sum),
         (("mul", "div"), _product),
+        (("view_as_complex", "view_as_real"), _as_complex),
         (("cat", "stack"), _cat),
         (("masked_fill", "where"), _masked),
     ):
