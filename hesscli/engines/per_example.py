@@ -135,19 +135,25 @@ class PerExample(Cells):
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         sums = zeros(wanted - done, len(batches), len(parameters))
         entries = zeros(0 if self.stream is None else len(sums), parameters.size)
+        tells_all = self.stream is not None and len(batches) == 1
         for first, live in self.passes.of(batches):
             for row, sign, columns in self._estimates(batches[0], live, first, done, wanted):
                 pulled = live.pull(columns)
-                norms = live.norms(pulled)
-                sums[row].index_add_(0, owners[first : first + len(norms)], norms, alpha=sign)
                 if self.stream is not None:
                     entries[row].add_(live.squares(pulled), alpha=sign)
+                if not tells_all:
+                    norms = live.norms(pulled)
+                    sums[row].index_add_(0, owners[first : first + len(norms)], norms, alpha=sign)
                 yield
         masses = [self.operator.masses[index] for index in batches]
-        rows = {
-            batch: self._sums.of_tensors(sums[:, place] / mass).cpu().numpy()
-            for place, (batch, mass) in enumerate(zip(batches, masses, strict=True))
-        }
+        if tells_all:
+            own = {batches[0]: self._sums(entries) / masses[0]}
+        else:
+            own = {
+                batch: self._sums.of_tensors(sums[:, place] / mass)
+                for place, (batch, mass) in enumerate(zip(batches, masses, strict=True))
+            }
+        rows = {batch: layers.cpu().numpy() for batch, layers in own.items()}
         return Visit(rows, self._entries(batches[0], sum(masses), entries, done))
 
     def _entries(self, batch: int, mass: float, rows: Tensor, done: int) -> BatchSum | None:

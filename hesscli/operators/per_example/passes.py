@@ -38,6 +38,8 @@ GRADIENT_BYTES = 1 << 27
 """Bytes of output gradients that are held at once."""
 PART_BYTES = 1 << 22
 """Bytes of module outputs that a CPU works on at once."""
+_HALF_WAY = 0.5
+"""Of the work of a way back that gives no weight its gradient."""
 _ADDED = 3
 """Vectors that are gone through where squares are added to others."""
 _TERMS = 16
@@ -117,6 +119,7 @@ class Pass:
             dtype=torch.float64,
             device=self.outputs.device,
         )
+        self._count_forming(len(pulled.columns))
         for module, names in self.owner.known.items():
             if self.calls[module]:
                 norms = self._site(module).norms([p[module] for p in pulled.slopes])
@@ -131,9 +134,9 @@ class Pass:
 
     def squares(self, pulled: Pulled) -> Tensor:
         """Σ over examples and columns s of (J_iᵀ s_i)², flat float64 ``(d,)``."""
-        parameters, problem = self.owner.parameters, self.owner.problem
-        self.owner.meter.add(len(pulled.columns) * problem.way_back, self.share)
-        self.owner.meter.add(problem.vectors(1.0, _ADDED, parameters.size))
+        parameters = self.owner.parameters
+        self._count_forming(2 * len(pulled.columns))  # and squaring
+        self.owner.meter.add(self.owner.problem.vectors(1.0, _ADDED, parameters.size))
         total = torch.zeros(parameters.size, dtype=torch.float64, device=self.outputs.device)
         parts = parameters.split(total)
         for module, names in self.owner.known.items():
@@ -147,6 +150,7 @@ class Pass:
     def each(self, column: Tensor) -> Tensor:
         """Rows J_iᵀ s_i ``(N, d)``, s_i the example's part of one column."""
         pulled, made = self._pulled(column), self._generic_each(column)
+        self._count_forming(1)
         for module, names in self.owner.known.items():
             if self.calls[module]:
                 each = self._site(module).each(pulled.pop(module))
@@ -166,6 +170,7 @@ class Pass:
         column, scales = self._probe()
         pulled, expected = self._pulled(column), self._batch_gradients(column)
         scaled = self._pulled((column.view(len(scales), -1) * scales).view_as(column))
+        self._count_forming(2)  # as sums, and as norms
         wrong: dict[nn.Module, bool] = {}
         for module, names in self.owner.known.items():
             in_rows = self._in_rows(module, pulled[module], scaled[module], scales)
@@ -268,7 +273,7 @@ class Pass:
                 module: [call.arranged(column.new_zeros(call.shape)) for call in calls]
                 for module, calls in self.calls.items()
             }
-        self.owner.meter.add(self.owner.problem.way_back, self.share)
+        self.owner.meter.add(_HALF_WAY * self.owner.problem.way_back, self.share)
         edges = [call.edge for call in calls]
         parts = torch.autograd.grad(
             paired([self.outputs], [column]), edges, retain_graph=True, allow_unused=True
@@ -278,6 +283,11 @@ class Pass:
             for call, part in zip(calls, parts, strict=True)
         )
         return {module: [next(filled) for _ in calls] for module, calls in self.calls.items()}
+
+    def _count_forming(self, columns: int) -> None:
+        """Weights' gradients, from what has come back to where they are used."""
+        work = (1 - _HALF_WAY) * self.owner.problem.way_back
+        self.owner.meter.add(columns * work, self.share)
 
     def _generic(self, columns: Sequence[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """Sums of gradients and of squares for the parameters that no site speaks for."""
