@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,8 @@ from hesscli.optim import UpdateLog
 from hesscli.vocabulary import TrainedWith
 
 pytestmark = pytest.mark.study
+
+SAMPLES = Path(hesscli.__file__).parent.parent / "samples"
 
 Make = Callable[[random.Random], nn.Module]
 
@@ -101,6 +104,50 @@ def test_charges_of_five_hundred_steps_are_predicted(decay: float, tmp_path: Pat
     linear = [c for c in result.charges if c.name in ("key bias", "softmax head")]
     shrunk = (1 - 0.05 * decay) ** 500
     assert all(c.later == pytest.approx(c.value * shrunk, rel=1e-6, abs=1e-12) for c in linear)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_charges_and_sharpness_of_a_trained_network(optimizer: str, tmp_path: Path) -> None:
+    """Five hundred steps from the sample of pictures; and its trace where the loss is the same."""
+    problem = hesscli.load(SAMPLES / "fashion" / "model.pt", spec=SAMPLES / "fashion/hesscli.toml")
+    late = copy.deepcopy(problem.model).double()
+    make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]
+    steps = make(late.parameters(), 0.02 if optimizer == "sgd" else 1e-4)
+    x, y = (torch.cat(parts) for parts in zip(*problem.data.batches, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    with UpdateLog(late, steps, tmp_path / "log.safetensors"):
+        for _ in range(500):
+            chosen = torch.randint(0, len(x), (16,), generator=generator)
+            steps.zero_grad()
+            F.cross_entropy(late(x[chosen].double()), y[chosen]).backward()
+            steps.step()
+    torch.save(late.state_dict(), tmp_path / "late.pt")
+    way = TrainedWith(updates=str(tmp_path / "log.safetensors"))
+    result = hesscli.symmetries(problem, later=[tmp_path / "late.pt"], trained_with=way)
+    gains = [drift for drift in result.drifts if drift.name == "norm gain"]
+    assert len(gains) == 3
+    assert all(drift.changes[0] > 1e-6 * drift.size for drift in gains)
+    if optimizer == "adam":
+        assert all(drift.predicted_change is None for drift in result.drifts)
+        assert any("adam keeps no charges" in warning for warning in result.warnings)
+        return
+    assert all(drift.error is not None and drift.error < 0.01 for drift in gains)
+    assert result.orbit is not None
+    first, *others = result.orbit.points
+    for point in others:
+        assert point.loss == pytest.approx(first.loss, rel=1e-10)
+        assert point.companion == pytest.approx(first.companion, rel=1e-10)
+    traces = [point.trace for point in result.orbit.points]
+    assert max(traces) > 10 * min(traces) > 0
+
+
+def test_work_on_a_trained_transformer_is_little() -> None:
+    """Of twelve gradients and two products a family."""
+    path = SAMPLES / "text" / "model.safetensors"
+    result = hesscli.symmetries(hesscli.load(path, spec=SAMPLES / "text" / "hesscli.toml"))
+    assert len(result.families) == 30
+    assert result.cost.products <= 2 * len(result.families)
+    assert result.cost.gradients - 2 * result.cost.products <= 12
 
 
 # -- Planted families, each in several forms -------------------------------------------------------

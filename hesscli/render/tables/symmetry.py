@@ -68,7 +68,7 @@ def _flat(result: SymmetryResult) -> Iterator[RenderableType]:
     if flat.independent is not None and flat.independent < flat.directions:
         details.append(f"{words.count(flat.independent)} of them independent")
     if flat.independent is None:
-        details.append("if all are independent")
+        details.append("at most: they are too many to tell how many are independent")
     details.append("of the Gauss-Newton matrix everywhere")
     details.append(
         f"of the Hessian {words.count(flat.everywhere)} everywhere and the others where the "
