@@ -22,6 +22,8 @@ SHARED = (1 << 64) - 1
 
 _AT_ONCE = 1 << 20
 """Entries that are drawn at once: a sampler needs some times their memory."""
+_NORMALS = 1 << 15
+"""Normal entries that are made at once: as many as a processor keeps by it on the way."""
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
@@ -54,10 +56,14 @@ def gaussian(
     stream: int, offset: int, size: int, *, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Standard normal entries ``(size,)`` by Box-Muller, two hashes for each entry."""
-    hashed = _hash(stream, 2 * offset, 2 * size, device).view(-1, 2)
-    uniform = ((hashed >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53)
-    radius = uniform[:, 0].log_().mul_(-2).sqrt_()
-    return radius.mul_((2 * math.pi * uniform[:, 1]).cos_()).to(dtype)
+    drawn = torch.empty(size, dtype=dtype, device=device)
+    for start in range(0, size, _NORMALS):
+        into = drawn[start : start + _NORMALS]
+        hashed = _hash(stream, 2 * (offset + start), 2 * len(into), device).view(-1, 2)
+        uniform = ((hashed >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53)
+        radius = uniform[:, 0].log().mul_(-2).sqrt_()
+        into.copy_(radius.mul_((2 * math.pi * uniform[:, 1]).cos_()))
+    return drawn
 
 
 def uneven(
@@ -114,14 +120,14 @@ def _hash(stream: int, first: int, count: int, device: torch.device) -> Tensor:
     """Splitmix64 of the counters ``first … first + count``: int64 ``(count,)``."""
     word = torch.arange(first, first + count, dtype=torch.int64, device=device)
     word.mul_(_signed(_GOLDEN)).add_(_signed(stream))
-    word = (word ^ _shift(word, 30)).mul_(_signed(_MIX1))
-    word = (word ^ _shift(word, 27)).mul_(_signed(_MIX2))
-    return word ^ _shift(word, 31)
+    word.bitwise_xor_(_shift(word, 30)).mul_(_signed(_MIX1))
+    word.bitwise_xor_(_shift(word, 27)).mul_(_signed(_MIX2))
+    return word.bitwise_xor_(_shift(word, 31))
 
 
 def _shift(word: Tensor, bits: int) -> Tensor:
     """Logical right shift: int64's own is arithmetic."""
-    return (word >> bits) & ((1 << (64 - bits)) - 1)
+    return (word >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(word: int) -> int:

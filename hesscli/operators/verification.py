@@ -362,7 +362,10 @@ class Product:
         """With the first few Rademacher vectors."""
         problem = self.operator.problem
         self.operator.meter.add(problem.vectors(2.0 * FORMS))  # by themselves, and as rows
-        block = torch.stack([signs(problem, number) for number in range(FORMS)])
+        size = problem.parameters.size
+        block = torch.empty(FORMS, size, dtype=problem.dtype, device=problem.device)
+        for number, row in enumerate(block):
+            row.copy_(signs(problem, number))
         return Products(block, self(block))
 
     def crossing(self) -> Crossing:
