@@ -3,8 +3,9 @@
 ``python tests/benchmarks/scale.py [NETWORK COMMAND ...]``: all rows of the table, or some, as
 ``resnet trace`` or ``mlp:100 ihvp``. Each runs in a process of its own, on one thread: CPU time
 from problem to result, by phase, over that of a gradient of the same examples as the
-user batches them, timed around it; gradients as counted; and the process's peak memory. Slopes of
-a series come last: the power of its size with which CPU time grows.
+user batches them, timed around it; gradients as counted; the process's peak memory; and the result
+in a line. Freed memory is kept, as the command line does. Slopes of a series come last: the power
+of its size with which CPU time grows.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import hesscli
+from hesscli.cli.process import keep_freed_memory
 from hesscli.memory import peak_bytes
 from hesscli.results import Snapshot
 
@@ -231,6 +233,7 @@ def rounds_of(task: Task) -> Iterator[float]:
 def run(network: str, command: str) -> dict[str, Any]:
     """CPU seconds by phase, of a gradient, and what was counted."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     task = task_named(network)
     gradient(task)
     around = list(rounds_of(task))
@@ -253,6 +256,7 @@ def run(network: str, command: str) -> dict[str, Any]:
         "phases": phases.seconds,
         "counted": found.cost.gradients,
         "peak": peak,
+        "result": str(found),
         "warnings": found.warnings,
     }
 
@@ -280,6 +284,7 @@ def show(network: str, command: str, found: dict[str, Any]) -> None:
         f"{total / unit:.0f} gradients of {unit * 1000:.1f} ms, counted {found['counted']:.0f}, "
         f"peak {found['peak'] / 2**30:.2f} GiB"
     )
+    print(f"    {found['result']}")
     for phase, seconds in sorted(found["phases"].items(), key=lambda item: -item[1]):
         if seconds > 0.01 * total:
             print(f"    {phase}: {seconds / unit:.1f}")
