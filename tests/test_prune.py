@@ -213,6 +213,18 @@ def test_the_checkpoint_itself_is_never_written_over(tmp_path: Path) -> None:
     assert "the run is kept" not in run.stderr, "it is refused before the work"
 
 
+def test_runs_of_two_matrices_in_a_folder_have_a_checkpoint_each(tmp_path: Path) -> None:
+    line = ("prune", SUNSPOTS, "--window", 16, "--dir", ".", "--sparsity")
+    for sparsity, *matrix in (("20%",), ("60%", "--matrix", "fisher")):
+        run = hesscli_warm(*line, sparsity, *matrix, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+    for name, share in (("prune", 0.2), ("prune-fisher", 0.6)):
+        hesscli.read(tmp_path / f"{name}.json")  # whose sums of its files hold
+        state = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        zeros = sum(int((v == 0).sum()) for n, v in state.items() if "weight" in n)
+        assert zeros == round(share * WEIGHTS)
+
+
 BAD = [
     (("--sparsity", "100%"), "--sparsity must be"),
     (("--sparsity", "-3"), "--sparsity must be"),

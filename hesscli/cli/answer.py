@@ -73,6 +73,7 @@ def answer(
                     name = resolve_name(command.result).command
                     document = _document(name, given["matrix"], held)
                     for copy in usage.copies(problem):
+                        copy = _copied_as(copy, name, given["matrix"])
                         _require_place(copy, name, document, problem.checkpoint)
                 if joined is not None:
                     ledger = joined
@@ -282,6 +283,7 @@ def _save(command: Command, result: Header, console: Console, given: Given, held
             file = f"{file_name(name, matrix)}.safetensors"
             paths[kind] = files.write(file, partial(_put_arrays, arrays))
         for kind, (file, write) in result.copies().items():
+            file = _copied_as(file, result.command, matrix)
             _require_place(file, result.command, document, result.problem.checkpoint)
             paths[kind] = files.write(file, write)
         if command.figures:
@@ -312,6 +314,12 @@ def _kind(result: Header, name: str, kind: str) -> str:
 def file_name(name: str, matrix: str) -> str:
     """A file's name without its ending; it carries the matrix where that is not the Hessian."""
     return name if matrix == "hessian" else f"{name}-{matrix}"
+
+
+def _copied_as(copy: str, command: str, matrix: str) -> str:
+    """What a copy is called; one that has the command's name carries the matrix as well."""
+    stem, dot, ending = copy.partition(".")
+    return f"{file_name(stem, matrix)}{dot}{ending}" if stem == command else copy
 
 
 def _document(command: str, matrix: str, held: Hold) -> Path:
