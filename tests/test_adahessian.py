@@ -269,6 +269,17 @@ def test_a_second_derivative_that_is_left_out_in_silence(
         AdaHessian([x]).step(Marked.apply(inner(x)).square().sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_whose_square_is_too_large_is_never_taken_in(dtype: torch.dtype) -> None:
+    """In its mean square it would stay for good, and the parameter where it is."""
+    x = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer, size = AdaHessian([x]), 2 * torch.finfo(dtype).max ** 0.5
+    with pytest.raises(UnsoundError, match="the square of a product with the Hessian"):
+        optimizer.step(size * x.square().sum())
+    optimizer.step(size / 8 * x.square().sum())
+    assert bool((x < 1).all())
+
+
 def test_attention_is_differentiated_twice_as_the_hint_says() -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(4, 1, batch_first=True)

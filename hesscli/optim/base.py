@@ -363,7 +363,7 @@ class LossOptimizer(torch.optim.Optimizer):
             )
         if factor is not None:
             self.scale(1 / factor)
-        return not float(self.found_inf) and _are_finite(self._gradients())
+        return not float(self.found_inf) and _are_finite(_largest(self._gradients()))
 
     def _require_finite(self) -> None:
         """See that nothing comes into the state that never leaves it.
@@ -371,14 +371,18 @@ class LossOptimizer(torch.optim.Optimizer):
         Raises:
             UnsoundError: a gradient or product is not finite.
         """
-        gradient = self._gradients()
-        if not _are_finite([*gradient, *self._products.values()]):
-            what = "a gradient" if not _are_finite(gradient) else "a product with the Hessian"
-            raise UnsoundError(
-                f"{what} is not finite",
-                f"NaN or infinity after {self.steps} steps",
-                "a smaller lr, or optimizer.clip(1.0) before each step",
-            )
+        gradient = _largest(self._gradients())
+        squares = [size.square() for size in _largest(self._products.values())]
+        if _are_finite([*gradient, *squares]):
+            return
+        what = "the square of a product with the Hessian"
+        if not _are_finite(gradient):
+            what = "a gradient"
+        raise UnsoundError(
+            f"{what} is not finite",
+            f"NaN or infinity after {self.steps} steps",
+            "a smaller lr, or optimizer.clip(1.0) before each step",
+        )
 
     def _gradient(self, loss: Tensor, *, create_graph: bool = False) -> Sums:
         """The gradient in each parameter that the loss reaches.
@@ -458,11 +462,15 @@ class LossOptimizer(torch.optim.Optimizer):
         self._averaged = True
 
 
-def _are_finite(tensors: Iterable[Tensor]) -> bool:
-    norms = [
-        torch.linalg.vector_norm(each.detach(), float("inf")) for each in tensors if each.numel()
-    ]
-    return not norms or bool(torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all())
+def _largest(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Of each that has any, the largest absolute entry."""
+    order = float("inf")
+    return [torch.linalg.vector_norm(each.detach(), order) for each in tensors if each.numel()]
+
+
+def _are_finite(sizes: list[Tensor]) -> bool:
+    held = [size.isfinite().to(sizes[0].device) for size in sizes]
+    return not held or bool(torch.stack(held).all())
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
