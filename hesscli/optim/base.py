@@ -105,7 +105,7 @@ class LossOptimizer(torch.optim.Optimizer):
         """
         try:
             loss = self._differentiated(loss)
-            self._average()
+            self._settle()
             with torch.no_grad(), self._in_full():
                 if self._unscaled():
                     self._require_finite()
@@ -154,7 +154,7 @@ class LossOptimizer(torch.optim.Optimizer):
             UsageError: a bound below 0.
         """
         require("max_norm", max_norm, max_norm >= 0, "max_norm=1.0")
-        self._average()
+        self._settle()
         with torch.no_grad():
             gradients = self._gradients()
             wide, device = wide_dtype(*gradients), self._parameters()[0].device
@@ -429,6 +429,13 @@ class LossOptimizer(torch.optim.Optimizer):
                 self._products.pop(tensor, None)
             part = part.to_dense() if part.is_sparse else part.detach().clone()
             tensor.grad = part if tensor.grad is None else tensor.grad + part
+
+    def _settle(self) -> None:
+        """Let gradients be dense, which backward() may have made sparse, and averages."""
+        for tensor in self._parameters():
+            if tensor.grad is not None and tensor.grad.is_sparse:
+                tensor.grad = tensor.grad.to_dense()
+        self._average()
 
     @torch.no_grad()
     def _average(self) -> None:

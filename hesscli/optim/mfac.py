@@ -170,7 +170,7 @@ class MFAC(LossOptimizer):
             UnsoundError: λ is lost in rounding.
         """
         tensors = self._parameters()
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in tensors]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in tensors]
         row = torch.cat([part.flatten().to(tensors[0].device) for part in parts])
         try:
             return fisher.member(fisher.push(row)).vector
