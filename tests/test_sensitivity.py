@@ -390,6 +390,22 @@ def test_the_budget_ends_a_run_with_a_result(
     assert (found.ranking is None) == (phase == "ranking")
 
 
+def test_losses_that_there_was_time_to_measure_are_kept(
+    problem: hesscli.Problem, result: IhvpResult, time_is_up_when: TimeIsUp
+) -> None:
+    """With what is said of them, and how many there are not."""
+    late = time_is_up_when(lambda s: s.phase == "verifying" and (s.done or 0) >= 3)
+    found = hesscli.sensitivity(problem, rtol=ALL, verify=True, observe=late)
+    assert found.status == "budget"
+    changes = {c for layer in found.layers for c in layer.perturbations}
+    whole = {c for layer in result.layers for c in layer.perturbations}
+    measured = {change for change in changes if change.measured is not None}
+    assert len(measured) == 3
+    assert measured <= whole
+    wanted = f"no time to measure {len(whole) - 3} of {len(whole)} losses"
+    assert any(warning.startswith(wanted) for warning in found.warnings)
+
+
 def test_few_rows_do_where_time_is_short(
     problem: hesscli.Problem, time_is_up_when: TimeIsUp
 ) -> None:

@@ -142,8 +142,11 @@ def _perturbations(study: SensitivityStudy, position: int) -> Iterator[Perturbat
         return
     layer = predictions.layers[position]
     known, mean_curvature = predictions.of(layer), float(reading.estimate[position]) / layer.size
+    measuring = study.measuring
+    every = [] if measuring is None else measuring.of(predictions.layers)
+    losses: list[Array] = [*every[position]] if every else []
     for row, change in enumerate(kinds_of(layer.parameters)):
-        measured = None if study.measured is None else study.measured[position][row]
+        measured = losses[row] if row < len(losses) else None
         linear, quadratic = float(known.linear[row]), float(known.quadratic[row])
         predicted = [scale * linear + scale**2 * quadratic for scale in SCALES]
         off = None if measured is None else measured - np.array(predicted)
@@ -163,11 +166,20 @@ def _perturbations(study: SensitivityStudy, position: int) -> Iterator[Perturbat
                 ScaledChange(scale=scale, predicted=expected, measured=float(found))
                 for scale, expected, found in zip(SCALES, predicted, measured, strict=True)
             ),
-            order=None if off is None else order_of(off, study.rounding),
+            order=None if off is None or measuring is None else order_of(off, measuring.rounding),
             holds=None
             if off is None
             else bool(abs(off[0]) <= HOLDS_WITHIN * (abs(linear) + abs(quadratic))),
         )
+
+
+def _unmeasured(layers: Sequence[LayerSensitivity]) -> Iterator[str]:
+    """What --verify asks for and there was no time for."""
+    changes = [change for layer in layers for change in layer.perturbations]
+    missing = sum(change.measured is None for change in changes)
+    if missing or not changes:
+        which = f"{missing} of {len(changes)}" if 0 < missing < len(changes) else "the"
+        yield f"no time to measure {which} losses that --verify asks for: more --budget"
 
 
 def _by_name(study: SensitivityStudy, vector: Tensor) -> dict[str, Any]:
@@ -199,8 +211,8 @@ def _warnings(
         yield "no time for a ranking of layers: more --budget, or a smaller --window"
     elif study.rank is not None and not (study.predictions and study.predictions.ready):
         yield "no time for predictions of what pruning and rounding do: more --budget"
-    if study.rank is not None and study.rank.verify and study.measured is None:
-        yield "no time to measure the losses that --verify asks for: more --budget"
+    if study.rank is not None and study.rank.verify:
+        yield from _unmeasured(layers)
     yield from _solve_warnings(study)
     ranked = [layer for layer in layers if layer.saliency.mean > 0]
     low = {layer.name: layer.leverage for layer in ranked if layer.ranked_by == "magnitude"}

@@ -319,9 +319,15 @@ class Measured:
         """Have measured what another had."""
         self._before, self._rows = state["before"], list(state["rows"])
 
-    def changes(self, layers: list[Layer], exact: bool) -> Generator[Snapshot, None, list[Array]]:
-        """Loss differences ``(k, scales)`` of each layer."""
+    def of(self, layers: list[Layer]) -> list[Array]:
+        """Loss differences ``(k, scales)`` of each layer's first changes, those that there are."""
+        rows = np.array(self._rows).reshape(-1, len(SCALES))
         counts = [len(kinds_of(layer.parameters)) for layer in layers]
+        return np.split(rows, np.cumsum(counts)[:-1])
+
+    def changes(self, layers: list[Layer], exact: bool) -> Iterator[Snapshot]:
+        """Measure what is left of them; stopping within a change loses that one."""
+        total = float(sum(len(kinds_of(layer.parameters)) for layer in layers))
         with doubled(self.problem) if exact else nullcontext():
             before = self._before = self._loss() if self._before is None else self._before
             self.rounding = ROUNDING * torch.finfo(self.problem.dtype).eps * abs(before)
@@ -330,9 +336,7 @@ class Measured:
                 row = [self._after(layer, change, scale) - before for scale in SCALES]
                 self._rows.append(row)
                 self.meter.keep()
-                done, total = float(len(self._rows)), float(sum(counts))
-                yield Snapshot(phase="verifying", done=done, total=total)
-        return np.split(np.array(self._rows), np.cumsum(counts)[:-1])
+                yield Snapshot(phase="verifying", done=float(len(self._rows)), total=total)
 
     def _after(self, layer: Layer, change: Change, scale: float) -> float:
         with applied(layer.parameters, change.delta, scale):

@@ -68,8 +68,8 @@ class SensitivityStudy:
 
     ``operator`` makes products in the weights' type even under autocast: solves and predictions
     take more digits than bfloat16 has. ``reading`` has the layers' traces, for HAWQ's form, by the
-    estimator of ``choice``, which is made when it is needed; ``measured`` each layer's loss
-    differences ``(changes, scales)``, each off by ``rounding`` at most.
+    estimator of ``choice``, which is made when it is needed; ``measuring`` the loss differences
+    that have been measured.
     """
 
     def __init__(
@@ -92,12 +92,10 @@ class SensitivityStudy:
         self.choice: Choice | None = None
         self.reading: Reading | None = None
         self.predictions: Predictions | None = None
-        self.measured: list[Array] | None = None
-        self.rounding = 0.0
+        self.measuring: Measured | None = None
         self.status: Status = "converged"
         self._inverted: Inverted | None = None
         self._traces: Estimation | None = None
-        self._measuring: Measured | None = None
         self._predicted_all = self._swept = False
         self._saved: State = {}
 
@@ -183,7 +181,7 @@ class SensitivityStudy:
             "predicted_all": self._predicted_all,
             "sweep": [asdict(point) for point in self.sweep],
             "swept": self._swept,
-            "measuring": _state_of(self._measuring),
+            "measuring": _state_of(self.measuring),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -285,11 +283,10 @@ class SensitivityStudy:
     def _verified(self) -> Iterator[Snapshot]:
         """In float64 where the preflight has seen the model run in it."""
         assert self.predictions is not None  # they come before
-        measured = self._measuring = Measured(self.operator)
-        self._restore("measuring", measured)
+        self.measuring = Measured(self.operator)
+        self._restore("measuring", self.measuring)
         exact = self.problem.precision.is_float64
-        self.measured = yield from measured.changes(self.predictions.layers, exact)
-        self.rounding = measured.rounding
+        yield from self.measuring.changes(self.predictions.layers, exact)
 
 
 def _state_of(stage: Saved | None) -> State | None:
