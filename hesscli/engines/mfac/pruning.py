@@ -43,8 +43,8 @@ def compensation(
     removed = torch.where(gone, weights.double(), 0.0)
     change = -removed
     window = fisher.window
-    for part, others in zip(fisher.parts(), fisher.without(gone).parts(), strict=True):
-        place, own = part.columns, removed[None, part.columns]
+    for part in fisher.parts():
+        place, own, others = part.columns, removed[None, part.columns], part.without(gone)
         if isinstance(others, DualBlock):
             found, _ = others.combination(window.project(own, place) / window.count)
         else:

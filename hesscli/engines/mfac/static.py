@@ -218,13 +218,6 @@ class StaticFisher:
             found._keep(*((part.damped(found.damping) for part in each) for each in (shared, own)))
         return found
 
-    def without(self, gone: Tensor) -> StaticFisher:
-        """The same as if rows were zero in some columns ``(d,)``, of which then λ is left."""
-        window, sizes, precise = self.window.without(gone), self._sizes, self._precise
-        return StaticFisher(
-            window, self.damping, blocks=sizes, precise=precise, on_step=self._on_step
-        )
-
     def parts(self) -> Iterator[Part]:
         """Its blocks, left to right; made as they are taken where all are too large to keep.
 

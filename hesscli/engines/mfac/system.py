@@ -249,6 +249,11 @@ class DualBlock:
             self.window, self.columns, damping, self.precise, self._grams, self._on_step
         )
 
+    def without(self, gone: Tensor) -> DualBlock:
+        """The same as if rows were zero in some of the window's columns, of which λ is left."""
+        window, on_step = self.window.without(gone), self._on_step
+        return DualBlock(window, self.columns, self.damping, self.precise, on_step=on_step)
+
     def select(self, slots: Tensor) -> DualBlock:
         """The same block from some of the rows."""
         window, grams = self.window.select(slots), self._grams
@@ -457,6 +462,13 @@ class PrimalRun:
     def damped(self, damping: float) -> PrimalRun:
         """The same blocks with another λ."""
         return PrimalRun(self.window, self.columns, self.block, damping, self.matrices)
+
+    def without(self, gone: Tensor) -> PrimalRun:
+        """The same as if rows were zero in some of the window's columns, of which λ is left."""
+        window = self.window.without(gone)
+        stays = (~gone[self.columns]).view(self.blocks, self.block).to(self.matrices)
+        matrices = self.matrices * (stays[:, :, None] * stays[:, None])
+        return PrimalRun(window, self.columns, self.block, self.damping, matrices)
 
     def solve(self, rights: Tensor) -> Solved:
         """Y for rows X ``(k, size)``, and bounds ``(k,)`` of their errors.
