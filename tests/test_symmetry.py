@@ -352,6 +352,19 @@ class Patches(nn.Module):
         return self.head(F.gelu(self.norm(tokens + self.positions)).mean(1))
 
 
+class LayerScaled(nn.Module):
+    """A branch whose channels are scaled before they are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.head(x + self.scale * self.inner(F.relu(x)))
+
+
 def convolutions(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (1, 5)), *layers, nn.Flatten(), nn.Linear(9, 3))
 
@@ -373,6 +386,20 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
         ),
         {"norm gain": 4, "bias before batch norm": 4, "linear maps": 81, "softmax head": 10}
         | {"bias through maps": 9},
+    ),
+    "groups of channels": (
+        lambda: convolutions(nn.Conv1d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv1d(4, 9, 3)),
+        {"norm gain": 4, "bias before group norm": 2, "linear maps": 81, "softmax head": 10}
+        | {"bias through maps": 9},
+    ),
+    "transposed": (
+        lambda: convolutions(nn.Conv1d(1, 3, 3), nn.ReLU(), nn.ConvTranspose1d(3, 3, 1)),
+        {"homogeneous activation": 3, "linear maps": 9, "softmax head": 10}
+        | {"bias through maps": 3},
+    ),
+    "layer scale": (
+        LayerScaled,
+        {"gain": 4, "homogeneous activation": 4, "softmax head": 5},
     ),
 }
 

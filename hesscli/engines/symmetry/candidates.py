@@ -23,6 +23,8 @@ _CAUSES = {
     "turned": "rotary positions",
     "RMS norm": "an RMS norm, which keeps the mean",
 }
+_SUMMED = ("map", "embedding", "tensor")
+"""Channels that are sums, so that their inputs may each get a constant."""
 _TOLD = {"running statistics": "batch norm in evaluation mode, whose statistics are fixed"}
 """What breaks a factor and is worth a word: all else was never expected to let one through."""
 
@@ -348,7 +350,7 @@ class Factors:
             if key in done or rows.shape[1] != len(np.unique(rows[0])):
                 continue
             done.add(key)
-            family = self._constants(shift) if rows.shape[1] == 1 else self._same(rows)
+            family = self._constants(shift) if rows.shape[1] == 1 else self._same(shift.name, rows)
             groups = [group for group in family if group[1].size]
             if groups:
                 yield from self._translations(shift, rows, groups)
@@ -360,7 +362,7 @@ class Factors:
         found = [self.within(part, wanted) for part in self.parts if part.shift]
         return [(part, part.entries[:, None]) for part in found if len(part.entries)]
 
-    def _same(self, rows: np.ndarray) -> list[tuple[Part, np.ndarray]]:
+    def _same(self, name: str, rows: np.ndarray) -> list[tuple[Part, np.ndarray]]:
         """Columns of parameters whose rows are the channels of a row."""
         found = list[tuple[Part, np.ndarray]]()
         wanted = np.isin(self.channel, rows)
@@ -368,7 +370,7 @@ class Factors:
             few = self.within(part, wanted)
             if not len(few.entries) or few.exponent != 1:
                 continue
-            if not (few.shift or self._kind(few) in ("map", "embedding", "tensor")):
+            if not few.shift and (name == "group norm" or self._kind(few) not in _SUMMED):
                 continue
             table = by_channel(few, self.channel)
             for row in rows:
@@ -408,6 +410,7 @@ class Factors:
             "softmax": "softmax head",
             "keys": "key bias",
             "batch norm": "bias before batch norm",
+            "group norm": "bias before group norm",
             "layer norm": "residual shift",
             "RMS norm": "residual shift",
         }
@@ -449,6 +452,8 @@ def _name(marks: set[str], kinds: set[Kind], undone: bool) -> str:
         return "residual writers" if "summed" in marks else "map before a norm"
     if kinds <= {"norm", "gain"}:
         return "norm gain" if "norm" in kinds else "gain"
+    if "scaled" in marks:
+        return "gain"
     if "gated" in marks:
         return "gated unit"
     if "attended" in marks:

@@ -182,13 +182,25 @@ class Known:
             self.seen.shifts.append(Shift("RMS norm", rows[:1]))
         self.seen.norms.append(Normed(rows[0], entries, added, channels, has_mean))
 
-    def gain(self, parameter: Tensor, other: Any, shape: torch.Size, degree: float) -> Flow:
-        """A parameter that multiplies: its entries are channels."""
+    def gain(
+        self,
+        parameter: Tensor,
+        other: Any,
+        shape: torch.Size,
+        degree: float,
+        undone: Sequence[Flow] = (),
+    ) -> Flow:
+        """A parameter that multiplies: its entries are channels, and undo what scales others."""
         entries = self.entries[key_of(parameter)]
         own, place = torch.unique(entries, return_inverse=True)
         follows_norm = isinstance(other, Tensor) and key_of(other) in self.normal
         channels = self.seen.new("norm" if follows_norm else "gain", len(own))
-        self.seen.act(own, channels, 1.0, self.seen.used(entries))
+        use = self.seen.used(entries)
+        self.seen.act(own, channels, 1.0, use)
+        for flow in undone:
+            self.seen.act(entries.expand(shape), flow.labels, -flow.degree / degree, use)
+            self.seen.mark("scaled", flow)
+            self.seen.mark("diagonal", flow)
         if follows_norm and degree == 1:
             labels = self.normal[key_of(other)]
             self.normed(labels, parameter, None, channels, has_mean=False)

@@ -114,10 +114,12 @@ def _contracted(known: Known, call: Call, ones: list[Flow], others: list[Flow]) 
 def _convolution(known: Known, call: Call) -> None:
     tensor, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
-    if not known.is_entries(weight) or transposed:
+    if not known.is_entries(weight) or (transposed and groups != 1):
         known.unknown(call)
         return
     entries, out = known.entries[key_of(weight)], call.result
+    if transposed:  # whose inputs come first
+        entries = entries.transpose(0, 1)
     use, depth = known.seen.used(entries), entries.shape[1]
     for flow in known.flows_of(tensor):
         labels, _ = known.merge(flow.labels, [0, *range(2, flow.labels.dim())])
@@ -194,6 +196,11 @@ def _group_norm(known: Known, call: Call) -> None:
     groups, eps = call.args[6], call.args[7]
     cut = [f.through(f.labels.reshape(len(tensor), groups, -1)) for f in known.flows_of(tensor)]
     for flow in cut:
+        if flow.linear:
+            inner = [distinct(row) for row in torch.unique(flow.labels.flatten(0, 1), dim=0)]
+            if len({len(row) for row in inner}) == 1:
+                rows = torch.unique(torch.stack(inner), dim=0)
+                known.seen.shifts.append(Shift("group norm", rows))
         known.merge(flow.labels, [2])
     known.seen.mark("normalised", *cut)
     if eps > 0:

@@ -249,7 +249,10 @@ def _product(known: Known, call: Call) -> None:
         known.normal[key_of(call.result)] = flows[0].labels
     for parameter, factor, degree in ((one, other, 1.0), (other, one, divided)):
         if known.is_entries(parameter):
-            result.append(known.gain(parameter, factor, shape, degree))
+            entries = known.entries[key_of(parameter)].expand(shape)
+            undone = [flow for flow in result if known.seen.are_paired(entries, flow.labels)]
+            result = [flow for flow in result if not any(flow is each for each in undone)]
+            result.append(known.gain(parameter, factor, shape, degree, undone))
     call.give(result)
 
 

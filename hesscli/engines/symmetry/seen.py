@@ -183,6 +183,11 @@ class Seen:
         self.same.append(_linked(entry, channel))
         self.actions.append(Action(entry, channel, exponent, use, shift))
 
+    def are_paired(self, entries: Tensor, channels: Tensor) -> bool:
+        """Whether each entry meets one channel, and each channel one entry."""
+        pairs = _pairs(entries.reshape(-1), channels.expand_as(entries).reshape(-1))
+        return all(len(torch.unique(side)) == pairs.shape[1] for side in pairs)
+
     def mark(self, name: str, *flows: Flow) -> None:
         """Take note of what channels go through."""
         self.marks[name] += [distinct(flow.labels) for flow in flows]
