@@ -34,7 +34,7 @@ from hesscli.engines.mfac import ShardedWindow, StaticFisher, WindowedFisher
 from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.ledger import FileLedger
 from hesscli.memory import available_bytes
-from hesscli.operators.base import Retained
+from hesscli.operators.retained import Retained
 from hesscli.optim import MFAC, AdaHessian
 from hesscli.results import Snapshot
 from hesscli.world import LostError

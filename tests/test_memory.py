@@ -24,7 +24,7 @@ from hesscli.diagnostics.growth import Growth
 from hesscli.errors import ExitCode, UnsoundError, UsageError
 from hesscli.ledger import FileLedger
 from hesscli.memory import Together, available_bytes
-from hesscli.operators.base import Retained
+from hesscli.operators.retained import Retained
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 from hesscli.results import Snapshot

@@ -17,7 +17,7 @@ from torch import nn
 import hesscli
 from hesscli.diagnostics import spectral_study
 from hesscli.errors import UsageError
-from hesscli.operators.base import Retained
+from hesscli.operators.retained import Retained
 from hesscli.problem.freezing import FrozenData
 from hesscli.results import Snapshot, SpectrumResult
 

@@ -29,7 +29,8 @@ from hesscli.engines.ritz import (
 )
 from hesscli.memory import available_bytes
 from hesscli.meter import OnStep, go_on
-from hesscli.operators.base import Operator, Retained
+from hesscli.operators.base import Operator
+from hesscli.operators.retained import Retained
 from hesscli.problem.problem import Problem
 from hesscli.randomness import key
 from hesscli.results import ConvergencePoint, Snapshot, Status

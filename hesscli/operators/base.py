@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Self, overload
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from hesscli import world
 from hesscli.errors import UnsoundError, UsageError
-from hesscli.memory import is_out_of_memory, room_for_more
+from hesscli.memory import room_for_more
 from hesscli.meter import FORWARD, OnStep, go_on
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.preflight import checked
@@ -23,13 +22,9 @@ from hesscli.parameters import Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.results import Preflight
-from hesscli.state import State
-from hesscli.sums import distance, is_finite, rounding_of_sum, shared_sum
+from hesscli.sums import is_finite, shared_sum
 from hesscli.torch_private import storages_kept
 from hesscli.vocabulary import Mode
-
-# -- Operators: curvature matrices as weighted means of batch terms, seen only through products ----
-
 
 BLOCK_BYTES = 1 << 26
 """Bytes of probes that are held at once (and as many of products)."""
@@ -319,222 +314,3 @@ def _is_finite_in_float64(operator: Operator, batch: WeightedBatch, block: Tenso
             return is_finite(operator.live(problem.batch(batch.index))(block.double()))
     except Exception:  # of any kind: the code is the user's, made for another type
         return False
-
-
-# -- Products with one matrix again and again: graphs are kept from one to the next ----------------
-
-
-_FEW = 8
-"""Examples on which rounding is measured, or one batch where it has more."""
-_UNSEEN = 2.0
-"""Rounding of the other examples may be so many times that of the few."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some batches as one, and how many times their rounding that of all may be beside its size.
-
-    Their products are larger than those of all where they cancel.
-    """
-
-    group: tuple[int, ...]
-    times: float
-
-
-class Retained:
-    """A vector's product over all the batches, summed in float64.
-
-    A batch's graph takes a gradient's work to make and each product on it two, so that keeping it
-    saves a third. Graphs are kept as long as they fit; the other batches make theirs anew, and so
-    do modes that have no graph of their own to keep.
-
-    Args:
-        operator: the matrix.
-        room: bytes that the graphs may take.
-        on_step: called after each batch; may end the product, which can be made again.
-    """
-
-    def __init__(self, operator: Operator, room: int, on_step: OnStep = go_on) -> None:
-        self.operator, self._on_step = operator, on_step
-        self._room = room if operator.mode == "double-backward" else 0
-        self._groups = {group[0]: group for group in operator.problem.joint()}
-        self._kept: dict[int, LiveTerm] = {}
-        self._elsewhere: dict[int, bool] = {}
-        self._parts: dict[int, float] = {}
-        self._storages: set[int] = set()
-        self._measured: dict[int, _Part] = {}
-        self._vectors: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """A v in float64, weight decay included: good until the next is made in its place."""
-        operator, (row, total) = self.operator, self._held()
-        row[0].copy_(vector)
-        parts = dict[int, float]()
-
-        def product(term: LiveTerm) -> Iterator[Tensor]:
-            found = self._apply(term, row)
-            parts[term.index] = term.weight * float(found.norm())
-            self._on_step()
-            yield found
-
-        total.zero_()
-        if operator.decay:
-            total.add_(row, alpha=operator.decay)
-        with operator.meter.pooled():
-            total = shared_sum(operator.shared(), total, product)
-        every = world.gathered((parts, self._graphs()))
-        self._elsewhere = {i: fresh for _, graphs in every for i, fresh in graphs.items()}
-        for sizes, _ in every:
-            for index, part in sizes.items():
-                self._parts[index] = max(part, self._parts.get(index, 0.0))
-        return total[0]
-
-    def rounding(self, vectors: Tensor) -> float:
-        """How far off a product with one of some unit vectors may be.
-
-        Measured where products have had their largest part so far: errors come from where the
-        curvature does, and that may be a few examples. The sum over the batches is off by as much
-        as the order of its additions can make it, which ranks have their own of.
-
-        Args:
-            vectors: orthonormal rows ``(k, d)``, float64.
-        """
-        problem, size = self.operator.problem, sum(self._parts.values())
-        order = rounding_of_sum(len(self._parts), torch.float64) * size
-        if problem.is_doubled or not problem.precision.is_float64:
-            return order
-        heaviest = sorted(self._parts, key=lambda index: -self._parts[index])[:2]
-        with self.operator.meter.pooled():
-            with world.apart():
-                mine = [self._seen(index, vectors) for index in world.share(heaviest)]
-            found = [one for each in world.gathered(mine) for one in each]
-        self._measured |= {index: part for index, part, _ in found}
-        relative = max(part.times * error for _, part, error in found)
-        return relative * size + order
-
-    def _seen(self, index: int, vectors: Tensor) -> tuple[int, _Part, float]:
-        """Of a group that is named by its first batch: on which part of it, and which error."""
-        part = self._measured.get(index) or self._heaviest(self._groups[index], vectors[:1])
-        return index, part, self._relative_error(part.group, vectors)
-
-    def _heaviest(self, group: tuple[int, ...], vector: Tensor) -> _Part:
-        """Few of the examples of a group, in whose product with a vector they have most part."""
-        row = vector.to(self.operator.problem.device, self.operator.problem.dtype)
-        times, whole = 1.0, None
-        while len(group) > 1 and sum(self.operator.counts[i] for i in group) > _FEW:
-            if whole is None:
-                whole, times = self._weighted(group, row), _UNSEEN
-            halves, size = (group[: len(group) // 2], group[len(group) // 2 :]), float(whole.norm())
-            first = self._weighted(halves[0], row)
-            products = first, whole.sub_(first)
-            sizes = [float(product.norm()) for product in products]
-            times *= max(1.0, sum(sizes) / (size or 1.0))
-            larger = int(sizes[1] > sizes[0])
-            group, whole = halves[larger], products[larger]
-        return _Part(group, times)
-
-    def _weighted(self, group: tuple[int, ...], row: Tensor) -> Tensor:
-        """What some batches have of a product."""
-        term = self._term(group)
-        return term.apply(row).mul_(term.weight)
-
-    def _term(self, group: tuple[int, ...]) -> LiveTerm:
-        """The batches of a group as one, on the graph that was kept of them if there is one."""
-        kept = self._kept.get(group[0])
-        if kept is not None and self._groups.get(group[0]) == group:
-            return kept
-        return LiveTerm(self.operator.problem.batch(*group), self.operator, is_sample=True)
-
-    def _relative_error(self, group: tuple[int, ...], vectors: Tensor) -> float:
-        """Error of a group's products with some vectors, beside the largest of them."""
-        problem, operator = self.operator.problem, self.operator
-        own = self._term(group).apply(vectors.to(problem.device, problem.dtype))
-        with doubled(problem):
-            exact = LiveTerm(problem.batch(*group), operator, is_sample=True)
-            products = exact.apply(vectors.to(problem.device))
-        size = float(products.norm(dim=1).max())
-        return max(map(distance, own, products)) / size if size else 0.0
-
-    def state_dict(self) -> State:
-        """Whose graphs are kept, of which some are to be made anew, and how large products were."""
-        graphs = {**self._elsewhere, **self._graphs()}
-        return {
-            "kept": list(graphs),
-            "fresh": list(graphs.values()),
-            "batches": list(self._parts),
-            "parts": list(self._parts.values()),
-            "measured": {str(index): asdict(part) for index, part in self._measured.items()},
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Keep the graphs that another kept: they are made anew, but not counted again.
-
-        Where it had joined other batches, as for another number of ranks, graphs begin anew.
-        """
-        problem, made = self.operator.problem, self.operator.problem.retypings
-        firsts = {index: group[0] for group in self._groups.values() for index in group}
-        self._parts = {}
-        for index, part in zip(state["batches"], state["parts"], strict=True):
-            self._parts[firsts[index]] = self._parts.get(firsts[index], 0.0) + part
-        if self._parts and set(state["batches"]) != self._groups.keys():
-            return
-        self._elsewhere = dict(zip(state["kept"], state["fresh"], strict=True))
-        mine = {group[0] for group in world.share(problem.joint())}
-        own = self._elsewhere.keys() & mine
-        fresh = {index: self._elsewhere.pop(index) for index in sorted(own)}
-        self._kept = {
-            index: LiveTerm(
-                problem.batch(*self._groups[index]),
-                self.operator,
-                made if fresh[index] else None,
-            )
-            for index in fresh
-        }
-        self._measured = {
-            int(index): _Part(tuple(part["group"]), part["times"])
-            for index, part in state["measured"].items()
-        }
-        if self._parts:  # all that fit have been kept by then
-            self._room = 0
-
-    def forget(self) -> None:
-        """Give the graphs back; the next product makes new ones."""
-        self._kept.clear()
-        self._room, self._vectors = 0, None
-
-    def _held(self) -> tuple[Tensor, Tensor]:
-        """Where a vector and its product are: memory that is taken anew is slow at first."""
-        if self._vectors is None:
-            problem, size = self.operator.problem, self.operator.parameters.size
-            like = partial(torch.empty, 1, size, device=problem.device)
-            self._vectors = like(dtype=problem.dtype), like(dtype=torch.float64)
-        return self._vectors
-
-    def _graphs(self) -> dict[int, bool]:
-        """Whose graphs are kept here, and whether they serve as they are."""
-        made = self.operator.problem.retypings
-        return {index: term.is_made_at(made) for index, term in self._kept.items()}
-
-    def _apply(self, term: LiveTerm, row: Tensor) -> Tensor:
-        """A product; where memory runs out for it, all graphs that were kept are given back."""
-        try:
-            return self._on_a_graph(term, row)
-        except Exception as error:
-            if not (self._kept and is_out_of_memory(error)):
-                raise
-        self.forget()
-        self.operator.problem.together.ran_out("each product made the graphs of its batches anew")
-        return term.apply(row)
-
-    def _on_a_graph(self, term: LiveTerm, row: Tensor) -> Tensor:
-        """A product on the graph that was kept, or else on a new one, kept if there is room."""
-        if term.index in self._kept or self._room <= 0:
-            return self._kept.get(term.index, term).apply(row)
-        sizes: dict[int, int] = {}
-        with storages_kept(sizes):
-            product = term.apply(row)
-        self._room -= sum(size for place, size in sizes.items() if place not in self._storages)
-        if self._room >= 0:
-            self._kept[term.index] = term
-            self._storages.update(sizes)
-        return product
