@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -114,3 +114,7 @@ class Curvature(ABC):
     def named(self, theta: Tensors | None) -> dict[str, Tensor] | None:
         """Tensors for this operator's parameters by name, as the problem's functions take them."""
         return None if theta is None else dict(zip(self.parameters.names, theta, strict=True))
+
+
+Make = Callable[..., Curvature]
+"""Makes an operator anew, in the mode that is tried and the problem's present type."""
