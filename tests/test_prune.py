@@ -135,6 +135,54 @@ def test_a_prediction_is_marked_where_the_quadratic_does_not_reach(loss: str, st
     assert ("--steps 16" in shown) == (steps == 1)
 
 
+def pruned_by_inverses(
+    net: nn.Module, data: tuple[Tensor, Tensor], sparsity: float, steps: int, damping: float
+) -> Tensor:
+    """Weights ``(d,)`` after steps of Optimal Brain Surgeon, each with an inverse of its own."""
+    tensors = list(net.parameters())
+    weights = nn.utils.parameters_to_vector(tensors).detach()
+    gone = torch.zeros(len(weights), dtype=torch.bool)
+    for step in range(1, steps + 1):
+        nn.utils.vector_to_parameters(weights, tensors)
+        losses = nn.functional.cross_entropy(net(data[0]), data[1], reduction="none")
+        parts = (torch.autograd.grad(one, tensors, retain_graph=True) for one in losses)
+        rows = torch.stack([torch.cat([part.flatten() for part in each]) for each in parts])
+        rows = rows[:, ~gone]
+        matrix = rows.T @ rows / len(rows)
+        inverse = torch.linalg.inv(matrix + damping * torch.eye(len(matrix)).double())
+        saliency = torch.full_like(weights, -1.0)
+        saliency[~gone] = weights[~gone].square() / (2 * inverse.diagonal())
+        now = torch.zeros_like(gone)
+        count = round(len(weights) * (1 - (1 - sparsity) ** (step / steps)))
+        now[saliency.argsort(stable=True)[:count]] = True
+        among, old = now[~gone], weights[~gone]
+        new = old - inverse[:, among] @ torch.linalg.solve(inverse[among][:, among], old[among])
+        weights = weights.index_put((~gone,), new).masked_fill(now, 0.0)
+        gone = now
+    return weights
+
+
+@pytest.mark.parametrize(("sparsity", "steps"), [(0.5, 1), (0.9, 4)])
+def test_steps_are_those_by_dense_inverses(sparsity: float, steps: int) -> None:
+    """In float64, of matrices whose condition is below 1e4: in each step κ d u of the weights."""
+    generator = torch.Generator().manual_seed(0)
+    layers = (nn.Linear(8, 6, bias=False), nn.Tanh(), nn.Linear(6, 4, bias=False))
+    net = nn.Sequential(*layers).double()
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) / 3)
+    data = torch.randn(40, 8, generator=generator).double(), torch.arange(40) % 4
+    how: dict[str, Any] = {"rows": "example", "size": 40, "dtype": "float64", "blocks": "whole"}
+    window = hesscli.WindowOptions(**how, damping=1e-3, absolute=True)
+    problem = hesscli.Problem(net, "cross_entropy", data)
+    found = hesscli.prune(problem, sparsity=sparsity, steps=steps, window=window)
+    weights = np.concatenate([each.ravel() for each in found.weights.values()])
+    expected = pruned_by_inverses(net, data, sparsity, steps, 1e-3).numpy()
+    assert np.array_equal(weights == 0, expected == 0)
+    bound = steps * 1e4 * len(weights) * 2.0**-53 * np.linalg.norm(expected)
+    assert np.linalg.norm(weights - expected) <= bound
+
+
 def test_few_weights_may_be_gone_before_the_last_step() -> None:
     found = hesscli.prune(linear_network("cross_entropy"), sparsity=0.999, steps=3)
     shares = [one.sparsity for one in found.methods[0].steps]
