@@ -61,6 +61,8 @@ def residual_figure(result: SymmetryResult) -> Figure:
 
 
 def _title(result: SymmetryResult) -> str:
+    if not result.families:
+        return "Symmetries: no family of transformations was found"
     held = sum(one.status == "holds" for one in result.families)
     return (
         f"Symmetries: {held} of {len(result.families)} families hold, with "
@@ -77,7 +79,7 @@ def _draw(axes: Axes, families: tuple[SymmetryFamily, ...]) -> None:
                 place = min(max(value, _LEAST), _MOST)
                 axes.plot(place, row, marker, color=_COLOURS[family.status], markersize=5)
     _decades(axes, _LEAST / _MARGIN, _MOST * _MARGIN)
-    axes.set_xlabel("residual, relative to what stands in brackets")
+    axes.set_xlabel("residual, relative to what stands in brackets" if families else "residual")
     axes.grid(axis="x")
 
 
@@ -94,6 +96,8 @@ def _decades(axes: Axes, low: float, high: float) -> None:
 def _notes(families: Sequence[SymmetryFamily]) -> list[str]:
     values = [getattr(one, name) for one in families for name, *_ in _RESIDUALS]
     known = [value for value in values if value is not None]
+    if not families:
+        return []
     said = ["What is rounding lies at the left; pale families are broken."]
     if any(value < _LEAST for value in known):
         said.append(f"What is below {_LEAST:g} is drawn at {_LEAST:g}.")

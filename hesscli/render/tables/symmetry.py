@@ -64,6 +64,8 @@ def _flat(result: SymmetryResult) -> Iterator[RenderableType]:
     line = Text("null directions  ")
     line.append(words.count(flat.directions), style="bold")
     yield line
+    if not flat.directions:
+        return
     details = [f"{words.percent(flat.share)} of {words.count(result.problem.num_parameters)}"]
     if flat.independent is not None and flat.independent < flat.directions:
         details.append(f"{words.count(flat.independent)} of them independent")
