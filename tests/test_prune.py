@@ -16,9 +16,12 @@ from program import SUNSPOTS, hesscli_warm, three_lines
 from safetensors.torch import load_file, save_file
 from shown import on_one_line, printed
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import hesscli
-from hesscli.errors import ExitCode
+from hesscli.diagnostics import pruning_study
+from hesscli.diagnostics.pruning_choice import Candidates
+from hesscli.errors import ExitCode, UsageError
 from hesscli.ledger import FileLedger
 from hesscli.render import words
 from hesscli.render.tables.prune import prune_table
@@ -498,3 +501,26 @@ def test_a_run_that_is_stopped_says_how_far_it_came() -> None:
         "2 of 4 steps: 68.1% of the weights are zero, and not 90.0%" in w for w in found.warnings
     )
     assert any("diagonal-fisher and magnitude" in w for w in found.warnings)
+
+
+def test_networks_that_do_not_fit_are_refused_before_they_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And planned without being made: three copies in float64 are many times the weights."""
+    model = nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 3))
+    data = TensorDataset(torch.randn(8, 300), torch.arange(8) % 3)
+    problem = hesscli.Problem(model, "cross_entropy", data)
+    room = 100 * problem.parameters.size
+    monkeypatch.setattr(pruning_study, "room_for_more", lambda _: room)
+    monkeypatch.setattr(Candidates, "columns", property(lambda _: pytest.fail("they are made")))
+    with pytest.raises(UsageError, match="networks do not fit") as refusal:
+        hesscli.prune(problem)
+    most = int(re.findall(r"at most (\d+)", refusal.value.hint)[0])
+    assert 0.4 * problem.parameters.size < most < problem.parameters.size
+    plan = hesscli.check(problem).plan
+    (note,) = (each.note for each in plan.commands if each.command == "prune")
+    assert note.startswith("refused: the pruned networks do not fit")
+    monkeypatch.setattr(pruning_study, "room_for_more", lambda _: 1 << 40)
+    plan = hesscli.check(problem).plan
+    (planned,) = (each for each in plan.commands if each.command == "prune")
+    assert planned.peak_bytes > 200 * problem.parameters.size

@@ -13,7 +13,7 @@ from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.measurement import Work, drive
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.pruning_choice import Aim, Candidates
-from hesscli.diagnostics.pruning_study import METHODS, MFAC, PruningStudy
+from hesscli.diagnostics.pruning_study import METHODS, MFAC, PruningStudy, require_room, stages
 from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.run import Clock, started
 from hesscli.diagnostics.window import WindowOptions, raising_leverage
@@ -30,7 +30,7 @@ from hesscli.results import (
     Sparsity,
     Status,
 )
-from hesscli.vocabulary import PRUNING_DAMPING, USUAL_BUDGET, USUAL_SPARSITY
+from hesscli.vocabulary import PRUNING_DAMPING, USUAL_BUDGET
 
 
 @as_asked
@@ -241,7 +241,7 @@ def _warnings(study: PruningStudy, layers: tuple[LayerPruned, ...]) -> Iterator[
 
 def plan(pilot: Pilot) -> Iterator[Work]:
     """Half of the weights, at once, through the window that is asked for."""
-    candidates = Candidates(pilot.run.problem.parameters)
-    aim, asked = Aim(USUAL_SPARSITY), pilot.asked
-    study = PruningStudy(pilot.run, aim, candidates, asked.window, asked.seed)
-    yield from study.expected(pilot.pace)
+    problem = pilot.run.problem
+    candidates = Candidates(problem.parameters)
+    require_room(problem, candidates)
+    yield from stages(problem, candidates, pilot.asked.window, 1, pilot.pace)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Self
 
@@ -71,7 +72,6 @@ class Candidates:
         pattern: of groups of weights; tensors that cannot be cut into such stay whole.
 
     Attributes:
-        columns: where they are in the flat vector ``(C,)``, layer by layer and group by group.
         layers: places of each layer's among them, by its name; only of those that have some.
         parameters: the tensors that they are of.
         whole: names of those matrices and kernels that no group fits.
@@ -99,11 +99,8 @@ class Candidates:
                 ", ".join(parameters.names[:5]),
                 "--params that takes a matrix or a kernel, or none for all of them",
             )
-        starts = {
-            p.name: place.start for p, place in zip(parameters, parameters.places(), strict=True)
-        }
-        columns = [_in_groups(p, starts[p.name], *shape) for p in self.parameters]
-        self.columns = torch.cat(columns)
+        places = zip(parameters, parameters.places(), strict=True)
+        self._starts, self._shape = {p.name: place.start for p, place in places}, shape
         sizes = dict.fromkeys(self.parameters.layers, 0)
         for parameter in self.parameters:
             sizes[parameter.layer] += parameter.numel
@@ -113,7 +110,14 @@ class Candidates:
     @property
     def count(self) -> int:
         """C."""
-        return len(self.columns)
+        return self.parameters.size
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Where they are in the flat vector ``(C,)``, layer by layer and group by group."""
+        return torch.cat(
+            [_in_groups(p, self._starts[p.name], *self._shape) for p in self.parameters]
+        )
 
     def targets(self, aim: Aim, zeros: Tensor) -> Iterator[list[tuple[slice, int]]]:
         """How many are to be zero after each step, in the whole or in each layer.

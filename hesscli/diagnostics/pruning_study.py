@@ -26,7 +26,9 @@ from hesscli.diagnostics.window import (
 )
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.pruning import cheapest_patterns, compensation
-from hesscli.meter import FORWARD, Spent
+from hesscli.errors import UsageError
+from hesscli.memory import room_for_more
+from hesscli.meter import FORWARD
 from hesscli.operators.per_example.rows import Rows
 from hesscli.problem.forward import written
 from hesscli.problem.problem import Problem
@@ -35,6 +37,7 @@ from hesscli.problem.recalibration import norms_of, recalibrated
 from hesscli.problem.rewriting import Rewriting
 from hesscli.results import PrunedQuality, PruningMethod, Quality, Snapshot, WindowReport
 from hesscli.state import State
+from hesscli.units import human_bytes
 
 MFAC: PruningMethod = "mfac"
 METHODS: tuple[PruningMethod, ...] = (MFAC, "diagonal-fisher", "magnitude")
@@ -113,6 +116,7 @@ class PruningStudy:
         seed: int,
         rewriting: Rewriting | None = None,
     ) -> None:
+        require_room(run.problem, candidates)
         self.run, self.aim, self.options, self.seed = run, aim, options, seed
         self.candidates, self._rewriting = candidates, rewriting
         parameters = self.problem.parameters
@@ -166,21 +170,8 @@ class PruningStudy:
             network.load_state_dict(state["networks"][name])
 
     def expected(self, pace: Pace) -> Iterator[Work]:
-        """Windows and losses of each step, and a product."""
-        problem, steps, options = self.problem, self.aim.steps, self.options
-        rows = rows_to_be_had(problem, options)
-        window, loss = collecting(problem, options, rows, pace), self._loss_work(pace)
-        own = window.spent + inverting(problem, options, rows).spent.times(2) + loss
-        again = loss.times(2.0) if norms_of(problem.model) else loss.times(0.0)
-        note = f"{steps} steps; {window.note}"
-        spent = own.times(steps) + again
-        yield Work(phase=_PRUNING, spent=spent, num_bytes=window.num_bytes, note=note)
-        others = (window.spent + loss.times(2.0)).times(steps) + again.times(2.0)
-        yield Work(phase=_COMPARING, spent=others)
-        yield Work(phase=_PREDICTING, spent=pace.products(1))
-
-    def _loss_work(self, pace: Pace) -> Spent:
-        return pace.gradient.times(FORWARD / self.problem.gradient_cost)
+        """Its stages."""
+        return stages(self.problem, self.candidates, self.options, self.aim.steps, pace)
 
     def steps(self) -> Iterator[Snapshot]:
         """M-FAC's network first, then the others, and what was to be expected of it."""
@@ -340,6 +331,53 @@ class PruningStudy:
         linear = gradient @ change - problem.weight_decay * (self.original @ change)
         quadratic = (product @ change - problem.weight_decay * (change @ change)) / 2
         return float(linear), float(quadratic)
+
+
+# -- What it will take -----------------------------------------------------------------------------
+
+
+def stages(
+    problem: Problem, candidates: Candidates, options: WindowOptions, steps: int, pace: Pace
+) -> Iterator[Work]:
+    """Windows and losses of each step, and a product."""
+    rows = rows_to_be_had(problem, options)
+    window = collecting(problem, options, rows, pace)
+    loss = pace.gradient.times(FORWARD / problem.gradient_cost)
+    own = window.spent + inverting(problem, options, rows).spent.times(2) + loss
+    again = loss.times(2.0) if norms_of(problem.model) else loss.times(0.0)
+    held = window.num_bytes + needed_bytes(problem, candidates)
+    note = f"{steps} steps; {window.note}"
+    yield Work(phase=_PRUNING, spent=own.times(steps) + again, num_bytes=held, note=note)
+    others = (window.spent + loss.times(2.0)).times(steps) + again.times(2.0)
+    yield Work(phase=_COMPARING, spent=others)
+    yield Work(phase=_PREDICTING, spent=pace.products(1))
+
+
+_EACH, _EACH_CANDIDATE = 8 * (2 + len(METHODS)), 9 * len(METHODS) + 8 * 20
+"""Bytes of a parameter, whose weight is kept once, in each network, and in a step; and of one that
+may go: whether it has, its leverage, and a step's vectors, of which about twenty are there at once
+(66 times the weights in float32 were seen at 19 million, with a window of eight rows)."""
+
+
+def needed_bytes(problem: Problem, candidates: Candidates) -> int:
+    """What the networks take, all in float64, beside the windows."""
+    return _EACH * problem.parameters.size + _EACH_CANDIDATE * candidates.count
+
+
+def require_room(problem: Problem, candidates: Candidates) -> None:
+    """See that the networks fit into memory, before any of it is taken.
+
+    Raises:
+        UsageError: they do not.
+    """
+    needed, room = needed_bytes(problem, candidates), room_for_more(torch.device("cpu"))
+    if needed > room:
+        raise UsageError(
+            "the pruned networks do not fit in the memory that is free",
+            f"{problem.parameters.size} weights by {len(METHODS)} methods in float64 take "
+            f"{human_bytes(needed)}, and there is room for {human_bytes(room)}",
+            f"--params for at most {room // (_EACH + _EACH_CANDIDATE)} of them, or more memory",
+        )
 
 
 def _as_proven(problem: Problem) -> Quality:
