@@ -233,7 +233,7 @@ def plan(tasks: list[str], lines: Lines[Run]) -> Iterator[Run]:
             yield Run("test", task, variant, tuned(task, "AdaHessian", lines), seed)
     for task in tasks:
         yield from tests(task, range(FIRST_SEEDS, SEEDS), lines)
-    for task, seed in itertools.product(tasks, range(OFF_SEEDS)):
+    for seed, task in itertools.product(range(OFF_SEEDS), tasks):
         for factor, optimizer in itertools.product(OFF, OPTIMIZERS):
             yield Run("test", task, optimizer, factor * tuned(task, optimizer, lines), seed)
 
