@@ -217,6 +217,22 @@ def test_a_network_that_is_sure_of_its_labels(matrix: type[Operator], margin: fl
 # -- kinks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "language_model"])
+def test_a_users_loss_is_not_taken_for_the_one_of_its_name(name: str) -> None:
+    """It need not leave what is the same for all logits alone: a penalty on their size does not."""
+
+    def penalised(logits: Tensor, targets: Tensor) -> Tensor:
+        penalty = logits.logsumexp(-1).square().mean()
+        return nn.functional.cross_entropy(logits, targets) + 0.01 * penalty
+
+    penalised.__name__ = name
+    data = torch.randn(24, 4).double(), torch.arange(24) % 3
+    problem = Problem(nn.Linear(4, 3).double(), penalised, data)
+    flight = hesscli.check(problem).preflight
+    assert flight.mode == "double-backward"
+    assert not any(check.name == "softmax head" for check in flight.checks)
+
+
 def test_weights_that_sit_on_a_kink() -> None:
     """Zero inputs and zero biases put every ReLU at exactly 0."""
     model = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3))

@@ -19,13 +19,15 @@ from hesscli.meter import FORWARD
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.verification import MismatchError, Products, Terms, signs
 from hesscli.parameters import Parameters
+from hesscli.problem.losses import Loss
+from hesscli.problem.named_losses import CrossEntropy, LanguageModel
 from hesscli.problem.objective import Objective, Sample
 from hesscli.problem.precision import tolerance
 from hesscli.results import Check
 from hesscli.torch_private import saved
 
-_SOFTMAX = ("cross_entropy", "language_model")
-"""Losses whose classes are the logits' last dimension."""
+_SOFTMAX: dict[type[Loss], int] = {CrossEntropy: 2, LanguageModel: 3}
+"""Losses whose classes are the logits' last dimension, where these have so many of them."""
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
 _EPS = torch.finfo(torch.float64).eps
 
@@ -82,12 +84,12 @@ def check_head(operator: Curvature, sample: Sample, found: Products) -> Check | 
 
 def _head_of(problem: Objective, parameters: Parameters) -> _Head | None:
     """The linear layer whose outcome the logits are, by the graph of one example."""
-    if problem.loss.name not in _SOFTMAX:
+    if (dims := _SOFTMAX.get(type(problem.loss))) is None:  # a user's may have the same name
         return None
     with torch.enable_grad():
         logits = problem.outputs(problem.sample(1).data)
     node, classes = logits.grad_fn, logits.shape[-1]
-    if logits.dim() != (2 if problem.loss.name == "cross_entropy" else 3):
+    if logits.dim() != dims:
         return None
     while node is not None and node.name() in _VIEWS:
         if saved(node, "self_sym_sizes", (0,))[-1] != classes:
