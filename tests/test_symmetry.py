@@ -193,6 +193,40 @@ def counts(result: SymmetryResult, name: str) -> set[tuple[int, int]]:
     return {(one.directions, one.charges) for one in result.families if one.name == name}
 
 
+class Dispatched(nn.Module):
+    """Experts that get the examples that are sent to them, which may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.head = nn.Linear(5, 3), nn.Linear(5, 3)
+        self.experts = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        best, chosen = self.router(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(chosen == number)[0]
+            y = y.index_add(0, rows, expert(x[rows]) * best[rows][:, None])
+        return self.head(x + y)
+
+
+def test_experts_that_see_no_example_are_no_obstacle() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(24, 5).double(), torch.arange(24) % 3
+    result = hesscli.symmetries(hesscli.Problem(Dispatched().double(), "cross_entropy", data))
+    assert "holds" in {one.status for one in result.families if one.name == "softmax head"}
+
+
+def test_a_line_counts_directions_that_depend_on_others_once() -> None:
+    """Two maps before a norm: some of the group that mixes them is what the norm takes out."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)), nn.LayerNorm(4), nn.Linear(4, 3))
+    data = torch.randn(60, 4).double(), torch.arange(60) % 3
+    result = hesscli.symmetries(hesscli.Problem(model.double(), "cross_entropy", data))
+    assert result.flat.independent < result.flat.directions
+    assert f"; {result.flat.independent} null directions" in str(result)
+
+
 def test_directions_and_charges_are_counted_by_groups_of_heads() -> None:
     gpt = answered(gpt_like)
     square, triangle = RANK * RANK, RANK * (RANK + 1) // 2

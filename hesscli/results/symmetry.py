@@ -196,8 +196,10 @@ class SymmetryResult(Answer):
         """One honest line."""
         counts = [sum(x.status == status for x in self.families) for status in _STANDINGS]
         told = ", ".join(f"{n} {status}" for n, status in zip(counts, _STANDINGS, strict=True) if n)
+        flat = self.flat
+        count = f"at most {flat.directions}" if flat.independent is None else flat.independent
         return (
-            f"symmetry: {told or 'no family found'}; {self.flat.directions} null directions of "
+            f"symmetry: {told or 'no family found'}; {count} null directions of "
             f"{self.problem.num_parameters} parameters, {self.end}"
         )
 

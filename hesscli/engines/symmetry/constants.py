@@ -356,7 +356,7 @@ class Constants:
 def distinct_places(*tensors: Tensor) -> list[np.ndarray]:
     """The numbers of tensors of one shape, flat, without dimensions along which all repeat."""
     for dim in range(tensors[0].dim()):
-        if all(tensor.stride(dim) == 0 for tensor in tensors):
+        if tensors[0].shape[dim] and all(tensor.stride(dim) == 0 for tensor in tensors):
             tensors = tuple(tensor.narrow(dim, 0, 1) for tensor in tensors)
     return [tensor.numpy().ravel() for tensor in tensors]
 
