@@ -301,6 +301,12 @@ def test_a_last_layer_takes_three_forward_passes_and_its_own_way_back() -> None:
     assert hesscli.trace(whole).cost.gradients > WIDTH * 2 / 3
 
 
+def test_a_last_bias_alone_is_planned() -> None:
+    """Whose product with the Hessian is no work by the graph's count."""
+    plan = hesscli.check(deep(f"{DEPTH}.bias")).plan
+    assert {"trace", "diag", "ihvp", "spectrum"} <= {one.command for one in plan.commands}
+
+
 def test_no_graph_is_kept_behind_frozen_layers() -> None:
     def kept(problem: Problem) -> int:
         sizes: dict[int, int] = {}

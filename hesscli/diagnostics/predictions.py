@@ -379,7 +379,8 @@ def perturbing(operator: Operator, pace: Pace) -> Work:
     changes, batches = _counts(problem), len(_batches(problem))
     first = min(FEWEST_BATCHES, batches)
     work = sum(count * cost for count, cost in zip(changes, layers.costs, strict=True))
-    spent = pace.products(work / operator.cost[1], layers.graphs)
+    each = operator.cost[1]  # nothing, where a last bias is all there is
+    spent = pace.products(work / each if each else sum(changes), layers.graphs)
     spent.products = float(sum(changes))
     if problem.sampling_fraction != 1:
         first = batches
