@@ -71,7 +71,7 @@ from hesscli.problem.problem import Problem
 from hesscli.render.families import family_label
 from hesscli.render.figures.symmetry import figures
 from hesscli.render.tables.symmetry import symmetry_table
-from hesscli.results import CheckpointReport, SymmetryResult
+from hesscli.results import CheckpointReport, SymmetryFamily, SymmetryResult
 from hesscli.vocabulary import TrainedWith
 
 HOLDS = 1e-12
@@ -486,10 +486,33 @@ class Clamped(nn.Module):
 
 
 class Offset(nn.Module):
-    """A constant so small that only a scale shows it."""
+    """A small constant beside what scales."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x) + 1e-9
+        return F.relu(x) + self.eps
+
+
+class Length(Offset):
+    """Divides by a length that is kept from 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.norm(dim=-1, keepdim=True) + self.eps)
+
+
+class Deviation(Offset):
+    """A layer norm as it is often written, with its gain and bias."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__(eps)
+        self.gain, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return self.gain * centred / (x.std(-1, keepdim=True) + self.eps) + self.bias
 
 
 def perceptron(activation: nn.Module) -> nn.Module:
@@ -503,7 +526,6 @@ def tied() -> nn.Module:
 BROKEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "relu6": (lambda: perceptron(nn.ReLU6()), "homogeneous activation", "clipped"),
     "clamp": (lambda: perceptron(Clamped()), "homogeneous activation", "clipped"),
-    "offset": (lambda: perceptron(Offset()), "homogeneous activation", "eps"),
     "hardtanh": (lambda: perceptron(nn.Hardtanh()), "homogeneous activation", "clipped"),
     "residual": (Residual, "homogeneous activation", ""),
     "shared": (Twice, "homogeneous activation", "inner.weight is used elsewhere"),
@@ -553,6 +575,47 @@ def test_eps_breaks_by_the_inverse_square_of_the_scale(
     (scale,) = [one for one in result.families if one.name == "map before a norm"]
     assert (scale.status, scale.null_directions) == ("asymptotic", 0)
     assert scale.exponent == pytest.approx(2, abs=0.05)
+
+
+def of_eps(*between: nn.Module) -> SymmetryFamily:
+    """The family that an eps between two maps may break."""
+    model = nn.Sequential(nn.Linear(5, 8), *between, nn.Linear(8, 3))
+    families = hesscli.symmetries(problem_of(spread(model))).families
+    before = [each for each in families if each.layers[0] == "0" and each.name in SCALED]
+    return next((one for one in before if "eps" in one.causes), before[0])
+
+
+SCALED = ("map before a norm", "gain", "homogeneous activation")
+
+
+@pytest.mark.parametrize(
+    ("written", "eps"), [(Length, 1e-3), (Length, 1e-12), (Deviation, 1e-9), (Offset, 1e-9)]
+)
+def test_eps_outside_a_root_breaks_by_the_inverse_of_the_scale(
+    written: Callable[[float], nn.Module], eps: float
+) -> None:
+    one = of_eps(written(eps))
+    assert (one.status, one.null_directions) == ("asymptotic", 0)
+    assert one.exponent == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        (Length(1e-18),),
+        (nn.RMSNorm(8, eps=1e-24),),
+        (
+            nn.LayerNorm(8, eps=1e-5, elementwise_affine=False),
+            nn.RMSNorm(8, eps=0.0, elementwise_affine=False),
+        ),
+    ],
+    ids=["below rounding", "inside a root", "cancelled"],
+)
+def test_an_eps_of_which_nothing_is_left_breaks_nothing(between: tuple[nn.Module, ...]) -> None:
+    one = of_eps(*between)
+    assert (one.status, one.causes, one.exponent) == ("holds", (), None)
+    assert one.null_directions == 1
+    assert max(one.gradient_residual, one.hessian_residual or 0.0, one.finite_residual) < HOLDS
 
 
 # -- Against plain derivatives ---------------------------------------------------------------------
