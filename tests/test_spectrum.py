@@ -333,6 +333,18 @@ def test_seeds_differ_and_repeat(relu: hesscli.Problem) -> None:
     assert densities[0] != densities[2]
 
 
+@pytest.mark.parametrize("mode", ["double-backward", "forward-over-reverse", "finite-difference"])
+def test_every_mode_has_the_dense_matrix_s_eigenvalues(mode: str) -> None:
+    """In float32, whose rounding is measured in float64 by the same mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    problem = hesscli.Problem(model, "cross_entropy", (torch.randn(24, 4), torch.arange(24) % 3))
+    truth = torch.linalg.eigvalsh(hesscli.Hessian(problem).to_dense().double()).max().item()
+    found = hesscli.spectrum(problem, mode=mode, steps=12, probes=1, k=1, budget=None)
+    (largest,) = found.eigenvalues[:1]
+    assert abs(largest.value - truth) <= largest.residual + 1e-5 * abs(truth)
+
+
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"steps": 0}, {"probes": 0}])
 def test_numbers_from_one(relu: hesscli.Problem, wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=r"number from 1|start vector"):

@@ -91,7 +91,7 @@ class Retained:
         as the order of its additions can make it, which ranks have their own of.
 
         Args:
-            vectors: orthonormal rows ``(k, d)``, float64.
+            vectors: orthonormal rows ``(k, d)``.
         """
         problem, size = self.operator.problem, sum(self._parts.values())
         order = rounding_of_sum(len(self._parts), torch.float64) * size
@@ -145,7 +145,7 @@ class Retained:
         own = self._term(group).apply(vectors.to(problem.device, problem.dtype))
         with doubled(problem):
             exact = LiveTerm(problem.batch(*group), operator, is_sample=True)
-            products = exact.apply(vectors.to(problem.device))
+            products = exact.apply(vectors.to(problem.device, problem.dtype))
         size = float(products.norm(dim=1).max())
         return max(map(distance, own, products)) / size if size else 0.0
 
