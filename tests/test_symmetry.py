@@ -557,6 +557,36 @@ def test_what_is_broken_is_refused(make: Callable[[], nn.Module], name: str, cau
     require_sound(result)
 
 
+class Padded(nn.Module):
+    """Looks up tokens, of which one is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(7, 5, padding_idx=0), nn.Embedding(4, 5)
+        self.inner, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        sums = self.tokens(tokens) + self.places(torch.arange(4))[None]
+        return self.head(torch.tanh(self.inner(sums)).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("batch", [None, 0, 1, 8], ids=["none", "first", "untested", "later"])
+def test_padding_breaks_in_whatever_batch_it_is(batch: int | None, dtype: torch.dtype) -> None:
+    """Autograd leaves its row without a gradient there, and the loss does depend on it."""
+    model, draw = spread(Padded()).to(dtype), torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 7, (40, 4), generator=draw)
+    labels = torch.randint(0, 3, (40,), generator=draw)
+    if batch is not None:
+        tokens[4 * batch + 3] = 0
+    result = hesscli.symmetries(
+        hesscli.Problem(model, "cross_entropy", (tokens, labels), batch_size=4)
+    )
+    acting = [one for one in result.families if "tokens" in one.layers]
+    assert {one.status for one in acting} == {"holds" if batch is None else "broken"}
+    assert all(("padding_idx" in " ".join(one.causes)) == (batch is not None) for one in acting)
+
+
 def require_sound(result: SymmetryResult) -> None:
     """No residual of what holds is more than rounding."""
     for one in result.families:
@@ -916,6 +946,14 @@ def test_layers_that_are_shown_have_their_families() -> None:
     assert {layer.name for layer in few.layers} == {"attention.key"}
     assert sum(layer.null_directions for layer in result.layers) == result.flat.directions
     assert dataclasses.replace(few, families=result.families).flat == result.flat
+
+
+def test_a_norm_of_two_channels_leaves_no_rotation() -> None:
+    """Of what has no mean there is one direction, and nothing to turn it into."""
+    model = nn.Sequential(nn.Linear(5, 2), nn.LayerNorm(2), nn.Linear(2, 3))
+    families = hesscli.symmetries(problem_of(spread(model))).families
+    assert families
+    assert all(one.directions > 0 for one in families)
 
 
 def test_work_is_little() -> None:

@@ -34,7 +34,8 @@ class Proof:
     says why the loss is not the function of the outputs that it was taken for; None where it is.
     ``saturated`` says that the classes of all examples are so sure that their loss has no digit
     left. ``gradients`` is the work it took. ``lengths`` are of the batches' gradients: with the
-    loss they tell problems apart.
+    loss they tell problems apart. ``rounding`` is what may be so of the gradient, relative to
+    these.
     """
 
     loss: float
@@ -46,6 +47,7 @@ class Proof:
     make_gradient: Callable[[], Tensor] = field(repr=False)
     lengths: tuple[float, ...] = ()
     saturated: str | None = None
+    rounding: float = 0.0
 
     @property
     def gradient(self) -> Tensor:
@@ -183,6 +185,7 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         else partial(_made_anew, problem),
         lengths=tuple(one.length for one in shares),
         saturated=_saturation(problem) if possible and loss == 0 else None,
+        rounding=tolerance(problem.autocast or problem.dtype),
     )
 
 

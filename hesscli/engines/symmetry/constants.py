@@ -49,7 +49,7 @@ class Adder:
     Attributes:
         made_by: the reading of the map that does; None of a parameter.
         table: all of one whose rows are looked up, which get the same: more may be than were seen.
-        is_padded: whether autograd leaves a row of it without its gradient.
+        is_padded: whether autograd leaves a row of it without its gradient, wherever it is met.
     """
 
     made_by: int | None = None
@@ -327,8 +327,7 @@ class Constants:
         table = known.entries[key_of(call.args[0])]
         entries = table[0].expand(call.result.shape)
         padding = call.args[2] if len(call.args) > 2 else -1
-        is_padded = padding >= 0 and bool((call.args[1] == padding).any())
-        found = self._parameter(table, is_table=True, is_padded=is_padded)
+        found = self._parameter(table, is_table=True, is_padded=padding >= 0)
         return {key_of(call.result): (Addend(found.adder, entries),)}
 
     def normed(self, known: Known, call: Call) -> dict[Key, tuple[Addend, ...]]:

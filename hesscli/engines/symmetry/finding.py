@@ -20,9 +20,10 @@ def candidates(watch: Watch, parameters: Parameters) -> list[Family]:
     """
     factors = Factors(watch.seen, parameters)
     moving = Moving(watch.constants, parameters.size, factors.tell)
-    return [
+    every = [
         *factors.families(),
         *moving.families(),
         *Streams(factors, moving).families(),
         *Supposed(factors).families(),
     ]
+    return [family for family in every if family.num_directions]

@@ -79,14 +79,18 @@ def residuals_of(family: Family, place: Place, generator: torch.Generator) -> Re
         generator: of random elements.
     """
     theta, gradient = place.theta, place.gradient
-    length = float(gradient.norm())
-    moments, lengths = family.moments(theta, gradient).abs(), family.lengths(theta)
-    relative = moments[lengths > 0] / lengths[lengths > 0]
     return Residuals(
-        gradient=_ratio(float(relative.max()) if len(relative) else 0.0, length),
+        gradient=_ratio(largest_moment(family, theta, gradient), float(gradient.norm())),
         hessian=None if place.product is None else _hessian(family, place, generator),
         finite=_finite(family, place, generator),
     )
+
+
+def largest_moment(family: Family, theta: Tensor, gradient: Tensor) -> float:
+    """|⟨g, Xθ⟩| / |Xθ|, the largest of all generators."""
+    moments, lengths = family.moments(theta, gradient).abs(), family.lengths(theta)
+    relative = moments[lengths > 0] / lengths[lengths > 0]
+    return float(relative.max()) if len(relative) else 0.0
 
 
 def _hessian(family: Family, place: Place, generator: torch.Generator) -> float:
