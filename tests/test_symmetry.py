@@ -515,6 +515,26 @@ class Deviation(Offset):
         return self.gain * centred / (x.std(-1, keepdim=True) + self.eps) + self.bias
 
 
+class Recurrent(nn.Module):
+    """The last state of torch's own, whose code turns its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.RNN(5, 4, batch_first=True, nonlinearity="relu")
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x[:, None].expand(-1, 3, -1))[0][:, -1])
+
+
+class TurnedInPlace(nn.Module):
+    """Each of these returns the numbers that it was given, in the same order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.clone().unsqueeze_(1).transpose_(1, 2).squeeze_(2)
+        return F.relu(wide).clone().t_().clone().t_()
+
+
 def perceptron(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 4), activation, nn.Linear(4, 3))
 
@@ -946,6 +966,13 @@ def test_layers_that_are_shown_have_their_families() -> None:
     assert {layer.name for layer in few.layers} == {"attention.key"}
     assert sum(layer.null_directions for layer in result.layers) == result.flat.directions
     assert dataclasses.replace(few, families=result.families).flat == result.flat
+
+
+@pytest.mark.parametrize("make", [Recurrent, lambda: perceptron(TurnedInPlace())])
+def test_views_in_place_keep_what_scales(make: Callable[[], nn.Module]) -> None:
+    result = answered(make)
+    (one,) = [each for each in result.families if each.name == "homogeneous activation"]
+    assert (one.status, one.directions) == ("holds", 4)
 
 
 def test_a_norm_of_two_channels_leaves_no_rotation() -> None:

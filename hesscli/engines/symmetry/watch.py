@@ -59,12 +59,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         keys = [key_of(tensor) for tensor in given]
         matter = any(k in known.entries or k in known.flows or k in known.scores for k in keys)
         is_live = any(k in known.live or k in known.entries for k in keys)
+        name = func.overloadpacket.__name__
+        in_place = name.endswith("_") and not name.startswith("_")
+        name = name.removesuffix("_") if in_place else name
+        asked = func, args
+        if in_place and name in pointwise.VIEWS:  # whose tensor is no longer as it was
+            asked = getattr(torch.ops.aten, name), (args[0].detach(), *args[1:])
         result = func(*args, **kwargs)
         made = _strided(result)
         self._alive.append((given, made))  # or their places would be taken by others
-        name = func.overloadpacket.__name__
-        name = name if name.startswith("_") else name.removesuffix("_")
-        call = Call(func, name, args, kwargs, result)
+        call = Call(asked[0], name, asked[1], kwargs, result)
         self.constants.follow(known, call, made)
         if matter:
             self._follow(call)
