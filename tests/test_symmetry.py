@@ -928,6 +928,24 @@ def test_the_gauss_newton_matrix_has_them_everywhere() -> None:
             assert one.hessian_residual < HOLDS
 
 
+def cosine(outputs: Tensor, labels: Tensor) -> Tensor:
+    wanted = F.one_hot(labels, 3).to(outputs.dtype)
+    return (1 - F.cosine_similarity(outputs, wanted, dim=-1)).mean()
+
+
+def test_what_the_loss_alone_undoes_is_no_symmetry_of_gauss_newton() -> None:
+    """Its outputs grow with the scale of the last map: Jξ is not 0, and JᵀAJξ is not."""
+    given = problem_of(spread(perceptron(nn.ReLU())))
+    problem = hesscli.Problem(given.model, cosine, list(given.data.batches))
+    result = hesscli.symmetries(problem, matrix="ggn")
+    said = [cause for one in result.families for cause in one.causes]
+    assert any("the loss has it" in cause for cause in said)
+    assert not any("products" in cause for cause in said)
+    assert standing(result)["homogeneous activation"] >= {"holds"}
+    *_, last = hesscli.check(problem, matrix="ggn", symmetry=True).preflight.checks
+    assert last.state == "passed"
+
+
 def test_weight_decay_is_left_out_and_said() -> None:
     problem = problem_of(spread(perceptron(nn.ReLU())))
     decayed = hesscli.Problem(
