@@ -152,7 +152,8 @@ class FlatReport:
             work, and the count is then the number of directions at most.
         share: of the parameters.
         everywhere: of the directions those that are null for the Hessian wherever it is taken. The
-            others are where the gradient is 0, and for the Gauss-Newton matrix everywhere.
+            others are where the gradient is 0, and for the Gauss-Newton matrix everywhere, but
+            for those that change outputs and that the loss alone undoes.
     """
 
     directions: int

@@ -71,7 +71,9 @@ def _flat(result: SymmetryResult) -> Iterator[RenderableType]:
         details.append(f"{words.count(flat.independent)} of them independent")
     if flat.independent is None:
         details.append("at most: they are too many to tell how many are independent")
-    details.append("of the Gauss-Newton matrix everywhere")
+    details.append(
+        "of the Gauss-Newton matrix everywhere, but for those that the loss alone undoes"
+    )
     details.append(
         f"of the Hessian {words.count(flat.everywhere)} everywhere and the others where the "
         f"gradient is 0: it is {words.number(result.problem.gradient_norm, 2)}"
