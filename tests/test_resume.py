@@ -528,13 +528,11 @@ def test_bytes_are_those_of_the_tensor_whatever_its_strides() -> None:
 # -- Killed, and gone on with by another process ---------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("command", "kills"), [("trace", 2), ("diag", 1), ("ihvp", 1), ("spectrum", 1), ("prune", 1)]
-)
+@pytest.mark.parametrize("command", ["trace", "diag", "ihvp", "spectrum", "prune"])
 def test_killed_at_moments_of_chance_it_goes_on_to_the_same_bytes(
-    command: str, kills: int, tmp_path: Path
+    command: str, tmp_path: Path
 ) -> None:
-    faults.resumed_after_kills(command, tmp_path, kills, random.Random(0))
+    faults.resumed_after_kills(command, tmp_path, 1, random.Random(0))
 
 
 def test_who_goes_on_after_each_cut_does_not_stop_at_will(tmp_path: Path) -> None:

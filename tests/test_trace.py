@@ -91,7 +91,7 @@ def layer_traces(problem: hesscli.Problem, matrix: type = hesscli.Hessian) -> di
         ("few_sunspots", "fresh", 2),
         pytest.param("few_sunspots", "shared", 16, marks=pytest.mark.study),
         pytest.param("few_relu", "fresh", 2, marks=pytest.mark.study),
-        ("few_relu", "shared", 8),
+        pytest.param("few_relu", "shared", 8, marks=pytest.mark.study),
     ],
 )
 def test_coverage_end_to_end(
