@@ -37,6 +37,7 @@ print(json.dumps({what: large.apart(path, what, room=1 << 28) for what in ("form
 """
 
 
+@pytest.mark.study
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks of a phase are told by Linux alone")
 def test_forms_take_four_and_a_half_times_the_weights_and_products_six_and_a_half(
     tmp_path: Path,

@@ -359,6 +359,7 @@ def test_the_program_says_what_it_came_to(tmp_path: Path) -> None:
 # -- Many products ---------------------------------------------------------------------------------
 
 
+@pytest.mark.study
 def test_memory_and_open_files_stay_as_they_are_over_thousands_of_products() -> None:
     """A vector kept of each would show; `make faults` asks it of all commands.
 

@@ -360,7 +360,8 @@ def test_every_design_is_unbiased_and_its_bars_hold(matrices: Dense, method: str
     _check_coverage(matrices, method, SEEDS)
 
 
-@pytest.mark.parametrize("name", ["few", pytest.param("trained", marks=pytest.mark.study)])
+@pytest.mark.study
+@pytest.mark.parametrize("name", ["few", "trained"])
 def test_the_split_is_unbiased_and_its_bars_hold(name: str, request: pytest.FixtureRequest) -> None:
     _check_coverage(Hessian(request.getfixturevalue(name)), "split", SEEDS)
 
