@@ -112,6 +112,22 @@ def save(kind: str, folder: Path) -> Any:
     return model
 
 
+def save_adapter(kind: str, folder: Path, **how: Any) -> Any:
+    """A base, and an adapter with weights by a seed, in folders; gives PEFT's model of both."""
+    import peft
+
+    base = save(kind, folder / "base")
+    base.name_or_path = str(folder / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(**how)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
 def save_images(folder: Path) -> None:
     """Twelve images of three classes, each in a folder that is called after its class."""
     from PIL import Image

@@ -19,17 +19,7 @@ LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj
 
 
 def _adapted(folder: Path, kind: str = "llama", **how: Any) -> Any:
-    """A base, an adapter with weights by a seed, and its merger, in folders; gives the model."""
-    base = pretrained.save(kind, folder / "base")
-    base.name_or_path = str(folder / "base")
-    model = peft.get_peft_model(base, peft.LoraConfig(**LORA | how)).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.3)
-    model.save_pretrained(folder / "adapter")
-    return model
+    return pretrained.save_adapter(kind, folder, **LORA | how)
 
 
 def _load(folder: Path, what: str = "adapter") -> Problem:

@@ -57,16 +57,8 @@ def test_a_folder_in_shards_is_one_that_transformers_loads(tmp_path: Path) -> No
 
 
 def test_an_adapter_is_one_that_peft_lays_onto_the_same_base(tmp_path: Path) -> None:
-    base = pretrained.save("llama", tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
     how = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    model = peft.get_peft_model(base, peft.LoraConfig(**how))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.3)
-    model.save_pretrained(tmp_path / "adapter")
+    base = pretrained.save_adapter("llama", tmp_path, **how).get_base_model()
     data, options, _ = pretrained.save_data("llama", tmp_path)
     line = ("prune", "adapter", "--data", data, "--sequence", options["sequence"], *FEW)
     run = hesscli_warm(*line, "--dir", "out", cwd=tmp_path)
