@@ -24,6 +24,7 @@ from hesscli.diagnostics.growth import Growth
 from hesscli.errors import ExitCode, UnsoundError, UsageError
 from hesscli.ledger import FileLedger
 from hesscli.memory import Together, available_bytes
+from hesscli.operators.at_once import vectors_at_once
 from hesscli.operators.retained import Retained
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
@@ -213,7 +214,7 @@ def test_no_more_vectors_go_side_by_side_than_there_is_room_for(
     whole, fitting = run(problem()), list[int]()
     for room in (1, 20_000, 50_000, 10**9):
         monkeypatch.setattr(memory, "_of_machine", lambda room=room: room)
-        fits = hesscli.Hessian(problem(), mode="forward-over-reverse").vectors_that_fit()
+        fits = vectors_at_once(hesscli.Hessian(problem(), mode="forward-over-reverse"))
         assert fits is not None
         fitting.append(fits)
         given = problem()
@@ -225,7 +226,7 @@ def test_no_more_vectors_go_side_by_side_than_there_is_room_for(
         assert found.trace.estimate == pytest.approx(whole.trace.estimate, rel=2e-13)
     one, few, more, most = fitting
     assert one == 1 < few < more < most == 32
-    assert hesscli.Hessian(problem(), mode="double-backward").vectors_that_fit() is None
+    assert vectors_at_once(hesscli.Hessian(problem(), mode="double-backward")) is None
 
 
 def test_graphs_that_were_kept_are_given_back() -> None:

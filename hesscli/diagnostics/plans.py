@@ -51,9 +51,11 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
     """
     problem = operator.problem
     batch = problem.batch(problem.indices[0])
-    many = min(_PRODUCTS, operator.block_size)
+    forward = operator.mode == "forward-over-reverse"
+    beside = 0 if forward else operator.at_once
+    many = min(max(_PRODUCTS, beside), operator.block_size)
     block = Probes(operator, 0, "fresh", "rademacher").block(batch.index, 0, many)
-    forward, kept = operator.mode == "forward-over-reverse", dict[int, int]()
+    kept = dict[int, int]()
 
     def timed(watching: Callable[[], AbstractContextManager[Any]]) -> tuple[float, ...]:
         ticks = [_now(problem.device)]
@@ -62,7 +64,7 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
             flatten(gradient(problem.evaluate(batch.data), operator.parameters.tensors))
         ticks.append(_now(problem.device))
         with nullcontext() if forward else watching(), problem.forward_context():
-            products = operator.live(batch)
+            products = operator.live(batch, side_by_side=beside > 1)
             ticks.append(_now(problem.device))
             products(block)
         ticks.append(_now(problem.device))

@@ -20,6 +20,7 @@ from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.errors import BudgetError
 from hesscli.memory import peak_bytes
 from hesscli.meter import Meter, OnStep, Spent
+from hesscli.operators.at_once import vectors_at_once
 from hesscli.operators.base import Operator
 from hesscli.operators.matrices import matrix_named
 from hesscli.operators.preflight import checked, recall
@@ -266,7 +267,7 @@ def started(
         operator = build(problem, mode=flight.mode, meter=meter)
         clock.growth = Growth(problem.device)
         if not problem.together.halved:
-            problem.together.most = ledger.decided("at once", operator.vectors_that_fit)
+            problem.together.most = ledger.decided("at once", partial(vectors_at_once, operator))
         yield Run(operator, report, flight, clock, before, ledger)
     ledger.close()
 

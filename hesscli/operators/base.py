@@ -13,8 +13,7 @@ from torch import Tensor
 
 from hesscli import world
 from hesscli.errors import UnsoundError, UsageError
-from hesscli.memory import room_for_more
-from hesscli.meter import FORWARD, OnStep, go_on
+from hesscli.meter import OnStep, go_on
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.preflight import checked
 from hesscli.operators.products import Apply
@@ -23,16 +22,10 @@ from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import doubled
 from hesscli.results import Preflight
 from hesscli.sums import is_finite, shared_sum
-from hesscli.torch_private import storages_kept
 from hesscli.vocabulary import Mode
 
 BLOCK_BYTES = 1 << 26
 """Bytes of probes that are held at once (and as many of products)."""
-_AROUND, _SIDE_BY_SIDE = 8, 5
-"""Of what a loss keeps for its gradient, in forward mode: what a product takes in any case, and for
-each vector. At four networks 4 to 8 times were measured, and 2.2 to 5.1."""
-
-
 _MADE, _READ = 1, 4
 """Vectors that are made for a product, in half of float64's width in parts and as one, and that
 are gone through where it is added to others."""
@@ -95,13 +88,14 @@ class LiveTerm:
         with operator.problem.forward_context():
             is_first = self._apply is None
             if self._apply is None or self._made != operator.problem.retypings:
-                self._apply, self._made = operator.live(self.batch), operator.problem.retypings
+                self._apply = operator.live(self.batch, side_by_side=operator.at_once > 1)
+                self._made = operator.problem.retypings
                 if self.counted != self._made:
                     operator.meter.add(operator.cost[0], share)
                 self.counted = None
             products, made = list[Tensor](), 0
             try:
-                for rows in torch.split(block, len(block) if operator.is_batched else 1):
+                for rows in torch.split(block, operator.at_once):
                     if products:
                         on_step()
                     products.append(operator.problem.together(self._apply, rows))
@@ -265,24 +259,6 @@ class Operator(Curvature):
         """Vectors that are handed to a term at once."""
         bytes_each: int = self.parameters.size * self.problem.dtype.itemsize
         return max(1, min(32, BLOCK_BYTES // max(1, bytes_each)))
-
-    def vectors_that_fit(self) -> int | None:
-        """How many of a block have room in the model side by side; None where they go one by one.
-
-        At least one, whatever it takes: it is not known that well.
-        """
-        if self.mode != "forward-over-reverse":
-            return None
-        groups = self.problem.joint()
-        largest = max(groups, key=lambda group: sum(self.counts[i] for i in group))
-        batch = self.problem.batch(*largest)
-        kept = dict[int, int]()
-        with storages_kept(kept):
-            self.problem.evaluate(batch.data)
-        self.meter.add(FORWARD, batch.count / self.problem.data.count)
-        held = max(1, sum(kept.values()))
-        room = room_for_more(self.device) - _AROUND * held
-        return max(1, min(self.block_size, room // (_SIDE_BY_SIDE * held)))
 
     def to_dense(self) -> Tensor:
         """The whole matrix from unit vectors, float64 ``(d, d)`` on the CPU; for small d."""

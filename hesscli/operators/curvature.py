@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,17 @@ from torch import Tensor
 
 from hesscli.meter import Meter
 from hesscli.operators.kernels import only, twice_differentiable
-from hesscli.operators.products import BATCHED, BUILDERS, FORMS, Apply, Forms, Kind, Tensors, work
+from hesscli.operators.products import (
+    BATCHED,
+    BUILDERS,
+    FORMS,
+    SIDE_BY_SIDE,
+    Apply,
+    Forms,
+    Kind,
+    Tensors,
+    work,
+)
 from hesscli.parameters import Parameters
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.problem import Problem
@@ -57,10 +68,17 @@ class Curvature(ABC):
     def parts(self, batch: WeightedBatch) -> tuple[Any, ...]:
         """One batch's function, the tensors, and what stands between J and Jᵀ if anything."""
 
-    def live(self, batch: WeightedBatch) -> Apply:
-        """Products with one batch's matrix, without weight decay, in this operator's mode."""
+    def live(self, batch: WeightedBatch, *, side_by_side: bool = False) -> Apply:
+        """Products with one batch's matrix, without weight decay, in this operator's mode.
+
+        Args:
+            batch: the examples.
+            side_by_side: double backward goes back once for all vectors of a block.
+        """
+        together = side_by_side and self.mode == "double-backward"
+        build = SIDE_BY_SIDE[self.kind] if together else BUILDERS[self.kind][self.mode]
         with self._surroundings():
-            apply = BUILDERS[self.kind][self.mode](*self.parts(batch))
+            apply = build(*self.parts(batch))
 
         def in_the_same(block: Tensor) -> Tensor:
             with self._surroundings():  # what is run again is run in the same
@@ -102,9 +120,11 @@ class Curvature(ABC):
         return work(self.kind, self.mode, self.problem.way_back, again=again)
 
     @property
-    def is_batched(self) -> bool:
-        """Whether the products of a block are made together, and not one after the other."""
-        return (self.kind, self.mode) in BATCHED
+    def at_once(self) -> int:
+        """Vectors of a block that are handed to the model together; it may take fewer itself."""
+        if (self.kind, self.mode) in BATCHED:
+            return sys.maxsize
+        return (self.mode == "double-backward" and self.problem.together.most) or 1
 
     @property
     def decay(self) -> float:

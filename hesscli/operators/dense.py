@@ -71,7 +71,7 @@ class Dense(Hessian):
             checks=(),
         )
 
-    def live(self, batch: WeightedBatch) -> Apply:
+    def live(self, batch: WeightedBatch, *, side_by_side: bool = False) -> Apply:
         """Products with a batch's matrix, in the rows and columns of this operator."""
         kept = torch.cat([torch.arange(p.offset, p.offset + p.numel) for p in self.parameters])
         matrix = batch.data["matrix"][kept][:, kept]

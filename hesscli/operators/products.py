@@ -136,6 +136,32 @@ def vector_jacobian(outputs: Tensors, tensors: Tensors, weights: Tensors) -> Ten
     return parts
 
 
+def vector_jacobians(outputs: Tensors, tensors: Tensors, weights: Tensors) -> Tensors:
+    """:func:`vector_jacobian` of ``(k, …)`` weights each, all in one pass back."""
+    many = len(weights[0])
+    live = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    parts: Sequence[Tensor | None] = [None] * len(tensors)
+    if live:
+        own, slopes = zip(*live, strict=True)
+        parts = torch.autograd.grad(
+            own, tensors, slopes, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    return [
+        tensor.new_zeros(many, *tensor.shape) if part is None else part
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
+
+
+def _split_rows(block: Tensor, like: Tensors) -> list[Tensor]:
+    """Of a block ``(k, d)`` views in the shapes ``(k, …)`` of ``like``."""
+    pieces = torch.split(block, [t.numel() for t in like], dim=1)
+    return [piece.view(-1, *t.shape) for piece, t in zip(pieces, like, strict=True)]
+
+
+def _flat_rows(parts: Tensors) -> Tensor:
+    return torch.cat([_dense(part).reshape(len(part), -1) for part in parts], dim=1)
+
+
 def _rows(product: Callable[[Tensor], Tensors], block: Tensor) -> Tensor:
     """A block's products ``(k, d)``, each of which is made in parts: as one is copied, it goes."""
     rows = torch.empty(block.shape, dtype=block.dtype, device=block.device)
@@ -159,6 +185,12 @@ def hessian_double_backward(function: Function, tensors: Tensors) -> Apply:
         return vector_jacobian(graph, tensors, unflatten(vector, tensors))
 
     return partial(_rows, product)
+
+
+def hessian_side_by_side(function: Function, tensors: Tensors) -> Apply:
+    """The same, the graph gone through once for all vectors of a block."""
+    graph = weightless(gradient(function(None), tensors, create_graph=True))
+    return lambda block: _flat_rows(vector_jacobians(graph, tensors, _split_rows(block, tensors)))
 
 
 def hessian_forward_over_reverse(function: Function, tensors: Tensors) -> Apply:
@@ -198,6 +230,19 @@ def sandwich_double_backward(function: Function, tensors: Tensors, at: Middle) -
         return vector_jacobian([value], tensors, [middle(pushed.view_as(value))])
 
     return partial(_rows, product)
+
+
+def sandwich_side_by_side(function: Function, tensors: Tensors, at: Middle) -> Apply:
+    """The same, the graphs gone through once for all vectors of a block."""
+    value, middle, dummy, slopes = _pushing(function, tensors, at)
+    pulled = weightless(slopes)
+
+    def products(block: Tensor) -> Tensor:
+        (pushed,) = vector_jacobians(pulled, [dummy], _split_rows(block, tensors))
+        weights = torch.stack([middle(each.view_as(value)) for each in pushed])
+        return _flat_rows(vector_jacobians([value], tensors, [weights]))
+
+    return products
 
 
 def _pushing(
@@ -295,6 +340,12 @@ BUILDERS: dict[Kind, dict[Mode, Callable[..., Apply]]] = {
         "finite-difference": sandwich_finite_difference,
     },
 }
+
+SIDE_BY_SIDE: dict[Kind, Callable[..., Apply]] = {
+    "hessian": hessian_side_by_side,
+    "sandwich": sandwich_side_by_side,
+}
+"""By double backward, once for all vectors of a block."""
 
 BATCHED: frozenset[tuple[Kind, Mode]] = frozenset({("hessian", "forward-over-reverse")})
 """Whose products with a block are made together."""
