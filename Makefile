@@ -97,8 +97,10 @@ hf: $(VENV)/hf  ## Hugging Face folders: data sets of `datasets`, and a trained 
 ranks: $(VENV)/test  ## Two, three and four ranks against one process, and ranks that are killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks
 
-gpu: $(VENV)/test  ## Run the checks that need a CUDA device
-	$(BIN)/python -m pytest -m gpu -rs
+gpu: $(VENV)/test  ## Checks and benchmarks that need a CUDA device (under ten minutes)
+	$(BIN)/python tests/benchmarks/device.py
+	$(BIN)/python tests/benchmarks/scale.py --device cuda
+	$(BIN)/python -m pytest -m gpu -rs -n 4 --dist worksteal
 
 clean:  ## Remove the environment and what runs have left
 	rm -rf $(VENV) build *.egg-info hesscli-out .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,9 @@ from problem to result, by phase, over that of a gradient of the same examples a
 user batches them, timed around it; gradients as counted; the process's peak memory; and the result
 in a line. Freed memory is kept, as the command line does. Slopes of a series come last: the power
 of its size with which CPU time grows.
+
+``--device cuda`` before the rows: wall time on that device, once all that was asked of it is done,
+and its peak allocation; rows, where none are named, are of large networks.
 """
 
 from __future__ import annotations
@@ -111,7 +114,11 @@ class GPT(nn.Module):
 
 def gpt(millions: str) -> Task:
     """A decoder on 64 sequences of 4 tokens."""
-    vocabulary, width, depth = {"27": (2048, 512, 8), "108": (16384, 768, 12)}[millions]
+    vocabulary, width, depth = {
+        "27": (2048, 512, 8),
+        "108": (16384, 768, 12),
+        "1000": (2048, 2048, 20),
+    }[millions]
     model = GPT(vocabulary, width, depth, 4)
     tokens = torch.randint(vocabulary, (64, 5))
     return Task(model.eval(), "language_model", tokens[:, :4], tokens[:, 1:], 64)
@@ -191,23 +198,37 @@ ROWS = [
     ),
 ]
 
+ON_A_DEVICE = [
+    *(("resnet", command) for command in ("trace", "diag", "lanczos", "ihvp")),
+    *(("gpt:27", command) for command in ("minute", "lanczos", "spectrum", "ihvp")),
+    *((f"gpt:{size}", command) for size in (108, 1000) for command in ("minute", "lanczos")),
+]
+_CLOCK = {"cpu": time.process_time, "cuda": time.perf_counter}
+
+
+def clock(device: str) -> float:
+    """Of this process's CPU; of a device the time at which all that was asked of it is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return _CLOCK[device]()
+
 
 # -- One run, in its own process -------------------------------------------------------------------
 
 
 class Phases:
-    """CPU time by phase: what has passed when a phase is first heard of again is its own."""
+    """Time by phase: what has passed when a phase is first heard of again is its own."""
 
-    def __init__(self) -> None:
-        self.seconds = defaultdict[str, float](float)
-        self._last = time.process_time()
+    def __init__(self, device: str) -> None:
+        self.seconds, self._device = defaultdict[str, float](float), device
+        self._last = clock(device)
 
     def __call__(self, snapshot: Snapshot) -> bool:
         self.add(snapshot.phase)
         return False
 
     def add(self, phase: str) -> None:
-        now = time.process_time()
+        now = clock(self._device)
         self.seconds[phase] += now - self._last
         self._last = now
 
@@ -223,25 +244,28 @@ def gradient(task: Task) -> None:
 
 
 def rounds_of(task: Task) -> Iterator[float]:
-    """CPU seconds of gradients."""
+    """Seconds of gradients."""
+    device = task.inputs.device.type
     for _ in range(5):
-        began = time.process_time()
+        began = clock(device)
         gradient(task)
-        yield time.process_time() - began
+        yield clock(device) - began
 
 
-def run(network: str, command: str) -> dict[str, Any]:
-    """CPU seconds by phase, of a gradient, and what was counted."""
+def run(device: str, network: str, command: str) -> dict[str, Any]:
+    """Seconds by phase, of a gradient, and what was counted."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    task = task_named(network)
+    given = task_named(network)
+    there = (each.to(device) for each in (given.inputs, given.targets))
+    task = Task(given.model.to(device), given.loss, *there, given.batch)
     gradient(task)
     around = list(rounds_of(task))
-    phases = Phases()
+    phases = Phases(device)
     problem = hesscli.Problem(
         task.model,
         task.loss,
-        torch.utils.data.TensorDataset(task.inputs, task.targets),
+        torch.utils.data.TensorDataset(given.inputs, given.targets),
         batch_size=task.batch,
         examples="all",
         observe=phases,
@@ -264,9 +288,9 @@ def run(network: str, command: str) -> dict[str, Any]:
 # -- All of them, as a table -----------------------------------------------------------------------
 
 
-def apart(network: str, command: str) -> dict[str, Any] | None:
+def apart(device: str, network: str, command: str) -> dict[str, Any] | None:
     """A run in a process of its own; None where it did not come to its end."""
-    arguments = [sys.executable, __file__, "--run", network, command]
+    arguments = [sys.executable, __file__, "--run", device, network, command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -303,12 +327,15 @@ def slopes(times: dict[tuple[str, str], float]) -> None:
 def main() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] == ["--run"]:
-        print(json.dumps(run(*arguments[1:3])))
+        print(json.dumps(run(*arguments[1:4])))
         return
-    wanted = list(zip(arguments[::2], arguments[1::2], strict=True)) or ROWS
+    device, rows = "cpu", ROWS
+    if arguments[:1] == ["--device"]:
+        device, rows, arguments = arguments[1], ON_A_DEVICE, arguments[2:]
+    wanted = list(zip(arguments[::2], arguments[1::2], strict=True)) or rows
     times = dict[tuple[str, str], float]()
     for row in wanted:
-        if (found := apart(*row)) is not None:
+        if (found := apart(device, *row)) is not None:
             show(*row, found)
             times[row] = sum(found["phases"].values())
     slopes(times)
