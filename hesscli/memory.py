@@ -32,14 +32,16 @@ def available_bytes(device: torch.device | str | None = None) -> int:
 
     On the CPU the least of what the machine has and what the limits of the process's control
     groups, as containers set them, leave. Cached files count as free: they give way. Ranks on one
-    machine have equal parts of it, and all ranks go by what the poorest has.
+    machine have equal parts of it, and all ranks go by what the poorest has. On a CUDA device what
+    torch keeps of what was freed counts as free, too.
 
     Args:
         device: the CPU unless it says otherwise.
     """
     place = torch.device(device or "cpu")
     if place.type == "cuda":
-        return world.least(int(torch.cuda.mem_get_info(place)[0]))
+        kept = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return world.least(int(torch.cuda.mem_get_info(place)[0]) + kept)
     return world.least(min(_of_machine(), *_of_groups()) // world.neighbours())
 
 

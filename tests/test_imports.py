@@ -25,6 +25,7 @@ FLOORS = [
     {"vocabulary", "state", "world"},
     {"results"},
     {
+        "arithmetic",
         "parameters",
         "randomness",
         "storage",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hesscli import world
+from hesscli.arithmetic import in_full_precision
 from hesscli.diagnostics.growth import ExhaustedError
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
 from hesscli.diagnostics.run import Clock
@@ -75,6 +76,7 @@ class Measurement(Stateful, Protocol):
         """
 
 
+@in_full_precision()
 def drive(
     clock: Clock, measurement: Measurement, ledger: Ledger = UNKEPT, ending: float = 0.0
 ) -> Status | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hesscli.arithmetic import in_full_precision
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.optim.refusals import (
     Sums,
@@ -106,7 +107,7 @@ class LossOptimizer(torch.optim.Optimizer):
         try:
             loss = self._differentiated(loss)
             self._settle()
-            with torch.no_grad(), self._in_full():
+            with torch.no_grad(), self._in_full(), in_full_precision():
                 if self._unscaled():
                     self._require_finite()
                     self._follow()

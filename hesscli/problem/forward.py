@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesscli import randomness
+from hesscli.arithmetic import in_full_precision
 from hesscli.errors import InputError, UnsoundError, first_line
 from hesscli.torch_private import apply_to_tensors, held_buffers, held_parameters
 
@@ -97,8 +98,9 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if device.type == "cuda":
+            recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+            stack.enter_context(in_full_precision(cudnn=not recurrent))
         stack.enter_context(_unchanged_buffers(model))
         stack.enter_context(_unscaled_embeddings(model))
         yield
