@@ -52,6 +52,9 @@ bench-large: $(VENV)/demo  ## Memory of a product with a billion parameters (a q
 bench-shards: $(VENV)/demo  ## A window over four ranks: memory of each, and messages (a minute, 5 GB)
 	$(BIN)/python tests/benchmarks/shards.py
 
+bench-ranks: $(VENV)/demo  ## How much sooner two and four ranks are done than one process (minutes)
+	$(BIN)/python tests/benchmarks/ranks.py
+
 bench-vocabulary: $(VENV)/bench  ## Memory of a product where classes are many (ten minutes, 13 GB)
 	$(BIN)/python tests/benchmarks/vocabulary.py
 
@@ -125,6 +128,6 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: help demo test portable lint bench bench-certainty bench-estimates bench-large bench-mfac \
-	bench-optimizers bench-parts bench-pruning bench-scale bench-shards bench-spectrum bench-vocabulary calibration coverage faults \
+	bench-optimizers bench-parts bench-pruning bench-ranks bench-scale bench-shards bench-spectrum bench-vocabulary calibration coverage faults \
 	fuzz gallery goldens gpu hf hostile ranks reference study symmetries clean
 .DEFAULT_GOAL := help

@@ -25,6 +25,7 @@ from hesscli.problem import proof
 from hesscli.results import Snapshot
 
 LENGTH = 16
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 SPEC = """
 [model]
 factory = "large:GPT"
@@ -130,7 +131,7 @@ def warm_up() -> None:
 
 def run(path: Path, what: str) -> Peaks:
     """Forms, or a product."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     warm_up()
     if room := os.environ.get("ROOM"):
         memory._of_machine = lambda: int(room)
@@ -160,7 +161,7 @@ def apart(path: Path, what: str, room: int | None = None) -> dict[str, float]:
     """
     line = [sys.executable, __file__, "--run", str(path), what]
     # Freed memory goes back at once, whatever size its pieces have.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | {"OMP_NUM_THREADS": THREADS, "MALLOC_MMAP_THRESHOLD_": "65536"}
     environment |= {"ROOM": str(room)} if room else {}
     done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     print(done.stdout, end="")
