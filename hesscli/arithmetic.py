@@ -21,7 +21,8 @@ def in_full_precision(*, cudnn: bool = True) -> Iterator[None]:
     Args:
         cudnn: whether its kernels may be used at all.
     """
-    library, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    library: Any = torch.backends.cudnn  # whose parts are not declared
+    products = torch.backends.cuda.matmul
     settings: dict[tuple[Any, str], Any] = {}
     if _is_set_by_its_older_name():
         settings[library, "allow_tf32"] = False
