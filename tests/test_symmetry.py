@@ -66,6 +66,7 @@ from hesscli.operators.head import check_head
 from hesscli.operators.verification import MismatchError, Products
 from hesscli.optim import AdaHessian, UpdateLog
 from hesscli.problem.ends import read_end, steps_of
+from hesscli.problem.losses import StepLoss
 from hesscli.problem.objective import Sample
 from hesscli.problem.problem import Problem
 from hesscli.render.families import family_label
@@ -83,6 +84,13 @@ def answered(make: Callable[[], nn.Module]) -> SymmetryResult:
     """The answer for a network of which several tests ask."""
     result: SymmetryResult = hesscli.symmetries(problem_of(spread(make())))
     return result
+
+
+def table_of(result: SymmetryResult) -> str:
+    """What a terminal of 120 columns shows."""
+    console = Console(width=120, file=io.StringIO())
+    console.print(symmetry_table(result))
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def standing(result: SymmetryResult) -> dict[str, set[str]]:
@@ -936,15 +944,67 @@ def cosine(outputs: Tensor, labels: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(outputs, wanted, dim=-1)).mean()
 
 
+def of_unit_length(outputs: Tensor, labels: Tensor) -> Tensor:
+    wanted = F.one_hot(labels, 3).to(outputs.dtype)
+    return (outputs / outputs.norm(dim=-1, keepdim=True) - wanted).square().sum(-1).mean()
+
+
+@pytest.mark.parametrize(
+    ("activation", "loss", "alone"),
+    [
+        (nn.ReLU(), cosine, {"map before a norm": 1}),
+        (nn.Tanh(), of_unit_length, {"map before a norm": 1}),
+        (nn.ReLU(), "cross_entropy", {}),
+        (nn.ReLU(), "mse", {}),
+    ],
+    ids=["cosine", "unit length", "cross-entropy", "squares"],
+)
+def test_null_directions_of_gauss_newton_are_counted_by_themselves(
+    activation: nn.Module, loss: str | Callable[..., Tensor], alone: dict[str, int]
+) -> None:
+    """What the loss alone undoes changes the outputs, by Jξ, and JᵀAJξ is not 0; the truth is the
+    null space of a dense JᵀAJ, whose other singular values are above 1e-6 of the largest."""
+    draw = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(120, 5, generator=draw, dtype=torch.float64)
+    labels = torch.randint(0, 3, (120,), generator=draw)
+    targets = F.one_hot(labels, 3).double() if loss == "mse" else labels
+    problem = hesscli.Problem(spread(perceptron(activation)), loss, (x, targets), batch_size=40)
+    sizes = torch.linalg.svdvals(hesscli.GaussNewton(problem).to_dense())
+    nullity = int((sizes < 1e-10 * sizes[0]).sum())
+    result = hesscli.symmetries(problem)
+    assert result.flat.independent == result.flat.directions
+    assert result.flat.gauss_newton == nullity == result.flat.directions - sum(alone.values())
+    for one in result.families:
+        wanted = one.null_directions - alone.get(one.name, 0)
+        assert one.gauss_newton_directions == wanted
+        assert one.gauss_newton_residual is not None
+        assert (one.gauss_newton_residual < HOLDS) == (wanted == one.null_directions)
+    assert hesscli.symmetries(problem, matrix="ggn").flat.directions == nullity
+    shown = table_of(result)
+    undone = f"of the Gauss-Newton matrix {nullity} everywhere: the loss alone undoes the others"
+    assert (undone if alone else "of the Gauss-Newton matrix everywhere") in shown
+    assert ("map before a norm of 2: the loss alone undoes it" in shown) == bool(alone)
+
+
+def test_a_loss_that_hides_its_outputs_has_no_gauss_newton_matrix() -> None:
+    given = problem_of(spread(perceptron(nn.ReLU())))
+    step = StepLoss(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), "step")
+    problem = hesscli.Problem(given.model, step, list(given.data.batches))
+    result = hesscli.symmetries(problem)
+    assert result.flat.directions > 0
+    assert result.flat.gauss_newton is None
+    assert {one.gauss_newton_directions for one in result.families} == {None}
+    assert "Gauss-Newton" not in table_of(result)
+
+
 def test_what_the_loss_alone_undoes_is_no_symmetry_of_gauss_newton() -> None:
     """Its outputs grow with the scale of the last map: Jξ is not 0, and JᵀAJξ is not."""
     given = problem_of(spread(perceptron(nn.ReLU())))
     problem = hesscli.Problem(given.model, cosine, list(given.data.batches))
     result = hesscli.symmetries(problem, matrix="ggn")
-    said = [cause for one in result.families for cause in one.causes]
-    assert any("the loss has it" in cause for cause in said)
-    assert not any("products" in cause for cause in said)
-    assert standing(result)["homogeneous activation"] >= {"holds"}
+    (one,) = [each for each in result.families if each.status != "holds"]
+    assert one.causes == ("outputs that it changes: the loss has it, and this matrix has not",)
+    assert standing(result)["homogeneous activation"] == {"holds"}
     *_, last = hesscli.check(problem, matrix="ggn", symmetry=True).preflight.checks
     assert last.state == "passed"
 

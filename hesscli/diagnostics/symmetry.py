@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ from hesscli.diagnostics.run import Clock, Run, started
 from hesscli.engines.symmetry.families import Family, Scaling, Translation, rank_of
 from hesscli.engines.symmetry.finding import candidates
 from hesscli.engines.symmetry.identities import (
-    NEAR,
     ROUNDING,
     Place,
     Residuals,
@@ -37,6 +37,7 @@ from hesscli.errors import BudgetError, UnsoundError, UsageError
 from hesscli.memory import room_for_more
 from hesscli.meter import FORWARD
 from hesscli.operators.base import LiveTerm
+from hesscli.operators.gauss_newton import GaussNewton
 from hesscli.operators.products import flatten, gradient
 from hesscli.problem.ends import End, read_end
 from hesscli.problem.forward import moved
@@ -72,7 +73,8 @@ _FAR, _GONE = 5.0, 1e-4
 """Where the scale is e to this, and to its double, eps has no more than that share in the loss."""
 _NOT_OF_THE_LOSS = "products that are not of the loss, whose gradient has the symmetry"
 _OF_THE_LOSS_ALONE = "outputs that it changes: the loss has it, and this matrix has not"
-_Three = tuple[float, float | None, float]
+_Numbers = tuple[Any, ...]
+"""The fields of residuals, in their order."""
 
 
 @as_asked
@@ -161,8 +163,8 @@ class Testing(Kept):
 
     def __init__(self, run: Run, seed: int) -> None:
         self.run, self.seed = run, seed
-        self.found = list[list[_Three]]()
-        self.sizes = list[_Three]()
+        self.found = list[list[_Numbers]]()
+        self.sizes = list[_Numbers]()
         self.exponents = dict[str, float | None]()
         """By the number of a family; None where nothing falls."""
         self.orbit = list[orbit.Measured]()
@@ -207,6 +209,7 @@ class Testing(Kept):
         chosen = [i for i, (_, is_made) in enumerate(_PLACES) if is_made]
         made = sum(shares[i] for i in chosen)
         gradients = (1 + FORWARD * 2 * count) * sum(shares)
+        gradients += self.has_outputs * FORWARD * (1 + count) * made
         work = pace.gradient.times(gradients) + pace.products((count + 1) * made, made)
         part = sum(counts[i] for i in chosen) / problem.data.count
         work = replace(work, products=(count + 1) * part)
@@ -251,7 +254,7 @@ class Testing(Kept):
             self.run.operator.meter.keep()
             yield Snapshot(phase=_RESCALING, done=float(number), total=float(orbit.POINTS))
 
-    def at(self, number: int) -> tuple[_Three, list[_Three]]:
+    def at(self, number: int) -> tuple[_Numbers, list[_Numbers]]:
         """What is usual at one place, and each family's residuals there."""
         problem, (relative, is_made) = self.run.problem, _PLACES[number]
         generator = torch.Generator().manual_seed(self.seed * len(_PLACES) + number)
@@ -259,7 +262,7 @@ class Testing(Kept):
         snapshot = Snapshot(phase=_TESTING, done=float(number), total=float(len(_PLACES)))
         with moved(problem.parameters.tensors, relative):
             place = self._place(batch, is_made, generator)
-            results = list[_Three]()
+            results = list[_Numbers]()
             for family in self.families:
                 results.append(astuple(residuals_of(family, place, generator)))
                 self.run.clock.look(snapshot)
@@ -282,7 +285,13 @@ class Testing(Kept):
             product,
             spread,
             turns=hessian,
+            reading=partial(self._read, batch) if is_made and self.has_outputs else None,
         )
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the loss is one of outputs, so that there is a Gauss-Newton matrix."""
+        return self.run.problem.hidden_outputs is None
 
     def _share(self, batch: WeightedBatch) -> float:
         return batch.count / self.run.problem.data.count
@@ -296,11 +305,23 @@ class Testing(Kept):
 
     def _loss(self, batch: WeightedBatch, theta: Tensor) -> float:
         """The loss of a batch at other weights."""
+        self.run.operator.meter.add(FORWARD, self._share(batch))
+        return float(self.run.problem.evaluate(batch.data, self._named(theta)).detach())
+
+    def _read(self, batch: WeightedBatch, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of a batch at other weights, and the slope of the Gauss-Newton loss in them."""
+        problem = self.run.problem
+        self.run.operator.meter.add(FORWARD, self._share(batch))
+        outputs = problem.outputs(batch.data, self._named(theta)).detach().requires_grad_()
+        with problem.forward_context():
+            value = problem.loss.natural.mean(outputs.clone(), batch.data)  # it may write in them
+            return outputs.detach(), gradient(value, [outputs])[0]
+
+    def _named(self, theta: Tensor) -> dict[str, Tensor]:
+        """Parameters from a flat vector."""
         problem = self.run.problem
         parts = problem.parameters.split(theta.to(problem.device, problem.dtype))
-        named = dict(zip(problem.parameters.names, parts, strict=True))
-        self.run.operator.meter.add(FORWARD, self._share(batch))
-        return float(problem.evaluate(batch.data, named).detach())
+        return dict(zip(problem.parameters.names, parts, strict=True))
 
     def _product(self, batch: WeightedBatch) -> _Product:
         return _Product(LiveTerm(batch, self.run.operator))
@@ -354,26 +375,21 @@ class Testing(Kept):
         problem, theta = self.run.problem, self.theta
         proof = problem.prove()
         slope = proof.gradient.cpu() - problem.weight_decay * theta
-        usual = max(sum(proof.lengths), *(gradient for gradient, _, _ in self.sizes))
+        usual = max(sum(proof.lengths), *(Residuals(*each).gradient for each in self.sizes))
         return [largest_moment(family, theta, slope) / (usual or 1.0) for family in self.families]
 
-    def changes_outputs(self, family: Family) -> bool:
-        """Whether G = JᵀAJ need not have it: its Jξ is not 0, and the loss alone undoes that.
+    @property
+    def of_gauss_newton(self) -> bool:
+        """Whether products are with the Gauss-Newton matrix."""
+        return isinstance(self.run.operator, GaussNewton)
 
-        A constant that is added to outputs is in A's kernel; and the Hessian is of the loss.
-        """
-        if self.run.operator.name == "hessian" or isinstance(family, Translation):
-            return False
-        problem, theta = self.run.problem, self.theta
-        batch = problem.batch(self.indices[0]).data
-        drawn = family.draw(torch.Generator().manual_seed(self.seed), NEAR)
-        parts = problem.parameters.split(
-            family.moved(drawn, theta).to(problem.device, problem.dtype)
-        )
-        named = dict(zip(problem.parameters.names, parts, strict=True))
-        with torch.no_grad():
-            here, there = problem.outputs(batch), problem.outputs(batch, named)
-        return not float((there - here).norm()) <= self.bound * float(here.norm())
+    def is_undone(self, found: Residuals) -> bool:
+        """Whether the loss alone undoes what a family does, which G = JᵀAJ then need not have."""
+        return found.gauss_newton is None or not found.gauss_newton <= self.bound
+
+    def only_the_loss_has(self, found: Residuals) -> bool:
+        """Whether products are those of that matrix, and so need not respect a family."""
+        return self.of_gauss_newton and self.is_undone(found)
 
     def report(self, number: int) -> SymmetryFamily:
         """Where one family stands."""
@@ -393,22 +409,26 @@ class Testing(Kept):
         if told.eps and not passes and (exponent or 0.0) > _LEAST_POWER:
             status = "asymptotic"
         own = max(worst.gradient, worst.finite) <= self.bound
-        suspect = list[str]()
+        causes = (*["eps"] * told.eps, *told.causes)
         if own and not passes and not told.eps:
-            alone = self.changes_outputs(family)
-            suspect.append(_OF_THE_LOSS_ALONE if alone else _NOT_OF_THE_LOSS)
+            alone = self.only_the_loss_has(worst)
+            causes = (_OF_THE_LOSS_ALONE,) if alone else (*causes, _NOT_OF_THE_LOSS)
+        null = family.num_directions if status == "holds" else 0
+        kept = self.of_gauss_newton or not self.is_undone(worst)
         return SymmetryFamily(
             name=told.name,
             layer=told.layers[0],
             layers=told.layers,
             status=status,  # type: ignore[arg-type]
-            causes=() if status == "holds" else (*["eps"] * told.eps, *told.causes, *suspect),
+            causes=() if status == "holds" else causes,
             directions=family.num_directions,
-            null_directions=family.num_directions if status == "holds" else 0,
+            null_directions=null,
+            gauss_newton_directions=null * kept if self.has_outputs else None,
             charges=family.num_charges if status == "holds" else 0,
             gradient_residual=worst.gradient,
             hessian_residual=worst.hessian,
             finite_residual=worst.finite,
+            gauss_newton_residual=worst.gauss_newton,
             exponent=exponent if status == "asymptotic" else None,
         )
 
@@ -435,7 +455,7 @@ def check_of_symmetry(run: Run, seed: int) -> Check:
             for family, one in every
             if not family.told.eps
             and max(one.gradient, one.finite) <= testing.bound
-            and ((one.hessian or 0.0) <= testing.bound or not testing.changes_outputs(family))
+            and ((one.hessian or 0.0) <= testing.bound or not testing.only_the_loss_has(one))
         ]
     if not respected:
         return Check(name=name, state="not applicable", detail="no family of them was found")
@@ -483,7 +503,7 @@ def _answer(
             f"{len(testing.found)} of {len(_PLACES)} places; holds is within {testing.bound:.0e}",
         ),
         cost=run.cost(),
-        flat=_flat(testing.holding, theta),
+        flat=_flat(testing, families),
         families=tuple(families),
         charges=tuple(listed(testing.families, families, theta, charted)),
         orbit=orbit.report(testing.orbit, problem.data.counts[testing.indices[0]]),
@@ -495,7 +515,9 @@ def _answer(
     )
 
 
-def _flat(holding: Sequence[Family], theta: Tensor) -> FlatReport:
+def _flat(testing: Testing, reports: Sequence[SymmetryFamily]) -> FlatReport:
+    holding, theta = testing.holding, testing.theta
+    of_gauss_newton = sum(report.gauss_newton_directions or 0 for report in reports)
     directions = sum(family.num_directions for family in holding)
     independent = rank_of(holding, theta)
     count = directions if independent is None else independent
@@ -504,6 +526,7 @@ def _flat(holding: Sequence[Family], theta: Tensor) -> FlatReport:
         independent=independent,
         share=count / len(theta),
         everywhere=sum(x.num_directions for x in holding if isinstance(x, Translation)),
+        gauss_newton=of_gauss_newton if testing.has_outputs else None,
     )
 
 

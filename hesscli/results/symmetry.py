@@ -24,11 +24,16 @@ class SymmetryFamily:
         causes: what is on its way that can break it, where that is known.
         directions: of the group, each a null direction where it holds.
         null_directions: the same where it holds, else 0.
+        gauss_newton_directions: the same where the Gauss-Newton matrix has them too, else 0: none
+            of what changes the outputs and the loss alone undoes. None where the loss is none of
+            outputs, and there is no such matrix.
         charges: numbers that gradient flow keeps where it holds.
         gradient_residual: |⟨∇L, ξ⟩| / (|∇L| |ξ|), the largest of all directions and batches.
         hessian_residual: |Hξ + (∂ξ/∂θ)ᵀ∇L| / (|Hv| |ξ|) of random ones, v being a random unit
             vector; of another matrix |Gξ| / (|Gv| |ξ|). None where no product was made.
         finite_residual: the change of the loss by a finite transformation, relative to its size.
+        gauss_newton_residual: that of the outputs, or of the loss's slope in them if that is less.
+            Where slopes stay as they are, AJξ = 0, and so is Gξ = JᵀAJξ. None as above.
         exponent: with which power of the scale the breaking falls; None where that was not asked.
     """
 
@@ -39,10 +44,12 @@ class SymmetryFamily:
     causes: tuple[str, ...]
     directions: int
     null_directions: int
+    gauss_newton_directions: int | None
     charges: int
     gradient_residual: float
     hessian_residual: float | None
     finite_residual: float
+    gauss_newton_residual: float | None
     exponent: float | None
 
 
@@ -152,14 +159,16 @@ class FlatReport:
             work, and the count is then the number of directions at most.
         share: of the parameters.
         everywhere: of the directions those that are null for the Hessian wherever it is taken. The
-            others are where the gradient is 0, and for the Gauss-Newton matrix everywhere, but
-            for those that change outputs and that the loss alone undoes.
+            others are where the gradient is 0.
+        gauss_newton: of the directions those that are null for the Gauss-Newton matrix wherever it
+            is taken; None where the loss is none of outputs, and there is no such matrix.
     """
 
     directions: int
     independent: int | None
     share: float
     everywhere: int
+    gauss_newton: int | None
 
 
 @dataclass(frozen=True, kw_only=True)

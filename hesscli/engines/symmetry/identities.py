@@ -1,10 +1,18 @@
-"""Three tests of a family: two identities of derivatives, and a finite transformation."""
+"""Tests of a family: two identities of derivatives, and what a finite transformation changes.
+
+The Gauss-Newton matrix G = JᵀAJ has those of its directions for which AJξ is 0. That is the
+derivative of the loss's slope in the outputs along ξ: where a random element of the group leaves
+the slopes of all examples as they are, so do all elements (slopes are analytic in them), and Gξ is
+0. A loss that normalises its outputs has symmetries that turn these slopes: what it undoes is not
+in the null space of G.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +42,8 @@ class Place:
         product: with its Hessian; None where none are made.
         spread: the length of the product with a random unit vector.
         turns: whether it is the Hessian's, which turns with the gradient; other matrices do not.
+        reading: of a flat vector of parameters, the outputs and the loss's slope in them; None
+            where that is not asked, or the loss is none of outputs.
     """
 
     theta: Tensor
@@ -43,6 +53,12 @@ class Place:
     product: Callable[[Tensor], Tensor] | None = None
     spread: float = 0.0
     turns: bool = True
+    reading: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @cached_property
+    def read(self) -> tuple[Tensor, Tensor] | None:
+        """Outputs and slope here."""
+        return None if self.reading is None else self.reading(self.theta)
 
     @property
     def sizes(self) -> Residuals:
@@ -52,6 +68,7 @@ class Place:
             gradient=length,
             hessian=None if self.product is None else self.spread,
             finite=max(abs(self.value), _SMALL * length),
+            gauss_newton=None if self.reading is None else 1.0,
         )
 
 
@@ -63,15 +80,18 @@ class Residuals:
         gradient: |⟨g, Xθ⟩| / (|g| |Xθ|), the largest of all generators.
         hessian: |H Xθ + Xᵀg| / (|Hv| |Xθ|) of a random one, v a random unit vector.
         finite: the loss's change over its size, by a transformation near and by one far away.
+        gauss_newton: the outputs' change over their size by that near, or that of the loss's slope
+            in them, whichever is less.
     """
 
     gradient: float
     hessian: float | None
     finite: float
+    gauss_newton: float | None = None
 
 
 def residuals_of(family: Family, place: Place, generator: torch.Generator) -> Residuals:
-    """All three of a family at one place.
+    """All of a family at one place.
 
     Args:
         family: what is tested.
@@ -79,10 +99,13 @@ def residuals_of(family: Family, place: Place, generator: torch.Generator) -> Re
         generator: of random elements.
     """
     theta, gradient = place.theta, place.gradient
+    hessian = None if place.product is None else _hessian(family, place, generator)
+    near = family.moved(family.draw(generator, NEAR), theta)
     return Residuals(
         gradient=_ratio(largest_moment(family, theta, gradient), float(gradient.norm())),
-        hessian=None if place.product is None else _hessian(family, place, generator),
-        finite=_finite(family, place, generator),
+        hessian=hessian,
+        finite=_finite(family, place, near, generator),
+        gauss_newton=_gauss_newton(place, near),
     )
 
 
@@ -102,15 +125,23 @@ def _hessian(family: Family, place: Place, generator: torch.Generator) -> float:
     return _ratio(missing, place.spread * float(tangent.norm()) + float(turned.norm()))
 
 
-def _finite(family: Family, place: Place, generator: torch.Generator) -> float:
-    def change(coefficients: Tensor) -> float:
-        found = abs(place.loss(family.moved(coefficients, place.theta)) - place.value)
+def _finite(family: Family, place: Place, near: Tensor, generator: torch.Generator) -> float:
+    def change(there: Tensor) -> float:
+        found = abs(place.loss(there) - place.value)
         return _ratio(found if math.isfinite(found) else math.inf, place.sizes.finite)
 
-    near = change(family.draw(generator, NEAR))
-    if family.told.eps and near > ROUNDING:  # nobody expects it to be small far away
-        return near
-    return max(near, change(family.far(generator)))
+    changed = change(near)
+    if family.told.eps and changed > ROUNDING:  # nobody expects it to be small far away
+        return changed
+    return max(changed, change(family.moved(family.far(generator), place.theta)))
+
+
+def _gauss_newton(place: Place, near: Tensor) -> float | None:
+    if place.reading is None or place.read is None:
+        return None
+    pairs = zip(place.read, place.reading(near), strict=True)
+    changes = (_ratio(float((there - here).norm()), float(here.norm())) for here, there in pairs)
+    return min(change if math.isfinite(change) else math.inf for change in changes)
 
 
 def _ratio(value: float, usual: float) -> float:
@@ -132,6 +163,9 @@ def worst_of(found: Sequence[Residuals], sizes: Sequence[Residuals]) -> Residual
         gradient=_weighted([one.gradient for one in found], [one.gradient for one in sizes]) or 0.0,
         hessian=_weighted([one.hessian for one in found], [one.hessian for one in sizes]),
         finite=_weighted([one.finite for one in found], [one.finite for one in sizes]) or 0.0,
+        gauss_newton=_weighted(
+            [one.gauss_newton for one in found], [one.gauss_newton for one in sizes]
+        ),
     )
 
 

@@ -71,9 +71,13 @@ def _flat(result: SymmetryResult) -> Iterator[RenderableType]:
         details.append(f"{words.count(flat.independent)} of them independent")
     if flat.independent is None:
         details.append("at most: they are too many to tell how many are independent")
-    details.append(
-        "of the Gauss-Newton matrix everywhere, but for those that the loss alone undoes"
-    )
+    if flat.gauss_newton == flat.directions:
+        details.append("of the Gauss-Newton matrix everywhere")
+    elif flat.gauss_newton is not None:
+        details.append(
+            f"of the Gauss-Newton matrix {words.count(flat.gauss_newton)} everywhere: "
+            "the loss alone undoes the others"
+        )
     details.append(
         f"of the Hessian {words.count(flat.everywhere)} everywhere and the others where the "
         f"gradient is 0: it is {words.number(result.problem.gradient_norm, 2)}"
@@ -118,16 +122,23 @@ def _size(residual: float | None) -> str:
 
 
 def _causes(families: tuple[SymmetryFamily, ...]) -> Iterator[RenderableType]:
-    """What breaks those that do not hold, each cause once."""
+    """What breaks those that do not hold, and what holds for the loss alone, each once."""
     told = dict[tuple[str, str], list[str]]()
     for one in families:
-        if one.status != "holds":
-            said = "; ".join(one.causes) or "cause unknown"
-            if one.exponent is not None:
-                said += f", ever less as the scale grows: by its power {-one.exponent:.2f}"
+        if said := _cause(one):
             told.setdefault((one.name, said), []).append(one.layer)
     for (name, said), layers in told.items():
         yield Text(f"{name} of {layers_label(layers, _CAUSED)}: {said}", style="dim")
+
+
+def _cause(family: SymmetryFamily) -> str:
+    if family.status == "holds":
+        undone = family.gauss_newton_directions == 0
+        return "the loss alone undoes it, and the Gauss-Newton matrix has it not" if undone else ""
+    said = "; ".join(family.causes) or "cause unknown"
+    if family.exponent is not None:
+        said += f", ever less as the scale grows: by its power {-family.exponent:.2f}"
+    return said
 
 
 def _drifts(result: SymmetryResult) -> Iterator[RenderableType]:
