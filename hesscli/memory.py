@@ -40,9 +40,14 @@ def available_bytes(device: torch.device | str | None = None) -> int:
     """
     place = torch.device(device or "cpu")
     if place.type == "cuda":
-        kept = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
-        return world.least(int(torch.cuda.mem_get_info(place)[0]) + kept)
+        return world.least(free_bytes(place))
     return world.least(min(_of_machine(), *_of_groups()) // world.neighbours())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a CUDA device: for this process, what torch keeps of what it has freed included."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def room_for_more(device: torch.device | None = None) -> int:

@@ -12,6 +12,7 @@ import hesscli
 from hesscli.operators.at_once import vectors_at_once
 from hesscli.operators.base import LiveTerm
 from hesscli.operators.curvature import Curvature
+from hesscli.problem.batches import near
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 MATRICES = [hesscli.Hessian, hesscli.GaussNewton, hesscli.EmpiricalFisher]
@@ -87,3 +88,14 @@ def test_a_device_takes_many_vectors_of_a_small_network_at_once() -> None:
     rounding = operator.check().product_rounding
     assert rounding is not None
     assert float((together - alone).norm() / alone.norm()) <= 10 * rounding
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_examples_stay_on_the_device_or_are_pinned_beside_it() -> None:
+    batches = ({"x": torch.ones(4, 3), "names": ["a", "b"]}, {"x": torch.zeros(2, 3), "names": []})
+    device = torch.device("cuda")
+    stay, beside = near(batches, device, room=72), near(batches, device, room=71)
+    assert [batch["x"].device.type for batch in (*stay, *beside)] == ["cuda"] * 2 + ["cpu"] * 2
+    assert all(batch["x"].is_pinned() for batch in beside)
+    assert stay[0]["names"] == ["a", "b"]

@@ -124,6 +124,22 @@ def place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     return map_tensors(move, batch)
 
 
+def near(batches: Sequence[Batch], device: torch.device, room: float) -> tuple[Batch, ...]:
+    """Frozen batches on a device where they take no more than some room, or pinned beside it.
+
+    Args:
+        batches: on the CPU, in the types that they are stored in.
+        device: of the model.
+        room: bytes.
+    """
+    taken = sum(tensor.nbytes for batch in batches for tensor in tensors_of(batch))
+
+    def closer(tensor: Tensor) -> Tensor:
+        return tensor.to(device) if taken <= room else tensor.pin_memory()
+
+    return tuple(map_tensors(closer, batch) for batch in batches)
+
+
 def owned(batch: Batch) -> Batch:
     """A copy on the CPU that nobody else writes to."""
 

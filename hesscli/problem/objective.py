@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli import world
-from hesscli.memory import Together, is_out_of_memory, room_for_more
+from hesscli.memory import Together, free_bytes, is_out_of_memory, room_for_more
 from hesscli.meter import BACKWARD, FORWARD
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import (
@@ -21,6 +21,7 @@ from hesscli.problem.batches import (
     form_of,
     joined,
     map_tensors,
+    near,
     place,
     rows,
     size_of,
@@ -42,6 +43,8 @@ _CHECKS_IN_FLOAT64 = 28
 """Times the weights that checks take at most: the weights in float64, and a dozen vectors."""
 _NUMBERS_AT_ONCE, _TIMES_THE_WEIGHTS = 1 << 22, 2
 """That the examples of a batch may make at least."""
+_STAYS = 0.1
+"""Of a device's free memory, what frozen examples may take for good."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,7 @@ class Objective:
         self._widened = self._is_widening = False
         self._batches = data.batches
         if self.device.type == "cuda":
-            pin = torch.Tensor.pin_memory
-            self._batches = tuple(map_tensors(pin, batch) for batch in data.batches)
+            self._batches = near(data.batches, self.device, _STAYS * free_bytes(self.device))
 
     # -- data ----------------------------------------------------------------------------------
 
