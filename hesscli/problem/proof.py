@@ -33,9 +33,9 @@ class Proof:
     ``unreached`` names the parameters that the loss of no batch depends on. ``hidden_outputs``
     says why the loss is not the function of the outputs that it was taken for; None where it is.
     ``saturated`` says that the classes of all examples are so sure that their loss has no digit
-    left. ``gradients`` is the work it took. ``lengths`` are of the batches' gradients: with the
-    loss they tell problems apart. ``rounding`` is what may be so of the gradient, relative to
-    these.
+    left. ``gradients`` is the work it took, and ``again`` that of reading its gradient. ``lengths``
+    are of the batches' gradients: with the loss they tell problems apart. ``rounding`` is what may
+    be so of the gradient, relative to these.
     """
 
     loss: float
@@ -44,6 +44,7 @@ class Proof:
     unreached: tuple[str, ...]
     hidden_outputs: str | None
     gradients: float
+    again: float
     make_gradient: Callable[[], Tensor] = field(repr=False)
     lengths: tuple[float, ...] = ()
     saturated: str | None = None
@@ -169,7 +170,7 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
     hidden = problem.loss.hidden if problem.loss.is_claim else None
     hidden = hidden or next((one.hidden for one in shares if one.hidden), None)
     reached = [any(each) for each in zip(*(one.reached for one in shares), strict=True)]
-    loss = sum(one.loss for one in shares)
+    loss, is_kept = sum(one.loss for one in shares), gradient.nbytes <= _KEPT
     if decay:
         squares = (t.detach().double().square().sum() for t in problem.trainable.tensors)
         loss += 0.5 * decay * float(sum(squares))
@@ -180,9 +181,8 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
         hidden_outputs=hidden,
         gradients=tried + sum(one.gradients for one in shares),
-        make_gradient=partial(_kept, gradient)
-        if gradient.nbytes <= _KEPT
-        else partial(_made_anew, problem),
+        again=0.0 if is_kept else problem.gradient_cost,
+        make_gradient=partial(_kept, gradient) if is_kept else partial(_made_anew, problem),
         lengths=tuple(one.length for one in shares),
         saturated=_saturation(problem) if possible and loss == 0 else None,
         rounding=tolerance(problem.autocast or problem.dtype),
