@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+FRESH = ROOT / "hesscli-out"
 Piece = TypeVar("Piece")
 
 
@@ -22,11 +23,12 @@ class Lines(dict[Piece, dict[str, Any]], Generic[Piece]):
     Args:
         name: of the files.
         kind: a frozen dataclass of what tells one piece from another.
+        folder: of new ones.
     """
 
-    def __init__(self, name: str, kind: type[Piece]) -> None:
+    def __init__(self, name: str, kind: type[Piece], folder: Path = FRESH) -> None:
         super().__init__()
-        self._fresh = ROOT / "hesscli-out" / name
+        self._fresh = folder / name
         names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
         for path in (HERE / name, self._fresh):
             for text in path.read_text().splitlines() if path.exists() else ():
@@ -39,6 +41,6 @@ class Lines(dict[Piece, dict[str, Any]], Generic[Piece]):
     def keep(self, piece: Piece, found: dict[str, Any]) -> None:
         """Append a piece that is done."""
         self[piece] = found
-        self._fresh.parent.mkdir(exist_ok=True)
+        self._fresh.parent.mkdir(parents=True, exist_ok=True)
         with self._fresh.open("a") as file:
             file.write(json.dumps(asdict(piece) | found) + "\n")  # type: ignore[call-overload]

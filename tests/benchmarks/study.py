@@ -1,17 +1,20 @@
-"""Five optimizers on three networks, from scratch: what they reach, how soon, how surely.
+"""Five optimizers on four networks, from scratch: what they reach, how soon, how surely.
 
     apt-get download dataset-fashion-mnist dict-devil
     dpkg-deb -x dataset-fashion-mnist_*.deb data; dpkg-deb -x dict-devil_*.deb data
     python tests/benchmarks/study.py --data data/usr/share
 
 A queue of trainings, one line of JSON each in hesscli-out/study.jsonl. What is there, or in
-study.jsonl beside this file, is not done again, and of an interrupted queue the training that ran
-is lost alone. ``--minutes`` stops before the next one. ``study_tables.py`` reads the lines.
+study.jsonl beside this file, is not done again, and of an interrupted queue the trainings that ran
+are lost alone. ``--minutes`` stops before the next one. ``study_tables.py`` reads the lines.
+
+``--workers`` processes take a training each, with one thread. The fourth network, ``resnet20``, is
+for a GPU (``--device cuda``), which a training alone does not keep busy: eight or so share it.
 
 Each optimizer has five learning rates, factors of two apart, which train on a part of the training
 set and are compared on the rest of it; with the best of them each of eight seeds then trains on
-all of it. A seed gives the first weights and the order of the examples, the same to all optimizers.
-Learning rates rise over a twentieth of the steps and fall to 0 along a cosine.
+all of it. A seed gives the first weights and the order of the examples, the same to all optimizers
+and on all devices. Learning rates rise over a twentieth of the steps and fall to 0 along a cosine.
 """
 
 from __future__ import annotations
@@ -20,17 +23,22 @@ import argparse
 import importlib.util
 import itertools
 import math
+import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from lines import ROOT, Lines
+from lines import FRESH, ROOT, Lines
 from scale import Residual
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -110,28 +118,26 @@ def dictionary(folder: Path) -> tuple[Examples, Examples]:
 def convolutions() -> nn.Module:
     """The sample's network, half as wide: 5,154 parameters."""
     net: nn.Module = sample("fashion").FashionNet(8)
-    return net.to(memory_format=torch.channels_last)
+    return net
 
 
-class ResNet8(nn.Module):
-    """Three residual blocks of 8, 16 and 32 channels on 14 by 14: 19,810 parameters.
+class ResNet(nn.Module):
+    """Three stages of residual blocks, of ``width`` channels and twice and four times as many.
 
-    The first convolution takes every second pixel, as the sample's does.
+    The first convolution takes every second pixel, as the sample's does, so that stages see 14 by
+    14, 7 by 7 and 4 by 4.
     """
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, width, 3, 2, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            Residual(width, width, 1),
-            Residual(width, 2 * width, 2),
-            Residual(2 * width, 4 * width, 2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(4 * width, 10),
-        )
+        first = nn.Conv2d(1, width, 3, 2, 1, bias=False)
+        parts: list[nn.Module] = [first, nn.BatchNorm2d(width), nn.ReLU()]
+        for stage in range(3):
+            width *= 2 if stage else 1
+            parts.append(Residual(width // 2, width, 2) if stage else Residual(width, width, 1))
+            parts += [Residual(width, width, 1) for _ in range(blocks - 1)]
+        parts += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)]
+        self.layers = nn.Sequential(*parts)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map bytes (N, 28, 28) to logits."""
@@ -139,9 +145,14 @@ class ResNet8(nn.Module):
         return logits
 
 
-def residual() -> nn.Module:
-    """In the layout that a CPU convolves fastest."""
-    return ResNet8().to(memory_format=torch.channels_last)
+def resnet8() -> nn.Module:
+    """19,810 parameters."""
+    return ResNet(8, 1)
+
+
+def resnet20() -> nn.Module:
+    """Of the papers on CIFAR, with convolutions in its two shortcuts: 272,186 parameters."""
+    return ResNet(16, 3)
 
 
 def transformer() -> nn.Module:
@@ -157,8 +168,10 @@ ON_TEXT = {"SGD": 0.1, "Adam": 0.004, "AdamW": 0.004, "AdaHessian": 0.05, "M-FAC
 TASKS = {
     "cnn": Task(convolutions, clothes, ON_IMAGES, 128),
     "text": Task(transformer, dictionary, ON_TEXT, 32, window=128),
-    "resnet8": Task(residual, clothes, ON_IMAGES, 128),
+    "resnet8": Task(resnet8, clothes, ON_IMAGES, 128),
+    "resnet20": Task(resnet20, clothes, ON_IMAGES, 128),
 }
+ON_A_CPU = ["cnn", "text", "resnet8"]
 
 
 # -- Optimizers ------------------------------------------------------------------------------------
@@ -173,6 +186,8 @@ OPTIMIZERS: dict[str, Make] = {
     "AdaHessian": partial(AdaHessian, weight_decay=5e-4),
     "M-FAC": partial(MFAC, weight_decay=5e-4),
 }
+#: Torch's own, which a device can step with in one kernel, by the same formulas.
+FUSED = ["SGD", "Adam", "AdamW"]
 GRID = [0.25, 0.5, 1, 2, 4]
 #: At AdaHessian's own learning rate.
 VARIANTS: dict[str, Make] = {
@@ -181,7 +196,7 @@ VARIANTS: dict[str, Make] = {
     "AdaHessian, every 10 steps": partial(AdaHessian, weight_decay=5e-4, hessian_every=10),
 }
 SEEDS = 8
-FIRST_SEEDS = 3
+VARIANT_SEEDS = 3
 OFF = [0.5, 2, 4]
 OFF_SEEDS = 3
 
@@ -210,37 +225,39 @@ def tuning(task: str, optimizer: str) -> list[Run]:
     return [Run("tuning", task, optimizer, middle * factor, 0) for factor in GRID]
 
 
-def tuned(task: str, optimizer: str, lines: Lines[Run]) -> float:
-    """The rate with the lowest loss on what was held back."""
-    losses = {run.lr: lines[run]["loss"] for run in tuning(task, optimizer)}
+def tuned(task: str, optimizer: str, lines: Lines[Run]) -> float | None:
+    """The rate with the lowest loss on what was held back; None until all have been tried."""
+    runs = tuning(task, optimizer)
+    if any(run not in lines for run in runs):
+        return None
+    losses = {run.lr: lines[run]["loss"] for run in runs}
     return min(losses, key=lambda lr: math.inf if losses[lr] is None else losses[lr])
 
 
-def tests(task: str, seeds: Iterable[int], lines: Lines[Run]) -> Iterator[Run]:
-    """Each seed by all optimizers at their best rates."""
-    for seed, optimizer in itertools.product(seeds, OPTIMIZERS):
-        yield Run("test", task, optimizer, tuned(task, optimizer, lines), seed)
-
-
 def plan(tasks: list[str], lines: Lines[Run]) -> Iterator[Run]:
-    """All there is to do, the most telling first; what comes later depends on what came before."""
-    for task in tasks:
-        for optimizer in OPTIMIZERS:
-            yield from tuning(task, optimizer)
-        yield from tests(task, range(FIRST_SEEDS), lines)
-    for task in tasks:
-        for seed, variant in itertools.product(range(FIRST_SEEDS), VARIANTS):
-            yield Run("test", task, variant, tuned(task, "AdaHessian", lines), seed)
-    for task in tasks:
-        yield from tests(task, range(FIRST_SEEDS, SEEDS), lines)
-    for seed, task in itertools.product(range(OFF_SEEDS), tasks):
-        for factor, optimizer in itertools.product(OFF, OPTIMIZERS):
-            yield Run("test", task, optimizer, factor * tuned(task, optimizer, lines), seed)
+    """All that can be done as far as rates are known, the most telling first.
+
+    The dearest optimizers come first, so that those who work beside each other end together.
+    """
+    dearest = list(reversed(OPTIMIZERS))
+    for task, optimizer in itertools.product(tasks, dearest):
+        yield from tuning(task, optimizer)
+    best = {(task, name): tuned(task, name, lines) for task in tasks for name in OPTIMIZERS}
+    for seed, task, optimizer in itertools.product(range(SEEDS), tasks, dearest):
+        if lr := best[task, optimizer]:
+            yield Run("test", task, optimizer, lr, seed)
+    for seed, task, factor in itertools.product(range(OFF_SEEDS), tasks, OFF):
+        for optimizer in dearest:
+            if lr := best[task, optimizer]:
+                yield Run("test", task, optimizer, factor * lr, seed)
+    for seed, task, variant in itertools.product(range(VARIANT_SEEDS), tasks, VARIANTS):
+        if lr := best[task, "AdaHessian"]:
+            yield Run("test", task, variant, lr, seed)
 
 
-def next_of(tasks: list[str], lines: Lines[Run]) -> Run | None:
-    """The first that is not done."""
-    return next((run for run in plan(tasks, lines) if run not in lines), None)
+def next_of(tasks: list[str], lines: Lines[Run], taken: Collection[Run]) -> Run | None:
+    """The first that is neither done nor taken."""
+    return next((run for run in plan(tasks, lines) if run not in lines and run not in taken), None)
 
 
 # -- One training ----------------------------------------------------------------------------------
@@ -254,30 +271,28 @@ def evaluate(net: nn.Module, examples: Examples) -> dict[str, float | None]:
     pairs = [(net(inputs).flatten(0, -2), targets.flatten()) for inputs, targets in batches]
     net.train()
     count = sum(len(targets) for _, targets in pairs)
-    loss = sum(cross_entropy(*pair, reduction="sum").item() for pair in pairs) / count
-    right = sum(int((logits.argmax(1) == targets).sum()) for logits, targets in pairs)
-    return {"loss": loss if math.isfinite(loss) else None, "accuracy": right / count}
+    sums = torch.stack([cross_entropy(*pair, reduction="sum") for pair in pairs])
+    loss = sum(sums.tolist()) / count
+    right = torch.stack([(logits.argmax(1) == targets).sum() for logits, targets in pairs])
+    return {"loss": loss if math.isfinite(loss) else None, "accuracy": int(right.sum()) / count}
 
 
 def train(run: Run, data: tuple[Examples, Examples]) -> dict[str, Any]:
-    """Train, and tell the loss and accuracy twice an epoch; or at the end alone, for a rate.
+    """Train where the data are, and tell loss and accuracy twice an epoch, or of a rate at the end.
 
-    CPU time is that of the steps. A loss that is not finite ends the training, and its accuracy is
-    that of the last weights that were looked at.
+    Seconds are those of the steps: CPU time on a CPU, on a device all time, which is taken twice an
+    epoch, when what was asked of it is done. A loss that is not finite ends the training there, and
+    its accuracy is that of the weights then.
     """
     task, (seen, unseen) = TASKS[run.task], data
-    epochs = task.epochs
+    epochs, device = task.epochs, seen.inputs.device
     if run.phase == "tuning":
         epochs, cut = task.tuning_epochs, round(len(seen.inputs) * (1 - task.held_back))
         unseen = Examples(*(part[cut:] for part in seen))
         seen = Examples(*(part[:cut] for part in seen))
     torch.manual_seed(run.seed)
-    net = task.make().train()
-    make = VARIANTS.get(run.optimizer) or OPTIMIZERS[run.optimizer]
-    options = {"window": task.window} if run.optimizer == "M-FAC" else {}
-    optimizer = make(net.parameters(), run.lr, **options)
-    if isinstance(optimizer, AdaHessian):
-        optimizer.seed = run.seed
+    net = task.make().to(device, memory_format=layout_on(device)).train()
+    optimizer = optimizer_of(run, net, device)
     each = math.ceil(len(seen.inputs) / task.batch)
     steps = epochs * each
     warm = max(1, steps // 20)
@@ -285,35 +300,61 @@ def train(run: Run, data: tuple[Examples, Examples]) -> dict[str, Any]:
         optimizer,
         lambda t: min(1, (t + 1) / warm) * (1 + math.cos(math.pi * t / steps)) / 2,
     )
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     looks = [{"step": 0, "seconds": 0.0, **evaluate(net, unseen)}]
-    seconds, losses, diverged = 0.0, [], False
+    seconds, diverged, start = 0.0, False, clock()
+    held, losses = list[Tensor](), list[float]()
     for step in range(steps):
         if step % each == 0:
-            batches = torch.randperm(len(seen.inputs)).split(task.batch)
+            batches = torch.randperm(len(seen.inputs)).to(device).split(task.batch)
         batch = batches[step % each]
-        start = time.process_time()
         try:
-            losses.append(take_step(net, optimizer, Examples(*(part[batch] for part in seen))))
+            held.append(take_step(net, optimizer, Examples(*(part[batch] for part in seen))))
         except UnsoundError:
-            losses.append(math.nan)
+            diverged = True
         schedule.step()
-        seconds += time.process_time() - start
-        diverged = not math.isfinite(losses[-1])
         done = step + 1
-        if diverged or done == steps or (run.phase == "test" and done * 2 % each < 2):
+        if not (diverged or done == steps or done * 2 % each < 2):
+            continue
+        losses += torch.stack(held).tolist() if held else []  # which waits for the device
+        seconds += clock() - start
+        held, diverged = [], diverged or not all(map(math.isfinite, losses))
+        if diverged or done == steps or run.phase == "test":
             trained = None if diverged else sum(losses) / len(losses)
             look = {"step": done, "seconds": round(seconds, 2), "training_loss": trained}
             looks.append(look | evaluate(net, unseen))
             losses = []
         if diverged:
             break
+        start = clock()
     last = {name: looks[-1][name] for name in ("loss", "accuracy")}
     size = sum(p.numel() for p in net.parameters())
     told = {"diverged": diverged, "steps": steps, "epochs": epochs, "parameters": size}
+    if device.type == "cuda":
+        told["device"] = torch.cuda.get_device_name(device)
     return last | told | {"seconds": round(seconds, 2), "looks": looks}
 
 
-def take_step(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Examples) -> float:
+def layout_on(device: torch.device) -> torch.memory_format:
+    """That in which it convolves float32 fastest."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
+def optimizer_of(run: Run, net: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """With a training's own options."""
+    make = VARIANTS.get(run.optimizer) or OPTIMIZERS[run.optimizer]
+    options: dict[str, Any] = {}
+    if run.optimizer == "M-FAC":
+        options["window"] = TASKS[run.task].window
+    if run.optimizer in FUSED and device.type == "cuda":
+        options["fused"] = True
+    optimizer = make(net.parameters(), run.lr, **options)
+    if isinstance(optimizer, AdaHessian):
+        optimizer.seed = run.seed
+    return optimizer
+
+
+def take_step(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Examples) -> Tensor:
     """One step; the loss before it."""
     loss = cross_entropy(net(batch.inputs).flatten(0, -2), batch.targets.flatten())
     if isinstance(optimizer, LossOptimizer):
@@ -322,30 +363,81 @@ def take_step(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Examples)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return loss.item()
+    return loss.detach()
+
+
+# -- Trainings beside each other -------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Make a process a worker."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32, as on a CPU
+
+
+def end_with_parent() -> None:
+    """One that is killed tells nobody, and who works for it would wait for ever."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+@cache
+def examples(
+    read: Callable[[Path], tuple[Examples, Examples]], folder: Path, device: str
+) -> tuple[Examples, Examples]:
+    """What a worker reads once."""
+    seen, unseen = (Examples(*(part.to(device) for part in each)) for each in read(folder))
+    return seen, unseen
+
+
+def work(run: Run, folder: Path, device: str) -> dict[str, Any]:
+    """A training in a worker."""
+    with sdpa_kernel(SDPBackend.MATH):  # which can be differentiated twice
+        return train(run, examples(TASKS[run.task].read, folder, device))
 
 
 def main() -> None:
-    """Go on with the queue."""
+    """Go on with the queue; what fails is told of, and the rest goes on."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default="/usr/share", help="folder of both data sets")
+    parser.add_argument("--out", type=Path, default=FRESH, help="folder of new lines")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no training after")
-    parser.add_argument("tasks", nargs="*", default=list(TASKS), help="which; all")
+    help_ = f"which of {', '.join(TASKS)}; default {' '.join(ON_A_CPU)}"
+    parser.add_argument("tasks", nargs="*", default=ON_A_CPU, help=help_)
     arguments = parser.parse_args()
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    started = time.monotonic()
-    data: dict[Any, tuple[Examples, Examples]] = {}
-    lines = Lines("study.jsonl", Run)
-    with sdpa_kernel(SDPBackend.MATH):  # which can be differentiated twice
-        while time.monotonic() - started < 60 * arguments.minutes and (
-            run := next_of(arguments.tasks, lines)
-        ):
-            read = TASKS[run.task].read
-            if read not in data:
-                data[read] = read(arguments.data)
-            lines.keep(run, train(run, data[read]))
-            print(*asdict(run).values(), *list(lines[run].items())[:3], flush=True)
+    until = time.monotonic() + 60 * arguments.minutes
+    lines = Lines("study.jsonl", Run, arguments.out)
+    running, failed = dict[Future[dict[str, Any]], Run](), set[Run]()
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn"), prepare) as pool:
+        while True:
+            while (
+                len(running) < arguments.workers
+                and time.monotonic() < until
+                and (run := next_of(arguments.tasks, lines, {*running.values(), *failed}))
+            ):
+                job = pool.submit(work, run, arguments.data, arguments.device)
+                running[job] = run
+            if not running:
+                break
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(job)
+                try:
+                    found = job.result()
+                except Exception:
+                    failed.add(run)
+                    print(*asdict(run).values(), "failed", file=sys.stderr)
+                    traceback.print_exc()
+                    continue
+                if "device" in found:
+                    found["workers"] = arguments.workers  # who shared it
+                lines.keep(run, found)
+                print(*asdict(run).values(), *list(found.items())[:3], flush=True)
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

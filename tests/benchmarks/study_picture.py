@@ -1,4 +1,4 @@
-"""Draw study.png: the share of right answers on the test set, by epochs and by CPU time.
+"""Draw study.png: the share of right answers on the test set, by epochs and by time.
 
 python tests/benchmarks/study_picture.py [TASK]
 """
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from lines import Lines
 from matplotlib.axes import Axes
-from study import OPTIMIZERS, TASKS, Run, tuned, tuning
-from study_tables import TITLES, Found, by_seed
+from study import OPTIMIZERS, TASKS, Run, tuned
+from study_tables import TITLES, Found, by_seed, unit_of
 
 from hesscli.render.figures.canvas import ACCENT, AMBER, GREY, NEGATIVE, QUIET, page, place, styled
 
 COLOURS = dict(zip(OPTIMIZERS, (GREY, AMBER, "#8a5a00", ACCENT, NEGATIVE), strict=True))
-FLOOR = {"cnn": 0.75, "text": 0.3, "resnet8": 0.75}
+FLOOR = {"cnn": 0.75, "text": 0.3, "resnet8": 0.75, "resnet20": 0.75}
 
 
 @styled
@@ -25,16 +25,16 @@ def draw(task: str, path: Path) -> None:
     """Means over seeds, and all seeds within a band."""
     lines = Lines("study.jsonl", Run)
     found = {
-        name: by_seed(task, name, tuned(task, name, lines), lines)
+        name: by_seed(task, name, lr, lines)
         for name in OPTIMIZERS
-        if all(run in lines for run in tuning(task, name))
+        if (lr := tuned(task, name, lines)) is not None
     }
     seeds = {len(one) for one in found.values()} - {0}
     told = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     title = f"{TITLES[task]}: accuracy on the test set while it is trained"
     notes = (f"{TASKS[task].epochs} epochs", f"means of {told} seeds, which the bands span")
     figure = page(5.0, title, [*notes, "each at the learning rate that was best for it"])
-    for i, unit in enumerate(("epochs", "CPU seconds, without looking")):
+    for i, unit in enumerate(("epochs", f"{unit_of(found)}, without looking")):
         axes = figure.add_axes((0.1, 0.1, 0.8, 0.8))
         place(figure, axes, 0.95 + 5.1 * i, 0.75, 4.55, 3.2)
         for name, one in found.items():

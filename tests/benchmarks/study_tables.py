@@ -17,7 +17,12 @@ from scipy.stats import t
 from study import GRID, OFF, OPTIMIZERS, SEEDS, TASKS, VARIANTS, Run, tuned, tuning
 
 Found = dict[int, dict[str, Any]]
-TITLES = {"cnn": "Convolutions", "text": "Transformer", "resnet8": "ResNet-8"}
+TITLES = {
+    "cnn": "Convolutions",
+    "text": "Transformer",
+    "resnet8": "ResNet-8",
+    "resnet20": "ResNet-20",
+}
 BESIDE = ("Adam", "SGD")
 
 
@@ -36,16 +41,28 @@ def section(task: str, lines: Lines[Run]) -> Iterator[str]:
     epochs, batch = TASKS[task].epochs, TASKS[task].batch
     yield f"### {TITLES[task]}: {size:,} parameters, {epochs} epochs in batches of {batch}"
     yield from rates(task, lines)
-    whole = [name for name in OPTIMIZERS if all(run in lines for run in tuning(task, name))]
-    found = {name: by_seed(task, name, tuned(task, name, lines), lines) for name in whole}
+    best = {name: lr for name in OPTIMIZERS if (lr := tuned(task, name, lines)) is not None}
+    found = {name: by_seed(task, name, lr, lines) for name, lr in best.items()}
     found = {name: seeds for name, seeds in found.items() if seeds}
     if found:
         yield from results(found)
         yield from race(found)
     if "AdaHessian" in found:
-        lr = tuned(task, "AdaHessian", lines)
+        lr = best["AdaHessian"]
         yield from variants(found["AdaHessian"], {v: by_seed(task, v, lr, lines) for v in VARIANTS})
-    yield from robustness(task, whole, lines)
+    yield from robustness(task, found, best, lines)
+
+
+def place(found: dict[str, Any]) -> str:
+    """Where a training took place, and beside how many."""
+    if "device" not in found:
+        return "a CPU"
+    return f"an {found['device']} that {found['workers']} of them shared"
+
+
+def places(found: Iterable[dict[str, Any]]) -> str:
+    """Where some did."""
+    return " or ".join(dict.fromkeys(map(place, found)))
 
 
 def by_seed(task: str, optimizer: str, lr: float, lines: Lines[Run]) -> Found:
@@ -70,15 +87,16 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str
 def rates(task: str, lines: Lines[Run]) -> Iterator[str]:
     """Losses and accuracies on what was held back, the best in bold."""
     share, epochs = TASKS[task].held_back, TASKS[task].tuning_epochs
+    tried = [run for name in OPTIMIZERS for run in tuning(task, name) if run in lines]
     yield ""
     yield (
         f"Loss, and accuracy in percent, on {share:.0%} of the training set after {epochs} epochs "
-        "on the rest, by learning rate; one seed."
+        f"on the rest, by learning rate; one seed, on {places(lines[run] for run in tried)}."
     )
 
     def row(name: str) -> Iterator[str]:
         middle, runs = TASKS[task].rates[name], tuning(task, name)
-        best = tuned(task, name, lines) if all(run in lines for run in runs) else None
+        best = tuned(task, name, lines)
         yield f"{name}, {middle:g}"
         for run in runs:
             if run not in lines:
@@ -92,19 +110,34 @@ def rates(task: str, lines: Lines[Run]) -> Iterator[str]:
     yield from table(["", *(f"× {factor:g}" for factor in GRID)], map(row, OPTIMIZERS))
 
 
-def robustness(task: str, names: list[str], lines: Lines[Run]) -> Iterator[str]:
-    """Test accuracies away from the best rate."""
+def robustness(
+    task: str, found: dict[str, Found], best: dict[str, float], lines: Lines[Run]
+) -> Iterator[str]:
+    """What is lost away from the best rate, in trainings of full length."""
+    off = {
+        name: [by_seed(task, name, factor * best[name], lines) for factor in OFF] for name in found
+    }
+    if any(map(any, off.values())):
+        yield (
+            "Points of test accuracy lost at multiples of that rate, against the same seed at the "
+            "rate itself: the mean over seeds, its standard deviation, and how many. Trained on "
+            f"{places(one for each in off.values() for seeds in each for one in seeds.values())}."
+        )
+        columns = ["", *(f"× {factor:g}" for factor in OFF)]
+        rows = ([name, *(lost(one, found[name]) for one in off[name])] for name in found)
+        yield from table(columns, rows)
 
-    def cells(name: str) -> Iterator[str]:
-        for factor in sorted([*OFF, 1]):
-            found = by_seed(task, name, factor * tuned(task, name, lines), lines).values()
-            yield f"{spread(found)} ({len(found)})" if found else ""
 
-    rows = {name: list(cells(name)) for name in names}
-    if any(any(row[:1] + row[2:]) for row in rows.values()):
-        yield "Test accuracy at multiples of that rate, and how many seeds."
-        columns = ["", *(f"× {factor:g}" for factor in sorted([*OFF, 1]))]
-        yield from table(columns, ([name, *row] for name, row in rows.items()))
+def lost(off: Found, plain: Found) -> str:
+    """Of those that diverged it is as much as they have lost when they are ended."""
+    both = sorted(set(off) & set(plain))
+    points = [100 * (plain[seed]["accuracy"] - off[seed]["accuracy"]) for seed in both]
+    if not points:
+        return ""
+    text = f"{statistics.fmean(points):.2f}"
+    text += f" ± {statistics.stdev(points):.2f}" if len(points) > 1 else ""
+    gone = sum(off[seed]["diverged"] for seed in both)
+    return f"{text} ({len(points)}{f', {gone} diverged' if gone else ''})"
 
 
 # -- Results ---------------------------------------------------------------------------------------
@@ -135,19 +168,20 @@ def difference(one: Found, other: Found, key: str = "accuracy") -> str:
 
 
 def a_step(found: Found, unit: Found) -> str:
-    """CPU time of a step in SGD's, the median over seeds."""
+    """Time of a step in SGD's, the median over seeds, of what shared its device with as many."""
     ratios = [
         found[seed]["seconds"] / found[seed]["looks"][-1]["step"]
         / (unit[seed]["seconds"] / unit[seed]["looks"][-1]["step"])
         for seed in found
-        if seed in unit
+        if seed in unit and place(found[seed]) == place(unit[seed])
     ]  # fmt: skip
     return f"{statistics.median(ratios):.2f}" if ratios else ""
 
 
 def results(found: dict[str, Found]) -> Iterator[str]:
     """Test accuracy and loss at the best rate."""
-    yield "On the test set, after training on all of the training set at that rate:"
+    where = places(one for seeds in found.values() for one in seeds.values())
+    yield f"On the test set, after training on all of the training set at that rate, on {where}:"
     columns = ["", "seeds", "accuracy", "loss"]
     columns += [f"accuracy minus {name}'s" for name in BESIDE]
     columns += [f"loss minus {name}'s" for name in BESIDE] + ["a step, in SGD's"]
@@ -186,7 +220,13 @@ def race(found: dict[str, Found]) -> Iterator[str]:
         for values in zip(*arrivals, strict=True) if arrivals else ((), ()):
             yield f"{statistics.fmean(values):.1f}" if values else ""
 
-    yield from table(["", "seeds", "epochs", "CPU seconds"], map(row, found))
+    yield from table(["", "seeds", "epochs", unit_of(found)], map(row, found))
+
+
+def unit_of(found: dict[str, Found]) -> str:
+    """Of the time that trainings took."""
+    on_device = any("device" in one for seeds in found.values() for one in seeds.values())
+    return "seconds of a shared device" if on_device else "CPU seconds"
 
 
 def variants(plain: Found, found: dict[str, Found]) -> Iterator[str]:
