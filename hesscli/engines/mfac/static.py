@@ -40,11 +40,21 @@ class Solution:
 
     @classmethod
     def of(cls, vector: Tensor, error: Tensor, window: GradientWindow) -> Solution:
-        """From ŷ and a bound of ‖ŷ − y‖, a scalar; ‖y‖ is no less than ‖ŷ‖ without it."""
-        size, off = torch.stack([window.lengths(vector[None])[0], error]).tolist()
+        """From ŷ and a bound of ‖ŷ − y‖, a scalar."""
+        return cls.within(vector, *size_and_error(vector, error, window))
+
+    @classmethod
+    def within(cls, vector: Tensor, size: float, off: float) -> Solution:
+        """From ŷ, ‖ŷ‖ and a bound of ‖ŷ − y‖; ‖y‖ is no less than ‖ŷ‖ without it."""
         if off == 0:
             return cls(vector, 0.0)
         return cls(vector, off / (size - off) if off < size else math.inf)
+
+
+def size_and_error(vector: Tensor, error: Tensor, window: GradientWindow) -> tuple[float, float]:
+    """‖ŷ‖, and a bound of ‖ŷ − y‖ that is a scalar, which a device is waited for once to tell."""
+    size, off = torch.stack([window.lengths(vector[None])[0], error]).tolist()
+    return size, off
 
 
 def checked_damping(damping: float) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -56,14 +56,22 @@ class CholeskyFactor:
         return found
 
     def solved_errors(self) -> Tensor:
-        """A⁻¹ D Z ``(..., k, p)`` for signs Z: what errors of one unit each, to A's scale, become.
+        """A⁻¹ D Z ``(..., k, p)`` for signs Z: what errors of one unit, to A's scale, become."""
+        signs = _signs(self.scales.shape[-1], self.scales.dtype, self.scales.device)
+        return self.solve(self.scales[..., None] * signs)
 
-        Random signs, and all alike, as errors are where rows are.
-        """
-        generator, shape = torch.Generator("cpu").manual_seed(0), (self.scales.shape[-1], _PROBES)
-        signs = torch.randint(2, shape, generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
-        signs[:, 0] = 1
-        return self.solve(self.scales[..., None] * signs.to(self.scales))
+
+@lru_cache(maxsize=16)
+def _signs(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random signs ``(count, p)``, and all alike, as errors are where rows are; not to be changed.
+
+    Kept for a window that is inverted after every step.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = count, _PROBES
+    signs = torch.randint(2, shape, generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
+    signs[:, 0] = 1
+    return signs.to(device, dtype)
 
 
 def inverse_lower(lower: Tensor) -> Tensor:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.mfac.gram import Gram
-from hesscli.engines.mfac.static import Solution, checked_damping, checked_rows, only
+from hesscli.engines.mfac.static import (
+    Solution,
+    checked_damping,
+    checked_rows,
+    only,
+    size_and_error,
+)
 from hesscli.engines.mfac.system import (
     ENOUGH,
     CholeskyFactor,
@@ -16,7 +22,6 @@ from hesscli.engines.mfac.system import (
     Solved,
     System,
     factorised,
-    is_enough,
     too_little,
 )
 from hesscli.engines.mfac.window import GradientWindow
@@ -182,7 +187,8 @@ class WindowedFisher:
 
     def member(self, slot: int) -> Solution:
         """(F̂ + λI)⁻¹ g for the row in a slot."""
-        return self.combination(only(slot, self.window))
+        amounts = only(slot, self.window)[None]
+        return self._with_digits(lambda system: system.combination(amounts))
 
     def state_dict(self) -> State:
         """All there is to go on from to the same bits; only full windows' by reference."""
@@ -220,12 +226,13 @@ class WindowedFisher:
 
     def _with_digits(self, attempt: Callable[[System], Solved]) -> Solution:
         """What an attempt finds; in float64 from now on where float32 leaves too few digits."""
-        solved = attempt(self._current())
-        lengths = self.window.lengths(solved[0])
-        if not (self._gram.exact or is_enough(lengths, solved[1], self.enough)):
+        (vector,), (error,) = attempt(self._current())
+        size, off = size_and_error(vector, error, self.window)
+        if not (self._gram.exact or off <= self.enough * size):
             self._sharpen()
-            solved = attempt(self._current())
-        return Solution.of(solved[0][0], solved[1][0], self.window)
+            (vector,), (error,) = attempt(self._current())
+            size, off = size_and_error(vector, error, self.window)
+        return Solution.within(vector, size, off)
 
     def _sharpen(self) -> None:
         self._gram = Gram(self.window, exact=True)
