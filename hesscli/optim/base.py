@@ -471,9 +471,12 @@ class LossOptimizer(torch.optim.Optimizer):
 
 
 def _largest(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Of each that has any, the largest absolute entry."""
-    order = float("inf")
-    return [torch.linalg.vector_norm(each.detach(), order) for each in tensors if each.numel()]
+    """Of those of each type, the largest absolute entry: on a device at one stroke."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for each in tensors:
+        if each.numel():
+            found.setdefault(each.dtype, []).append(each.detach())
+    return [torch.nn.utils.get_total_norm(each, float("inf")) for each in found.values()]
 
 
 def _are_finite(sizes: list[Tensor]) -> bool:
