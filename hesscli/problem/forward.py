@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesscli import randomness
 from hesscli.arithmetic import in_full_precision
-from hesscli.errors import InputError, UnsoundError, first_line
+from hesscli.errors import InputError, UnsoundError, UsageError, first_line
 from hesscli.torch_private import apply_to_tensors, held_buffers, held_parameters
 
 # -- A model on a device and in a floating type, while the user's own stays where and as it is -----
@@ -25,8 +25,23 @@ def placed(
 
     Raises:
         InputError: it would have to be copied and cannot be.
+        UsageError: there is no such device, or new tensors are made elsewhere than on the CPU.
     """
-    wanted = None if device is None else torch.empty(0, device=device).device
+    if (usual := torch.get_default_device()).type != "cpu":
+        raise UsageError(
+            "hesscli keeps examples and tables on the CPU, and new tensors are made elsewhere",
+            f"torch.set_default_device({str(usual)!r})",
+            "torch.set_default_device(None) before; the model stays on its device",
+        )
+    try:
+        wanted = None if device is None else torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts that it has it
+        count = torch.cuda.device_count()
+        raise UsageError(
+            "no such device",
+            f"{device}; {count} CUDA devices are visible",
+            "no device, and it is the model's; or cpu",
+        ) from error
     tensors = [*model.parameters(), *model.buffers()]
     if all(_is_placed(tensor, wanted, dtype) for tensor in tensors):
         return model
