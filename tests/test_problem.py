@@ -410,3 +410,18 @@ def test_double_precision_weights_are_not_rounded_on_the_way(tmp_path: Path) -> 
     assert single.dtype == torch.float32
     assert single.prove().loss == pytest.approx(float(loss), rel=1e-5)
     assert load_file(tmp_path / "data.safetensors")["x"].dtype == torch.float64
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    """From Python as from the command line, where torch has errors of its own."""
+    model, data = nn.Linear(3, 2), (torch.randn(8, 3), torch.randn(8, 2))
+    with pytest.raises(UsageError) as told:
+        Problem(model, "mse", data, device="cuda:99")
+    assert told.value.what == "no such device"
+    torch.set_default_device("meta")
+    try:
+        with pytest.raises(UsageError) as told:
+            Problem(model, "mse", data)
+    finally:
+        torch.set_default_device(None)
+    assert told.value.hint.startswith("torch.set_default_device(None)")

@@ -234,8 +234,8 @@ def blamed_on_user(what: str, hint: str) -> Iterator[None]:
         raise UnsoundError("out of memory", _one_line(error), hint, user_frames(error)) from error
     except BaseException as error:  # SystemExit and GeneratorExit are no Exceptions
         frames = user_frames(error)
-        if "same device" in str(error):
-            hint = "new tensors on that of the inputs, torch.arange(n, device=x.device); --device cpu"
+        if "same device" in _one_line(error):
+            hint = "new tensors where inputs are, torch.arange(n, device=x.device); or --device cpu"
         below = "; its own lines are below" if frames else ""
         raise InputError(what, _one_line(error), hint + below, frames) from error
 
