@@ -117,9 +117,10 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 def place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     """The batch on ``device``, floating tensors in ``dtype``; other tensors as stored."""
+    waits = device.type == "cpu"  # or what is read there may not have come yet
 
     def move(t: Tensor) -> Tensor:
-        return t.to(device, dtype if t.is_floating_point() else t.dtype, non_blocking=True)
+        return t.to(device, dtype if t.is_floating_point() else t.dtype, non_blocking=not waits)
 
     return map_tensors(move, batch)
 
