@@ -173,14 +173,16 @@ class Parameters(Sequence[Parameter]):
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`split`: one vector ``(size,)``."""
         if not tensors:
-            return torch.zeros(0)
+            return torch.zeros(0, device="cpu")
         return torch.cat([t.reshape(-1) for t in tensors])
 
     def layer_index(self) -> Tensor:
         """For each parameter tensor, the position of its layer in :attr:`layers`."""
         position = {layer: i for i, layer in enumerate(self.layers)}
         # A tensor without entries adds nothing, wherever it is counted.
-        return torch.tensor([position.get(p.layer, 0) for p in self._items], dtype=torch.long)
+        return torch.tensor(
+            [position.get(p.layer, 0) for p in self._items], dtype=torch.long, device="cpu"
+        )
 
 
 def _consecutive(sizes: Iterable[int]) -> tuple[slice, ...]:
@@ -237,7 +239,7 @@ class LayerSums:
         position = {layer: i for i, layer in enumerate(layers)}
         # A tensor without entries adds nothing, wherever it is counted.
         columns = [position.get(p.layer, 0) for p in parameters]
-        self._columns = torch.tensor(columns, dtype=torch.long)
+        self._columns = torch.tensor(columns, dtype=torch.long, device="cpu")
         self.num_layers = len(layers)
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ def _most(*numbers: float) -> list[float]:
     import torch
     import torch.distributed as dist
 
-    told = torch.tensor(numbers, dtype=torch.float64)
+    told = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     with _missing():
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
     found: list[float] = told.tolist()

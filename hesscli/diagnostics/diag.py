@@ -304,7 +304,11 @@ def _reading_off(estimator: Estimator) -> float:
     """Seconds that it will take to say what there is in a diagonal, on this machine."""
     assert estimator.entries is not None  # a diagonal is kept in them
     size, many = estimator.parameters.size, estimator.entries.replicates
-    one = Diagonal(torch.ones(size, dtype=torch.float64), torch.ones(1, size), freedom=1.0)
+    one = Diagonal(
+        torch.ones(size, dtype=torch.float64, device="cpu"),
+        torch.ones(1, size, device="cpu"),
+        freedom=1.0,
+    )
 
     def once() -> float:
         began = time.perf_counter()

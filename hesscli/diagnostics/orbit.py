@@ -16,7 +16,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from hesscli.engines.lanczos import Lanczos
-from hesscli.engines.symmetry.families import Family, Scaling
+from hesscli.engines.symmetry.families import Family, Scaling, signs
 from hesscli.operators.base import LiveTerm, Operator
 from hesscli.problem.forward import written
 from hesscli.problem.objective import WeightedBatch
@@ -51,11 +51,11 @@ def measured(
     problem, parameters = operator.problem, operator.parameters
     theta = parameters.flatten([t.detach().double().cpu() for t in parameters.tensors])
     generator = torch.Generator().manual_seed(seed)
-    signs = 2.0 * torch.randint(0, 2, (PROBES, len(theta)), generator=generator).double() - 1
+    probes = signs((PROBES, len(theta)), generator)
     generator.manual_seed(seed + number)
     for family in families if number else ():
         theta = family.moved(family.draw(generator, _SPREAD), theta)
-    block = torch.cat([signs, signs * theta])
+    block = torch.cat([probes, probes * theta])
     parts = parameters.split(theta.to(problem.device, problem.dtype))
     with written(parameters.tensors, parts):
         loss = float(problem.evaluate(batch.data).detach())

@@ -190,7 +190,7 @@ def _fits(parameter: Parameter, outputs: int, inputs: int) -> bool:
 
 def _in_groups(parameter: Parameter, start: int, outputs: int, inputs: int) -> Tensor:
     """Where its entries are in the flat vector, those of a block side by side, by inputs last."""
-    places = torch.arange(start, start + parameter.numel).view(parameter.tensor.shape)
+    places = torch.arange(start, start + parameter.numel, device="cpu").view(parameter.tensor.shape)
     places, _ = _by_output(parameter, places)
     rows, columns, *rest = places.shape
     blocks = places.reshape(rows // outputs, outputs, columns // inputs, inputs, *rest)
@@ -258,7 +258,7 @@ def by_groups(
 
 def least(costs: Tensor, targets: Sequence[tuple[slice, int]]) -> Tensor:
     """Which have the lowest costs of each stretch; of equal ones the first. ``(C,)``, boolean."""
-    chosen = torch.zeros(len(costs), dtype=torch.bool)
+    chosen = torch.zeros_like(costs, dtype=torch.bool)
     for place, count in targets:
         chosen[place][torch.sort(costs[place], stable=True).indices[:count]] = True
     return chosen

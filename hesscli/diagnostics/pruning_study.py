@@ -65,7 +65,7 @@ class Pruned:
         self.qualities = list[PrunedQuality]()
         self.recalibrated: Quality | None = None
         self.is_recalibrated = False
-        self.leverage = torch.full((len(gone),), math.nan, dtype=torch.float64)
+        self.leverage = torch.full((len(gone),), math.nan, dtype=torch.float64, device="cpu")
         self.window: WindowReport | None = None
 
     def state_dict(self) -> State:
@@ -83,7 +83,7 @@ class Pruned:
     def load_state_dict(self, state: State) -> None:
         """Have what another had."""
         for name in ("weights", "gone", "leverage"):
-            setattr(self, name, torch.as_tensor(state[name]).clone())
+            setattr(self, name, torch.as_tensor(state[name], device="cpu").clone())
         self.qualities = [PrunedQuality(**one) for one in state["qualities"]]
         if state["recalibrated"] is not None:
             self.recalibrated = Quality(**state["recalibrated"])
@@ -202,7 +202,7 @@ class PruningStudy:
         columns, stays = self.candidates.columns, ~network.gone
         weights = network.weights.clone()
         kept = weights[columns]
-        costs = torch.full((len(columns),), -1.0, dtype=torch.float64)
+        costs = torch.full((len(columns),), -1.0, dtype=torch.float64, device="cpu")
         leverage, report = network.leverage, network.window
         if not bool(stays.any()):  # few weights go in fewer steps
             gone = network.gone
@@ -287,7 +287,7 @@ class PruningStudy:
 
     def _diagonal(self, columns: Tensor, step: int) -> tuple[Tensor, float]:
         """Mean squares of rows, and the damping that M-FAC would have."""
-        total, count = torch.zeros(len(columns), dtype=torch.float64), 0
+        total, count = torch.zeros(len(columns), dtype=torch.float64, device="cpu"), 0
         for block in self._rows(step):
             total += block[:, columns.to(block.device)].double().square().sum(0).cpu()
             count += len(block)

@@ -276,7 +276,7 @@ def _facts(problem: Problem, report: ProblemReport) -> dict[str, Any]:
     """What tells runs apart: all that is said of a problem but its place, and where it runs."""
     facts = asdict(report) | asdict(environment(problem.device))
     # The gradient's own last digits are those of a sum over batches, which depend on the ranks.
-    lengths = torch.tensor(problem.prove().lengths, dtype=torch.float64)
+    lengths = torch.tensor(problem.prove().lengths, dtype=torch.float64, device="cpu")
     del facts["gradient_norm"]
     facts |= {"gradient": _hash([lengths]), "gradient_size": float(lengths.norm())}
     if report.checkpoint is None:

@@ -70,8 +70,15 @@ def _ranks(values: Array) -> Array:
 
 GROUPS = 8
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_ODD = torch.arange(GROUPS) % 2 == 1
-_SETS = torch.stack([torch.ones(GROUPS, dtype=torch.bool), ~_ODD, _ODD, *~torch.eye(GROUPS).bool()])
+_ODD = torch.arange(GROUPS, device="cpu") % 2 == 1
+_SETS = torch.stack(
+    [
+        torch.ones(GROUPS, dtype=torch.bool, device="cpu"),
+        ~_ODD,
+        _ODD,
+        *~torch.eye(GROUPS, device="cpu").bool(),
+    ]
+)
 """Groups of rows that are taken: all, one half, the other, and all but one."""
 _VECTORS = 4
 """That a ranking holds, float64."""

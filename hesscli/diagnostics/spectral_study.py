@@ -56,7 +56,7 @@ class SpectralStudy:
         }
         self.exact = exact
         self.dense: Tensor | None = None
-        self._columns, self._formed_columns = torch.empty(0, 0), 0
+        self._columns, self._formed_columns = torch.empty(0, 0, device="cpu"), 0
         self.found: dict[str, Exploration] = {}
         self.cut: Status | None = None
 
@@ -129,11 +129,11 @@ class SpectralStudy:
         self.whole.load_state_dict(state["whole"])
         size = self.operator.parameters.size
         if state["dense"] is not None:
-            self.dense = torch.empty(size, size, dtype=torch.float64)
+            self.dense = torch.empty(size, size, dtype=torch.float64, device="cpu")
             state["dense"].copy_to(self.dense)
         elif state["columns"] is not None:
             self._formed_columns = len(state["columns"])
-            self._columns = torch.empty(size, size, dtype=torch.float64)
+            self._columns = torch.empty(size, size, dtype=torch.float64, device="cpu")
             state["columns"].copy_to(self._columns)
         for layer, found in state["found"].items():
             self.found[layer] = self._of_block(layer)
@@ -248,17 +248,17 @@ class SpectralStudy:
         """The dense matrix, a few columns at a time."""
         size = self.operator.parameters.size
         if not self._formed_columns:
-            self._columns = torch.empty(size, size, dtype=torch.float64)
+            self._columns = torch.empty(size, size, dtype=torch.float64, device="cpu")
         for start in range(self._formed_columns, size, _COLUMNS):
             stop = min(start + _COLUMNS, size)
-            unit = torch.zeros(stop - start, size, dtype=torch.float64)
+            unit = torch.zeros(stop - start, size, dtype=torch.float64, device="cpu")
             unit[:, start:stop].fill_diagonal_(1.0)
             self._columns[start:stop] = self.operator.in_full().apply(unit).cpu()
             self._formed_columns = stop
             self.operator.meter.keep()
             yield Snapshot(phase=_FORMING, done=float(stop), total=float(size))
         self.dense = self._columns.add_(self._columns.T.clone()).div_(2)
-        self._columns, self._formed_columns = torch.empty(0, 0), 0
+        self._columns, self._formed_columns = torch.empty(0, 0, device="cpu"), 0
 
 
 # -- What ``hesscli spectrum`` will take, and whether it fits --------------------------------------

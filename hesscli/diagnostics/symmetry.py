@@ -22,7 +22,7 @@ from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.plans import Pilot
 from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.run import Clock, Run, started
-from hesscli.engines.symmetry.families import Family, Scaling, Translation, rank_of
+from hesscli.engines.symmetry.families import Family, Scaling, Translation, normal, rank_of
 from hesscli.engines.symmetry.finding import candidates
 from hesscli.engines.symmetry.identities import (
     ROUNDING,
@@ -286,7 +286,7 @@ class Testing(Kept):
         product = self._product(batch) if is_made else None
         spread = 0.0
         if product is not None:
-            vector = torch.randn(len(theta), generator=generator, dtype=torch.float64)
+            vector = normal((len(theta),), generator)
             spread = float(product(vector / vector.norm()).norm())
         hessian = self.run.operator.name == "hessian"
         return Place(
@@ -343,10 +343,11 @@ class Testing(Kept):
     def _exponent(self, family: Scaling) -> float | None:
         """With which power of the scale the breaking falls; None where it cannot be measured."""
         problem = self.run.problem
-        batch, theta, ones = problem.batch(self.indices[0]), self.theta, torch.ones(family.size)
+        batch, theta = problem.batch(self.indices[0]), self.theta
+        ones = theta.new_ones(family.size)
 
         def breaking(scale: float) -> tuple[float, float, float]:
-            there = family.moved(math.log(scale) * ones.double(), theta)
+            there = family.moved(math.log(scale) * ones, theta)
             parts = problem.parameters.split(there.to(problem.device, problem.dtype))
             leaves = [part.detach().clone().requires_grad_() for part in parts]
             named = dict(zip(problem.parameters.names, leaves, strict=True))
@@ -366,7 +367,7 @@ class Testing(Kept):
             direction = wanted
             scale *= _STEP**wanted
         sizes = [breaking(scale * factor)[0] for factor in (1.0, 1.5, 2.25)]
-        far = (family.moved(power * _FAR * ones.double(), theta) for power in (1, 2))
+        far = (family.moved(power * _FAR * ones, theta) for power in (1, 2))
         one, other = (self._loss(batch, there) for there in far)
         if not all(sizes) or not abs(one - other) <= _GONE * abs(one):
             return None

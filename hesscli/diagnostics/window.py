@@ -119,7 +119,9 @@ class Collected:
         """Whether any row is anything but zero in some ranges of all columns."""
         window = self.window
         tiles = ((tile for _, tile in window.tiles(window.own(place))) for place in places)
-        found = torch.tensor([any(bool(tile.any()) for tile in each) for each in tiles]).double()
+        found = torch.tensor(
+            [any(bool(tile.any()) for tile in each) for each in tiles], device="cpu"
+        ).double()
         return [bool(each) for each in window.added_up(found)]
 
     def report(self) -> WindowReport:
@@ -224,7 +226,7 @@ def inverting(problem: Problem, options: WindowOptions, rows: int) -> Work:
 
     def solve(window: GradientWindow, sizes: Sizes) -> None:
         fisher = StaticFisher(window, 1.0, blocks=sizes)
-        fisher.ihvp(torch.ones(window.size))
+        fisher.ihvp(torch.ones(window.size, device="cpu"))
         fisher.diagonal()
 
     size = problem.parameters.size
@@ -251,7 +253,7 @@ def timed_on_columns(
     columns = min(size, max(_TIMED_NUMBERS // rows, min(largest, rows)))
     own = np.full(columns // min(largest, columns), min(largest, columns))
     window = GradientWindow(rows, own.sum(), dtype=options.torch_dtype, device=problem.device)
-    window.extend(torch.randn(rows, window.size).to(problem.device))
+    window.extend(torch.randn(rows, window.size, device="cpu").to(problem.device))
     began = time.perf_counter()
     work(window, own)
     return Spent(seconds=(time.perf_counter() - began) * size / (window.size * world.size()))

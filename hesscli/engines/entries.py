@@ -384,7 +384,7 @@ class Entries:
 
     def diagonal(self, parts: Sequence[Part], shift: float) -> Diagonal:
         """The sum of some streams, and of a number that every entry has besides."""
-        values = torch.full((self.parameters.size,), shift, dtype=torch.float64)
+        values = torch.full((self.parameters.size,), shift, dtype=torch.float64, device="cpu")
         noise: Tensor | None = None
         freedom = math.inf
         for part in parts:
@@ -392,7 +392,9 @@ class Entries:
             _embed(values[None], value[None], self.parameters, part.stream.parameters)
             if error is not None:
                 if noise is None:
-                    noise = torch.zeros(self.replicates, len(values), dtype=self.dtype)
+                    noise = torch.zeros(
+                        self.replicates, len(values), dtype=self.dtype, device="cpu"
+                    )
                 _embed(noise, error, self.parameters, part.stream.parameters)
             freedom = min(freedom, own)
         if freedom:
@@ -408,7 +410,7 @@ class Entries:
             parameters: these.
         """
         assert found.noise is not None  # what is drawn at random has some
-        size = torch.zeros(1, len(found.values), dtype=self.dtype)
+        size = torch.zeros(1, len(found.values), dtype=self.dtype, device="cpu")
         _embed(size, error[None].to(self.dtype), self.parameters, parameters)
         noise = found.noise.clone()
         for number, row in enumerate(noise):

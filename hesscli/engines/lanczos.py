@@ -70,7 +70,8 @@ class Lanczos:
         eps = torch.finfo(dtype).eps
         self._unit = (ROUNDING + _VECTORS) * eps + rounding_of_sum(size, torch.float64)
         self._error = max(self._unit, rounding)
-        self._rows = torch.empty(min(reserve, self._dimension), size, dtype=dtype, device=device)
+        rows = min(reserve, self._dimension)
+        self._rows = torch.empty(rows, size, dtype=dtype, device=device or "cpu")
         self._starts: list[int] = []
         self._diagonal: list[float] = []
         self._left: list[float] = []  # norms after each step: the off-diagonal, or a segment's end

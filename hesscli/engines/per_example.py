@@ -130,8 +130,8 @@ class PerExample(Cells):
         """Some batches: their parts, on one graph each, and on that all their columns."""
         done = len(self.cells[batches[0]])
         parameters, device = self.operator.parameters, self.operator.device
-        counts = torch.tensor([self.operator.counts[index] for index in batches])
-        owners = torch.arange(len(batches)).repeat_interleave(counts).to(device)
+        counts = torch.tensor([self.operator.counts[index] for index in batches], device="cpu")
+        owners = torch.arange(len(batches), device="cpu").repeat_interleave(counts).to(device)
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         sums = zeros(wanted - done, len(batches), len(parameters))
         entries = zeros(0 if self.stream is None else len(sums), parameters.size)

@@ -262,7 +262,7 @@ class Operator(Curvature):
 
     def to_dense(self) -> Tensor:
         """The whole matrix from unit vectors, float64 ``(d, d)`` on the CPU; for small d."""
-        identity = torch.eye(self.parameters.size, dtype=self.problem.dtype)
+        identity = torch.eye(self.parameters.size, dtype=self.problem.dtype, device="cpu")
         return self.apply(identity).T.contiguous().cpu()
 
 

@@ -56,7 +56,10 @@ class Dense(Hessian):
         sizes = {"dense": matrices.shape[-1]} if layers is None else layers
         weights = [1.0] * len(matrices) if masses is None else masses
         model = nn.ParameterDict(
-            {name: torch.zeros(size, dtype=matrices.dtype) for name, size in sizes.items()}
+            {
+                name: torch.zeros(size, dtype=matrices.dtype, device="cpu")
+                for name, size in sizes.items()
+            }
         )
         return cls(Problem(model, StepLoss(_quadratic, "quadratic"), _frozen(matrices, weights)))
 
@@ -73,7 +76,9 @@ class Dense(Hessian):
 
     def live(self, batch: WeightedBatch, *, side_by_side: bool = False) -> Apply:
         """Products with a batch's matrix, in the rows and columns of this operator."""
-        kept = torch.cat([torch.arange(p.offset, p.offset + p.numel) for p in self.parameters])
+        kept = torch.cat(
+            [torch.arange(p.offset, p.offset + p.numel, device="cpu") for p in self.parameters]
+        )
         matrix = batch.data["matrix"][kept][:, kept]
         return lambda block: block @ matrix
 

@@ -301,7 +301,7 @@ class Products:
     def forms(self) -> Tensor:
         """vᵀAv, float64."""
         pairs = zip(self.vectors, self.values, strict=True)
-        return torch.tensor([inner(*pair) for pair in pairs], dtype=torch.float64)
+        return torch.tensor([inner(*pair) for pair in pairs], dtype=torch.float64, device="cpu")
 
     @property
     def crossing(self) -> Crossing:

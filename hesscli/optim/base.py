@@ -160,7 +160,8 @@ class LossOptimizer(torch.optim.Optimizer):
             gradients = self._gradients()
             wide, device = wide_dtype(*gradients), self._parameters()[0].device
             norms = [torch.linalg.vector_norm(each, dtype=wide).to(device) for each in gradients]
-            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+            zero = torch.zeros((), device=device)
+            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else zero
             self.scale((max_norm / norm).clamp(max=1))
         return norm
 

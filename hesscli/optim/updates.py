@@ -80,13 +80,16 @@ class UpdateLog:
         """Write what there is, whatever has ended the training."""
         for hook in self._hooks:
             hook.remove()
+        none = {
+            name: tensor.new_empty(0, *tensor.shape, device="cpu")
+            for name, tensor in self._tensors.items()
+        }
         found = {
-            name: torch.stack(each) if each else torch.empty(0, *self._tensors[name].shape)
-            for name, each in self._updates.items()
+            name: torch.stack(each) if each else none[name] for name, each in self._updates.items()
         }
         same = set(self._settings)
         settings = same.pop() if len(same) == 1 else TrainedWith("mixed" if same else None)
-        found["lr"] = torch.tensor(self._rates, dtype=torch.float64)
+        found["lr"] = torch.tensor(self._rates, dtype=torch.float64, device="cpu")
         save_file(found, self.path, metadata={"trained_with": str(settings)})
 
     def _begin(self, *_step: object) -> None:

@@ -150,6 +150,11 @@ def owned(batch: Batch) -> Batch:
     return map_tensors(own, batch)
 
 
+def tensor_of(value: Any) -> Tensor:
+    """A tensor as it is and where it is; numbers as one on the CPU."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
 def split_batch(batch: Batch) -> tuple[tuple[Any, ...] | Mapping[str, Any], Any]:
     """Model inputs and targets: the last of a tuple, or a mapping's targets, labels, ...
 

@@ -96,7 +96,7 @@ def differentiate_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
         tangents = map_tensors(torch.ones_like, point)
         slope = torch.func.grad(total, argnums=(0, 1))
         torch.func.vmap(lambda _: torch.func.jvp(slope, point, tangents)[1], randomness="same")(
-            torch.zeros(1)
+            torch.zeros(1, device="cpu")
         )
 
 
@@ -117,7 +117,7 @@ def _scalar(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[Tensor], Te
 
 def _sum_of_squares(tensors: Iterator[Tensor]) -> Tensor:
     squares = [t.square().sum() for t in tensors if t.is_floating_point()]
-    return torch.stack(squares).sum() if squares else torch.zeros(())
+    return torch.stack(squares).sum() if squares else torch.zeros((), device="cpu")
 
 
 def _recorded(model: nn.Module, run: Run) -> list[tuple[str, list[Tensor]]]:

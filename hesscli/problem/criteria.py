@@ -120,9 +120,11 @@ def with_tensors(loss: Callable[..., Any], options: Mapping[str, Any]) -> dict[s
     if not str(getattr(loss, "__module__", "")).startswith("torch.nn."):
         return dict(options)
     known = any(loss in pair for pair in _CRITERIA)
-    dtype = torch.float64 if known else torch.get_default_dtype()  # read here, or by torch
+    # They are read here, or by torch.
+    dtype = torch.float64 if known else torch.get_default_dtype()
+    device = torch.device("cpu") if known else torch.get_default_device()
     return {
-        name: torch.tensor(value, dtype=dtype) if isinstance(value, list) else value
+        name: torch.tensor(value, dtype=dtype, device=device) if isinstance(value, list) else value
         for name, value in options.items()
     }
 

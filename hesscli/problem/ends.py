@@ -127,7 +127,8 @@ class Updates:
         with safe_open(self.path, framework="pt") as file:
             slices = [file.get_slice(name) for name in self._parameters.names]
             for step in range(slices[0].get_shape()[0]):
-                rows = [each[step : step + 1].double() for each in slices]
+                with torch.device("cpu"):  # slices are made on the default one
+                    rows = [each[step : step + 1].double() for each in slices]
                 yield self._parameters.flatten(rows)
 
     def gap(self, early: Tensor, late: Tensor) -> float:

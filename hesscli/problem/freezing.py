@@ -29,6 +29,7 @@ from hesscli.problem.batches import (
     owned,
     rows,
     size_of,
+    tensor_of,
     tensors_of,
 )
 from hesscli.problem.independence import MIN_GROUPS, Part, sliced
@@ -334,7 +335,7 @@ def _same(one: Any, other: Any) -> bool:
     """Whether two leaves are equal; what cannot be told counts as equal."""
     if not isinstance(one, (Tensor, np.ndarray, np.generic, int, float)):
         return True
-    first, second = torch.as_tensor(one), torch.as_tensor(other)
+    first, second = tensor_of(one), tensor_of(other)
     if first.layout != torch.strided:
         return True
     equal = (first == second) | ((first != first) & (second != second))
@@ -420,7 +421,7 @@ def _regrouped(
     for group in groups:
         if not places.keys() >= set(group.tolist()):
             return None
-        rows_of = torch.tensor([places[int(index)] for index in group])
+        rows_of = torch.tensor([places[int(index)] for index in group], device="cpu")
         regrouped.append(filled(batches[0], [column[rows_of] for column in columns]))
     return regrouped
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import HesscliError, InputError
-from hesscli.problem.batches import Batch, size_of
+from hesscli.problem.batches import Batch, size_of, tensor_of
 from hesscli.problem.losses import Loss, same_mean
 from hesscli.problem.named_losses import CrossEntropy
 from hesscli.problem.outputs import named_output
@@ -68,11 +68,11 @@ class HuggingFace(CrossEntropy):
         """Labels that are not masked, or where that is not the model's way one an example."""
         if self.hidden is None:
             return super().masses(batch)
-        return torch.ones(size_of(batch), dtype=torch.float64)
+        return torch.ones(size_of(batch), dtype=torch.float64, device="cpu")
 
     def targets(self, batch: Batch) -> Tensor:
         """Labels ``(N,)`` or ``(N, T)``, or ``(N, T − 1)`` without the first."""
-        labels = torch.as_tensor(_mapping(batch)["labels"])
+        labels = tensor_of(_mapping(batch)["labels"])
         if self.reading == "column":
             return labels.flatten().long()
         return (labels[:, 1:] if self._shifts(labels) else labels).long()
@@ -101,7 +101,7 @@ class HuggingFace(CrossEntropy):
 
     def _explains(self, result: Any, batch: Batch) -> bool:
         """Whether the model's loss on a batch, and its slope, is what this reading gives."""
-        loss, labels = _own_loss(result), torch.as_tensor(_mapping(batch)["labels"])
+        loss, labels = _own_loss(result), tensor_of(_mapping(batch)["labels"])
         if labels.is_floating_point() or (self.reading == "column" and labels.shape[1:] != (1,)):
             return False
         try:

@@ -26,6 +26,7 @@ from hesscli.problem.batches import (
     shape_of,
     size_of,
     split_batch,
+    tensor_of,
     tensors_of,
 )
 from hesscli.problem.outputs import HiddenOutputsError, Layout, named_output, rows_of
@@ -100,7 +101,7 @@ class Loss(ABC):
 
     def targets(self, batch: Batch) -> Tensor:
         """What the outputs are compared with."""
-        return torch.as_tensor(split_batch(batch)[1])
+        return tensor_of(split_batch(batch)[1])
 
     @abstractmethod
     def masses(self, batch: Batch) -> Tensor:
@@ -200,7 +201,7 @@ class StepLoss(Loss):
 
     def _weight(self, batch: Batch, weight: Any, count: int | None) -> float:
         if weight is not None:
-            return float(torch.as_tensor(weight).detach())
+            return float(tensor_of(weight).detach())
         return float(size_of(batch) if self.reduction == "sum" or count is None else count)
 
     def _call(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
@@ -234,7 +235,7 @@ def same_mean(value: Tensor, expected: float) -> bool:
 
 def doubles(values: list[float] | None) -> Tensor | None:
     """A spec's numbers as they are, not rounded to single precision."""
-    return None if values is None else torch.tensor(values, dtype=torch.float64)
+    return None if values is None else torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def require_number(loss: Loss, value: object) -> None:
@@ -332,7 +333,7 @@ class UserLoss(Loss):
 
     def masses(self, batch: Batch) -> Tensor:
         """Mass 1 for each example."""
-        return torch.ones(size_of(batch), dtype=torch.float64)
+        return torch.ones(size_of(batch), dtype=torch.float64, device="cpu")
 
     def mean(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The same of its rows."""
@@ -434,7 +435,7 @@ class Summed(Loss):
     def masses(self, batch: Batch) -> Tensor:
         """One an example, whatever its weight: a sum has no divisor that a sample would guess."""
         if self.shows_examples:
-            return torch.ones(size_of(batch), dtype=torch.float64)
+            return torch.ones(size_of(batch), dtype=torch.float64, device="cpu")
         return self.loss.masses(batch)
 
     def mass(self, model: nn.Module, batch: Batch, count: int | None = None) -> float:

@@ -288,7 +288,7 @@ class Entrywise(Loss):
 
     def masses(self, batch: Batch) -> Tensor:
         """One an example, or the mean weight of its entries."""
-        ones = torch.ones_like(torch.as_tensor(self.targets(batch)), dtype=torch.float64)
+        ones = torch.ones_like(self.targets(batch), dtype=torch.float64)
         return self.weighed(ones, batch).reshape(len(ones), -1).mean(1)
 
     @abstractmethod

@@ -511,7 +511,7 @@ def _rows_across(problem: Objective, count: int) -> Iterator[Batch]:
         batch = problem.data.batches[index]
         heavy = problem.loss.masses(batch).nonzero()[:, 0].tolist()
         if places := _spread(heavy, share):
-            taken = torch.tensor(places)
+            taken = torch.tensor(places, device="cpu")
             yield map_tensors(lambda tensor, taken=taken: tensor[taken], batch)  # type: ignore[misc]
 
 

@@ -416,8 +416,7 @@ class AutodiffColumns(Columns):
         values, vectors, positive, _ = self._decomposed
         sign, place = (1.0, -1 - index) if index < positive else (-1.0, index - positive)
         roots = (sign * values[:, place]).clamp_min(0).sqrt()
-        column = torch.zeros(len(roots), self._lengths.shape[1], dtype=roots.dtype)
-        column = column.to(roots.device)
+        column = roots.new_zeros(len(roots), self._lengths.shape[1])
         column[:, self._support] = roots[:, None] * vectors[:, :, place]
         return sign, column.to(self._lengths).view(self._shape)
 

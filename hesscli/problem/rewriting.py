@@ -341,7 +341,7 @@ def _share(one: Tensor, other: Tensor) -> bool:
         spans.append((begin, begin + sum(stride * (size - 1) for stride, size in steps)))
     if spans[0][1] < spans[1][0] or spans[1][1] < spans[0][0]:
         return False
-    taken = torch.zeros(max(end for _, end in spans) + 1, dtype=torch.bool)
+    taken = torch.zeros(max(end for _, end in spans) + 1, dtype=torch.bool, device="cpu")
     taken.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
     return bool(taken.as_strided(other.shape, other.stride(), other.storage_offset()).any())
 

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from hesscli.errors import InputError
-from hesscli.problem.batches import BATCH_SIZE, Batch, is_sliceable, split_batch
+from hesscli.problem.batches import BATCH_SIZE, Batch, is_sliceable, split_batch, tensor_of
 
 
 class Examples:
@@ -112,7 +112,7 @@ class TensorRows(Examples):
         return [int(i) for i in indices]
 
     def _rows(self, indices: list[Any]) -> Batch:
-        return self[torch.tensor(indices, dtype=torch.long)]
+        return self[torch.tensor(indices, dtype=torch.long, device="cpu")]
 
 
 def as_source(
@@ -172,7 +172,7 @@ def _of_loader(
 
 def _columns(arrays: tuple[Any, ...]) -> TensorRows:
     """A pair of arrays ``(X, y)`` as rows."""
-    tensors = [torch.as_tensor(array) for array in arrays]
+    tensors = [tensor_of(array) for array in arrays]
     if len({len(tensor) for tensor in tensors}) > 1:
         shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise InputError(
@@ -253,7 +253,7 @@ def _numbers_as_tensors(item: Any, *, top: bool = True) -> Any:
         return item
     if not top and isinstance(item, list):
         try:
-            return torch.tensor(item)
+            return torch.tensor(item, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             pass
     make = getattr(item, "_make", type(item))

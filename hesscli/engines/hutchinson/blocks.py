@@ -94,7 +94,7 @@ class Blocks:
 
     def sizes(self) -> Tensor:
         """Entries in each block, ``(count,)``."""
-        row = torch.full((self.per_row,), self.size)
+        row = torch.full((self.per_row,), self.size, device="cpu")
         row[-1:] -= self.per_row * self.size - self._length
         return row.repeat(self.rows)
 

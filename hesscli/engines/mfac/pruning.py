@@ -91,7 +91,7 @@ def cheapest_patterns(weights: Tensor, inverses: Tensor, count: int) -> tuple[Te
         UnsoundError: rounding leaves too little of a group's block.
     """
     weights, costs = weights.double(), []
-    patterns = torch.tensor(list(combinations(range(weights.shape[1]), count)))
+    patterns = torch.tensor(list(combinations(range(weights.shape[1]), count)), device="cpu")
     for pattern in patterns.to(weights.device):
         lower, info = torch.linalg.cholesky_ex(inverses[:, pattern[:, None], pattern])
         if bool(info.any()):

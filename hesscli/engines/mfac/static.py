@@ -396,7 +396,7 @@ class StaticFisher:
             UsageError: no such entries, or one is named twice.
             UnsoundError: rounding leaves too little of the matrix.
         """
-        chosen = torch.as_tensor(indices, dtype=torch.long)
+        chosen = torch.as_tensor(indices, dtype=torch.long, device="cpu")
         if len(torch.unique(chosen)) < len(chosen):
             raise UsageError("an entry is named twice", f"{len(chosen)} entries", "each once")
         matrix = self.submatrix(chosen)

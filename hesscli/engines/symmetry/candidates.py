@@ -31,7 +31,7 @@ _TOLD = {"running statistics": "batch norm in evaluation mode, whose statistics 
 
 def _components(count: int, pairs: Sequence[Tensor]) -> np.ndarray:
     """The number of the part that each channel is in."""
-    both = torch.cat([torch.zeros(2, 0, dtype=torch.long), *pairs], dim=1).numpy()
+    both = torch.cat([torch.zeros(2, 0, dtype=torch.long, device="cpu"), *pairs], dim=1).numpy()
     graph = coo_array((np.ones(both.shape[1]), (both[0], both[1])), shape=(count, count))
     return np.asarray(connected_components(graph, directed=False)[1])
 
@@ -82,7 +82,9 @@ class Factors:
         same = [*seen.same, *_used_again(seen)]
         self.channel = _components(count, same)
         self.factor = _components(count, [*same, *seen.merged])
-        self.source = torch.cat([torch.zeros(0, dtype=torch.long), *seen.source_of]).numpy()
+        self.source = torch.cat(
+            [torch.zeros(0, dtype=torch.long, device="cpu"), *seen.source_of]
+        ).numpy()
         self.sign = np.ones(count)
         for inverse in seen.inverse:
             self.sign[inverse.numpy()] = -1.0

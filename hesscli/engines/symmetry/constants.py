@@ -213,7 +213,7 @@ class Constants:
         parts, rest, every = call.args[0], call.args[1:], list[Addend]()
         for number, part in enumerate(parts):
             for each in self._terms(known, part):
-                pieces = [torch.full(other.shape, ABSENT) for other in parts]
+                pieces = [torch.full(other.shape, ABSENT, device="cpu") for other in parts]
                 pieces[number] = each.entries
                 whole = call.func(pieces, *rest, **call.kwargs)
                 every.append(Addend(each.adder, whole, each.factor))
@@ -281,12 +281,12 @@ class Constants:
             return None
         shape = [1] * tensor.dim()
         shape[dim] = -1
-        inputs = torch.arange(tensor.shape[dim]).view(shape).expand(tensor.shape)
+        inputs = torch.arange(tensor.shape[dim], device="cpu").view(shape).expand(tensor.shape)
         return self._made_of(Reading(addends, weights, inputs))
 
     def _made_of(self, reading: Reading) -> Tensor:
         assert reading.weights is not None
-        made = torch.arange(self._made, self._made + len(reading.weights))
+        made = torch.arange(self._made, self._made + len(reading.weights), device="cpu")
         self._made += len(made)
         self.adders.append(Adder(made_by=len(self.readings)))
         self.readings.append(reading)
@@ -344,7 +344,7 @@ class Constants:
         if addends and fixed is not None and known.is_entries(call.args[1]):
             gains = known.entries[key_of(call.args[1])]
             shape = (1, -1, *(1,) * (out.dim() - 2))
-            inputs = torch.arange(len(gains)).view(shape).expand(out.shape)
+            inputs = torch.arange(len(gains), device="cpu").view(shape).expand(out.shape)
             made = self._made_of(Reading(addends, gains[:, None], inputs, fixed[1].reciprocal()))
             terms.append((self._placed(made, out, 1), 1.0))
         else:
@@ -365,10 +365,10 @@ def _whole(weights: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return weights
     outputs, depth = weights.shape[:2]
-    whole = torch.full((outputs, depth * groups, *weights.shape[2:]), ABSENT)
-    first = torch.arange(outputs) // (outputs // groups) * depth
-    inputs = first[:, None] + torch.arange(depth)
-    whole[torch.arange(outputs)[:, None], inputs] = weights
+    whole = torch.full((outputs, depth * groups, *weights.shape[2:]), ABSENT, device="cpu")
+    first = torch.arange(outputs, device="cpu") // (outputs // groups) * depth
+    inputs = first[:, None] + torch.arange(depth, device="cpu")
+    whole[torch.arange(outputs, device="cpu")[:, None], inputs] = weights
     return whole
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli.engines.symmetry.families import Family, Translation
+from hesscli.engines.symmetry.families import Family, Translation, signs
 
 _DRAWS = 8
 """Of rounded weights, from which the usual size of their charges' rounding is told."""
@@ -133,7 +133,7 @@ def rounding_of(family: Family, theta: Tensor, eps: float, steps: int) -> float:
     generator = torch.Generator().manual_seed(0)
     squares = 0.0
     for _ in range(_DRAWS):
-        off = theta * (2.0 * torch.randint(0, 2, theta.shape, generator=generator) - 1)
+        off = theta * signs(theta.shape, generator)
         moved = (family.charges(theta + off) - family.charges(theta - off)) / 2
         squares += float(moved.square().sum()) / _DRAWS
     return 2 * (steps + 1) * eps / 2 * math.sqrt(squares)

@@ -42,7 +42,12 @@ class Told:
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Independent normal numbers."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Independent signs, float64."""
+    return 2.0 * torch.randint(0, 2, shape, generator=generator, device="cpu").double() - 1
 
 
 class Family(Protocol):
@@ -131,10 +136,8 @@ class Scaling:
 
     def far(self, generator: torch.Generator) -> Tensor:
         """Factors of about 150, and as much below 1: what clips is met somewhere."""
-        signs = torch.randint(0, 2, (self.size,), generator=generator)
-        first = torch.randint(0, 2, (), generator=generator)  # a single one goes either way
-        ups = (signs + first) % 2 == 1
-        return _FAR * (2 * ups.double() - 1)
+        each = signs((self.size,), generator)
+        return -_FAR * each * signs((), generator)  # a single one goes either way
 
     def _rate(self, coefficients: Tensor, like: Tensor) -> Tensor:
         rates = coefficients[self.channel] * self.exponent
@@ -250,7 +253,7 @@ class Mixing:
     def generator(self, number: int) -> Tensor:
         """The coefficients of one of them."""
         blocks, rank = self._shape
-        result = torch.zeros(blocks, rank, rank, dtype=torch.float64)
+        result = torch.zeros(blocks, rank, rank, dtype=torch.float64, device="cpu")
         if self.algebra == "rotation":
             result[number, 0, 1], result[number, 1, 0] = 1.0, -1.0
         else:
@@ -283,7 +286,7 @@ class Mixing:
             return theta.new_zeros(0)
         ahead = total_of(theta[part] @ theta[part].mT for part in self.ahead)
         behind = total_of(theta[part] @ theta[part].mT for part in self.behind)
-        rows, columns = torch.triu_indices(rank, rank)
+        rows, columns = torch.triu_indices(rank, rank, device="cpu")
         return (ahead - behind)[:, rows, columns].reshape(-1)
 
 

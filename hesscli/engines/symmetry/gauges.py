@@ -152,7 +152,7 @@ class Turning:
     @property
     def _planes(self) -> Tensor:
         rank = self.frame.shape[1]
-        return torch.triu_indices(rank, rank, 1)
+        return torch.triu_indices(rank, rank, 1, device="cpu")
 
     def draw(self, generator: torch.Generator, size: float) -> Tensor:
         """A random antisymmetric matrix ``(r, r)`` in the frame."""
@@ -187,7 +187,9 @@ class Turning:
     def moved(self, coefficients: Tensor, theta: Tensor) -> Tensor:
         """exp(A) θ, between gains."""
         turned = torch.linalg.matrix_exp(coefficients)
-        return theta + self._added(turned - torch.eye(len(turned), dtype=turned.dtype), theta)
+        return theta + self._added(
+            turned - torch.eye(len(turned), dtype=turned.dtype, device="cpu"), theta
+        )
 
     def moments(self, theta: Tensor, vector: Tensor) -> Tensor:
         """⟨v, Xθ⟩ of each plane of the frame."""
@@ -220,7 +222,9 @@ class Turning:
     def generator(self, number: int) -> Tensor:
         """The coefficients of one plane."""
         one, other = self._planes[:, number]
-        result = torch.zeros(self.frame.shape[1], self.frame.shape[1], dtype=torch.float64)
+        result = torch.zeros(
+            self.frame.shape[1], self.frame.shape[1], dtype=torch.float64, device="cpu"
+        )
         result[one, other], result[other, one] = 1.0, -1.0
         return result
 
@@ -464,7 +468,7 @@ class Anchored:
 
     def lengths(self, theta: Tensor) -> Tensor:
         """‖Xθ‖ of each channel."""
-        channel = torch.zeros(len(theta), dtype=torch.long)
+        channel = torch.zeros(len(theta), dtype=torch.long, device="cpu")
         channel[self.scaling.index] = self.scaling.channel
         own = self.scaling.lengths(theta).square()
         added = (self.shift * theta[self.gain]).square()

@@ -127,7 +127,7 @@ class Moving:
         tensors, signs_of = list[torch.Tensor](), list[torch.Tensor]()
         for (count, size), rows in groups.items():
             tensors.append(torch.from_numpy(np.stack(rows)))
-            signs_of.append(1.0 - 2.0 * (torch.arange(size) >= count).double())
+            signs_of.append(1.0 - 2.0 * (torch.arange(size, device="cpu") >= count).double())
         yield Translation(told, tuple(tensors), tuple(signs_of))
 
     def _told(self, name: str, entries: np.ndarray, *terms: _Term) -> Told:

@@ -161,10 +161,10 @@ class Seen:
         """Channels of a source of their own."""
         first = self.num_channels
         self.num_channels += count
-        self.source_of.append(torch.full((count,), len(self.sources)))
+        self.source_of.append(torch.full((count,), len(self.sources), device="cpu"))
         self._firsts.append(first)
         self.sources.append(kind)
-        return torch.arange(first, first + count)
+        return torch.arange(first, first + count, device="cpu")
 
     def source(self, labels: Tensor) -> int:
         """The number of the source that channels are of, by the first of them."""
@@ -215,7 +215,7 @@ def distinct(numbers: Tensor) -> Tensor:
     if not numbers.numel():
         return numbers.reshape(-1)
     first, last = (int(end) for end in numbers.aminmax())
-    there = torch.zeros(last - first + 1, dtype=torch.bool)
+    there = torch.zeros(last - first + 1, dtype=torch.bool, device="cpu")
     there[numbers.reshape(-1) - first] = True
     return there.nonzero()[:, 0] + first
 
@@ -223,7 +223,7 @@ def distinct(numbers: Tensor) -> Tensor:
 def _pairs(one: Tensor, other: Tensor) -> Tensor:
     """Each pair of numbers once, ``(2, ·)``, in their order."""
     if not one.numel():
-        return torch.zeros(2, 0, dtype=torch.long)
+        return torch.zeros(2, 0, dtype=torch.long, device="cpu")
     width = int(other.max()) + 1
     found = torch.unique(one * width + other)
     return torch.stack([found // width, found % width])

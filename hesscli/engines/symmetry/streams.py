@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscli.engines.symmetry.candidates import Factors, Part, by_channel, once
-from hesscli.engines.symmetry.families import Family, Told
+from hesscli.engines.symmetry.families import Family, Told, normal
 from hesscli.engines.symmetry.gauges import Anchored, Conjugated, MeanFree, MeanFreeRows, Turning
 from hesscli.engines.symmetry.moving import Moving
 from hesscli.engines.symmetry.seen import Anchor, Normed
@@ -178,12 +178,12 @@ def _rows(table: dict[int, np.ndarray], own: np.ndarray) -> Tensor | None:
 
 def _frame(count: int, has_mean: bool) -> Tensor:
     """Orthonormal vectors ``(count, ·)``, all of them or random ones; orthogonal to (1, …, 1)."""
-    ones = torch.ones(count, 1, dtype=torch.float64)
+    ones = torch.ones(count, 1, dtype=torch.float64, device="cpu")
     if count <= _MOST and not has_mean:
-        return torch.eye(count, dtype=torch.float64)
+        return torch.eye(count, dtype=torch.float64, device="cpu")
     generator = torch.Generator().manual_seed(0)
     size = min(count, _MOST) - has_mean
-    drawn = torch.randn(count, size, generator=generator, dtype=torch.float64)
+    drawn = normal((count, size), generator)
     wide = torch.cat([ones, drawn], dim=1) if has_mean else drawn
     frame: Tensor = torch.linalg.qr(wide)[0][:, int(has_mean) :]
     return frame

@@ -59,7 +59,7 @@ class Supposed:
         """Those whose scores a softmax reads, each attention once."""
         seen = self.factors.seen
         read = [shift.rows.reshape(-1) for shift in seen.shifts if shift.name == "keys"]
-        every = torch.cat([torch.zeros(0, dtype=torch.long), *read])
+        every = torch.cat([torch.zeros(0, dtype=torch.long, device="cpu"), *read])
         found = {
             (heads.queries.numpy().tobytes(), heads.keys.numpy().tobytes()): heads
             for heads in seen.heads
@@ -75,7 +75,9 @@ class Supposed:
     def _behind(self) -> dict[int, list[int]]:
         """Of each gain of a norm the channels that go into it, in their order."""
         found = defaultdict[int, list[int]](list)
-        pairs = torch.cat([torch.zeros(2, 0, dtype=torch.long), *self.factors.seen.gained], dim=1)
+        pairs = torch.cat(
+            [torch.zeros(2, 0, dtype=torch.long, device="cpu"), *self.factors.seen.gained], dim=1
+        )
         for channel, gain in torch.unique(pairs, dim=1).T.tolist():
             found[gain].append(channel)
         return found
@@ -113,7 +115,9 @@ class Supposed:
         index = torch.from_numpy(np.concatenate([part.entries for part in parts]))
         channel = torch.from_numpy(np.concatenate([number[part.channels] for part in parts]))
         told = self._told(name, [index], cause)
-        return Scaling(told, index, channel, torch.ones(len(index), dtype=torch.float64), size)
+        return Scaling(
+            told, index, channel, torch.ones(len(index), dtype=torch.float64, device="cpu"), size
+        )
 
     def _sizes(self) -> Iterator[Family]:
         """Each head's queries by themselves."""
@@ -203,16 +207,19 @@ class Supposed:
             )
             yield Mixing(self._told("query-key", [*one, *other], _NORMS), one, other)
             if planes:
-                pairs = torch.tensor(planes)
+                pairs = torch.tensor(planes, device="cpu")
                 yield from self._planes([e[:, pairs] for e in one], [e[:, pairs] for e in other])
 
     def _planes(self, ahead: list[Tensor], behind: list[Tensor]) -> Iterator[Family]:
         """Entries ``(groups, planes, 2, ·)``: a scale and a rotation of each plane."""
         one, other = (tuple(each.flatten(0, 1) for each in side) for side in (ahead, behind))
         every = [*one, *other]
-        planes = [torch.arange(len(each)).repeat_interleave(each[0].numel()) for each in every]
+        planes = [
+            torch.arange(len(each), device="cpu").repeat_interleave(each[0].numel())
+            for each in every
+        ]
         signs = [
-            torch.full((each.numel(),), sign).double()
+            torch.full((each.numel(),), sign, device="cpu").double()
             for side, sign in ((one, 1.0), (other, -1.0))
             for each in side
         ]

@@ -38,7 +38,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._handlers = pointwise.table() | maps.table()
         for tensor, offset in zip(tensors, offsets, strict=True):
             if tensor.numel():
-                entries = torch.arange(offset, offset + tensor.numel()).view(tensor.shape)
+                entries = torch.arange(offset, offset + tensor.numel(), device="cpu")
+                entries = entries.view(tensor.shape)
                 self._known.entries[key_of(tensor)] = entries
 
     @property

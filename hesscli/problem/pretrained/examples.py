@@ -267,7 +267,7 @@ class _Encode:
                 if len(whole["input_ids"]) > self.length:
                     self.cut.add(str(text))
         if row["input_ids"]:
-            require_known(self.tokenizer, torch.tensor(row["input_ids"]), self.model)
+            require_known(self.tokenizer, torch.tensor(row["input_ids"], device="cpu"), self.model)
         return row
 
     def example(self, text: str, label: Any) -> dict[str, Any]:
@@ -317,10 +317,11 @@ class _Masked:
     def __call__(self, text: str, seed: int) -> dict[str, Any]:
         """One row, with labels where tokens are hidden."""
         row = self.encode(text)
-        ids = torch.tensor([row["input_ids"]])
+        ids = torch.tensor([row["input_ids"]], device="cpu")
         for attempt in range(_DRAWS):
             self.collator.generator = torch.Generator().manual_seed(key(seed, attempt) >> 1)
-            hidden, labels = self.collator.torch_mask_tokens(ids.clone())
+            with torch.device("cpu"):  # where the generator is
+                hidden, labels = self.collator.torch_mask_tokens(ids.clone())
             if bool((labels != IGNORED).any()):
                 break
         return {**row, "input_ids": hidden[0].tolist(), "labels": labels[0].tolist()}
@@ -362,7 +363,9 @@ class Blocks:
             got = f"{place}: {len(stream)} tokens"
             raise InputError("the text is too short to predict a token of it", got, "more text")
         count = len(stream) // self.length
-        self.tokens = torch.tensor(stream[: count * self.length]).view(count, self.length)
+        self.tokens = torch.tensor(stream[: count * self.length], device="cpu").view(
+            count, self.length
+        )
         self.left_out = len(stream) - count * self.length
         inside = [place for place in ends[:-1] if place < self.tokens.numel()]
         self.crossed = sum(place % self.length != 0 for place in inside)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from hesscli.errors import InputError
-from hesscli.problem.batches import Batch
+from hesscli.problem.batches import Batch, tensor_of
 
 Collate = Callable[[list[Any]], Batch]
 
@@ -184,7 +184,7 @@ class Padded:
 
 def _tensor(name: str, value: Any) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        return tensor_of(value)
     except (TypeError, ValueError, RuntimeError) as error:
         got = f"{name}: {str(error).splitlines()[0][:160]}"
         hint = "numbers in lists of one length, or a collate function of your own"
