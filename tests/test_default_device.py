@@ -49,9 +49,8 @@ def net() -> nn.Module:
 def model() -> Iterator[nn.Module]:
     """On the CPU, where by default tensors have no numbers."""
     made = net()
-    torch.set_default_device("meta")
-    yield made
-    torch.set_default_device(None)
+    with torch.device("meta"):  # as torch.set_default_device does
+        yield made
 
 
 def problem_of(model: nn.Module) -> hesscli.Problem:

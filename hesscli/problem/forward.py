@@ -25,14 +25,8 @@ def placed(
 
     Raises:
         InputError: it would have to be copied and cannot be.
-        UsageError: there is no such device, or new tensors are made elsewhere than on the CPU.
+        UsageError: there is no such device.
     """
-    if (usual := torch.get_default_device()).type != "cpu":
-        raise UsageError(
-            "hesscli keeps examples and tables on the CPU, and new tensors are made elsewhere",
-            f"torch.set_default_device({str(usual)!r})",
-            "torch.set_default_device(None) before; the model stays on its device",
-        )
     try:
         wanted = None if device is None else torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts that it has it
