@@ -52,12 +52,15 @@ def test_the_same_diagonal(checkpoint: str) -> None:
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_products_in_bfloat16(checkpoint: str) -> None:
-    """Off by more than float32's and less than 3%, with a trace whose bar holds float64's."""
+    """Off by more than float32's, with a trace whose bar holds float64's.
+
+    And by less than 25 roundings to 8 bits in a row: there and back, twice, through six layers.
+    """
     load = partial(hesscli.load, SAMPLES / checkpoint, device="cuda", examples=64)
     wide, narrow = load(dtype="float64"), load(dtype="bfloat16")
     vector = torch.randn(wide.parameters.size, dtype=torch.float64, device="cuda")
     exact, found = hesscli.Hessian(wide) @ vector, hesscli.Hessian(narrow) @ vector
-    assert 1e-4 < float((found - exact).norm() / exact.norm()) < 0.03
+    assert 1e-4 < float((found - exact).norm() / exact.norm()) < 25 * 2**-8
     how = {"probes": 8, "method": "hutchinson"}
     trace, truth = hesscli.trace(narrow, **how).trace, hesscli.trace(wide, **how).trace
     assert abs(trace.estimate - truth.estimate) <= trace.rounding_error
@@ -144,7 +147,7 @@ def test_memory_that_runs_out_halves_the_block() -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     whole = measure(given())
-    taken = torch.cuda.max_memory_reserved()
+    taken = torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.75 * taken / card)
     try:

@@ -1,11 +1,12 @@
-"""Convolution and batch norm with a cheap second derivative.
+"""Convolution and batch norm with a cheap second derivative, and weight norm with a right one.
 
 torch's own double backward of a convolution makes the second weight gradient by a convolution
 with kernels as large as the image, and that of batch norm in evaluation mode treats a fixed
 affine map as if its statistics could move. Both are right, and together they cost a third of a
 convolutional network's product. Inside :func:`twice_differentiable` a convolution's backward is
 made of the three kernels that training uses, and batch norm in evaluation mode is the scale and
-shift that it is.
+shift that it is. A weight's norm of torch's own is a constant to the second derivative: here it
+is the quotient that it stands for.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
 def twice_differentiable() -> replacing:
-    """Meanwhile, convolutions and evaluation-mode batch norms are those of this module.
+    """Meanwhile, convolutions, evaluation-mode batch and weight norms are those of this module.
 
     Forward mode does not go through them, and a third derivative does not either.
     """
     ours = {function: partial(_convolution, function) for function in _CONVOLUTIONS}
-    return replacing({**ours, F.batch_norm: _batch_norm})
+    return replacing({**ours, F.batch_norm: _batch_norm, torch._weight_norm: _weight_norm})
 
 
 _only: frozenset[int] | None = None
@@ -121,6 +122,11 @@ def _batch_norm(
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
     shape = (1, -1, *[1] * (input.dim() - 2))
     return input * scale.view(shape) + shift.view(shape)
+
+
+def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
+    """Directions over their norms, which are taken over all dimensions but one, times lengths."""
+    return direction * (length / torch.norm_except_dim(direction, 2, dim))
 
 
 class _Convolution(torch.autograd.Function):
