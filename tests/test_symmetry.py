@@ -1306,6 +1306,28 @@ def test_labels_of_families_are_cut_between_modules(layers: list[str]) -> None:
     assert family_label("value-output", layers[:2], 80) == f"value-output: {', '.join(layers[:2])}"
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_families_in_a_table_are_cut_between_words(width: int) -> None:
+    """Each has its kind whole, on several lines where there is no room, and rows differ."""
+    result = answered(Pictures)
+    console = Console(width=width, file=io.StringIO())
+    console.print(symmetry_table(result))
+    shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, shown)) <= width
+    rows = shown[shown.index(next(line for line in shown if line.startswith("──"))) + 1 :]
+    labels, label = list[str](), ""
+    for row in rows:
+        name, *numbers = re.split(r"\s{2,}", row.strip())
+        label = f"{label} {name}".strip()
+        if numbers:
+            labels.append(label)
+            label = ""
+        if len(labels) == len(result.families):
+            break
+    assert labels == [f"{one.name}: {', '.join(one.layers)}" for one in result.families]
+    assert "…" not in "".join(shown)
+
+
 def test_an_optimizer_of_the_file_that_keeps_no_charges_is_named(tmp_path: Path) -> None:
     """AdamW's state, an unknown one's, and groups that are unlike; none predicts anything."""
     model = spread(perceptron(nn.ReLU()))

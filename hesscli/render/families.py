@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 from hesscli.render import words
+
+_INDENT = "  "
+"""Of further lines."""
 
 
 def family_label(kind: str, layers: Sequence[str], width: int) -> str:
@@ -20,6 +24,18 @@ def family_label(kind: str, layers: Sequence[str], width: int) -> str:
     labels = (f"{kind}: {each}" for each in _ever_shorter(layers))
     fitting = (label for label in labels if len(label) <= width)
     return next(fitting, words.shorten(kind, width))
+
+
+def family_lines(kind: str, layers: Sequence[str], width: int) -> str:
+    """The same on as many lines as it takes, where one has no room for a kind and two layers."""
+    label = family_label(kind, layers, width)
+    is_counted = len(layers) == 2 and label.endswith("2 layers")
+    if label.startswith(f"{kind}:") and not is_counted:
+        return label
+    wrap = textwrap.TextWrapper(width, subsequent_indent=_INDENT, break_on_hyphens=False)
+    first = wrap.wrap(f"{kind}:")
+    wrap.initial_indent = _INDENT
+    return "\n".join(first + wrap.wrap(layers_label(layers, width - len(_INDENT))))
 
 
 def layers_label(layers: Sequence[str], width: int) -> str:

@@ -191,6 +191,7 @@ class FittedRows:
         numbers: of the rows, to the left of their names; none where empty.
         styles: of the rows; all plain where empty.
         fitted: names for a width, where they are more than names of layers.
+        least: width of names for which columns are given up, in any case.
     """
 
     heading: str
@@ -199,6 +200,7 @@ class FittedRows:
     numbers: Sequence[str] = ()
     styles: Sequence[str] = ()
     fitted: Callable[[int], Sequence[str]] | None = None
+    least: int = 0
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns, least = list(self.columns), self._least_name_width()
@@ -230,9 +232,9 @@ class FittedRows:
         return self.fitted(width) if self.fitted else words.shorten_all(self.names, width)
 
     def _least_name_width(self) -> int:
-        longest = max(map(len, (self.heading, *self.names)))
+        longest = max(map(len, self.names), default=0)
         different = len(set(self.names))
         least = next(
             (w for w in _NAME_WIDTHS if len(set(self._cut(w))) == different), _NAME_WIDTHS[0]
         )
-        return min(longest, least)
+        return max(len(self.heading), min(longest, max(least, self.least)))

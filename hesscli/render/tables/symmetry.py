@@ -9,13 +9,15 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hesscli.render import words
-from hesscli.render.families import family_label, layers_label
+from hesscli.render.families import family_lines, layers_label
 from hesscli.render.tables.shared import cost_lines, listing_notes, proof_line, status_text
 from hesscli.render.terminal import GAP, Column, FittedRows, Plainable, facts
 from hesscli.results import Drift, Orbit, OrbitPoint, SymmetryFamily, SymmetryResult
 
 _MANY = 40
 """Families that all get a row."""
+_LABEL = 24
+"""Characters that a family's label has room for, at least."""
 _CAUSED = 48
 """Characters of layers for which a cause is told."""
 _STYLES = {"holds": "", "asymptotic": "yellow", "broken": "dim"}
@@ -110,11 +112,11 @@ def _families(
     """Rows of kinds of families, and the layers that they act on."""
 
     def fitted(width: int) -> list[str]:
-        return [family_label(*family, width) for family in families]
+        return [family_lines(*family, width) for family in families]
 
     names = [f"{kind}: {', '.join(layers)}" for kind, layers in families]
     longest = max(map(len, names), default=0)
-    return FittedRows(heading, fitted(longest), columns, styles=styles, fitted=fitted)
+    return FittedRows(heading, fitted(longest), columns, styles=styles, fitted=fitted, least=_LABEL)
 
 
 def _size(residual: float | None) -> str:
