@@ -980,7 +980,9 @@ def test_null_directions_of_gauss_newton_are_counted_by_themselves(
         assert one.gauss_newton_directions == wanted
         assert one.gauss_newton_residual is not None
         assert (one.gauss_newton_residual < HOLDS) == (wanted == one.null_directions)
-    assert hesscli.symmetries(problem, matrix="ggn").flat.directions == nullity
+    for mode in ("auto", "finite-difference"):
+        flat = hesscli.symmetries(problem, matrix="ggn", mode=mode).flat
+        assert flat.directions == flat.gauss_newton == nullity
     shown = table_of(result)
     undone = f"of the Gauss-Newton matrix {nullity} everywhere: the loss alone undoes the others"
     assert (undone if alone else "of the Gauss-Newton matrix everywhere") in shown

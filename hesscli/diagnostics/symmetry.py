@@ -406,9 +406,10 @@ class Testing(Kept):
         if not whole <= max(self.bound, proof.rounding):
             worst = replace(worst, gradient=max(worst.gradient, whole))
         exponent = self.exponents.get(str(number))
-        # Differences are too rough to tell, which the other two tests are not.
-        rough = self.run.flight.mode == "finite-difference"
-        judged = [worst.gradient, worst.finite, 0.0 if rough else worst.hessian or 0.0]
+        product = worst.hessian or 0.0
+        if self.run.flight.mode == "finite-difference":  # too rough to tell, as the others are not
+            product = float(self.only_the_loss_has(worst))
+        judged = worst.gradient, worst.finite, product
         bound = ROUNDING if told.eps else self.bound  # an eps may break it by less than the other
         passes = all(residual <= bound for residual in judged)  # which nan is not
         status = "holds" if passes else "broken"
