@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscli
-from hesscli.diagnostics.symmetry import found_in
+from hesscli.diagnostics.symmetry_places import found_in
 from hesscli.engines.symmetry.families import tangents
 from hesscli.problem.problem import Problem
 from hesscli.results import SymmetryResult

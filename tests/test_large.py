@@ -18,7 +18,7 @@ from test_preflight import check_of, lying, problem_of, tanh_net
 
 import hesscli
 from hesscli import memory
-from hesscli.diagnostics import symmetry
+from hesscli.diagnostics import symmetry, symmetry_places
 from hesscli.diagnostics.check import check
 from hesscli.engines.entries import most_entries, needed_bytes
 from hesscli.engines.mfac import ShardedWindow
@@ -134,7 +134,9 @@ def test_a_large_network_is_not_looked_through_for_a_plan(monkeypatch: pytest.Mo
 
 def test_families_of_a_network_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of(tanh_net())
-    monkeypatch.setattr(symmetry, "room_for_more", lambda _: 20 * symmetry._BYTES_EACH)
+    monkeypatch.setattr(
+        symmetry_places, "room_for_more", lambda _: 20 * symmetry_places._BYTES_EACH
+    )
     with pytest.raises(UsageError, match="do not fit") as refused:
         hesscli.symmetries(problem)
     assert "--params for at most 20 of them" in refused.value.hint

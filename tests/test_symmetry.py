@@ -43,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscli
 from hesscli.diagnostics.charges import strays, way_to
-from hesscli.diagnostics.symmetry import found_in
+from hesscli.diagnostics.symmetry_places import found_in
 from hesscli.engines.symmetry.families import (
     Family,
     Mixing,

@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hesscli
-from hesscli.diagnostics.symmetry import found_in
+from hesscli.diagnostics.symmetry_places import found_in
 from hesscli.errors import HesscliError
 from hesscli.optim import UpdateLog
 from hesscli.vocabulary import TrainedWith

@@ -9,11 +9,14 @@ from hesscli import world
 from hesscli.commands import COMMANDS
 from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.plans import Asked, Pilot, measured_pace, planned
-from hesscli.diagnostics.run import Clock, started
-from hesscli.diagnostics.symmetry import check_of_symmetry
+from hesscli.diagnostics.run import Clock, Run, started
+from hesscli.diagnostics.symmetry_places import PLACES, Places
 from hesscli.diagnostics.window import WindowOptions
+from hesscli.engines.symmetry.identities import Residuals, worst_of
+from hesscli.errors import UnsoundError
+from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
-from hesscli.results import CheckResult, Observe, Plan
+from hesscli.results import Check, CheckResult, Observe, Plan
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_CONFIDENCE
 
 
@@ -64,7 +67,7 @@ def check(
     with started(problem, matrix, mode, Clock(budget, observe)) as run:
         flight = run.flight
         if symmetry:
-            flight = replace(flight, checks=(*flight.checks, check_of_symmetry(run, seed)))
+            flight = replace(flight, checks=(*flight.checks, _of_symmetry(run, seed)))
         pace, product_bytes = measured_pace(run.operator)
         pilot = Pilot(run, asked, pace)
         commands = tuple(
@@ -85,3 +88,42 @@ def check(
         ),
         **run.header(),
     )
+
+
+def _of_symmetry(run: Run, seed: int) -> Check:
+    """Whether products respect the symmetries that gradient and loss have, on one batch.
+
+    Raises:
+        UnsoundError: they do not, and so are not those of the loss.
+    """
+    name = "null directions of symmetry"
+    with doubled(run.problem):
+        places = Places(run, seed)
+        tried = [places.at(number) for number, (_, made) in enumerate(PLACES) if made]
+        if run.flight.mode == "finite-difference":
+            return Check(name=name, state="skipped", detail="central differences are too rough")
+        sizes = [Residuals(*each) for each, _ in tried]
+        every = [
+            (family, worst_of([Residuals(*found[number]) for _, found in tried], sizes))
+            for number, family in enumerate(places.families)
+        ]
+        respected = [
+            (family, one)
+            for family, one in every
+            if not family.told.eps
+            and max(one.gradient, one.finite) <= places.bound
+            and ((one.hessian or 0.0) <= places.bound or not places.only_the_loss_has(one))
+        ]
+    if not respected:
+        return Check(name=name, state="not applicable", detail="no family of them was found")
+    family, worst = max(respected, key=lambda each: each[1].hessian or 0.0)
+    value = worst.hessian or 0.0
+    if not value <= places.bound:
+        raise UnsoundError(
+            "products do not respect a symmetry that loss and gradient have",
+            f"{family.told.name} of {', '.join(family.told.layers[:3])} is off by {value:.1e}",
+            "another --mode; or a second derivative in the model that is that of its first",
+        )
+    directions = sum(family.num_directions for family, _ in respected)
+    detail = f"{len(respected)} families, {directions} directions"
+    return Check(name=name, state="passed", detail=detail, value=value, bound=places.bound)
