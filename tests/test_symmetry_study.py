@@ -60,6 +60,10 @@ def test_what_holds_does_so_at_other_weights_by_other_transformations(seed: int)
         parameters = problem.parameters
         weights = parameters.flatten([tensor.detach() for tensor in parameters.tensors])
 
+        def grown(vector: torch.Tensor) -> float:
+            product = hesscli.GaussNewton(problem) @ vector - problem.weight_decay * vector
+            return float(product.norm() / vector.norm())
+
         def loss(theta: torch.Tensor, batch: object) -> float:
             named = dict(zip(parameters.names, parameters.split(theta), strict=True))
             return float(problem.evaluate(batch, named).detach())
@@ -68,6 +72,10 @@ def test_what_holds_does_so_at_other_weights_by_other_transformations(seed: int)
             if report.status != "holds":
                 assert report.causes, report
                 continue
+            if report.gauss_newton_directions:
+                null = family.tangent(family.draw(generator, 1.0), weights)
+                any_other = torch.randn(weights.shape, generator=generator, dtype=torch.float64)
+                assert grown(null) < 1e-12 * grown(any_other), report
             for distance in (0.0, 0.3, 1.0):
                 noise = torch.randn(weights.shape, generator=generator, dtype=torch.float64)
                 theta = weights + distance * weights.std() * noise

@@ -160,8 +160,9 @@ class FlatReport:
         share: of the parameters.
         everywhere: of the directions those that are null for the Hessian wherever it is taken. The
             others are where the gradient is 0.
-        gauss_newton: of the directions those that are null for the Gauss-Newton matrix wherever it
-            is taken; None where the loss is none of outputs, and there is no such matrix.
+        gauss_newton: of the directions those of families that are null as a whole for the
+            Gauss-Newton matrix, wherever it is taken; None where the loss is none of outputs, and
+            there is no such matrix.
     """
 
     directions: int
