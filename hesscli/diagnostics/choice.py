@@ -13,6 +13,7 @@ from hesscli.diagnostics.keeping import UNKEPT
 from hesscli.engines.entries import Entries, Stream
 from hesscli.engines.estimator import Estimator, Rounding
 from hesscli.engines.hutchinson.designs import (
+    REGIME_PROBES,
     Deflated,
     Design,
     Stratified,
@@ -54,6 +55,10 @@ BASIS_BYTES = 1 << 31
 """Bytes that a float64 basis may take."""
 COMMON_SHARE = 0.5
 """Of what makes probe noise that batches must have in common for a basis to be worth making."""
+_TRIED = 8
+"""Times the products that finding out about a design takes, what is left must be at least."""
+_ALIKE = 2
+"""Batches that are asked how much they have in common."""
 _TURN = 0x7042
 """Separates the probes after a change of design from those that led to it."""
 
@@ -304,13 +309,14 @@ class Better:
         if probes is None or needed <= _MANY_PROBES or not self.designs:
             return None
         operator, seed = probes.operator, self.draw.seed
-        if 1 < len(operator.parameters.layers) <= _MANY_PROBES:
+        layers = len(operator.parameters.layers)
+        if 1 < layers <= _MANY_PROBES and self._pays(layers, operator, needed):
             ratio = stratified_ratio(operator, seed, self.on_step)
             if ratio < 0.5:
                 why = f"probes by layer, which take {ratio:.0%} of the work"
                 return Turn("stratified", _foretold(needed, why), work=ratio)
         steps = min(DEFLATION_STEPS, BASIS_BYTES // (8 * operator.parameters.size))
-        if steps < 2:
+        if steps < 2 or not self._pays(_ALIKE, operator, needed):
             return None
         common = common_share(operator, seed, self.on_step)
         if common < COMMON_SHARE:
@@ -320,6 +326,11 @@ class Better:
         if not self.foretells:
             return turn
         return replace(turn, work=deflated_ratio(operator, steps, seed, self.on_step))
+
+    def _pays(self, blocks: int, operator: Source, needed: float) -> bool:
+        """Whether finding out takes little of what is left, as blocks of products of a batch."""
+        least = _TRIED * blocks * REGIME_PROBES // len(operator.indices)
+        return least <= needed and self.fits(least)
 
     def take(self, turn: Turn, estimator: Estimator) -> Estimator:
         """All by unit vectors, or another design for what is probed."""
