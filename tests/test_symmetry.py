@@ -321,8 +321,19 @@ class Fused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.whole(x).unflatten(-1, (HEADS, 3, RANK)).transpose(1, 2).unbind(3)
+        key, value = self.remembered(key), self.remembered(value)
         seen = (query @ key.mT / RANK**0.5).softmax(-1) @ value
         return self.out(seen.transpose(1, 2).flatten(-2))
+
+    def remembered(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+
+class Cached(Fused):
+    """Joined to what a cache has of tokens before these, which is nothing."""
+
+    def remembered(self, tokens: Tensor) -> Tensor:
+        return torch.cat([tokens.new_empty(0), tokens], dim=-2)
 
 
 class Heads(nn.Module):
@@ -336,14 +347,14 @@ class Heads(nn.Module):
         return self.inner(x, x, x, need_weights=False)[0]
 
 
-@pytest.mark.parametrize("make", [Fused, Heads], ids=["fused", "torch's"])
+@pytest.mark.parametrize("make", [Fused, Cached, Heads], ids=["fused", "cached", "torch's"])
 def test_attention_however_it_is_written(make: Callable[[], nn.Module]) -> None:
     model = Decoder(lambda: nn.LayerNorm(WIDTH), make(), nn.Linear(WIDTH, WIDTH))
     result = hesscli.symmetries(problem_of(spread(model)))
     require_exact(result)
     for name in ("value-output", "query-key", "key bias"):
         assert standing(result)[name] == {"holds"}
-    rank = RANK if make is Fused else WIDTH // HEADS
+    rank = WIDTH // HEADS if make is Heads else RANK
     assert counts(result, "query-key") == {(HEADS * rank**2, HEADS * rank * (rank + 1) // 2)}
 
 

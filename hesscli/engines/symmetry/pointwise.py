@@ -209,7 +209,9 @@ def _together(
 
 
 def _cat(known: Known, call: Call) -> None:
-    parts, rest = call.args[0], call.args[1:]
+    parts, rest = [part for part in call.args[0] if part.numel()], call.args[1:]
+    if not parts:
+        return
     if all(known.is_entries(part) for part in parts):
         whole = call.func([known.entries[key_of(part)] for part in parts], *rest, **call.kwargs)
         call.entries[key_of(call.result)] = whole
