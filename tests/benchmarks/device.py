@@ -69,17 +69,17 @@ def products(name: str, problem: hesscli.Problem) -> None:
 
 
 def traces(name: str) -> None:
-    """Of a sample by 256 fresh probes, on both devices."""
+    """Of a sample by 64 fresh probes, on both devices."""
     seconds, values = dict[str, float](), dict[str, str]()
     for device in ("cpu", "cuda", "cuda"):  # the first run there also makes the device's context
         problem = hesscli.load(ROOT / "samples" / name, device=device, trust=True)
         began = time.perf_counter()
-        found = hesscli.trace(problem, method="hutchinson", probes=256, budget=None)
+        found = hesscli.trace(problem, method="hutchinson", probes=64, budget=None)
         seconds[device] = time.perf_counter() - began
         values[device] = f"{found.trace.estimate:.7g} ± {found.trace.probe_stderr:.2g}"
     ratio = seconds["cpu"] / seconds["cuda"]
     print(
-        f"{name}: trace by 256 probes: CPU {values['cpu']} in {seconds['cpu']:.2f} s with "
+        f"{name}: trace by 64 probes: CPU {values['cpu']} in {seconds['cpu']:.2f} s with "
         f"{torch.get_num_threads()} threads, device {values['cuda']} in {seconds['cuda']:.2f} s, "
         f"{ratio:.1f} times less",
         flush=True,
