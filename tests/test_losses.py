@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import hesscli
 from hesscli.errors import ExitCode, InputError, UnsoundError
 from hesscli.problem.batches import Batch, rows, shape_of
 from hesscli.problem.criteria import NAMED, as_loss
@@ -24,6 +25,7 @@ from hesscli.problem.named_losses import (
     MeanSquaredError,
     NegativeLogLikelihood,
 )
+from hesscli.problem.problem import Problem
 
 ROUNDING = 1e-12  # float64, sums of a few hundred terms
 
@@ -382,6 +384,27 @@ def test_a_users_loss_gets_its_targets_as_they_are() -> None:
 
 
 # -- names and criteria ------------------------------------------------------------------------
+
+
+def written_into(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean squared error, made where the outputs were."""
+    outputs -= targets
+    return outputs.square().mean()
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "empirical-fisher"])
+@pytest.mark.parametrize("method", ["auto", "hutchinson"])
+def test_a_users_loss_may_write_into_its_outputs(matrix: str, method: str) -> None:
+    """A model's it may; so it may where they are a leaf, of which its own derivative is taken."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = torch.randn(32, 4).double(), torch.randn(32, 3).double()
+    found, expected = (
+        hesscli.trace(Problem(model, loss, data), matrix=matrix, method=method, probes=2)
+        for loss in (written_into, nn.functional.mse_loss)
+    )
+    # The same probes of the same matrix, whose products differ by their rounding.
+    assert found.trace.estimate == pytest.approx(expected.trace.estimate, rel=1e-12)
 
 
 def test_names_and_criteria_become_losses() -> None:

@@ -383,10 +383,14 @@ class UserLoss(Loss):
             return None
 
     def _as_returned(self, outputs: Tensor) -> Any:
-        """What the function gets: the outputs, or the tree that they are the rows of."""
+        """What the function gets: the outputs, or the tree that they are the rows of.
+
+        They are its own, for it may write into them: a model's it could, and not a leaf's.
+        """
+        own = outputs.clone()
         if not self._layouts:
-            return outputs
-        return self._layouts[outputs.shape[1], outputs.dtype].tree(outputs)
+            return own
+        return self._layouts[own.shape[1], own.dtype].tree(own)
 
     def _look_at_half(self, model: nn.Module, batch: Batch) -> None:
         """Half a batch has half the rows, unless lengths were equal by chance.
