@@ -101,8 +101,15 @@ def distances(table: Tensor) -> Tensor:
     return torch.cdist(table, table[:2].detach())
 
 
+def normed(table: Tensor) -> Tensor:
+    """By a kernel of torch's that has a second derivative, and it is wrong."""
+    return torch._weight_norm(table, torch.ones(4, 1)) - 1
+
+
 @pytest.mark.parametrize(
-    ("function", "cure"), [(bags, "an Embedding"), (distances, "MFAC")], ids=["bags", "distances"]
+    ("function", "cure"),
+    [(bags, "an Embedding"), (distances, "MFAC"), (normed, "direction.norm")],
+    ids=["bags", "distances", "weight norm"],
 )
 def test_what_has_no_second_derivative_is_told_with_what_has(
     function: Callable[[Tensor], Tensor], cure: str

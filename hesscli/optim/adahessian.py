@@ -131,7 +131,7 @@ class AdaHessian(LossOptimizer):
         self._add(gradient)
         live = {p: part for p, part in gradient.items() if part.requires_grad}
         if self.steps == 0:
-            require_whole(live)
+            require_whole(loss, live)
         for probe in range(self.probes if self._has_products() else 0):
             signs = self._signs(probe)
             last = probe == self.probes - 1

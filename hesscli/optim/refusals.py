@@ -68,14 +68,21 @@ def tells_backward_alone() -> UnsoundError:
     )
 
 
-def require_whole(gradient: Sums) -> None:
-    """See that a gradient's graph does not end at an operation that has no second derivative.
+def require_whole(loss: Tensor, gradient: Sums) -> None:
+    """See that there is no operation on a loss's way back without a second derivative.
 
-    Autograd takes what lies behind one that is marked so (``once_differentiable``) for unused.
+    Autograd takes what lies behind one that is marked so (``once_differentiable``) for unused, and
+    the norms that torch's kernel of weight norm has kept for constant.
 
     Raises:
-        UnsoundError: it does.
+        UnsoundError: there is one.
     """
+    if any(node.name().startswith("WeightNormInterface") for node in nodes_of([loss])):
+        raise UnsoundError(
+            "the loss cannot be differentiated twice",
+            "torch's kernel of weight norm, whose second derivative is wrong",
+            "the weight as direction * (length / direction.norm(dim=..., keepdim=True)), or MFAC",
+        )
     if any(node.name().endswith("::Error") for node in nodes_of(gradient.values())):
         raise UnsoundError(
             "the loss cannot be differentiated twice",
