@@ -16,6 +16,7 @@ from torch._C import DisableTorchFunction
 from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["DisableTorchFunction", "TorchDispatchMode"]
@@ -60,6 +61,11 @@ def is_transformed() -> bool:
     One could be written so that it did, at the price of no loops over parts of a tensor.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """Those in which code runs, the outermost first: autograd leaves them while it goes back."""
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def viewed(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 import hesscli
 from hesscli.errors import UsageError
@@ -148,6 +149,33 @@ def test_products_and_gradients_are_the_same(make: Callable[[], Given]) -> None:
     torch.testing.assert_close(differences, expected, rtol=0, atol=1e-6 * float(expected.norm()))
     assert all("forward" not in block.__dict__ for block in problem.blocks)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Normed(nn.Module):
+    """torch's kernel has a wrong second derivative, in whose place another function stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x)
+        return found
+
+
+def test_what_is_run_again_is_made_of_the_same_functions() -> None:
+    """Autograd leaves all function modes on its way back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(Normed(), Normed()), nn.Linear(4, 3)).double()
+    data = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    once, again = (
+        hesscli.Hessian(
+            hesscli.Problem(model, "cross_entropy", data, checkpoint_activations=is_again),
+            mode="double-backward",
+        ).to_dense()
+        for is_again in (False, True)
+    )
+    torch.testing.assert_close(again, once, rtol=0, atol=1e-13 * float(once.norm()))
 
 
 COMMANDS: list[Callable[..., Any]] = [

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from hesscli.errors import UsageError
 from hesscli.problem.forward import standing_in
-from hesscli.torch_private import is_transformed
+from hesscli.problem.replacing import replacing
+from hesscli.torch_private import function_modes, is_transformed
 
 # -- Which blocks ----------------------------------------------------------------------------------
 
@@ -129,6 +130,7 @@ class _Call:
         self._device = weights.device
         kind = self._device.type
         self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self._replacing = [mode for mode in function_modes() if isinstance(mode, replacing)]
         self._drawn: tuple[Tensor, ...] | None = None
 
     def first(self, given: Any) -> list[Tensor]:
@@ -141,11 +143,16 @@ class _Call:
         return _tensors_in(found)
 
     def again(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The same from other tensors, those of its parameters last; random numbers as before."""
+        """The same from other tensors, those of its parameters last.
+
+        By the same functions, though autograd leaves all modes, with the same random numbers.
+        """
         args, kwargs = _filled(self._given, tensors)
         weights = tensors[len(tensors) - len(self._names) :]
         enabled, dtype = self._autocast
         with ExitStack() as stack:
+            for mode in self._replacing:
+                stack.enter_context(mode)
             if self._drawn is not None:
                 devices = [self._device] if self._device.type == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(devices))
