@@ -69,25 +69,32 @@ def _that_are_faster(operator: Operator, most: int) -> int | None:
         return None
     del term  # and its graph
     with problem.forward_context():
-        apply = operator.live(batch, side_by_side=True)
-        while most > 1:
-            try:
-                together, many = _seconds(apply, block[:most])
-            except Exception as error:  # of any kind: not every operation goes side by side
-                if not is_out_of_memory(error):
-                    return None
-            else:
-                break
-            torch.cuda.empty_cache()
-            most //= 2
-        else:
-            return None
+        found = _as_memory_lets(operator.live(batch, side_by_side=True), block)
+    if found is None:
+        return None
+    together, products = found
     graph, product = operator.cost
     share = batch.count / problem.data.count
-    operator.meter.add(graph + (1 + _ROUNDS) * most * product, share)
-    apart = (many[0] - one[0]).norm() / one[0].norm().clamp_min(1e-300)
+    operator.meter.add(graph + (1 + _ROUNDS) * len(products) * product, share)
+    apart = (products[0] - one[0]).norm() / one[0].norm().clamp_min(1e-300)
     agree = float(apart) <= tolerance(operator.dtype)
-    return most if agree and together < most * alone else None
+    return len(products) if agree and together < len(products) * alone else None
+
+
+def _as_memory_lets(apply: Apply, block: Tensor) -> tuple[float, Tensor] | None:
+    """What half, a quarter … of a block takes, where all of it does not fit, and its products.
+
+    None where it comes down to a single vector, or not every operation goes side by side.
+    """
+    while len(block) > 1:
+        try:
+            return _seconds(apply, block)
+        except Exception as error:  # of any kind, as vmap has no words of its own for it
+            if not is_out_of_memory(error):
+                return None
+        torch.cuda.empty_cache()
+        block = block[: len(block) // 2]
+    return None
 
 
 def _seconds(apply: Apply, block: Tensor) -> tuple[float, Tensor]:
