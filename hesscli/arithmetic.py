@@ -2,11 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
+
+_Settings = dict[tuple[Any, str], Any]
+
+
+class _Told:
+    """Settings of the whole process while anyone asks for them, and as before when nobody does.
+
+    Threads may ask at once, and who asks first need not be who stops last.
+
+    Args:
+        settings: what they are to be.
+    """
+
+    def __init__(self, settings: Callable[[], _Settings]) -> None:
+        self._settings, self._before = settings, _Settings()
+        self._asking, self._lock = 0, Lock()
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        with self._lock:
+            settings = self._settings()
+            if not self._asking:
+                self._before = {place: getattr(*place) for place in settings}
+            self._asking += 1
+        try:
+            _tell(settings)
+            yield
+        finally:
+            with self._lock:
+                self._asking -= 1
+                if not self._asking:
+                    _tell(self._before)
+
+
+def _tell(settings: _Settings) -> None:
+    for place, value in settings.items():
+        setattr(*place, value)
+
+
+def _full_precision() -> _Settings:
+    library: Any = torch.backends.cudnn  # whose parts are not declared
+    settings = _Settings()
+    if _is_set_by_its_older_name():
+        settings[library, "allow_tf32"] = False
+    for part in (library.conv, library.rnn, torch.backends.cuda.matmul):
+        settings[part, "fp32_precision"] = "ieee"
+    return settings | {(library, "deterministic"): True, (library, "benchmark"): False}
+
+
+_IN_FULL = _Told(_full_precision)
+_WITHOUT_CUDNN = _Told(lambda: {(torch.backends.cudnn, "enabled"): False})
 
 
 @contextmanager
@@ -21,24 +73,8 @@ def in_full_precision(*, cudnn: bool = True) -> Iterator[None]:
     Args:
         cudnn: whether its kernels may be used at all.
     """
-    library: Any = torch.backends.cudnn  # whose parts are not declared
-    products = torch.backends.cuda.matmul
-    settings: dict[tuple[Any, str], Any] = {}
-    if _is_set_by_its_older_name():
-        settings[library, "allow_tf32"] = False
-    for part in (library.conv, library.rnn, products):
-        settings[part, "fp32_precision"] = "ieee"
-    settings |= {(library, "deterministic"): True, (library, "benchmark"): False}
-    if not cudnn:
-        settings[library, "enabled"] = False
-    before = {place: getattr(*place) for place in settings}
-    try:
-        for place, value in settings.items():
-            setattr(*place, value)
+    with _IN_FULL.asked(), nullcontext() if cudnn else _WITHOUT_CUDNN.asked():
         yield
-    finally:
-        for place, value in before.items():
-            setattr(*place, value)
 
 
 def _is_set_by_its_older_name() -> bool:

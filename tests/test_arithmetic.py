@@ -58,3 +58,15 @@ def test_a_model_may_switch_cudnn_off_on_its_way() -> None:
     with in_full_precision(), CUDNN.flags(enabled=False):
         assert not CUDNN.enabled
     assert CUDNN.allow_tf32
+
+
+def test_who_asks_first_may_stop_first() -> None:
+    """As of two threads whose steps overlap, or of a generator that is left where it is."""
+    before = settings()
+    first, second = in_full_precision(cudnn=False), in_full_precision()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings() == ["ieee", "ieee", "ieee", True, True, False]
+    second.__exit__(None, None, None)
+    assert settings() == before
