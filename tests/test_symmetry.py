@@ -226,6 +226,21 @@ def test_experts_that_see_no_example_are_no_obstacle() -> None:
     assert "holds" in {one.status for one in result.families if one.name == "softmax head"}
 
 
+@pytest.mark.parametrize("column", [0, 2])
+def test_outcomes_that_the_loss_does_not_read(column: int) -> None:
+    """A bias of the norm that the last map's may take back, were all of its entries read."""
+
+    def read(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs[:, column] - targets).square().mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    data = torch.randn(60, 4).double(), torch.randn(60).double()
+    result = hesscli.symmetries(hesscli.Problem(model, read, data))
+    require_exact(result)
+    assert "norm gain" in standing(result)
+
+
 def test_a_line_counts_directions_that_depend_on_others_once() -> None:
     """Two maps before a norm: some of the group that mixes them is what the norm takes out."""
     torch.manual_seed(0)

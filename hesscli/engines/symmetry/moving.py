@@ -168,6 +168,9 @@ class Moving:
         rows = list[tuple[np.ndarray, ...]]()
         for (_, reading), taker in zip(readings, takers, strict=True):
             assert taker is not None
+            assert reading.weights is not None
+            if len(taker) < len(reading.weights):
+                return  # some outcomes are not read
             rows += self._taken(reading, taker, term, channel)
         if not rows:
             return
