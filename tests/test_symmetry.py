@@ -1015,6 +1015,55 @@ def test_null_directions_of_gauss_newton_are_counted_by_themselves(
     assert ("map before a norm of 2: the loss alone undoes it" in shown) == bool(alone)
 
 
+class Scores(nn.Module):
+    """Queries and keys of one number a token: scaling them is scaling the map before, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(1, 2, bias=False), nn.Linear(1, 2, bias=False)
+        self.o = nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x[:, :, None]
+        scores = self.q(tokens) @ self.k(tokens).transpose(1, 2)
+        result: Tensor = self.o(scores.softmax(-1) @ tokens).mean(1)
+        return result
+
+
+@pytest.mark.parametrize("loss", [cosine, "cross_entropy"])
+def test_no_more_directions_are_counted_than_are_independent(
+    loss: str | Callable[..., Tensor],
+) -> None:
+    """Of the Gauss-Newton matrix either, by the null space of the dense one."""
+    torch.manual_seed(5)
+    data = torch.randn(40, 4).double(), torch.randint(0, 3, (40,))
+    problem = hesscli.Problem(Scores().double(), loss, data)
+    sizes = torch.linalg.svdvals(hesscli.GaussNewton(problem).to_dense())
+    flat = hesscli.symmetries(problem).flat
+    assert flat.independent is not None
+    assert flat.independent < flat.directions
+    assert flat.gauss_newton == int((sizes < 1e-10 * sizes[0]).sum())
+
+
+@pytest.mark.parametrize("scale", [1.0, 13.0, 20.0])
+def test_a_softmax_that_is_sure_of_every_example_keeps_its_symmetry(scale: float) -> None:
+    """A probability less 1 is 1e-7 or 1e-11 then, and is rounded as 1 is."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 4, generator=draw, dtype=torch.float64)
+    weight = torch.randn(3, 4, generator=draw, dtype=torch.float64)
+    first, second = (x @ weight.T).topk(2, dim=1).values.T
+    x = x[first - second > 1]
+    model = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        model.weight.copy_(scale * weight)
+        model.bias.zero_()
+    problem = hesscli.Problem(model, "cross_entropy", (x, (x @ weight.T).argmax(1)))
+    (head,) = hesscli.symmetries(problem).families
+    assert (head.name, head.status) == ("softmax head", "holds")
+    *_, tried = hesscli.check(problem, symmetry=True).preflight.checks
+    assert (tried.name, tried.state) == ("null directions of symmetry", "passed")
+
+
 def test_a_loss_that_hides_its_outputs_has_no_gauss_newton_matrix() -> None:
     given = problem_of(spread(perceptron(nn.ReLU())))
     step = StepLoss(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), "step")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from hesscli.diagnostics import orbit
 from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.charges import Way, by_family, drifts, listed, strays, way_to
@@ -15,7 +17,7 @@ from hesscli.diagnostics.reporting import described
 from hesscli.diagnostics.run import Clock, started
 from hesscli.diagnostics.symmetry_places import PLACES
 from hesscli.diagnostics.symmetry_study import Testing
-from hesscli.engines.symmetry.families import Translation, rank_of
+from hesscli.engines.symmetry.families import Family, Translation, rank_of
 from hesscli.errors import BudgetError
 from hesscli.problem.ends import End, read_end
 from hesscli.problem.precision import doubled
@@ -113,17 +115,23 @@ def _answer(
 
 def _flat(testing: Testing, reports: Sequence[SymmetryFamily]) -> FlatReport:
     holding, theta = testing.holding, testing.places.theta
-    of_gauss_newton = sum(report.gauss_newton_directions or 0 for report in reports)
-    directions = sum(family.num_directions for family in holding)
-    independent = rank_of(holding, theta)
-    count = directions if independent is None else independent
+    both = zip(testing.families, reports, strict=True)
+    kept = [family for family, report in both if report.gauss_newton_directions]
     return FlatReport(
-        directions=directions,
-        independent=independent,
-        share=count / len(theta),
-        everywhere=sum(x.num_directions for x in holding if isinstance(x, Translation)),
-        gauss_newton=of_gauss_newton if testing.places.has_outputs else None,
+        directions=sum(family.num_directions for family in holding),
+        independent=rank_of(holding, theta),
+        share=_count(holding, theta) / len(theta),
+        everywhere=_count([x for x in holding if isinstance(x, Translation)], theta),
+        gauss_newton=_count(kept, theta) if testing.places.has_outputs else None,
     )
+
+
+def _count(families: Sequence[Family], theta: Tensor) -> int:
+    """Directions that are independent at θ; all of them where that is too much work."""
+    independent = rank_of(families, theta)
+    if independent is None:
+        return sum(family.num_directions for family in families)
+    return independent
 
 
 def _layers(problem: Problem, reports: Sequence[SymmetryFamily]) -> Iterator[LayerSymmetry]:

@@ -14,7 +14,13 @@ from torch import Tensor
 from hesscli.diagnostics.run import Run
 from hesscli.engines.symmetry.families import Family, Scaling, normal
 from hesscli.engines.symmetry.finding import candidates
-from hesscli.engines.symmetry.identities import Place, Residuals, largest_moment, residuals_of
+from hesscli.engines.symmetry.identities import (
+    UNITS,
+    Place,
+    Residuals,
+    largest_moment,
+    residuals_of,
+)
 from hesscli.engines.symmetry.watch import Watch
 from hesscli.errors import UsageError
 from hesscli.memory import room_for_more
@@ -22,8 +28,10 @@ from hesscli.meter import FORWARD
 from hesscli.operators.base import LiveTerm
 from hesscli.operators.gauss_newton import GaussNewton
 from hesscli.operators.products import flatten, gradient
+from hesscli.operators.verification import Terms
 from hesscli.problem.forward import moved
-from hesscli.problem.objective import WeightedBatch
+from hesscli.problem.named_losses import BinaryCrossEntropy, CrossEntropy
+from hesscli.problem.objective import Sample, WeightedBatch
 from hesscli.problem.precision import tolerance
 from hesscli.problem.problem import Problem
 from hesscli.results import Snapshot
@@ -115,6 +123,11 @@ class Places:
         return self.run.problem.hidden_outputs is None
 
     @property
+    def may_be_sure(self) -> bool:
+        """Whether the loss is of probabilities, which may all be as good as 1 or 0."""
+        return isinstance(self.run.problem.loss, (CrossEntropy, BinaryCrossEntropy))
+
+    @property
     def of_gauss_newton(self) -> bool:
         """Whether products are with the Gauss-Newton matrix."""
         return isinstance(self.run.operator, GaussNewton)
@@ -152,13 +165,14 @@ class Places:
             return astuple(place.sizes), results
 
     def _place(self, batch: WeightedBatch, is_made: bool, generator: torch.Generator) -> Place:
-        theta = self.theta
+        theta, vector = self.theta, None
         value, found = self._gradient(batch)
         product = self._product(batch) if is_made else None
         spread = 0.0
         if product is not None:
             vector = normal((len(theta),), generator)
-            spread = float(product(vector / vector.norm()).norm())
+            vector /= vector.norm()
+            spread = float(product(vector).norm())
         hessian = self.run.operator.name == "hessian"
         return Place(
             theta,
@@ -169,7 +183,27 @@ class Places:
             spread,
             turns=hessian,
             reading=partial(self._read, batch) if is_made and self.has_outputs else None,
+            least=self._least(batch, vector),
         )
+
+    def _least(self, batch: WeightedBatch, vector: Tensor | None) -> tuple[float, float]:
+        """Of what cancels where a softmax is sure of every example, a share for its rounding.
+
+        Its slope in the logits is a probability less 1 or 0: next to nothing then, and rounded as
+        1 is. What other losses' slopes are rounded as, nobody knows, and a share of too much would
+        hide what breaks a family.
+        """
+        problem, operator = self.run.problem, self.run.operator
+        if not self.may_be_sure:
+            return 0.0, 0.0
+        terms = Terms(operator, Sample(problem, (batch.data,), (1.0,), separable=False))
+        share = UNITS * torch.finfo(problem.precision.narrowest).eps / self.bound
+        operator.meter.add(problem.gradient_cost, self._share(batch))
+        slope = share * terms.slope
+        if vector is None:
+            return slope, 0.0
+        operator.meter.add(sum(operator.cost), self._share(batch))
+        return slope, share * terms.size_of(vector.to(problem.device, problem.dtype))
 
     # -- what the loss is asked, and counted -----------------------------------------------------
 

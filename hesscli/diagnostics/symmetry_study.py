@@ -64,6 +64,8 @@ class Testing(Kept):
         made = sum(shares[i] for i in chosen)
         gradients = (1 + FORWARD * 2 * count) * sum(shares)
         gradients += self.places.has_outputs * FORWARD * (1 + count) * made
+        if self.places.may_be_sure:
+            gradients += problem.gradient_cost * sum(shares) + sum(self.run.operator.cost) * made
         work = pace.gradient.times(gradients) + pace.products((count + 1) * made, made)
         part = sum(counts[i] for i in chosen) / problem.data.count
         work = replace(work, products=(count + 1) * part)

@@ -202,6 +202,10 @@ class Terms:
             vector: ``(d,)``.
             precision: the type that the model computes in.
         """
+        return _ROUNDED_TERMS * torch.finfo(precision).eps * self.size_of(vector)
+
+    def size_of(self, vector: Tensor) -> float:
+        """The length of their product with a vector ``(d,)``; 0 where nothing is known of them."""
         tensors, build = self.operator.parameters.tensors, BUILDERS["hessian"]["double-backward"]
 
         def product(batch: WeightedBatch) -> Tensor:
@@ -210,7 +214,7 @@ class Terms:
         with self.operator.problem.forward_context():
             total = _mean(self.sample, vector[None], product)
         size = float(total.norm())
-        return _ROUNDED_TERMS * torch.finfo(precision).eps * size if size < float("inf") else 0.0
+        return size if size < math.inf else 0.0
 
     @property
     def slope(self) -> float:

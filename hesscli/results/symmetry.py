@@ -158,11 +158,11 @@ class FlatReport:
         independent: as many of them as are linearly independent here; None where that was too much
             work, and the count is then the number of directions at most.
         share: of the parameters.
-        everywhere: of the directions those that are null for the Hessian wherever it is taken. The
-            others are where the gradient is 0.
-        gauss_newton: of the directions those of families that are null as a whole for the
-            Gauss-Newton matrix, wherever it is taken; None where the loss is none of outputs, and
-            there is no such matrix.
+        everywhere: of these, in the same count, those that are null for the Hessian wherever it is
+            taken. The others are where the gradient is 0.
+        gauss_newton: of these, in the same count, those of families that are null as a whole for
+            the Gauss-Newton matrix, wherever it is taken; None where the loss is none of outputs,
+            and there is no such matrix.
     """
 
     directions: int

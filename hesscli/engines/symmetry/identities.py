@@ -26,8 +26,10 @@ _SMALL = 1e-3
 that cancel."""
 
 
-ROUNDING = 100 * torch.finfo(torch.float64).eps
-"""Sums of many terms err by a few to a hundred units: what an eps breaks by less does not show."""
+UNITS = 100
+"""Sums of many terms err by a few to a hundred units of rounding."""
+ROUNDING = UNITS * torch.finfo(torch.float64).eps
+"""What an eps breaks by less does not show."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Place:
         turns: whether it is the Hessian's, which turns with the gradient; other matrices do not.
         reading: of a flat vector of parameters, the outputs and the loss's slope in them; None
             where that is not asked, or the loss is none of outputs.
+        least: what gradient and spread count as at least: of larger numbers that cancel in them,
+            the share whose rounding a bound takes for a break.
     """
 
     theta: Tensor
@@ -54,6 +58,7 @@ class Place:
     spread: float = 0.0
     turns: bool = True
     reading: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    least: tuple[float, float] = 0.0, 0.0
 
     @cached_property
     def read(self) -> tuple[Tensor, Tensor] | None:
@@ -65,8 +70,8 @@ class Place:
         """What residuals are relative to."""
         length = float(self.gradient.norm())
         return Residuals(
-            gradient=length,
-            hessian=None if self.product is None else self.spread,
+            gradient=max(length, self.least[0]),
+            hessian=None if self.product is None else max(self.spread, self.least[1]),
             finite=max(abs(self.value), _SMALL * length),
             gauss_newton=None if self.reading is None else 1.0,
         )
@@ -102,7 +107,7 @@ def residuals_of(family: Family, place: Place, generator: torch.Generator) -> Re
     hessian = None if place.product is None else _hessian(family, place, generator)
     near = family.moved(family.draw(generator, NEAR), theta)
     return Residuals(
-        gradient=_ratio(largest_moment(family, theta, gradient), float(gradient.norm())),
+        gradient=_ratio(largest_moment(family, theta, gradient), place.sizes.gradient),
         hessian=hessian,
         finite=_finite(family, place, near, generator),
         gauss_newton=_gauss_newton(place, near),
@@ -122,7 +127,8 @@ def _hessian(family: Family, place: Place, generator: torch.Generator) -> float:
     tangent = family.tangent(drawn, place.theta)
     turned = family.transposed(drawn, place.theta, place.gradient) * float(place.turns)
     missing = float((place.product(tangent) + turned).norm())
-    return _ratio(missing, place.spread * float(tangent.norm()) + float(turned.norm()))
+    usual = (place.sizes.hessian or 0.0) * float(tangent.norm())
+    return _ratio(missing, usual + float(turned.norm()))
 
 
 def _finite(family: Family, place: Place, near: Tensor, generator: torch.Generator) -> float:

@@ -73,7 +73,7 @@ def _flat(result: SymmetryResult) -> Iterator[RenderableType]:
         details.append(f"{words.count(flat.independent)} of them independent")
     if flat.independent is None:
         details.append("at most: they are too many to tell how many are independent")
-    if flat.gauss_newton == flat.directions:
+    if flat.gauss_newton == (flat.independent or flat.directions):
         details.append("of the Gauss-Newton matrix everywhere")
     elif flat.gauss_newton is not None:
         details.append(
