@@ -203,7 +203,7 @@ def race(found: dict[str, Found]) -> Iterator[str]:
         name: statistics.fmean(one["accuracy"] for one in seeds.values())
         for name, seeds in found.items()
     }
-    common = min(ends.values())
+    common, on_a_device = min(ends.values()), is_on_a_device(found)
     yield (
         f"First look, of two an epoch, at {common:.2%} or above, which is where "
         f"{min(ends, key=ends.__getitem__)} ends: the mean over the seeds that come there."
@@ -211,22 +211,28 @@ def race(found: dict[str, Found]) -> Iterator[str]:
 
     def row(name: str) -> Iterator[str]:
         arrivals = [
-            (look["step"] / one["steps"] * one["epochs"], look["seconds"])
+            (one, look)
             for one in found[name].values()
             if (look := next((x for x in one["looks"] if x["accuracy"] >= common), None))
         ]
         yield name
         yield f"{len(arrivals)} of {len(found[name])}"
-        for values in zip(*arrivals, strict=True) if arrivals else ((), ()):
+        epochs = [look["step"] / one["steps"] * one["epochs"] for one, look in arrivals]
+        seconds = [look["seconds"] for one, look in arrivals if ("device" in one) == on_a_device]
+        for values in epochs, seconds:
             yield f"{statistics.fmean(values):.1f}" if values else ""
 
     yield from table(["", "seeds", "epochs", unit_of(found)], map(row, found))
 
 
 def unit_of(found: dict[str, Found]) -> str:
-    """Of the time that trainings took."""
-    on_device = any("device" in one for seeds in found.values() for one in seeds.values())
-    return "seconds of a shared device" if on_device else "CPU seconds"
+    """Of the time that trainings took; of those on a device, where there are any."""
+    return "seconds of a shared device" if is_on_a_device(found) else "CPU seconds"
+
+
+def is_on_a_device(found: dict[str, Found]) -> bool:
+    """Whether any of them were."""
+    return any("device" in one for seeds in found.values() for one in seeds.values())
 
 
 def variants(plain: Found, found: dict[str, Found]) -> Iterator[str]:
