@@ -1,6 +1,6 @@
 """How much sooner ranks are done than one process: whole traces, from loaded to result.
 
-``python tests/benchmarks/ranks.py [RANKS ...]``, by default 2 and 4: the text sample's trace by 512
+``python tests/benchmarks/ranks.py [RANKS ...]``, by default 2 and 4: the text sample's trace by 16
 fresh probes, each rank on one thread, in 5 rounds that take turns; medians of seconds, of which
 neither start-up nor loading is part, and of their ratios within a round. Each rank wants a core
 of its own.
@@ -16,7 +16,7 @@ import sys
 
 from lines import ROOT
 
-ROUNDS, PROBES = 5, 512
+ROUNDS, PROBES = 5, 16
 TRACE = ["-m", "hesscli", "trace", str(ROOT / "samples/text/model.safetensors"), "--trust"]
 TRACE += ["--method", "hutchinson", "--probes", str(PROBES), "--budget", "none"]
 TRACE += ["--device", "cpu", "--dir", "-", "--out", "json"]
