@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from hesscli.diagnostics import orbit
 from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.charges import Way, by_family, drifts, listed, strays, way_to
@@ -117,21 +115,20 @@ def _flat(testing: Testing, reports: Sequence[SymmetryFamily]) -> FlatReport:
     holding, theta = testing.holding, testing.places.theta
     both = zip(testing.families, reports, strict=True)
     kept = [family for family, report in both if report.gauss_newton_directions]
+    independent = rank_of(holding, theta)
+
+    def count(families: Sequence[Family]) -> int:
+        """Those that are independent; all of them where that is too much work."""
+        rank = independent if len(families) == len(holding) else rank_of(families, theta)
+        return sum(family.num_directions for family in families) if rank is None else rank
+
     return FlatReport(
         directions=sum(family.num_directions for family in holding),
-        independent=rank_of(holding, theta),
-        share=_count(holding, theta) / len(theta),
-        everywhere=_count([x for x in holding if isinstance(x, Translation)], theta),
-        gauss_newton=_count(kept, theta) if testing.places.has_outputs else None,
+        independent=independent,
+        share=count(holding) / len(theta),
+        everywhere=count([x for x in holding if isinstance(x, Translation)]),
+        gauss_newton=count(kept) if testing.places.has_outputs else None,
     )
-
-
-def _count(families: Sequence[Family], theta: Tensor) -> int:
-    """Directions that are independent at θ; all of them where that is too much work."""
-    independent = rank_of(families, theta)
-    if independent is None:
-        return sum(family.num_directions for family in families)
-    return independent
 
 
 def _layers(problem: Problem, reports: Sequence[SymmetryFamily]) -> Iterator[LayerSymmetry]:
