@@ -228,7 +228,7 @@ class Places:
         self.run.operator.meter.add(FORWARD, self._share(batch))
         outputs = problem.outputs(batch.data, self._named(theta)).detach().requires_grad_()
         with problem.forward_context():
-            value = problem.loss.natural.mean(outputs.clone(), batch.data)  # it may write in them
+            value = problem.loss.natural.mean(outputs, batch.data)
             return outputs.detach(), gradient(value, [outputs])[0]
 
     def _named(self, theta: Tensor) -> dict[str, Tensor]:
