@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 
+import torch
+
 from hesscli import world
 
 OnStep = Callable[[], object]
@@ -114,6 +116,13 @@ class Spent:
     def __add__(self, other: Spent) -> Spent:
         both = zip(astuple(self), astuple(other), strict=True)
         return Spent(*(one + another for one, another in both))
+
+
+def now(device: torch.device) -> float:
+    """When all that was asked of a device is done, in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager

@@ -10,8 +10,6 @@ from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from hesscli import world
 from hesscli.diagnostics.choice import DEFLATION_STEPS, Choice, Draw
 from hesscli.diagnostics.estimation import Goal
@@ -24,7 +22,7 @@ from hesscli.engines.entries import Entries, needed_bytes
 from hesscli.engines.hutchinson.designs import REGIME_PROBES, Probes
 from hesscli.errors import BudgetError, UsageError
 from hesscli.memory import peak_bytes, room_for_more
-from hesscli.meter import Spent
+from hesscli.meter import Spent, now
 from hesscli.operators.base import Operator
 from hesscli.operators.products import flatten, gradient
 from hesscli.randomness import key
@@ -58,16 +56,16 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
     kept = dict[int, int]()
 
     def timed(watching: Callable[[], AbstractContextManager[Any]]) -> tuple[float, ...]:
-        ticks = [_now(problem.device)]
+        ticks = [now(problem.device)]
         seen = watching() if forward else nullcontext()
         with seen, problem.forward_context(), problem.recomputing():
             flatten(gradient(problem.evaluate(batch.data), operator.parameters.tensors))
-        ticks.append(_now(problem.device))
+        ticks.append(now(problem.device))
         with nullcontext() if forward else watching(), problem.forward_context():
             products = operator.live(batch, side_by_side=beside > 1)
-            ticks.append(_now(problem.device))
+            ticks.append(now(problem.device))
             products(block)
-        ticks.append(_now(problem.device))
+        ticks.append(now(problem.device))
         return tuple(after - before for before, after in pairwise(ticks))
 
     began = time.perf_counter()
@@ -90,13 +88,6 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
         pace, **{name: getattr(pace, name).dealt(gain) for name in ("gradient", "graph", "product")}
     )
     return pace, held + 2 * block.nbytes
-
-
-def _now(device: torch.device) -> float:
-    """When all that was asked of a device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # -- First steps of estimators, on a few batches, and what commands plan from them -----------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
 from hesscli.memory import is_out_of_memory, room_for_more
-from hesscli.meter import FORWARD
+from hesscli.meter import FORWARD, now
 from hesscli.operators.base import LiveTerm, Operator
 from hesscli.operators.products import Apply
 from hesscli.operators.verification import signs
@@ -101,9 +99,7 @@ def _seconds(apply: Apply, block: Tensor) -> tuple[float, Tensor]:
     """What products take, and the products."""
     products, times = apply(block), []
     for _ in range(_ROUNDS):
-        torch.cuda.synchronize(block.device)
-        began = time.perf_counter()
+        began = now(block.device)
         products = apply(block)
-        torch.cuda.synchronize(block.device)
-        times.append(time.perf_counter() - began)
+        times.append(now(block.device) - began)
     return min(times), products
