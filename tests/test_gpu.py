@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -125,17 +127,24 @@ def test_the_same_sensitivity() -> None:
             assert a.measured == pytest.approx(b.measured, rel=1e-4, abs=1e-12)
 
 
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Meanwhile whatever has the host wait for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_no_stray_synchronisation_between_probes() -> None:
     """Products of one batch after its graph is made, without the host waiting for the device."""
     problem = hesscli.load(SAMPLES / "text/model.safetensors", device="cuda", examples=32)
     term = next(hesscli.Hessian(problem).batches())
     block = torch.randn(4, problem.parameters.size, device="cuda")
     term.apply(block)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         term.apply(block)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def wide() -> hesscli.Problem:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from optimizing import loss_of, net
 from ranks import OPTIMIZERS
+from test_gpu import without_waiting
 from test_modes import ACCEPTED, DIFFERENCES, Case, named
 from torch import Tensor, nn
 
@@ -176,11 +177,8 @@ def test_products_do_not_wait(build: Callable[..., Problem], matrix: str) -> Non
     term = next(getattr(hesscli, matrix)(problem).batches())
     block = torch.randn(3, problem.parameters.size, device="cuda")
     term.apply(block)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         term.apply(block)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def waits(function: Callable[[], object]) -> int:

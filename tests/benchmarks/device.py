@@ -18,6 +18,7 @@ from lines import ROOT
 from scale import task_named
 
 import hesscli
+from hesscli.meter import now
 from hesscli.operators.at_once import vectors_at_once
 from hesscli.operators.products import gradient
 
@@ -30,13 +31,11 @@ SAMPLES = {
 
 def milliseconds(work: Callable[[], object], rounds: int = 15) -> float:
     work()
-    times = list[float]()
+    times, device = list[float](), torch.device("cuda")
     for _ in range(rounds):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = now(device)
         work()
-        torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - began))
+        times.append(1000 * (now(device) - began))
     return statistics.median(times)
 
 

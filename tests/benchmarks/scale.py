@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import hesscli
 from hesscli.cli.process import keep_freed_memory
 from hesscli.memory import peak_bytes
+from hesscli.meter import now
 from hesscli.results import Snapshot
 
 # -- Networks, with their examples -----------------------------------------------------------------
@@ -203,14 +204,11 @@ ON_A_DEVICE = [
     *(("gpt:27", command) for command in ("minute", "lanczos", "ihvp")),
     *((f"gpt:{size}", "minute") for size in (108, 1000)),
 ]
-_CLOCK = {"cpu": time.process_time, "cuda": time.perf_counter}
 
 
 def clock(device: str) -> float:
     """Of this process's CPU; of a device the time at which all that was asked of it is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return _CLOCK[device]()
+    return time.process_time() if device == "cpu" else now(torch.device(device))
 
 
 # -- One run, in its own process -------------------------------------------------------------------
