@@ -25,7 +25,7 @@ from hesscli.state import Parted, Rows, Stateful, Timed, joined
 from hesscli.storage import write_atomically
 from hesscli.tensor_files import DamagedError, read_tensors, write_tensors
 
-FORMAT = 3
+FORMAT = 4
 """Changes where a ledger can no longer be read by what wrote those before."""
 
 _OFTEN = 0.5

@@ -23,6 +23,7 @@ from hesscli.diagnostics.looks import Tolerance
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.errors import BudgetError, UsageError
 from hesscli.ledger import FileLedger
+from hesscli.operators.dense import Dense
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 from hesscli.render.document import to_json
@@ -50,6 +51,12 @@ def wide() -> Problem:
     return problem(40)
 
 
+def repeated() -> Problem:
+    """Eigenvalues of which each start vector sees but one copy."""
+    values = torch.tensor([-8.0] * 3 + [4.0] * 3 + [16.0] * 2, dtype=torch.float64)
+    return Dense.of(torch.diag(torch.cat([values, torch.arange(24.0) / 32]))).problem
+
+
 RUNS: dict[str, tuple[Callable[[], Problem], Measure]] = {
     "a trace": (problem, partial(hesscli.trace, rtol=0.05)),
     "a trace to its unit vectors": (problem, partial(hesscli.trace, rtol=0.001)),
@@ -71,6 +78,7 @@ RUNS: dict[str, tuple[Callable[[], Problem], Measure]] = {
         partial(hesscli.diagonal, matrix="ggn", probes=4),
     ),
     "a spectrum": (problem, partial(hesscli.spectrum, steps=12, probes=3)),
+    "a spectrum with copies": (repeated, partial(hesscli.spectrum, steps=12, probes=5)),
     "a spectrum of layers": (
         problem,
         partial(hesscli.spectrum, steps=5, probes=2, layers=["0"], exact=True, vectors=True),

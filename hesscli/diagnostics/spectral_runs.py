@@ -329,6 +329,7 @@ class Exploration:
             "half": None if self._half is None else asdict(self._half),
             "later": {str(self._number): later},
             "copies": Rows(*self._copies) if self._copies else None,
+            "copied": [len(block) for block in self._copies],
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -354,8 +355,9 @@ class Exploration:
         self._number = state["number"]
         self._half = None if state["half"] is None else Ritz(**state["half"])
         self._begun = state["later"][str(self._number)]
-        copies = state["copies"]
-        self._copies = [] if copies is None else [part.clone() for part in copies.since(0)]
+        if state["copies"] is not None:
+            rows = torch.cat(list(state["copies"].since(0)))
+            self._copies = list(torch.split(rows, state["copied"]))
 
 
 def shorter(steps: int) -> int:
