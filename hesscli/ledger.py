@@ -23,7 +23,7 @@ from hesscli.errors import HesscliError, UsageError
 from hesscli.meter import Meter
 from hesscli.state import Parted, Rows, Stateful, Timed, joined
 from hesscli.storage import write_atomically
-from hesscli.tensor_files import DamagedError, read_tensors, write_tensors
+from hesscli.tensor_files import Blocks, DamagedError, read_tensors, write_tensors
 
 FORMAT = 4
 """Changes where a ledger can no longer be read by what wrote those before."""
@@ -72,6 +72,10 @@ class FileLedger:
         say: tells people.
         check: sees that the folder is still this run's, and raises where it is not.
 
+    Attributes:
+        whole: makes blocks of the rows of a place from some number on. Who shares a run among
+            processes that have a part of each row sets it.
+
     Raises:
         UsageError: a ledger of another run to go on from; or one that is not finished where none
             was to be gone on from, or that cannot be read where one was.
@@ -97,6 +101,7 @@ class FileLedger:
         self._files: dict[str, list[_RowFile]] = {}
         self._saved: dict[str, Any] = {}
         self._over = self._failed = self._at_budget = False
+        self.whole: Callable[[str, Rows, int], Iterator[Tensor]] = whole_rows
         self._ended = self._due = time.monotonic()
         self._rate, self._last = _RATE, 0.0
         self._next = 1 + max((int(file.suffix[1:]) for file in self._row_files()), default=0)
@@ -260,12 +265,14 @@ class FileLedger:
 
     def _unwritten(self, parted: Parted) -> float:
         """Seconds that it takes to write the rows that are in no file yet."""
-        new = (block for place in parted.rows for block in self._new(parted, place))
-        return sum(block.nbytes for block in new) / self._rate
+        new = (self._new(place, rows).nbytes for place, rows in parted.rows.items())
+        return sum(new) / self._rate
 
-    def _new(self, parted: Parted, place: str) -> Iterator[Tensor]:
+    def _new(self, place: str, rows: Rows) -> Blocks:
         """Rows that are in no file yet."""
-        yield from parted.rows[place].since(sum(file.rows for file in self._files.get(place, ())))
+        first = sum(file.rows for file in self._files.get(place, ()))
+        shape = len(rows) - first, *rows.shape[1:]
+        return Blocks(rows.dtype, shape, self.whole(place, rows, first))
 
     def _write(self, parted: Parted) -> None:
         """Rows first, then what names them; a disk that is full does not end the run."""
@@ -273,7 +280,7 @@ class FileLedger:
         try:
             self._check()
             for place in parted.rows:
-                self._write_rows(place, list(self._new(parted, place)))
+                self._write_rows(place, self._new(place, parted.rows[place]))
             began = time.monotonic()
             self._files = {place: self._files[place] for place in parted.rows}
             rows = {
@@ -281,8 +288,8 @@ class FileLedger:
                 for place, files in self._files.items()
             }
             told = json.dumps(parted.plain | {"rows": rows})
-            blocks = {place: [array] for place, array in parted.arrays.items()}
-            self._put(self.path, blocks, told)
+            arrays = {place: Blocks.of(array) for place, array in parted.arrays.items()}
+            self._put(self.path, arrays, told)
             self._sweep({file.name for files in self._files.values() for file in files})
             self._failed = False
         except HesscliError as error:
@@ -295,18 +302,18 @@ class FileLedger:
         if self._last and parted.nbytes > _TELLING:
             self._rate = parted.nbytes / self._last
 
-    def _write_rows(self, place: str, blocks: list[Tensor]) -> None:
-        files = self._files.setdefault(place, [])
-        if not (count := sum(map(len, blocks))):
+    def _write_rows(self, place: str, new: Blocks) -> None:
+        files, count = self._files.setdefault(place, []), new.shape[0]
+        if not count:
             return
         path = self.path.with_name(f"{self.path.name}.{self._next}")
         self._next += 1
-        digest = self._put(path, {"rows": [block for block in blocks if len(block)]})
+        digest = self._put(path, {"rows": new})
         files.append(_RowFile(path.name, count, digest))
 
-    def _put(self, path: Path, blocks: Mapping[str, list[Tensor]], told: str = "") -> str:
+    def _put(self, path: Path, tensors: Mapping[str, Blocks], told: str = "") -> str:
         digests = list[str]()
-        write_atomically(path, lambda stream: digests.append(write_tensors(stream, blocks, told)))
+        write_atomically(path, lambda stream: digests.append(write_tensors(stream, tensors, told)))
         return digests[0]
 
     def _row_files(self) -> Iterator[Path]:
@@ -369,6 +376,11 @@ class FileLedger:
             "; ".join(told[:3]) + more,
             f"{cure}, or for a run of its own another --dir or rm {self.path}",
         )
+
+
+def whole_rows(_place: str, rows: Rows, first: int) -> Iterator[Tensor]:
+    """Rows that are all here, from a number on."""
+    yield from rows.since(first)
 
 
 def as_read(facts: Mapping[str, Any]) -> dict[str, Any]:

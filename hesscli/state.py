@@ -43,6 +43,16 @@ class Rows:
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
+    @property
+    def dtype(self) -> Any:
+        """Of all of them."""
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all of them as one tensor."""
+        return len(self), *self.parts[0].shape[1:]
+
     def since(self, first: int) -> Iterator[Any]:
         """Blocks of the rows from ``first`` on."""
         for part in self.parts:
@@ -53,9 +63,9 @@ class Rows:
     def copy_to(self, rows: Any) -> None:
         """Write all of them into the first rows of a tensor."""
         start = 0
-        for part in self.parts:
-            rows[start : start + len(part)].copy_(part)
-            start += len(part)
+        for block in self.since(0):
+            rows[start : start + len(block)].copy_(block)
+            start += len(block)
 
 
 @dataclass

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,12 +38,31 @@ def chunks(tensor: Tensor) -> Iterator[memoryview]:
         yield flat[start : start + step].cpu().view(torch.uint8).numpy().data
 
 
-def write_tensors(stream: BinaryIO, blocks: Mapping[str, list[Tensor]], told: str = "") -> str:
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor to be written, in blocks of its rows: they may be made while others are written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rows: Iterable[Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Blocks:
+        """One that is there."""
+        return cls(tensor.dtype, tuple(tensor.shape), [tensor])
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(stream: BinaryIO, tensors: Mapping[str, Blocks], told: str = "") -> str:
     """Write tensors as safetensors does, without a copy of them in memory.
 
     Args:
         stream: of a new file, which can be written anywhere.
-        blocks: by name, the blocks of rows that make a tensor up.
+        tensors: by name.
         told: what the metadata say besides.
 
     Returns:
@@ -49,11 +70,11 @@ def write_tensors(stream: BinaryIO, blocks: Mapping[str, list[Tensor]], told: st
     """
     header: dict[str, Any] = {"__metadata__": {"sha256": _UNHASHED, "told": told}}
     end = 0
-    for name, parts in blocks.items():
-        begin, end = end, end + sum(part.nbytes for part in parts)
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": _DTYPES[parts[0].dtype],
-            "shape": [sum(map(len, parts)), *parts[0].shape[1:]],
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": tensor.shape,
             "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
@@ -62,9 +83,9 @@ def write_tensors(stream: BinaryIO, blocks: Mapping[str, list[Tensor]], told: st
     for piece in (len(text).to_bytes(8, "little"), text):
         stream.write(piece)
         hashed.update(piece)
-    for parts in blocks.values():
-        for part in parts:
-            for chunk in chunks(part):
+    for tensor in tensors.values():
+        for block in tensor.rows:
+            for chunk in chunks(block):
                 stream.write(chunk)
                 hashed.update(chunk)
     digest = hashed.hexdigest()

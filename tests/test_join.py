@@ -26,7 +26,7 @@ from hesscli.problem.freezing import FrozenData
 from hesscli.problem.problem import Problem
 from hesscli.render.document import to_json
 from hesscli.results import Answer, Snapshot
-from hesscli.tensor_files import read_tensors, write_tensors
+from hesscli.tensor_files import Blocks, read_tensors, write_tensors
 
 COUNTS = (7, 4, 6, 5, 8, 4, 4, 5)
 WHOLE = (0, 64)
@@ -307,9 +307,9 @@ def told_otherwise(path: Path, into: Path, change: Callable[[Any], None]) -> Pat
     arrays, text = read_tensors(path)
     told = json.loads(text)
     change(told)
-    blocks = {name: [array] for name, array in arrays.items()}
+    tensors = {name: Blocks.of(array) for name, array in arrays.items()}
     with into.open("wb") as stream:
-        write_tensors(stream, blocks, json.dumps(told))
+        write_tensors(stream, tensors, json.dumps(told))
     return into
 
 

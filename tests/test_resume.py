@@ -29,7 +29,7 @@ from hesscli.problem.problem import Problem
 from hesscli.render.document import to_json
 from hesscli.results import Answer, Snapshot
 from hesscli.state import Rows, State
-from hesscli.tensor_files import DamagedError, chunks, read_tensors, write_tensors
+from hesscli.tensor_files import Blocks, DamagedError, chunks, read_tensors, write_tensors
 
 # -- From every step to the same bits --------------------------------------------------------------
 
@@ -325,13 +325,14 @@ def test_another_number_of_threads_is_refused_with_what_sets_it(tmp_path: Path) 
 
 
 def written(path: Path) -> Path:
-    blocks = {
-        "a": [torch.arange(6.0).view(2, 3), torch.ones(1, 3)],
-        "empty": [torch.empty(0, 2, dtype=torch.int64)],
-        "b": [torch.ones(2, dtype=torch.bfloat16)],
+    rows = torch.arange(6.0).view(2, 3), torch.ones(1, 3)
+    tensors = {
+        "a": Blocks(torch.float32, (3, 3), iter(rows)),
+        "empty": Blocks.of(torch.empty(0, 2, dtype=torch.int64)),
+        "b": Blocks.of(torch.ones(2, dtype=torch.bfloat16)),
     }
     with path.open("wb") as stream:
-        write_tensors(stream, blocks, "told")
+        write_tensors(stream, tensors, "told")
     return path
 
 
