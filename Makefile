@@ -49,7 +49,7 @@ bench-scale: $(VENV)/demo  ## What commands cost by size of network and data, ph
 bench-large: $(VENV)/demo  ## Memory of a product with a billion parameters (a quarter of an hour, 18 GB)
 	$(BIN)/python tests/benchmarks/large.py
 
-bench-shards: $(VENV)/demo  ## A window over four ranks: memory of each, and messages (a minute, 5 GB)
+bench-shards: $(VENV)/demo  ## A window and a basis over four ranks: memory of each, and messages (a minute, 5 GB)
 	$(BIN)/python tests/benchmarks/shards.py
 
 bench-ranks: $(VENV)/demo  ## How much sooner two and four ranks are done than one process (minutes)

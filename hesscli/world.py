@@ -5,7 +5,7 @@ same decisions in the same order. What they deal out are batches. So a run is of
 stretches. *Together* all ranks do the same, and meet in collectives; *apart* each is busy with
 batches of its own, and what one of them raises, all raise at the stretch's end. Tables by batch
 are gathered, so that they are the same to the last bit in any world; vectors are added up, whose
-order of additions a world has its own of.
+order of additions a world has its own of. Of many long vectors each rank has its columns.
 
 Everything that ranks may see differently is settled by one of them, or by all: the time, signals,
 memory that is free. A rank that is alone imports no ``torch.distributed`` and pays nothing.
@@ -20,6 +20,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hesscli.errors import HesscliError, first_line
@@ -44,7 +45,7 @@ class LostError(HesscliError):
 
 @dataclass
 class _World:
-    """Who there is; ``sums`` counts vectors that were added up, ``numbers`` their entries."""
+    """Who there is; ``sums`` counts what was made of all ranks' parts, ``numbers`` its entries."""
 
     rank: int = 0
     size: int = 1
@@ -89,7 +90,7 @@ def neighbours() -> int:
 
 
 def sums() -> tuple[int, int]:
-    """How many vectors were added up over the ranks so far, and their entries in all."""
+    """How many tensors were made of all ranks' parts so far, and their entries in all."""
     return _here.sums, _here.numbers
 
 
@@ -187,9 +188,27 @@ def added_up(vector: Tensor) -> Tensor:
 
     with _missing():
         dist.all_reduce(vector)
-    _here.sums += 1
-    _here.numbers += vector.numel()
+    _count(vector)
     return vector
+
+
+def summed(sums: Tensor) -> Tensor:
+    """The sum of every rank's few numbers, added rank by rank: the same on all to the last bit."""
+    if _here.size == 1 or not sums.numel():
+        return sums
+    import torch.distributed as dist
+
+    every = sums.new_empty(_here.size, *sums.shape)
+    with _missing():
+        dist.all_gather(list(every), sums)
+    _count(every)
+    return every.sum(0)
+
+
+def places(columns: int) -> list[slice]:
+    """Which of so many columns each rank has: as many as the others, or one more."""
+    cuts = [columns * rank // _here.size for rank in range(_here.size + 1)]
+    return [slice(*cut) for cut in pairwise(cuts)]
 
 
 def completed(tensor: Tensor, places: Sequence[slice]) -> Tensor:
@@ -207,7 +226,13 @@ def completed(tensor: Tensor, places: Sequence[slice]) -> Tensor:
         for rank, place in enumerate(places):
             if place.start < place.stop:
                 dist.broadcast(tensor[place], src=rank)
+    _count(tensor)
     return tensor
+
+
+def _count(found: Tensor) -> None:
+    _here.sums += 1
+    _here.numbers += found.numel()
 
 
 def exchanged(row: Tensor, widths: Sequence[int], senders: Sequence[bool]) -> Tensor:

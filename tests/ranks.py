@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from optimizing import Make, chunks, net, weights
@@ -24,12 +26,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hesscli
-from hesscli import world
+from hesscli import ledger as ledgers
+from hesscli import tensor_files, world
 from hesscli.cli.app import main
 from hesscli.cli.console import interrupts
 from hesscli.diagnostics.check import check
 from hesscli.diagnostics.keeping import SharedLedger
 from hesscli.diagnostics.window import WindowOptions
+from hesscli.engines.lanczos import Lanczos
 from hesscli.engines.mfac import ShardedWindow, StaticFisher, WindowedFisher
 from hesscli.errors import HesscliError, UnsoundError, UsageError
 from hesscli.ledger import FileLedger
@@ -37,6 +41,7 @@ from hesscli.memory import available_bytes
 from hesscli.operators.retained import Retained
 from hesscli.optim import MFAC, AdaHessian
 from hesscli.results import Snapshot
+from hesscli.shards import Columns
 from hesscli.world import LostError
 
 OPTIMIZERS: dict[str, Make] = {
@@ -49,13 +54,18 @@ OPTIMIZERS: dict[str, Make] = {
     ),
 }
 CUT = {
-    "a trace in rounds": "probing",
-    "columns and probes": "probing",
-    "a deflated diagonal": "probing",
-    "a spectrum": "iterating",
-    "sensitivities": "perturbing",
+    "a trace in rounds": ("probing", 3),
+    "columns and probes": ("probing", 3),
+    "a deflated diagonal": ("probing", 3),
+    "a spectrum": ("iterating", 3),
+    "a spectrum with copies": ("iterating", 40),
+    "sensitivities": ("perturbing", 3),
 }
-"""Runs that are cut off in the middle of their work, and in which phase."""
+"""Runs that are cut off in the middle of their work: in which phase, and at which of its steps."""
+FULL = 5, 60
+"""Blocks of a ledger that the disk has no room for."""
+BASIS = 24, 9001
+"""Rows of a Lanczos basis, and its columns."""
 BLOCKS = [*[7] * 500, 3000, *[7] * 357, 2]
 """Of a window: small ones and a large one, of which some reach over shards."""
 WHOLE = (
@@ -65,14 +75,8 @@ WHOLE = (
     "an exact diagonal and its noise",
     "a spectrum of differences",
     "a solve",
-    *CUT,
+    *(name for name in CUT if name != "a spectrum with copies"),
 )
-
-
-def ledger(path: Path, *, resume: bool = False) -> SharedLedger:
-    return SharedLedger(
-        FileLedger(path, {}, resume=resume, say=print) if world.is_first() else None
-    )
 
 
 def whole(name: str) -> Any:
@@ -80,23 +84,79 @@ def whole(name: str) -> Any:
     return said(measure(make(), budget=None, ledger=SharedLedger(None)))
 
 
-def cut(name: str, phase: str, path: Path) -> None:
-    """The last rank has had enough between two steps of a phase; the first one writes."""
+def cut(name: str, path: Path) -> list[str]:
+    """The last rank has had enough between two steps of a phase; what the first is told."""
     make, measure = RUNS[name]
-    seen = 0
+    (phase, at), seen, told = CUT[name], 0, list[str]()
 
     def observe(snapshot: Snapshot) -> bool:
         nonlocal seen
         seen += snapshot.phase == phase
-        return seen == 3 and not world.is_first()
+        return seen == at and not world.is_first()
 
-    with suppress(KeyboardInterrupt):
-        measure(make(), budget=None, observe=observe, ledger=ledger(path))
+    file = FileLedger(path, {}, resume=False, say=told.append) if world.is_first() else None
+    with written_at_each_step(), suppress(KeyboardInterrupt):
+        measure(make(), budget=None, observe=observe, ledger=SharedLedger(file))
+    return told
 
 
 def gone_on_with(name: str, path: Path) -> Any:
     make, measure = RUNS[name]
-    return said(measure(make(), budget=None, ledger=ledger(path, resume=True)))
+    file = FileLedger(path, {}, resume=True, say=print) if world.is_first() else None
+    return said(measure(make(), budget=None, ledger=SharedLedger(file)))
+
+
+@contextmanager
+def written_at_each_step() -> Iterator[None]:
+    """To a disk that takes two blocks less than there are."""
+    written, chunks_of = 0, tensor_files.chunks
+
+    def full(tensor: Tensor) -> Iterator[memoryview]:
+        nonlocal written
+        written += 1
+        if written in FULL:
+            raise OSError(errno.ENOSPC, "")
+        return chunks_of(tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_files, "chunks", full)
+        patch.setattr(ledgers, "_OFTEN", 0.0)
+        patch.setattr(FileLedger, "_wait", lambda *_: 0.0)
+        yield
+
+
+def basis() -> dict[str, Any]:
+    """A Lanczos basis that ranks share by its columns, and what was sent for it."""
+    values = torch.linspace(-1, 1, BASIS[1], dtype=torch.float64)
+    values[[5, 2000, 9000]] = torch.tensor([30.0, -40.0, 50.0], dtype=torch.float64)
+    apart = torch.eye(3, BASIS[1], dtype=torch.float64).split([1, 2])
+    columns = Columns(BASIS[1], shared=True)
+    lanczos = Lanczos(
+        lambda v: v * values,
+        BASIS[1],
+        seed=0,
+        reserve=BASIS[0],
+        apart=[block[:, columns.own] for block in apart],
+        shared=True,
+    )
+    before = world.sums()[1]
+    for _ in range(BASIS[0]):
+        lanczos.step()
+    sent, ritz = world.sums()[1] - before, lanczos.ritz()
+    whole = columns.whole(lanczos.basis)
+    again = torch.cat(list(lanczos.state_dict()["rows"].since(0)))
+    halves = slice(0, BASIS[1] // 2), slice(BASIS[1] // 2, BASIS[1])
+    parts = [lanczos.vectors(ritz, [-1], half).square().sum() for half in halves]
+    return {
+        "held": lanczos.nbytes,
+        "sent": sent,
+        "basis": whole,
+        "kept": torch.equal(again[: BASIS[0]], whole),
+        "ritz": (ritz.values, ritz.residuals),
+        "largest": columns.whole(lanczos.vectors(ritz, [-1]))[0],
+        "halves": [columns.summed(part) for part in parts],
+        "true": values[3:],
+    }
 
 
 def product() -> dict[str, Any]:
@@ -249,11 +309,11 @@ def sharded() -> dict[str, Any]:
 
 
 def plans() -> list[str]:
-    """What a check says of windows that fit and do not."""
+    """What a check says of windows that fit and do not, and of Lanczos vectors."""
     told = []
     for rows in (34, 10**15):
         planned = check(problem(), window=WindowOptions(size=rows)).plan
-        told += [each.note for each in planned.commands if each.command == "ihvp"]
+        told += [each.note for each in planned.commands if each.command in ("ihvp", "spectrum")]
     return told
 
 
@@ -274,12 +334,11 @@ def run(folder: Path) -> dict[str, Any]:
     with world.joined():
         found["size"] = world.size()
         found |= product() | agreements() | joined() | {"trained": trained(), "warned": warned()}
-        found |= {"sharded": sharded(), "refused": refused(), "plans": plans()}
+        found |= {"basis": basis(), "sharded": sharded(), "refused": refused(), "plans": plans()}
         found |= ended_by(partial(signal.raise_signal, signal.SIGTERM))
         for name in WHOLE:
             found["whole"][name] = whole(name)
-        for name, phase in CUT.items():
-            cut(name, phase, folder / f"{name}.ledger")
+        found["kept"] = {name: cut(name, folder / f"{name}.ledger") for name in CUT}
         for path in sorted((folder / "alone").glob("*.ledger")):
             found["resumed"][path.stem] = gone_on_with(path.stem, path)
     options = ("--method", "hutchinson", "--probes", "4", "--out", "json")

@@ -33,6 +33,7 @@ FLOORS = [
         "memory",
         "meter",
         "pairing",
+        "shards",
         "sums",
         "torch_private",
     },

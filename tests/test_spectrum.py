@@ -16,6 +16,7 @@ from torch import nn
 
 import hesscli
 from hesscli.diagnostics import spectral_study
+from hesscli.diagnostics.spectral_runs import needed_bytes
 from hesscli.errors import UsageError
 from hesscli.operators.retained import Retained
 from hesscli.problem.freezing import FrozenData
@@ -361,7 +362,9 @@ def test_what_does_not_fit_is_refused_with_what_does(
     monkeypatch.setattr(spectral_study, "available_bytes", lambda *_: room)
     with pytest.raises(UsageError) as refusal:
         hesscli.spectrum(relu, steps=64)
-    assert refusal.value.hint == "--steps 9 or --steps 27 --probes 1"
+    ways = "--steps 9 or --steps 27 --probes 1 or 6 ranks with as much memory each"
+    assert refusal.value.hint == ways
+    assert needed_bytes(relu, 64, 5, ranks=6) <= 27 / 30 * room < needed_bytes(relu, 64, 5, ranks=5)
     assert "64 steps" in refusal.value.got
     assert hesscli.spectrum(relu, steps=9).steps == 9
     assert hesscli.spectrum(relu, steps=27, probes=1).steps == 27

@@ -18,17 +18,20 @@ import pytest
 import ranks
 import torch
 from program import environment, hesscli_warm, three_lines
+from test_lanczos import off_orthonormal
 from test_resume import RUNS, cut_off, kept_in, problem, said
 from torch import Tensor
 
 import hesscli
 from hesscli.ledger import read_ledger
+from hesscli.sums import rounding_of_sum
+from hesscli.units import human_bytes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 FROM_TABLES = ("a trace", "shared probes", "probes by layer", "a trace in rounds")
 """Runs whose numbers are made of tables by batch alone."""
-ALONE = {"a trace in rounds": "probing", "a spectrum": "iterating", "sensitivities": "perturbing"}
-"""Runs that are cut off here in some phase, and gone on with by ranks."""
+ALONE = ("a trace in rounds", "a spectrum", "a spectrum with copies", "sensitivities")
+"""Runs that are cut off here, and gone on with by ranks."""
 
 NET = """
 import os, signal
@@ -102,9 +105,9 @@ def ranks_of(count: int, folder: Path) -> Ranks:
     """Let so many ranks do all that is looked at below, once."""
     folder_with(folder, "pass")
     (folder / "alone").mkdir()
-    for name, phase in ALONE.items():
-        make, measure = RUNS[name]
-        cut_off(measure, make(), 3, kept_in(folder / "alone" / f"{name}.ledger"), phase)
+    for name in ALONE:
+        (make, measure), (phase, at) = RUNS[name], ranks.CUT[name]
+        cut_off(measure, make(), at, kept_in(folder / "alone" / f"{name}.ledger"), phase)
     run = torchrun(count, ranks.__file__, folder, cwd=folder)
     assert run.returncode == 0, run.stderr
     files = [folder / f"{rank}.pickle" for rank in range(count)]
@@ -247,6 +250,46 @@ def test_a_window_in_shards_sends_its_gram_matrix_once_and_as_many_numbers_as_ro
         assert solve <= 25 + 3
 
 
+def test_a_basis_in_column_shards_is_one_rank_s(several: Ranks) -> None:
+    here, count = ranks.basis(), len(several.found)
+    off = rounding_of_sum(ranks.BASIS[1], torch.float64)
+    assert sum(found["basis"]["held"] for found in several.found) == here["held"]
+    for found in (each["basis"] for each in several.found):
+        assert found["held"] <= 1.15 * here["held"] / count
+        assert torch.equal(found["basis"], several.found[0]["basis"]["basis"])
+        assert found["kept"]
+        rows = found["basis"]
+        assert off_orthonormal(rows) <= off
+        assert float(rows[:, :3].abs().max()) <= off
+        (values, bars), (alone, its) = found["ritz"], here["ritz"]
+        assert (np.abs(values - alone) <= bars + its).all()
+        distances = np.abs(values[:, None] - found["true"].numpy()).min(axis=1)
+        assert (distances <= bars).all()
+        halves = torch.tensor_split(found["largest"], [len(found["largest"]) // 2])
+        for half, length in zip(halves, found["halves"], strict=True):
+            assert abs(float(half.square().sum() - length)) <= off
+
+
+def test_a_step_sends_one_vector_and_as_many_numbers_as_rows(several: Ranks) -> None:
+    """Of each rank: of all rows, at most twice, with the last two before and a length after."""
+    rows, size = ranks.BASIS
+    for found in several.found:
+        numbers = sum(2 + 2 * (3 + step + 1) for step in range(1, rows + 1))
+        assert found["basis"]["sent"] <= rows * size + len(several.found) * numbers
+
+
+def test_a_basis_is_kept_row_by_row(several: Ranks) -> None:
+    """What a full disk does not take is written with what comes after."""
+    name, full = "a spectrum with copies", "the run goes on, but is not kept"
+    assert [told[: len(full)] for told in several.found[0]["kept"][name]] == [full] * 2
+    kept = read_ledger(several.folder / f"{name}.ledger")["work"][0]["state"]["whole"]
+    rows = torch.cat(list(kept["lanczos"]["rows"].since(0)))
+    assert len(rows) == 13
+    assert off_orthonormal(rows) <= rounding_of_sum(32, torch.float64)
+    assert kept["copied"] == [3, 2]
+    assert sum(map(len, kept["copies"].since(0))) == 5
+
+
 def test_a_bad_row_of_one_rank_is_everybody_s(several: Ranks) -> None:
     for found in several.found:
         assert found["refused"] == [
@@ -259,7 +302,10 @@ def test_a_bad_row_of_one_rank_is_everybody_s(several: Ranks) -> None:
 def test_a_check_plans_a_rank_s_share_of_the_window(several: Ranks) -> None:
     """Of 34 rows of 31 float32 numbers; and says how many ranks would hold what does not fit."""
     count = len(several.found)
-    for fits, does_not in (found["plans"] for found in several.found):
+    for fits, vectors, does_not, _ in (found["plans"] for found in several.found):
+        held = human_bytes(31 * -(-31 // count) * 4)
+        assert f"31 steps, each of which keeps a vector: {held}, at most " in vectors
+        assert vectors.endswith(f"with restarts, on each of {count} ranks")
         assert (
             f"34 rows take 4.1 KiB, {4216 / count / 1024:.1f} KiB on each of {count} ranks" in fits
         )

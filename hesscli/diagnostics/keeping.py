@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
 
 from hesscli import world
 from hesscli.errors import UsageError
 from hesscli.meter import Meter
-from hesscli.state import State, Stateful, Timed
+from hesscli.shards import SharedRows
+from hesscli.state import Parted, Rows, State, Stateful, Timed, joined
 
 if TYPE_CHECKING:
     from hesscli.ledger import FileLedger
@@ -94,7 +99,9 @@ UNKEPT = Unkept()
 class SharedLedger:
     """The ledger of a run on many ranks: rank 0 writes it, and all go on from what it has.
 
-    What was decided on rank 0 counts for all. Facts must be the same on every rank.
+    What was decided on rank 0 counts for all. Facts must be the same on every rank. Rows of which
+    each rank has its columns are made whole one at a time, when rank 0 writes them, and those of a
+    file are told one at a time, so that nobody has all of them.
 
     Args:
         file: of rank 0, where the run is kept.
@@ -104,6 +111,8 @@ class SharedLedger:
         self._file = file
         self._is_kept = world.any_of(file is not None)
         self._works: list[Stateful] = []
+        if file is not None:
+            file.whole = _asked_for
 
     def attach(self, clock: Timed, meter: Meter) -> None:
         """Keep what these say as well, and let them go on from what was kept."""
@@ -135,12 +144,14 @@ class SharedLedger:
         """Keep this work too, and let it go on from what was kept."""
         saved = None if self._file is None else self._file.saved(len(self._works))
         self._works.append(work)
-        saved = world.decided(saved)
+        told = _told(saved)
         if self._file is not None:
+            if saved is not None and told is not None:
+                saved["state"] = told["state"]
             self._file.begin(work)
-        elif saved is not None:
-            self._meter.go_back(tuple(saved["counted"]))
-            work.load_state_dict(saved["state"])
+        elif told is not None:
+            self._meter.go_back(tuple(told["counted"]))
+            work.load_state_dict(told["state"])
 
     def step(self) -> None:
         """Write what there is where that is due on rank 0, once it has all of it."""
@@ -148,16 +159,12 @@ class SharedLedger:
             is_due = self._file is not None and self._file.is_due()
         if self._is_kept and world.any_of(is_due):
             self._settle()
-            with world.apart():
-                if self._file is not None:
-                    self._file.write()
+            self._write(None if self._file is None else self._file.write)
 
     def cut(self, at_budget: bool) -> None:
         """It ends here, between two steps, with more to do: at its budget, or interrupted."""
         self._settle()
-        with world.apart():
-            if self._file is not None:
-                self._file.cut(at_budget)
+        self._write(None if self._file is None else partial(self._file.cut, at_budget))
 
     def end(self) -> None:
         """It has come to its own end."""
@@ -166,15 +173,70 @@ class SharedLedger:
 
     def close(self) -> None:
         """So has the run, or it was cut."""
-        with world.apart():
-            if self._file is not None:
-                self._file.close()
+        self._write(None if self._file is None else self._file.close)
 
     def _settle(self) -> None:
         """Let states be whole: they are, where every rank asks for them at once."""
         if self._is_kept:
             for work in self._works:
                 work.state_dict()
+
+    def _write(self, write: Callable[[], None] | None) -> None:
+        """Let rank 0 write, which asks the others for their part of what it has a part of."""
+        with world.apart():
+            if write is not None:
+                try:
+                    write()
+                finally:
+                    world.decided(None)
+            elif self._is_kept:
+                rows: Mapping[str, Rows] = {}
+                while (asked := world.decided(None)) is not None:
+                    place, number = asked
+                    rows = rows or self._rows()
+                    next(rows[place].since(number))
+
+    def _rows(self) -> Mapping[str, Rows]:
+        """By the places that they have in a file."""
+        works = [{"state": work.state_dict()} for work in self._works]
+        return Parted.of({"work": works}).rows
+
+
+def _asked_for(place: str, rows: Rows, first: int) -> Iterator[Tensor]:
+    """Rows from a number on, of which the others give their part where they are shared."""
+    if not isinstance(rows, SharedRows):
+        yield from rows.since(first)
+        return
+    for number in range(first, len(rows)):
+        world.decided((place, number))
+        yield next(rows.since(number))
+
+
+_AT_ONCE = 1 << 24
+"""Bytes of rows that are told at once, of one at least."""
+
+
+class _ToldRows(Rows):
+    """Rows that rank 0 has, and the others their shapes: all go through them together."""
+
+    def since(self, first: int) -> Iterator[Tensor]:
+        """The rows from ``first`` on, of which nobody but rank 0 has more than a block at once."""
+        for part in super().since(first):
+            for block in part.split(max(1, _AT_ONCE // max(1, part[0].nbytes))):
+                told = block if world.is_first() else torch.empty_like(block, device="cpu")
+                yield world.completed(told, [slice(0, len(told))])
+
+
+def _told(saved: State | None) -> State | None:
+    """What rank 0 has of some work that was kept, if it was, on every rank."""
+    if world.decided(saved is None):
+        return None
+    mine = Parted() if saved is None else Parted.of(saved)
+    shapes = {place: [part.to("meta") for part in rows.parts] for place, rows in mine.rows.items()}
+    plain, arrays, shapes = world.decided((mine.plain, mine.arrays, shapes))
+    parts = {place: rows.parts for place, rows in mine.rows.items()} if mine.rows else shapes
+    found: State = joined(plain, arrays, {place: _ToldRows(*each) for place, each in parts.items()})
+    return found
 
 
 def require_alike(facts: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli import world
 from hesscli.engines.lanczos import Lanczos
 from hesscli.engines.quadrature import Measure, measure
 from hesscli.engines.ritz import (
@@ -34,7 +35,7 @@ from hesscli.operators.retained import Retained
 from hesscli.problem.problem import Problem
 from hesscli.randomness import key
 from hesscli.results import ConvergencePoint, Snapshot, Status
-from hesscli.state import Rows, State
+from hesscli.state import State
 
 STEPS, PROBES = 64, 5
 SHORTER = 4
@@ -80,15 +81,27 @@ class SpectralPlan:
         return first if first == size else first + (self.probes - 1) * shorter(first)
 
 
-def basis_bytes(problem: Problem, steps: int) -> int:
-    """A vector for each step, in the type of the products."""
-    return steps * problem.parameters.size * problem.dtype.itemsize
+def basis_bytes(problem: Problem, steps: int, ranks: int | None = None) -> int:
+    """A vector for each step, in the type of the products: what each rank has of it.
+
+    Args:
+        problem: of so many parameters.
+        steps: of Lanczos' method.
+        ranks: default those that there are.
+    """
+    columns = -(-problem.parameters.size // (ranks or world.size()))
+    return steps * columns * problem.dtype.itemsize
 
 
-def needed_bytes(problem: Problem, steps: int, probes: int) -> int:
-    """At most: later runs leave out as many vectors as the first made, or fewer."""
+def needed_bytes(problem: Problem, steps: int, probes: int, ranks: int | None = None) -> int:
+    """At most: later runs leave out as many vectors as the first made, or fewer.
+
+    Of many ranks each has the vector whole, besides, with which the product is made.
+    """
+    ranks = ranks or world.size()
     later = 0 if probes == 1 else steps + shorter(steps)
-    return basis_bytes(problem, steps + later)
+    whole = 0 if ranks == 1 else basis_bytes(problem, 1, 1)
+    return basis_bytes(problem, steps + later, ranks) + whole
 
 
 def room_for_graphs(operator: Operator, plan: SpectralPlan) -> int:
@@ -238,7 +251,7 @@ class Exploration:
         signs[1:, 1::2] = -1
         coordinates = self.ritz.coordinates[:, largest] @ signs.T / math.sqrt(len(largest))
         mixed = replace(self.ritz, coordinates=coordinates)
-        vectors = self.lanczos.vectors(mixed, slice(None))
+        vectors = self.lanczos.columns.whole(self.lanczos.vectors(mixed, slice(None)))
         self.lanczos.allow(math.sqrt(len(largest)) * self.product.rounding(vectors))
         self.rounding_measured = True
         self.convergence.pop()
@@ -300,6 +313,7 @@ class Exploration:
             reserve=steps,
             rounding=self.plan.rounding,
             apart=apart,
+            shared=True,
         )
 
     def _to(self, lanczos: Lanczos, count: int) -> Iterator[Snapshot]:
@@ -328,7 +342,7 @@ class Exploration:
             "number": self._number,
             "half": None if self._half is None else asdict(self._half),
             "later": {str(self._number): later},
-            "copies": Rows(*self._copies) if self._copies else None,
+            "copies": self.lanczos.columns.rows(*self._copies) if self._copies else None,
             "copied": [len(block) for block in self._copies],
         }
 
@@ -356,7 +370,8 @@ class Exploration:
         self._half = None if state["half"] is None else Ritz(**state["half"])
         self._begun = state["later"][str(self._number)]
         if state["copies"] is not None:
-            rows = torch.cat(list(state["copies"].since(0)))
+            own = self.lanczos.columns.own
+            rows = torch.cat([block[:, own] for block in state["copies"].since(0)])
             self._copies = list(torch.split(rows, state["copied"]))
 
 

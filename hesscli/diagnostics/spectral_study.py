@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hesscli import world
 from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.diagnostics.run import Run
 from hesscli.diagnostics.spectral_runs import (
@@ -166,7 +167,7 @@ class SpectralStudy:
             num_bytes=held + self._graph_bytes(plan, pace),
             note=f"{plan.steps} steps{why}, each of which keeps a vector: "
             f"{human_bytes(basis_bytes(problem, plan.steps))}, at most {human_bytes(held)} "
-            "with restarts",
+            f"with restarts{_on_each()}",
         )
         if self.exact:
             yield Work(phase=_FORMING, spent=pace.products(size, -(-size // _COLUMNS)))
@@ -189,7 +190,7 @@ class SpectralStudy:
         count = plan.products(self.operator.parameters.size)
         kept = self._graph_bytes(plan, pace) == pace.graph_bytes
         rows = plan.steps**2 + (plan.probes - 1) * shorter(plan.steps) ** 2
-        orthogonal = Spent(seconds=rows * self._row_seconds)
+        orthogonal = Spent(seconds=rows * self._row_seconds).dealt(world.size())
         return pace.products(count, 1 if kept else count) + orthogonal
 
     def _graph_bytes(self, plan: SpectralPlan, pace: Pace) -> int:
@@ -200,7 +201,7 @@ class SpectralStudy:
 
     @cached_property
     def _row_seconds(self) -> float:
-        """What a vector takes to be made orthogonal to another."""
+        """What a vector takes to be made orthogonal to another, by one rank."""
         problem, size = self.operator.problem, self.operator.parameters.size
         entries = min(size, _MOST_TIMED)
         rows = torch.ones(_TIMED, entries, dtype=problem.dtype, device=problem.device)
@@ -297,19 +298,27 @@ def require_room(problem: Problem, plan: SpectralPlan) -> None:
     raise UsageError(
         "the Lanczos vectors do not fit in the memory that is free",
         f"{plan.steps} steps of {problem.parameters.size} parameters take "
-        f"{human_bytes(basis_bytes(problem, plan.steps))}, {human_bytes(needed)} with restarts, "
-        f"and there is room for {human_bytes(room)}",
+        f"{human_bytes(basis_bytes(problem, plan.steps))}, {human_bytes(needed)} with restarts"
+        f"{_on_each()}, and there is room for {human_bytes(room)}",
         _proposal(problem, plan, room),
     )
 
 
+def _on_each() -> str:
+    """Whose bytes these are."""
+    return f", on each of {world.size()} ranks" if world.size() > 1 else ""
+
+
 def _proposal(problem: Problem, plan: SpectralPlan, room: int) -> str:
-    """Fewer steps, or fewer start vectors, that fit."""
+    """Fewer steps, or fewer start vectors, that fit; or as many ranks as have room."""
     offers = []
     for starts in dict.fromkeys((plan.probes, 1)):
         if steps := _fitting(problem, starts, plan.steps, room):
             fewer = " --probes 1" if starts == 1 != plan.probes else ""
             offers.append(f"--steps {steps}{fewer}")
+    if (spare := room - basis_bytes(problem, 1, ranks=1)) > 0:
+        ranks = -(-needed_bytes(problem, plan.steps, plan.probes, ranks=1) // spare)
+        offers.append(f"{ranks} ranks with as much memory each")
     return " or ".join(offers) or "--layer for one layer of a smaller network, or more memory"
 
 

@@ -408,14 +408,15 @@ def _participation(study: SpectralStudy, indices: list[int]) -> Array:
             tile = slice(start, min(start + _TILE, place.stop))
             rows = whole.lanczos.vectors(whole.ritz, indices, tile)
             shares[:, layer] += rows.square_().sum(1).cpu().numpy()
-    return shares
+    return whole.lanczos.columns.summed(torch.from_numpy(shares)).numpy()
 
 
 def _vectors(study: SpectralStudy, indices: list[int]) -> dict[str, np.ndarray]:
     """By parameter, in its shape with the listed vectors along a first dimension."""
     parameters = study.operator.parameters
-    rows = study.whole.lanczos.vectors(study.whole.ritz, indices).to(study.operator.problem.dtype)
-    parts = rows.cpu().split_with_sizes(parameters.sizes, dim=1)
+    lanczos = study.whole.lanczos
+    rows = lanczos.columns.whole(lanczos.vectors(study.whole.ritz, indices))
+    parts = rows.to(study.operator.problem.dtype).cpu().split_with_sizes(parameters.sizes, dim=1)
     return {
         p.name: part.reshape(len(indices), *p.tensor.shape).contiguous().numpy()
         for p, part in zip(parameters, parts, strict=True)

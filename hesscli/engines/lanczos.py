@@ -11,6 +11,8 @@ orthonormal that leaves the basis enters eigenvalues by its square (Simon 1984, 
 symmetric Lanczos algorithm with reorthogonalization methods").
 Where the basis has become invariant, a new segment begins with a random vector orthogonal to it:
 that finds eigenvalues of any multiplicity, and after d steps the decomposition is complete.
+Where ranks share a basis, each has its columns of every vector. An inner product is then one
+message of a number for each row, and a step one of d numbers, since a product takes a whole vector.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from torch import Tensor
 from hesscli import randomness
 from hesscli.engines.ritz import Array, Ritz
 from hesscli.errors import UnsoundError
-from hesscli.state import Rows, State
+from hesscli.shards import Columns
+from hesscli.state import State
 from hesscli.sums import rounding_of_sum
 
 ROUNDING = 16.0
@@ -50,6 +53,8 @@ class Lanczos:
             than is usual for its type.
         apart: orthonormal rows ``(s, d)`` of that type, in some blocks: the matrix is taken in the
             complement of what they span.
+        shared: among all ranks, which make each step together: each has its columns of the basis,
+            and of these rows, and all have a vector whole while the product with it is made.
     """
 
     def __init__(
@@ -63,15 +68,17 @@ class Lanczos:
         reserve: int = 16,
         rounding: float = 0.0,
         apart: Sequence[Tensor] = (),
+        shared: bool = False,
     ) -> None:
         self.size, self.seed = size, seed
+        self.columns = Columns(size, shared=shared)
         self._product, self._apart = product, apart
         self._dimension = size - sum(map(len, apart))
         eps = torch.finfo(dtype).eps
         self._unit = (ROUNDING + _VECTORS) * eps + rounding_of_sum(size, torch.float64)
         self._error = max(self._unit, rounding)
         rows = min(reserve, self._dimension)
-        self._rows = torch.empty(rows, size, dtype=dtype, device=device or "cpu")
+        self._rows = torch.empty(rows, self.columns.count, dtype=dtype, device=device or "cpu")
         self._starts: list[int] = []
         self._diagonal: list[float] = []
         self._left: list[float] = []  # norms after each step: the off-diagonal, or a segment's end
@@ -90,7 +97,10 @@ class Lanczos:
 
     @property
     def basis(self) -> Tensor:
-        """Orthonormal rows ``(k, d)``, all with their products made; a view, not to be changed."""
+        """Orthonormal rows ``(k, d)``, all with their products made; a view, not to be changed.
+
+        Of a basis that is shared, this rank's columns.
+        """
         return self._rows[: self.count]
 
     @property
@@ -108,10 +118,11 @@ class Lanczos:
         """
         if self.done:
             return
-        product = self._product(self._next)
+        product = self._product(self.columns.whole(self._next))
         rows, image = self._rows_with_next(), self._place(self.count + 1)
-        length = _normalised(image, product)
-        overlaps, left = _orthogonalise(image, *self._apart, rows)
+        length = torch.linalg.vector_norm(product).double()
+        _divided(image, product[self.columns.own], length)
+        overlaps, left = self._orthogonalise(image, rows)
         overlaps = overlaps * length
         if self.count > self._starts[-1]:
             overlaps[-2] -= self._left[-1]
@@ -150,15 +161,18 @@ class Lanczos:
     def vectors(
         self, ritz: Ritz, which: slice | Sequence[int], columns: slice = slice(None)
     ) -> Tensor:
-        """Some of the Ritz vectors, as orthonormal rows ``(m, d)``, or some columns of them."""
+        """Some of the Ritz vectors, as orthonormal rows ``(m, d)``, or some columns of them.
+
+        Of a basis that is shared, what this rank has of these columns.
+        """
         chosen = torch.from_numpy(np.ascontiguousarray(ritz.coordinates[:, which].T))
-        return chosen.to(self._rows) @ self._rows[: len(ritz.values), columns]
+        return chosen.to(self._rows) @ self._rows[: len(ritz.values), self.columns.among(columns)]
 
     def state_dict(self) -> State:
         """The basis with the vector that comes next, the tridiagonal matrix, and the errors."""
         following = () if self.done else (self._next[None],)
         return {
-            "rows": Rows(self.basis, *following),
+            "rows": self.columns.rows(self.basis, *following),
             "starts": self._starts,
             "diagonal": self._diagonal,
             "left": self._left,
@@ -169,14 +183,12 @@ class Lanczos:
 
     def load_state_dict(self, state: State) -> None:
         """Be where another with the same matrix, seed and room was."""
-        count, rows = len(state["diagonal"]), Rows(*state["rows"].parts)
+        count = len(state["diagonal"])
         while len(self._rows) < count:
-            self._rows = self._rows.new_empty(self._more_than(len(self._rows)), self.size)
-        if count < self._dimension:
-            *_, last = rows.parts
-            self._next = self._place(count).copy_(last[-1])
-            rows = Rows(*rows.parts[:-1], last[:-1])
-        rows.copy_to(self._rows)
+            self._rows = self._room_for(self._more_than(len(self._rows)))
+        whole = (row for block in state["rows"].since(0) for row in block)
+        for number, row in enumerate(whole):  # the last one may be the next
+            self._next = self._place(number).copy_(row[self.columns.own])
         self._starts = list(state["starts"])
         self._diagonal, self._left = list(state["diagonal"]), list(state["left"])
         self._largest, self._asymmetry = state["largest"], state["asymmetry"]
@@ -201,7 +213,7 @@ class Lanczos:
     def _rows_with_next(self) -> Tensor:
         """The basis and the vector that comes next, which may be there already."""
         if self.count == len(self._rows):
-            grown = self._rows.new_empty(self._more_than(self.count), self.size)
+            grown = self._room_for(self._more_than(self.count))
             grown[: self.count] = self._rows
             self._rows = grown
         row = self._rows[self.count]
@@ -211,7 +223,10 @@ class Lanczos:
 
     def _place(self, row: int) -> Tensor:
         """Where a vector of the basis is made: its row, or by itself where there is none yet."""
-        return self._rows[row] if row < len(self._rows) else self._rows.new_empty(self.size)
+        return self._rows[row] if row < len(self._rows) else self._room_for(1)[0]
+
+    def _room_for(self, rows: int) -> Tensor:
+        return self._rows.new_empty(rows, self.columns.count)
 
     def _more_than(self, count: int) -> int:
         """Rows to make room for where there is room for so many."""
@@ -221,15 +236,18 @@ class Lanczos:
         """A random unit vector orthogonal to the basis, with which a segment begins."""
         stream = randomness.key(_START, self.seed, len(self._starts))
         vector = randomness.at(
-            [(0, self.size)],
+            [(self.columns.own.start, self.columns.count)],
             randomness.gaussian,
             stream,
             dtype=self._rows.dtype,
             device=self._rows.device,
         )
-        _, left = _orthogonalise(vector, *self._apart, self.basis)
+        _, left = self._orthogonalise(vector, self.basis)
         self._starts.append(self.count)
         return self._place(self.count).copy_(vector.div_(left))
+
+    def _orthogonalise(self, vector: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return _orthogonalise(vector, *self._apart, rows, summed=self.columns.summed)
 
     def _segments(self) -> Iterator[tuple[int, int]]:
         """Where each segment of the basis begins and ends, of the steps that have been made."""
@@ -251,16 +269,16 @@ _TILE = 1 << 15
 1e7 products float32 was seen to be off by 1e-3, in tiles by 3e-7 where all have one sign."""
 
 
-def _normalised(into: Tensor, vector: Tensor) -> Tensor:
-    """Write a vector of any size over its length, which is given back; a zero stays one."""
-    length: Tensor = torch.linalg.vector_norm(vector).double()
+def _divided(into: Tensor, vector: Tensor, length: Tensor) -> None:
+    """Write a vector, or some of its columns, over its length; a zero stays one."""
     divisor = torch.where(length == 0, 1.0, length)
     for part, tile in zip(torch.split(into, _TILE), torch.split(vector, _TILE), strict=True):
         part.copy_(tile / divisor)
-    return length
 
 
-def _orthogonalise(vector: Tensor, *blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _orthogonalise(
+    vector: Tensor, *blocks: Tensor, summed: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Take orthonormal rows out of a vector, in place.
 
     A pass leaves rounding of what it takes away. So the last rows, of which the vector has most,
@@ -270,25 +288,26 @@ def _orthogonalise(vector: Tensor, *blocks: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         vector: ``(d,)``.
         blocks: of rows ``(k, d)``, which are orthonormal together.
+        summed: over all columns, what was summed over those that are here.
 
     Returns:
         How much it had of each row of the last block, float64, and its length at the end.
     """
     last = blocks[-1]
     overlaps = torch.zeros(len(last), dtype=torch.float64, device=vector.device)
-    overlaps[-_LAST:] += _taken_out(vector, last[-_LAST:])
+    overlaps[-_LAST:] += _taken_out(vector, last[-_LAST:], summed)
     for _ in range(2):
-        parts = [_taken_out(vector, rows) for rows in blocks]
+        parts = [_taken_out(vector, rows, summed) for rows in blocks]
         overlaps += parts[-1]
-        left = _length(vector)
+        left = summed(_square(vector)).sqrt()
         if bool(torch.cat(parts).norm() <= left):
             break
     return overlaps, left
 
 
-def _taken_out(vector: Tensor, rows: Tensor) -> Tensor:
+def _taken_out(vector: Tensor, rows: Tensor, summed: Callable[[Tensor], Tensor]) -> Tensor:
     """One pass, and how much the vector had of each row."""
-    parts = _overlaps(vector, rows).to(vector.dtype)
+    parts = summed(_overlaps(vector, rows)).to(vector.dtype)
     for tile, beside in _tiles(vector, rows):
         tile.sub_(parts @ beside)
     return parts.double()
@@ -299,8 +318,9 @@ def _overlaps(vector: Tensor, rows: Tensor) -> Tensor:
     return torch.stack([beside @ tile for tile, beside in _tiles(vector, rows)]).double().sum(0)
 
 
-def _length(vector: Tensor) -> Tensor:
-    return torch.stack([tile @ tile for tile in torch.split(vector, _TILE)]).double().sum().sqrt()
+def _square(vector: Tensor) -> Tensor:
+    """Of its length, float64."""
+    return torch.stack([tile @ tile for tile in torch.split(vector, _TILE)]).double().sum()
 
 
 def _tiles(vector: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,8 +1,8 @@
-"""A window that ranks share by its columns: memory of each, messages, and a solve's time.
+"""A window and a Lanczos basis that ranks share by their columns: memory, messages, and time.
 
 ``python tests/benchmarks/shards.py [RANKS ROWS COLUMNS]``, by default 4 ranks and 256 rows of 4
-million columns: what each rank takes at most beside what it took before there was a window, in
-times its share of the rows of one rank's.
+million columns, of a basis a quarter of the rows: what each rank takes at most beside what it took
+before there were any, in times its share of the rows of one rank's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from hesscli import world
+from hesscli.engines.lanczos import Lanczos
 from hesscli.engines.mfac import ShardedWindow, StaticFisher
 
 
@@ -50,14 +51,48 @@ def solve(rows: int, columns: int) -> None:
         )
 
 
+def iterate(rows: int, columns: int) -> None:
+    """Make a basis for a diagonal matrix, whose products each rank makes by itself."""
+    torch.set_num_threads(1)
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    with world.joined():
+        Lanczos(lambda v: v.double(), 64, seed=0, shared=True).step()
+        values, image = torch.rand(2, columns, dtype=torch.float64)
+        begun, began, before = memory("VmRSS:"), time.process_time(), world.sums()
+        lanczos = Lanczos(
+            lambda v: image.copy_(v).mul_(values),
+            columns,
+            seed=0,
+            dtype=torch.float32,
+            reserve=rows,
+            shared=True,
+        )
+        for _ in range(rows):
+            lanczos.step()
+        seconds = time.process_time() - began
+        sent = [after - then for after, then in zip(world.sums(), before, strict=True)]
+        taken = memory("VmHWM:") - begun
+        share = rows * columns * 4 / world.size()
+        print(
+            f"rank {world.place()}: {taken / share:.3f} of its share of {share / 2**20:.0f} MiB, "
+            f"{lanczos.count} steps in {seconds:.1f} s, with {sent[1] / rows / columns:.4f} d "
+            f"numbers in {sent[0] / rows:.1f} messages a step beside products"
+        )
+
+
+PARTS = {"window": solve, "basis": iterate}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--rank"]:
-        solve(int(sys.argv[2]), int(sys.argv[3]))
+        PARTS[sys.argv[2]](int(sys.argv[3]), int(sys.argv[4]))
         return
     ranks, rows, columns = sys.argv[1:] or ["4", "256", "4000000"]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    line += [f"--nproc-per-node={ranks}", __file__, "--rank", rows, columns]
-    subprocess.run(line, check=True)
+    line += [f"--nproc-per-node={ranks}", __file__, "--rank"]
+    for part, count in (("window", rows), ("basis", str(int(rows) // 4))):
+        print(f"a {part} of {count} rows")
+        subprocess.run([*line, part, count, columns], check=True)
 
 
 if __name__ == "__main__":

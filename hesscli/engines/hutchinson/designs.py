@@ -329,6 +329,7 @@ class Deflated(Design):
 def _lanczos(
     operator: Source, product: Callable[[Tensor], Tensor], steps: int, seed: int
 ) -> Lanczos:
+    """Whole on each rank, which takes it out of probes of its own batches."""
     return Lanczos(
         product,
         operator.parameters.size,

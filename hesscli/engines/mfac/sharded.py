@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -50,8 +49,7 @@ class ShardedWindow(GradientWindow):
         device: torch.device | str | None = None,
     ) -> None:
         self._is_shared = True
-        cuts = [columns * rank // world.size() for rank in range(world.size() + 1)]
-        self._places = [slice(*cut) for cut in pairwise(cuts)]
+        self._places = world.places(columns)
         shard = self._places[world.place()]
         if path is not None:
             path = path.with_name(f"{path.name}.{world.place()}")
