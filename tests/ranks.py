@@ -54,6 +54,7 @@ OPTIMIZERS: dict[str, Make] = {
     ),
 }
 CUT = {
+    "a trace in haste": ("probing", 3),
     "a trace in rounds": ("probing", 3),
     "columns and probes": ("probing", 3),
     "a deflated diagonal": ("probing", 3),

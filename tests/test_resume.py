@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import faults
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import hesscli
 from hesscli import ledger as ledgers
 from hesscli.cli.parsing import damping, probes
+from hesscli.diagnostics import reporting
 from hesscli.diagnostics.looks import Tolerance
 from hesscli.diagnostics.window import WindowOptions
 from hesscli.errors import BudgetError, UsageError
@@ -57,9 +59,17 @@ def repeated() -> Problem:
     return Dense.of(torch.diag(torch.cat([values, torch.arange(24.0) / 32]))).problem
 
 
+def in_haste(given: Problem, **how: Any) -> Answer:
+    """A trace of batches that are taken as one."""
+    found = {"groups": [[0, 1, 2]], "why": "in haste"}
+    with patch.object(reporting, "in_haste", lambda _: found):
+        return hesscli.trace(given, **how)
+
+
 RUNS: dict[str, tuple[Callable[[], Problem], Measure]] = {
     "a trace": (problem, partial(hesscli.trace, rtol=0.05)),
     "a trace to its unit vectors": (problem, partial(hesscli.trace, rtol=0.001)),
+    "a trace in haste": (wide, partial(in_haste, rtol=0.2)),
     "a trace in rounds": (problem, partial(hesscli.trace, method="hutchinson", probes=40)),
     "shared probes": (
         problem,

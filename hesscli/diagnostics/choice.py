@@ -36,6 +36,7 @@ from hesscli.operators.gauss_newton import (
     require_examples,
 )
 from hesscli.operators.hessian import Hessian, Residual
+from hesscli.operators.joint import Joint
 from hesscli.operators.source import Source
 from hesscli.parameters import Parameters
 from hesscli.problem.problem import Problem
@@ -89,8 +90,9 @@ class Choice:
     """An estimator, what it is called and why it was chosen.
 
     ``exactness`` says of each parameter whether its part of R is zero, where that was asked;
-    ``splits`` that the estimator knows the Hessian's Gauss-Newton part by itself; ``took`` is the
-    work of choosing it, and ``rounding`` that of its cells, once they are measured.
+    ``splits`` that the estimator knows the Hessian's Gauss-Newton part by itself; ``hurried`` that
+    it was chosen for want of time; ``took`` is the work of choosing it, and ``rounding`` that of
+    its cells, once they are measured.
     """
 
     estimator: Estimator
@@ -99,6 +101,7 @@ class Choice:
     exactness: tuple[Exactness, ...] = ()
     rethink: Better | None = None
     splits: bool = False
+    hurried: bool = False
     took: Spent = field(default_factory=Spent)
     rounding: Rounding | None = None
 
@@ -256,8 +259,29 @@ def _probed(
     return Choice(estimator, name, reason, rethink=rethink)
 
 
+def hurried(
+    operator: Operator, groups: Sequence[Sequence[int]], why: str, draw: Draw, on_step: OnStep
+) -> Choice:
+    """All of the matrix from probes of batches that are taken as one.
+
+    Each round brings every batch's next probe, where that takes no graph of its own, else as many
+    as there are: what is under way when time is up counts for nothing.
+    """
+    joint = Joint(operator, groups)
+    after = (
+        (lambda probes: probes + 1) if joint.keeps_graphs else (lambda probes: max(2 * probes, 2))
+    )
+    probes = _hutchinson(joint, draw, round_after=after)
+    estimator = Estimator(joint, probes=probes)
+    return Choice(estimator, "hutchinson", why, rethink=Better(draw, on_step), hurried=True)
+
+
 def _hutchinson(
-    operator: Source, draw: Draw, whole: Parameters | None = None, design: Design | None = None
+    operator: Source,
+    draw: Draw,
+    whole: Parameters | None = None,
+    design: Design | None = None,
+    round_after: Callable[[int], int] | None = None,
 ) -> Hutchinson:
     return Hutchinson(
         operator,
@@ -269,6 +293,7 @@ def _hutchinson(
         whole=whole,
         design=design,
         stream=draw.stream(operator.parameters, exact=False),
+        round_after=round_after,
     )
 
 
@@ -336,7 +361,7 @@ class Better:
         """All by unit vectors, or another design for what is probed."""
         if turn.kind == "unit vectors":
             whole = estimator.operator
-            if isinstance(whole, Operator):
+            if isinstance(whole, (Operator, Joint)):
                 whole = whole.in_full()  # no error bar says more than float32's digits
             units = UnitVectors(whole, self.draw.stream(whole.parameters, exact=True))
             return Estimator(whole, gauss_newton=units, entries=estimator.entries)

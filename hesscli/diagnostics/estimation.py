@@ -13,7 +13,7 @@ from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.engines.entries import GROUP
 from hesscli.engines.estimator import Engine, Estimator, Reading, Rounding, read
 from hesscli.engines.unit_vectors import UnitVectors
-from hesscli.errors import UsageError
+from hesscli.errors import BudgetError, UsageError
 from hesscli.meter import Spent, watched
 from hesscli.results import Snapshot, Status
 from hesscli.state import State
@@ -87,6 +87,8 @@ class Estimation:
         probes: of each batch; None to go on until the goal is reached, each look with its share of
             the error budget.
         look: at the time, between two products of a step; may end it.
+        fits: whether there is time for so many products; where there is none for those of a batch,
+            they are not begun once there is a result. Default: they are.
     """
 
     def __init__(
@@ -98,9 +100,10 @@ class Estimation:
         rethink: Rethink | None = None,
         probes: int | None = None,
         look: Callable[[Snapshot], object] = lambda _: None,
+        fits: Callable[[float], bool] | None = None,
     ) -> None:
         self.estimator, self.goal, self.miss = estimator, goal, miss
-        self.rounding, self.rethink, self.look = rounding, rethink, look
+        self.rounding, self.rethink, self.look, self._fits = rounding, rethink, look, fits
         self.probes = 1 if probes is None and estimator.exact else probes
         self._status: Status | None = None
         self._target = 0
@@ -405,6 +408,13 @@ class Estimation:
         for _ in self.estimator.extend(probes, lambda: self.look(self._told)):
             self._told = self._snapshot(probes, miss)
             yield self._told
+            if self._is_late():
+                raise BudgetError("the budget ended", self._told.phase, "a larger --budget")
+
+    def _is_late(self) -> bool:
+        """Whether what comes next would not be done in time, and there is a result."""
+        batches = len(self.estimator.indices)
+        return self._fits is not None and self.ready and not self._fits(1 / batches)
 
     def _read(self, miss: float) -> Reading:
         reading = read(self.estimator, miss, self.rounding.relative, self.rounding.bias)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
-from hesscli.diagnostics.choice import Choice, Draw, choose
+from hesscli.diagnostics.choice import Choice, Draw, choose, hurried
 from hesscli.diagnostics.estimation import Estimation, Goal, Outcome
+from hesscli.diagnostics.haste import in_haste
 from hesscli.diagnostics.looks import Tolerance
 from hesscli.diagnostics.measurement import Pace, Work, drive
 from hesscli.diagnostics.run import Run
@@ -19,6 +21,7 @@ from hesscli.engines.per_example import PerExample
 from hesscli.errors import UsageError
 from hesscli.meter import watched
 from hesscli.operators.base import Operator
+from hesscli.operators.joint import Joint
 from hesscli.operators.preflight import bias_of
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound
@@ -43,8 +46,10 @@ def rounding_of(run: Run, choice: Choice) -> Rounding:
     estimator, errors = choice.estimator, list[float | None]()
     mixed, bias = run.operator.autocast is not None, None
     if estimator.probes is not None and mixed:
-        assert isinstance(estimator.probes.operator, Operator)  # of a problem, as the whole is
-        bias = bias_of(estimator.probes.operator, run.clock.watch(_CHOOSING))
+        probed = estimator.probes.operator
+        probed = probed.operator if isinstance(probed, Joint) else probed
+        assert isinstance(probed, Operator)  # of a problem, as the whole is
+        bias = bias_of(probed, run.clock.watch(_CHOOSING))
         errors.append(rounding_bound(run.problem.dtype))
     elif estimator.probes is not None:
         errors.append(run.flight.relative_rounding)
@@ -57,14 +62,26 @@ def rounding_of(run: Run, choice: Choice) -> Rounding:
     return Rounding(max(known), mixed=mixed, bias=bias)
 
 
-def chosen(run: Run, method: str, draw: Draw) -> Choice:
+def chosen(run: Run, method: str, draw: Draw, *, may_hurry: bool = False) -> Choice:
     """The estimator of a run's matrix, chosen within its time, and how it rounds.
+
+    Args:
+        run: the matrix.
+        method: by name.
+        draw: of the probes.
+        may_hurry: where time is too short for batches and method to be as they best are, fewer
+            batches and a plain method will do.
 
     Raises:
         UsageError: what was kept is of another.
     """
     with watched(run.operator.meter) as took:
-        choice = choose(run.operator, method, draw, run.clock.watch(_CHOOSING), run.ledger.decided)
+        haste = run.ledger.decided("haste", partial(in_haste, run)) if may_hurry else None
+        on_step = run.clock.watch(_CHOOSING)
+        if haste is not None:
+            choice = hurried(run.operator, haste["groups"], haste["why"], draw, on_step)
+        else:
+            choice = choose(run.operator, method, draw, on_step, run.ledger.decided)
         rounding = rounding_of(run, choice)
     kept = run.ledger.decided("method", lambda: choice.name)
     if kept != choice.name:
@@ -92,8 +109,9 @@ def estimation(
         )
     rethink = None if choice.rethink is None else replace(choice.rethink, fits=run.pace())
     rounding = choice.rounding or rounding_of(run, choice)
+    fits = run.pace() if choice.hurried else None
     look = run.clock.look
-    return Estimation(choice.estimator, goal, miss, rounding, rethink, probes, look)
+    return Estimation(choice.estimator, goal, miss, rounding, rethink, probes, look, fits)
 
 
 def estimated(

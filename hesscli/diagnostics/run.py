@@ -209,12 +209,12 @@ class Run:
             ),
         }
 
-    def pace(self) -> Callable[[int], bool]:
+    def pace(self) -> Callable[[float], bool]:
         """Whether so many products more fit into the budget, at their pace from now on."""
         clock, meter = self.clock, self.operator.meter
         began, before = clock.elapsed, meter.products - meter.earlier
 
-        def fits(products: int) -> bool:
+        def fits(products: float) -> bool:
             made = meter.products - meter.earlier - before
             if not made:  # nobody knows yet
                 return True

@@ -58,7 +58,9 @@ def trace(
         rtol: wanted half-width of the interval relative to the true trace.
         atol: wanted half-width in the trace's own unit; the wider of the two counts.
         confidence: probability with which the interval is to hold, looks included.
-        budget: seconds; None for no limit.
+        budget: seconds; None for no limit. Where those that are left would not do for a first
+            look at all batches by the method ``auto``, it takes plain probes in the user's own
+            batches, which are fewer, and says so.
         probes: a fixed number ``N`` instead of a tolerance, or probes ``(a, b)`` of the stream.
         batches: only the batches ``(a, b)``, whose number of probes must be fixed.
         probe_design: ``fresh`` probes for each batch, or ``shared`` ones. Fresh ones are never
@@ -83,7 +85,8 @@ def trace(
     with started(problem, matrix, mode, clock, ledger) as run:
         measured = batches_within(problem, batches, method)
         draw = Draw(seed, probe_design, probe_distribution, first, batches=measured)
-        choice = chosen(run, method, draw)
+        may_hurry = method == "auto" and measured is None and fixed is None
+        choice = chosen(run, method, draw, may_hurry=may_hurry)
         goal = partial(standing, tolerance=tolerance)
         outcome = estimated(run, choice, goal, 1 - confidence, fixed)
     return TraceResult(

@@ -254,6 +254,18 @@ class Operator(Curvature):
             with self.meter.pooled():
                 return shared_sum(self.shared(), total, lambda term: map(term.apply, blocks))
 
+    def foreseen(self, groups: Sequence[Sequence[int]], probes: int) -> float:
+        """Gradients that so many products take with each of some terms, on a graph of its own.
+
+        Args:
+            groups: the numbers of the batches of each term.
+            probes: for each term a product.
+        """
+        problem, (graph, product) = self.problem, self.cost
+        vectors = problem.vectors(_MADE, _READ, self.parameters.size)
+        shares = (problem.share_of(sum(self.counts[i] for i in group)) for group in groups)
+        return sum(share * (graph + probes * product) + probes * vectors for share in shares)
+
     @property
     def block_size(self) -> int:
         """Vectors that are handed to a term at once."""

@@ -8,7 +8,7 @@ diagonal of a matrix"), so that layers and single entries come with the total.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -39,6 +39,8 @@ class Hutchinson(Cells):
             columns are the whole's layers.
         design: from probes to estimates of a batch's diagonal; default one product each.
         stream: takes the estimates of single entries, where they are wanted.
+        round_after: from the probes of every batch to those after a round, where one is not to
+            bring all that are wanted: what is stopped on the way has no more than that to lose.
 
     A batch has an estimate vᵀAv for each probe.
     """
@@ -58,11 +60,13 @@ class Hutchinson(Cells):
         whole: Parameters | None = None,
         design: Design | None = None,
         stream: Stream | None = None,
+        round_after: Callable[[int], int] | None = None,
     ) -> None:
         super().__init__(operator, first=first, batches=batches, whole=whole, stream=stream)
         self.sharing, self.distribution = sharing, distribution
         self.probes = Probes(operator, seed, sharing, distribution)
         self.design = Plain() if design is None else design
+        self._round_after = round_after
 
     def extend(self, num_probes: int, on_step: OnStep = go_on) -> Iterator[None]:
         """Bring every batch to ``num_probes``, yielding between two blocks of products.
@@ -76,12 +80,19 @@ class Hutchinson(Cells):
         """
         yield from self.design.prepare()
         began = min(len(cells) for cells in self.cells.values())
-        behind = [i for i in self.indices if len(self.cells[i]) < num_probes]
-        yield from self._through(behind, partial(self._visit, wanted=num_probes, on_step=on_step))
+        for wanted in self._rounds(began, num_probes):
+            behind = [i for i in self.indices if len(self.cells[i]) < wanted]
+            yield from self._through(behind, partial(self._visit, wanted=wanted, on_step=on_step))
         if num_probes > began:
             if self.stream is not None:
                 self.stream.close_round(num_probes - began)
             yield
+
+    def _rounds(self, began: int, num_probes: int) -> Iterator[int]:
+        """Probes of every batch after each round, up to those that are wanted."""
+        while self._round_after is not None and (began := self._round_after(began)) < num_probes:
+            yield began
+        yield num_probes
 
     def _visit(self, batch: int, wanted: int, on_step: OnStep) -> Generator[None, None, Visit]:
         (term,) = self.operator.batches([batch])
