@@ -2,6 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+# Tests start the program a hundred times: with torch compiled once, in half the time.
+COMPILED := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/bytecode
 SAMPLES := samples/fashion/model.pt samples/text/model.safetensors samples/sunspots/model.pt
 
 help:  ## Show this list
@@ -11,7 +13,7 @@ demo: $(VENV)/demo  ## Install, and trace the Hessian of a small trained network
 	$(BIN)/hesscli trace samples/fashion/model.pt
 
 test: $(VENV)/test  ## Run the test suite on two processes
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+	$(COMPILED) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 portable: $(VENV)/test  ## Tests of numbers on older instruction sets, other BLAS paths, two threads
 	$(BIN)/python tests/portable.py $(PYTEST)
