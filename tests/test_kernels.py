@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hesscli.operators.kernels import twice_differentiable
-from hesscli.problem.convolutions import as_product, as_products
+from hesscli.problem.convolutions import as_product, as_products, met
 
 
 def second_order(run: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
@@ -63,6 +64,12 @@ def _seed() -> None:
         (F.conv2d, (2, 4, 7, 6), (4, 1, 3, 3), {"groups": 4, "padding": 1}),
         (F.conv2d, (2, 3, 9, 9), (5, 3, 3, 3), {"dilation": 2, "stride": 2}),
         (F.conv3d, (2, 2, 5, 4, 5), (3, 2, 2, 2, 2), {"padding": 1}),
+        # Of these some taps meet nothing but padding, the last of which has other widths by side.
+        (F.conv2d, (4, 4, 1, 1), (3, 4, 3, 3), {"padding": 1}),
+        (F.conv2d, (4, 4, 2, 2), (3, 4, 3, 3), {"stride": 2, "padding": 1}),
+        (F.conv2d, (2, 4, 1, 7), (3, 4, 5, 3), {"padding": (3, 1)}),
+        (F.conv1d, (2, 4, 5), (6, 2, 3), {"groups": 2, "dilation": 8, "padding": 8}),
+        (F.conv1d, (2, 4, 3), (6, 4, 5), {"stride": 3, "padding": 3}),
     ],
 )
 def test_convolutions(
@@ -70,6 +77,28 @@ def test_convolutions(
 ) -> None:
     leaves = [leaf(*shape), leaf(*kernel), *([leaf(kernel[0])] if bias else [])]
     assert_same(lambda x, w, b=None: function(x, w, b, **options), leaves)
+
+
+def naive(size: int, under: int, move: int, pad: int, step: int) -> set[int]:
+    """The taps that meet something: those whose weights a convolution of ones differs by."""
+    kernel = torch.eye(under).view(under, 1, under)
+    images = F.conv1d(torch.ones(1, 1, size), kernel, None, move, pad, step)
+    return set(images.sum(2).nonzero()[:, 1].tolist())
+
+
+def test_taps_that_meet_padding_alone_are_left_out() -> None:
+    """All that meet something stay, and no more on either side of them; widths keep the places."""
+    for case in itertools.product((1, 2, 3, 6), (1, 2, 3, 5), (1, 2, 3), (0, 1, 2, 4), (1, 2, 5)):
+        size, under, move, pad, step = case
+        if size + 2 * pad < step * (under - 1) + 1:
+            continue
+        x, w = torch.randn(1, 1, size), torch.randn(2, 1, under)
+        around, narrow, (padding,) = met(x, w, [move], [pad], [step])
+        if taps := naive(*case):
+            assert narrow.shape[2] == max(taps) - min(taps) + 1, case
+            torch.testing.assert_close(narrow, w[..., min(taps) : max(taps) + 1])
+        ours = F.conv1d(around, narrow, None, move, padding, step)
+        torch.testing.assert_close(ours, F.conv1d(x, w, None, move, pad, step))
 
 
 @pytest.mark.parametrize("held", [0, 1])
@@ -107,6 +136,8 @@ def names_of(value: Tensor) -> set[str]:
         ((2, 3, 4, 5), (9, 3, 3, 3), {"stride": (3, 2), "padding": (1, 0)}),
         ((3, 2, 5, 5), (30, 2, 3, 2), {"dilation": 2, "stride": 2, "padding": [1]}),
         ((1, 4, 1, 1), (5, 4, 1, 1), {"bias": True}),
+        ((2, 4, 1, 1), (5, 4, 3, 3), {"padding": 1}),
+        ((2, 4, 2, 1), (5, 4, 3, 3), {"stride": 2, "padding": 1, "bias": True}),
     ],
 )
 def test_deep_convolutions_in_float64_are_products(

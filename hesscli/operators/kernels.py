@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hesscli.problem.convolutions import as_product
+from hesscli.problem.convolutions import as_product, met
 from hesscli.problem.replacing import replacing
 
 _CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -61,7 +61,8 @@ def only(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 def _is_wanted(weight: Tensor) -> bool:
     """Whether a gradient of it is; what is made of other tensors leads on to them."""
-    return _only is None or not weight.is_leaf or weight.data_ptr() in _only
+    origin = weight if weight._base is None else weight._base
+    return _only is None or not origin.is_leaf or origin.data_ptr() in _only
 
 
 def _leads_nowhere(slope: Tensor) -> bool:
@@ -92,6 +93,7 @@ def _convolution(
         result: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
         return result
     stride, padding, dilation = _each(stride, dims), _each(padding, dims), _each(dilation, dims)
+    input, weight, padding = met(input, weight, stride, padding, dilation)
     geometry = stride, padding, dilation, False, [0] * dims, groups
     input, weight, bias = _as_autocast(input), _as_autocast(weight), _as_autocast(bias)
     output: Tensor = _Convolution.apply(input, weight, geometry)  # type: ignore[no-untyped-call]
