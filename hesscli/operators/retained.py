@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class _Part:
 
 
 class Retained:
-    """A vector's product over all the batches, summed in float64.
+    """A vector's product over all the batches, summed in float64 where it is a sum.
 
     A batch's graph takes a gradient's work to make and each product on it two, so that keeping it
     saves a third. Graphs are kept as long as they fit; the other batches make theirs anew, and so
@@ -57,12 +56,12 @@ class Retained:
         self._parts: dict[int, float] = {}
         self._storages: set[int] = set()
         self._measured: dict[int, _Part] = {}
-        self._vectors: tuple[Tensor, Tensor] | None = None
+        self._row: Tensor | None = None
+        self._total: Tensor | None = None
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """A v in float64, weight decay included: good until the next is made in its place."""
-        operator, (row, total) = self.operator, self._held()
-        row[0].copy_(vector)
+        """A v, weight decay included: good until the next is made in its place."""
+        operator, row = self.operator, self._copied(vector)
         parts = dict[int, float]()
 
         def product(term: LiveTerm) -> Iterator[Tensor]:
@@ -71,17 +70,32 @@ class Retained:
             self._on_step()
             yield found
 
-        total.zero_()
-        if operator.decay:
-            total.add_(row, alpha=operator.decay)
         with operator.meter.pooled():
-            total = shared_sum(operator.shared(), total, product)
+            total = self._alone(product) if self._is_one else self._added_up(row, product)
         every = world.gathered((parts, self._graphs()))
         self._elsewhere = {i: fresh for _, graphs in every for i, fresh in graphs.items()}
         for sizes, _ in every:
             for index, part in sizes.items():
                 self._parts[index] = max(part, self._parts.get(index, 0.0))
         return total[0]
+
+    @property
+    def _is_one(self) -> bool:
+        """Whether one batch's product is all there is, which has all the weight then."""
+        return len(self._groups) == 1 and not self.operator.decay and world.size() == 1
+
+    def _alone(self, product: Callable[[LiveTerm], Iterator[Tensor]]) -> Tensor:
+        ((found,),) = map(product, self.operator.shared())
+        return found
+
+    def _added_up(self, row: Tensor, product: Callable[[LiveTerm], Iterator[Tensor]]) -> Tensor:
+        """In float64, on all ranks."""
+        if self._total is None:
+            self._total = torch.empty_like(row, dtype=torch.float64)
+        self._total.zero_()
+        if self.operator.decay:
+            self._total.add_(row, alpha=self.operator.decay)
+        return shared_sum(self.operator.shared(), self._total, product)
 
     def rounding(self, vectors: Tensor) -> float:
         """How far off a product with one of some unit vectors may be.
@@ -194,15 +208,14 @@ class Retained:
     def forget(self) -> None:
         """Give the graphs back; the next product makes new ones."""
         self._kept.clear()
-        self._room, self._vectors = 0, None
+        self._room, self._row, self._total = 0, None, None
 
-    def _held(self) -> tuple[Tensor, Tensor]:
-        """Where a vector and its product are: memory that is taken anew is slow at first."""
-        if self._vectors is None:
-            problem, size = self.operator.problem, self.operator.parameters.size
-            like = partial(torch.empty, 1, size, device=problem.device)
-            self._vectors = like(dtype=problem.dtype), like(dtype=torch.float64)
-        return self._vectors
+    def _copied(self, vector: Tensor) -> Tensor:
+        """As a row in the problem's type: in memory that is kept, since it is slow at first."""
+        if self._row is None:
+            problem = self.operator.problem
+            self._row = torch.empty(1, len(vector), dtype=problem.dtype, device=problem.device)
+        return self._row.copy_(vector[None])
 
     def _graphs(self) -> dict[int, bool]:
         """Whose graphs are kept here, and whether they serve as they are."""
