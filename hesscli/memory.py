@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hesscli import world
 from hesscli.errors import UsageError
+from hesscli.heap import kept_bytes
 from hesscli.units import human_bytes
 
 _SPARE = 0.9
@@ -32,8 +33,8 @@ def available_bytes(device: torch.device | str | None = None) -> int:
 
     On the CPU the least of what the machine has and what the limits of the process's control
     groups, as containers set them, leave. Cached files count as free: they give way. Ranks on one
-    machine have equal parts of it, and all ranks go by what the poorest has. On a CUDA device what
-    torch keeps of what was freed counts as free, too.
+    machine have equal parts of it, and all ranks go by what the poorest has. What is kept of what
+    was freed counts as free, too: on a CUDA device by torch, else by the C library.
 
     Args:
         device: the CPU unless it says otherwise.
@@ -171,7 +172,7 @@ def require_room(
 
 def _of_machine() -> int:
     if _MEMINFO.exists():
-        return _entries(_MEMINFO)["MemAvailable:"] * 1024
+        return _entries(_MEMINFO)["MemAvailable:"] * 1024 + kept_bytes()
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -187,7 +188,7 @@ def _of_groups() -> Iterator[int]:
             continue
         # In the older hierarchy only the totals count what groups below have, as its usage does.
         cached = sum(stat.get(f"total_{kind}", stat.get(kind, 0)) for kind in _CACHES)
-        yield max(0, limit - used + cached)
+        yield max(0, limit - used + cached + kept_bytes())
 
 
 def _groups() -> Iterator[tuple[Path, str, str]]:

@@ -21,7 +21,7 @@ HEAVY = {"torch", "numpy", "matplotlib", "scipy"}
 
 # From the street up to the roof; a room may import from the floors below it.
 FLOORS = [
-    {"errors", "units", "commands"},
+    {"errors", "units", "commands", "heap"},
     {"vocabulary", "state", "world"},
     {"results"},
     {

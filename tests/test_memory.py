@@ -18,7 +18,7 @@ from program import hesscli_warm
 from torch import Tensor, nn
 
 import hesscli
-from hesscli import ledger, memory
+from hesscli import heap, ledger, memory
 from hesscli.diagnostics import growth
 from hesscli.diagnostics.growth import Growth
 from hesscli.errors import ExitCode, UnsoundError, UsageError
@@ -119,6 +119,7 @@ def test_limits_of_a_container_count(
     monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(memory, "_GROUPS", tmp_path)
     monkeypatch.setattr(memory, "_of_machine", lambda: 64 * GIB)
+    monkeypatch.setattr(memory, "kept_bytes", lambda: 0)
     assert available_bytes() == 64 * GIB
     stat = f"cache 7\n{total}inactive_file {GIB}\n{total}active_file {GIB // 2}"
     limits = {"job/step": "max" if total == "" else str(2**63 - 4096), "job": str(8 * GIB)}
@@ -367,6 +368,27 @@ def test_memory_and_open_files_stay_as_they_are_over_thousands_of_products() -> 
     One of 9 kB of each of 2,000 would be a fifteenth of the process, and a twentieth is allowed.
     """
     faults.stays_flat_alone("diag", 2000)
+
+
+KEPT = """
+import torch
+from hesscli.heap import keep_freed_memory, kept_bytes
+from hesscli.memory import available_bytes, taken_bytes
+keep_freed_memory()
+cpu = torch.device("cpu")
+vector = torch.ones(50_000_000)
+before, taken = kept_bytes(), taken_bytes(cpu)
+del vector
+assert taken_bytes(cpu) > taken - 2e7, "it went back"
+assert abs(kept_bytes() - before - 2e8) < 1e7, kept_bytes() - before  # and small ones
+assert available_bytes() >= kept_bytes()
+"""
+
+
+@pytest.mark.skipif(not heap.kept_bytes(), reason="only glibc tells what it keeps")
+def test_a_vector_that_was_freed_is_kept_and_counts_as_free() -> None:
+    """Of 200 MB, which glibc would give back by itself."""
+    subprocess.run([sys.executable, "-c", KEPT], check=True)
 
 
 def fresh() -> Tensor:

@@ -26,7 +26,7 @@ from typer.exceptions import TyperException
 from hesscli import __version__, world
 from hesscli.cli.answer import answer
 from hesscli.cli.console import Console, interrupts
-from hesscli.cli.process import age, keep_freed_memory, results_alone, yield_waiting_cores
+from hesscli.cli.process import age, results_alone, yield_waiting_cores
 from hesscli.cli.usage import Typed, Usage
 from hesscli.commands import COMMANDS, Command
 from hesscli.errors import (
@@ -37,6 +37,7 @@ from hesscli.errors import (
     UsageError,
     first_line,
 )
+from hesscli.heap import keep_freed_memory
 
 EXAMPLES = """\
 Examples:

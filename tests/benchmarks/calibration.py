@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import hesscli
-from hesscli.cli.process import keep_freed_memory
+from hesscli.heap import keep_freed_memory
 from hesscli.results import IhvpResult, Perturbation
 
 SAMPLES = {"fashion": "fashion/model.pt", "text": "text/model.safetensors"}

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscli
-from hesscli.cli.process import keep_freed_memory
+from hesscli.heap import keep_freed_memory
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 WANTED = {"trace ±5%": 0.05, "trace ±1%": 0.01, "diag 10%": 0.1}

@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from truths import Truth
 
 import hesscli
-from hesscli.cli.process import keep_freed_memory
+from hesscli.heap import keep_freed_memory
 
 FOLDER = Path(__file__).resolve().parents[2] / "samples"
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hesscli.cli.process import keep_freed_memory
 from hesscli.errors import UnsoundError
+from hesscli.heap import keep_freed_memory
 from hesscli.optim import MFAC, AdaHessian
 from hesscli.randomness import key, rademacher
 

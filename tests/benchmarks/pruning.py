@@ -22,7 +22,7 @@ import torch
 from lines import ROOT, Lines
 
 import hesscli
-from hesscli.cli.process import keep_freed_memory
+from hesscli.heap import keep_freed_memory
 
 CHECKPOINTS = {"fashion": "fashion/model.pt", "text": "text/model.safetensors"}
 SPARSITIES = {

@@ -16,13 +16,13 @@ from pruning import WORTH, told
 from torch import Tensor
 
 import hesscli
-from hesscli.cli.process import keep_freed_memory
 from hesscli.diagnostics.pruning_choice import Candidates, least
 from hesscli.diagnostics.pruning_study import at
 from hesscli.diagnostics.saliency import saliencies
 from hesscli.diagnostics.window import block_sizes, kind_of
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.pruning import compensation
+from hesscli.heap import keep_freed_memory
 from hesscli.meter import Meter, go_on
 from hesscli.operators.per_example.rows import Rows
 from hesscli.problem.proof import measured

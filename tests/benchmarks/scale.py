@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.cli.process import keep_freed_memory
+from hesscli.heap import keep_freed_memory
 from hesscli.memory import peak_bytes
 from hesscli.meter import now
 from hesscli.results import Snapshot

@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscli
-from hesscli.cli.process import keep_freed_memory
+from hesscli.heap import keep_freed_memory
 from hesscli.problem.freezing import FrozenData
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"

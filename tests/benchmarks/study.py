@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from hesscli.cli.process import keep_freed_memory
 from hesscli.errors import UnsoundError
+from hesscli.heap import keep_freed_memory
 from hesscli.optim import MFAC, AdaHessian
 from hesscli.optim.base import LossOptimizer
 
