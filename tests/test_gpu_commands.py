@@ -106,6 +106,15 @@ def test_every_command(command: str, checkpoint: str, tmp_path: Path) -> None:
     same(command, one, other)
 
 
+@pytest.mark.parametrize("command", ["trace", "spectrum"])
+def test_blocks_that_are_run_again(command: str, tmp_path: Path) -> None:
+    """There give what blocks that are kept give on the CPU."""
+    path = SAMPLES / "text/model.safetensors"
+    one = answer(command, path, "cpu", tmp_path / "host")
+    other = answer(command, path, "cuda", tmp_path / "device", "--checkpoint-activations")
+    same(command, one, other)
+
+
 def test_auto_is_the_device(tmp_path: Path) -> None:
     found = answer("trace", SAMPLES / "sunspots/model.pt", "auto", tmp_path)
     assert found["problem"]["device"] == "cuda:0"

@@ -201,8 +201,9 @@ ROWS = [
 
 ON_A_DEVICE = [
     *(("resnet", command) for command in ("trace", "diag", "lanczos", "ihvp")),
-    *(("gpt:27", command) for command in ("minute", "lanczos", "ihvp")),
-    *((f"gpt:{size}", "minute") for size in (108, 1000)),
+    *(("gpt:27", command) for command in ("lanczos", "spectrum")),
+    ("gpt:1000", "minute"),
+    ("gpt:27", "ihvp"),
 ]
 
 
