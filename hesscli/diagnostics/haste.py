@@ -32,15 +32,17 @@ of 11 to 110 million weights."""
 def in_haste(run: Run) -> dict[str, Any] | None:
     """Batches to be taken as one, and why, as plain values; None where there is time for more.
 
-    What a gradient takes is what it took in proof and checks. All ranks come to the same.
+    What a gradient takes is what it took in the proof, or in checks where it took longer there, or
+    where another run had made the proof. All ranks come to the same.
     """
     return world.decided(_found(run) if isinstance(run.operator, Hessian) else None)
 
 
 def _found(run: Run) -> dict[str, Any] | None:
-    problem, operator, before, left = run.problem, run.operator, run.before, run.clock.left
+    problem, operator, left = run.problem, run.operator, run.clock.left
     alone, groups = [(i,) for i in problem.indices], _together(problem)
-    pace = before.seconds / max(before.gradients, 1.0)
+    pace = run.before.seconds / max(run.before.gradients, 1.0)
+    pace = max(pace, run.proof / problem.gradient_cost * world.gain(len(problem.joint())))
 
     def seconds(some: Sequence[Sequence[int]], more: float = 0.0) -> float:
         return pace * (more + operator.foreseen(some, _PROBES) / world.gain(len(some)))

@@ -158,13 +158,15 @@ def environment(device: torch.device) -> Environment:
 class Run:
     """A matrix that has passed its checks, and the time that may be taken with it.
 
-    ``before`` is what proof and checks took.
+    ``proof`` is the seconds that its gradient took, where it was made for this run, and ``before``
+    what it and checks did.
     """
 
     operator: Operator
     report: ProblemReport
     flight: Preflight
     clock: Clock
+    proof: float
     before: Spent
     ledger: Ledger = UNKEPT
 
@@ -249,7 +251,9 @@ def started(
         KeyboardInterrupt: the observer wanted no more.
     """
     build, meter = matrix_named(matrix), Meter()
+    began = clock.elapsed
     problem.prove(clock.within_budget, meter)
+    proof = clock.elapsed - began
     report = problem.report(build.name)  # of the user's own type, whatever differences are in
     ledger.attach(clock, meter)
     if ledger is not UNKEPT:
@@ -268,7 +272,7 @@ def started(
         clock.growth = Growth(problem.device)
         if not problem.together.halved:
             problem.together.most = ledger.decided("at once", partial(vectors_at_once, operator))
-        yield Run(operator, report, flight, clock, before, ledger)
+        yield Run(operator, report, flight, clock, proof, before, ledger)
     ledger.close()
 
 
