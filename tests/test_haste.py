@@ -113,12 +113,12 @@ def test_what_may_be_exact_is_not_hurried() -> None:
 
 @pytest.mark.usefixtures("counted_clock")
 def test_of_a_sample_so_many_batches_are_taken_as_show_the_others() -> None:
-    given = problem(640, examples=64)
+    given = problem(128, examples=64)
     found = hesscli.trace(given, budget=before_probes(given) + 40, rtol=1e-3)
     assert "8 batches of 8 examples" in found.method.note
     assert found.trace.data_stderr
     low, high = found.trace.interval
-    assert low < truth(problem(640, examples="all")) < high
+    assert low < truth(problem(128)) < high
 
 
 # -- What it comes to ------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ look at first, and a number as soon as all have two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ def in_haste(run: Run) -> dict[str, Any] | None:
 def _found(run: Run) -> dict[str, Any] | None:
     problem, operator, left = run.problem, run.operator, run.clock.left
     alone, groups = [(i,) for i in problem.indices], _together(problem)
+    if left == math.inf or len(groups) == len(alone):
+        return None
     pace = run.before.seconds / max(run.before.gradients, 1.0)
     pace = max(pace, run.proof / problem.gradient_cost * world.gain(len(problem.joint())))
 
@@ -48,7 +51,7 @@ def _found(run: Run) -> dict[str, Any] | None:
         return pace * (more + operator.foreseen(some, _PROBES) / world.gain(len(some)))
 
     usual, first = seconds(alone, _CHOOSING), seconds(alone[:_BAR], _CHOOSING)
-    if len(groups) == len(alone) or left >= usual or seconds(groups) > max(left, first):
+    if left >= usual or seconds(groups) > max(left, first):
         return None
     if problem.hidden_outputs is None and may_be_exact(problem, operator.meter):
         return None
