@@ -14,6 +14,7 @@ from torch import nn
 import hesscli
 from hesscli.engines.lanczos import Lanczos
 from hesscli.engines.mfac import GradientWindow, StaticFisher, WindowedFisher
+from hesscli.results import TraceResult
 
 pytestmark = [
     pytest.mark.gpu,
@@ -157,19 +158,25 @@ def wide() -> hesscli.Problem:
 
 
 def test_memory_that_runs_out_halves_the_block() -> None:
-    """Of a card of which the process may have but three quarters of what it took before."""
-    measure = partial(
-        hesscli.trace, method="hutchinson", mode="forward-over-reverse", probes=32, budget=None
-    )
+    """Of a card of which the process may have more than half a block takes, and less than one."""
+
+    def measure(probes: int) -> TraceResult:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return hesscli.trace(
+            wide(), method="hutchinson", mode="forward-over-reverse", probes=probes, budget=None
+        )
+
     card = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    whole = measure(wide())
+    measure(16)
+    half = torch.cuda.max_memory_reserved()
+    whole = measure(32)
     taken = torch.cuda.max_memory_allocated()
+    assert half < 0.95 * taken
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.75 * taken / card)
+    torch.cuda.set_per_process_memory_fraction((half + taken) / 2 / card)
     try:
-        halved = measure(wide())
+        halved = measure(32)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert any("memory ran out once" in told for told in halved.warnings)

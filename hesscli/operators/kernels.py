@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hesscli.problem.convolutions import as_product, met
 from hesscli.problem.replacing import replacing
+from hesscli.problem.weight_norm import weight_norm
 
 _CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _convolve = torch.ops.aten.convolution
@@ -38,7 +39,7 @@ def twice_differentiable() -> replacing:
     Forward mode does not go through them, and a third derivative does not either.
     """
     ours = {function: partial(_convolution, function) for function in _CONVOLUTIONS}
-    return replacing({**ours, F.batch_norm: _batch_norm, torch._weight_norm: _weight_norm})
+    return replacing({**ours, F.batch_norm: _batch_norm, torch._weight_norm: weight_norm})
 
 
 _only: frozenset[int] | None = None
@@ -124,11 +125,6 @@ def _batch_norm(
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
     shape = (1, -1, *[1] * (input.dim() - 2))
     return input * scale.view(shape) + shift.view(shape)
-
-
-def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
-    """Directions over their norms, which are taken over all dimensions but one, times lengths."""
-    return direction * (length / torch.norm_except_dim(direction, 2, dim))
 
 
 class _Convolution(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hesscli import randomness
 from hesscli.arithmetic import in_full_precision
 from hesscli.errors import InputError, UnsoundError, UsageError, first_line
+from hesscli.problem.weight_norm import exact_norms
 from hesscli.torch_private import apply_to_tensors, held_buffers, held_parameters
 
 # -- A model on a device and in a floating type, while the user's own stays where and as it is -----
@@ -100,7 +101,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Kernels that can be differentiated twice, and tensors that no forward pass changes.
 
     Fused attention has neither double backward nor forward mode, and neither has cuDNN's
-    recurrent kernel a double backward.
+    recurrent kernel a double backward. What is meant to be in float64 is.
 
     Raises:
         UnsoundError: an embedding has rescaled its own weights, which are put back.
@@ -110,6 +111,8 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
             stack.enter_context(in_full_precision(cudnn=not recurrent))
+            if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+                stack.enter_context(exact_norms())
         stack.enter_context(_unchanged_buffers(model))
         stack.enter_context(_unscaled_embeddings(model))
         yield
