@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from program import SPEC, SUNSPOTS, hesscli_run, hesscli_warm, three_lines
+from program import SPEC, SUNSPOTS, hesscli_warm, three_lines
 from safetensors.numpy import load_file, save_file
 
 from hesscli.cli.app import main
@@ -18,7 +18,7 @@ PICTURES = ("ihvp", "ihvp_saliency", "ihvp_damping")
 
 def test_ihvp_out_json_runs_as_it_stands_in_a_sample(tmp_path: Path, capsys) -> None:
     """Literally the words of the README, but for where files go."""
-    run = hesscli_run("ihvp", "--out", "json", "--dir", tmp_path, cwd=SUNSPOTS.parent)
+    run = hesscli_warm("ihvp", "--out", "json", "--dir", tmp_path, cwd=SUNSPOTS.parent)
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
     main(["schema"])
@@ -63,7 +63,7 @@ def test_verify_shows_measured_losses(tmp_path: Path) -> None:
 def test_a_warning_says_how_far_the_window_is_from_the_matrix(tmp_path: Path) -> None:
     """In units of what was solved for, and not where the matrix itself was solved with."""
     few = ("ihvp", SUNSPOTS, "--vector", "gradient", "--window", "16", "--matrix", "ggn")
-    for refined in ((), ("--refine", "1e-3")):
+    for refined in ((), ("--refine", "0.05")):
         run = hesscli_warm(*few, *refined, "--out", "json", "--dir", "-", cwd=tmp_path)
         assert run.returncode == 0, run.stderr
         residual = json.loads(run.stdout)["residual"]["operator"]

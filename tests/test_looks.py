@@ -53,8 +53,8 @@ def signed(rng: np.random.Generator, probes: int) -> Array:
     basis = np.linalg.qr(np.random.default_rng(3).standard_normal((30, 30)))[0]
     matrix = basis @ np.diag(10.0 / (1 + np.arange(30))) @ basis.T
     np.fill_diagonal(matrix, 0)
-    signs = 2.0 * rng.integers(0, 2, (probes, SEEDS, 30)) - 1
-    forms = np.einsum("psi,psi->ps", signs @ matrix, signs)
+    signs = (2 * rng.integers(0, 2, (probes, SEEDS, 30), np.int8) - 1).astype(np.float32)
+    forms = (signs @ matrix.astype(np.float32) * signs).sum(-1)
     return forms / math.sqrt(2 * np.square(matrix).sum())
 
 

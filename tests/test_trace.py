@@ -381,11 +381,11 @@ from hesscli.problem.freezing import FrozenData
 from hesscli.problem.sources import TensorRows
 torch.set_num_threads(1)
 torch.manual_seed(0)
-hidden = [torch.nn.Linear(256, 256), torch.nn.Tanh()] * 4
-model = torch.nn.Sequential(*hidden, torch.nn.Linear(256, 2))
-count = 64 * int(sys.argv[1])
-rows = TensorRows(torch.randn(count, 256), torch.randint(2, (count,)))
-problem = hesscli.Problem(model, "cross_entropy", rows, examples="all", batch_size=64)
+hidden = [torch.nn.Linear(32, 32), torch.nn.Tanh()] * 4
+model = torch.nn.Sequential(*hidden, torch.nn.Linear(32, 2))
+count = 512 * int(sys.argv[1])
+rows = TensorRows(torch.randn(count, 32), torch.randint(2, (count,)))
+problem = hesscli.Problem(model, "cross_entropy", rows, examples="all", batch_size=512)
 result = hesscli.trace(problem, probes=2, method="hutchinson")
 unit = 1 if sys.platform == "darwin" else 1024
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
