@@ -285,9 +285,16 @@ def test_long_names_differ_before_columns_are_kept(width: int) -> None:
         assert len({row[1] for row in part}) == 40
 
 
-@pytest.mark.parametrize("name", ODD_RESULTS)
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
-@pytest.mark.parametrize("width", [40, 80, 120])
+ENCODINGS, WIDTHS = ("utf-8", "ascii", "cp1252"), (40, 80, 120)
+STREAMS = [
+    (name, ENCODINGS[(number + step) % 3], width)
+    for number, name in enumerate(ODD_RESULTS)
+    for step, width in enumerate(WIDTHS)
+]
+"""Each result at all widths and in all encodings, and each width in all of them."""
+
+
+@pytest.mark.parametrize(("name", "encoding", "width"), STREAMS)
 def test_tables_fit_any_stream(name: str, encoding: str, width: int) -> None:
     result = ODD_RESULTS[name]
     text = printed(ihvp_table(result, full=True), width, encoding)

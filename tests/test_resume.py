@@ -113,7 +113,7 @@ RUNS: dict[str, tuple[Callable[[], Problem], Measure]] = {
         partial(hesscli.ihvp, window=WindowOptions(size=34), refine=0.1, matrix="ggn"),
     ),
 }
-CUTS = 16
+CUTS = [10, pytest.param(48, marks=pytest.mark.study)]
 """In about so many places a run is cut off, those before its first step included."""
 
 
@@ -151,8 +151,11 @@ def kept_in(
     return FileLedger(path, facts or {}, resume=resume, say=pytest.fail, **how)
 
 
+@pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("name", RUNS)
-def test_from_any_step_a_run_goes_on_to_the_same_result(name: str, tmp_path: Path) -> None:
+def test_from_any_step_a_run_goes_on_to_the_same_result(
+    name: str, cuts: int, tmp_path: Path
+) -> None:
     make, measure = RUNS[name]
     expected = said(measure(make(), budget=None))
     path, at = tmp_path / "run.ledger", 10**9
@@ -160,7 +163,7 @@ def test_from_any_step_a_run_goes_on_to_the_same_result(name: str, tmp_path: Pat
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     resumed = 0
-    for step in range(at, 0, -max(1, at // CUTS)):
+    for step in range(at, 0, -max(1, at // cuts)):
         cut_off(measure, make(), step, kept_in(path))
         if not path.exists():  # nothing is kept of proofs and preflight
             break

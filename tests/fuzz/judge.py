@@ -70,7 +70,7 @@ def judge(subject: Subject, dice: Dice, *, brief: bool = False) -> Report:
     Args:
         subject: what to analyse.
         dice: chooses the commands.
-        brief: one command and no tolerance, which may take its time.
+        brief: one command of fewer probes and no tolerance, which may take its time.
     """
     if subject.must_refuse:
         return judge_refusal(subject)
@@ -155,7 +155,8 @@ Command = Callable[[hesscli.Problem, Subject, Truth, Report], list[str]]
 def commands(dice: Dice, subject: Subject, brief: bool) -> Iterator[Command]:
     """Trace or diagonal always, now and then eigenvalues and a solve."""
     chosen: dict[str, Any] = {"budget": BUDGET, "seed": dice.between(0, 1000)}
-    chosen |= {"probes": dice.between(16, 32)} if brief or dice.chance(0.9) else {"rtol": 0.25}
+    few = dice.between(8, 16) if brief else dice.between(16, 32)
+    chosen |= {"probes": few} if brief or dice.chance(0.9) else {"rtol": 0.25}
     if dice.chance(0.5):
         yield lambda *args: _trace(*args, **chosen)
     else:
