@@ -97,7 +97,7 @@ def test_trace_of_a_module_that_is_registered_twice(kind: type[nn.Module], metho
             truth += float(row.reshape(-1)[index])
     problem = hesscli.Problem(model, "cross_entropy", TensorDataset(x, y))
     for _ in range(2):
-        result = hesscli.trace(problem, method=method, probes=64)
+        result = hesscli.trace(problem, method=method, probes=16)
         low, high = result.trace.interval
         centre, half = (low + high) / 2, (high - low) / 2
         assert abs(truth - centre) <= 3 * half + 1e-12 * abs(truth)
