@@ -88,8 +88,21 @@ def relu_truth(relu: hesscli.Problem) -> np.ndarray:
     return np.linalg.eigvalsh(dense_matrix(relu))
 
 
-def test_the_ten_largest_to_eight_digits(problem: hesscli.Problem, dense: np.ndarray) -> None:
-    result = hesscli.spectrum(problem, steps=64, probes=1)
+@pytest.fixture(scope="module")
+def usual(problem: hesscli.Problem) -> SpectrumResult:
+    """What is found where nothing is asked for."""
+    return hesscli.spectrum(problem)
+
+
+@pytest.fixture(scope="module")
+def explored(problem: hesscli.Problem) -> SpectrumResult:
+    """From one start vector, with vectors and the block of the last layer."""
+    last = problem.layer_names[-1:]
+    return hesscli.spectrum(problem, steps=64, probes=1, vectors=True, layers=last)
+
+
+def test_the_ten_largest_to_eight_digits(explored: SpectrumResult, dense: np.ndarray) -> None:
+    result = explored
     truth = np.linalg.eigvalsh(dense)[::-1][:10]
     top = [one for one in result.eigenvalues if one.end == "top"]
     np.testing.assert_allclose([one.value for one in top], truth, rtol=1e-8)
@@ -106,13 +119,12 @@ def test_an_eigenvalue_lies_within_each_bar(problem: hesscli.Problem, dense: np.
             assert np.abs(truth - one.value).min() <= one.residual + own
 
 
-def test_the_density_is_near_the_dense_one(problem: hesscli.Problem, dense: np.ndarray) -> None:
+def test_the_density_is_near_the_dense_one(usual: SpectrumResult, dense: np.ndarray) -> None:
     """As nodes, and as the smooth curve that is drawn."""
     truth = np.linalg.eigvalsh(dense)
     size = np.abs(truth).mean()
-    result = hesscli.spectrum(problem)
-    assert result.cost.products == PRODUCTS
-    density = result.density
+    assert usual.cost.products == PRODUCTS
+    density = usual.density
     assert abs(sum(density.weights) - 1) < 1e-12
     assert wasserstein_distance(truth, density.nodes, None, density.weights) / size <= DISTANCE
     grid, values = np.array(density.grid), np.array(density.values)
@@ -121,7 +133,7 @@ def test_the_density_is_near_the_dense_one(problem: hesscli.Problem, dense: np.n
     assert wasserstein_distance(truth, grid, None, masses) / size <= DISTANCE
 
 
-def test_sums_over_all_eigenvalues(problem: hesscli.Problem, dense: np.ndarray) -> None:
+def test_sums_over_all_eigenvalues(usual: SpectrumResult, dense: np.ndarray) -> None:
     """Within six standard errors of what the dense spectrum gives: a test of what is summed."""
     truth = np.linalg.eigvalsh(dense)
     shares = np.abs(truth) / np.abs(truth).sum()
@@ -131,26 +143,27 @@ def test_sums_over_all_eigenvalues(problem: hesscli.Problem, dense: np.ndarray) 
         "stable_rank": (truth**2).sum() / truth[-1] ** 2,
         "effective_rank": math.exp(-(shares * np.log(shares)).sum()),
     }
-    result = hesscli.spectrum(problem, seed=3)
     for name, value in expected.items():
-        found = getattr(result.functions, name)
+        found = getattr(usual.functions, name)
         error = found.stderr or abs(found.depth_change)
         assert found.value == pytest.approx(value, abs=6 * error, rel=1e-9), name
     mass = shares[truth < 0].sum()
-    assert result.negative_mass == pytest.approx(mass, abs=0.01)
+    assert usual.negative_mass == pytest.approx(mass, abs=0.01)
 
 
-def test_participation_and_vectors(problem: hesscli.Problem, dense: np.ndarray) -> None:
-    result = hesscli.spectrum(problem, steps=64, probes=1, k=5, vectors=True)
-    stacked = [result.vectors[name].reshape(10, -1) for name in problem.parameter_names]
+def test_participation_and_vectors(
+    problem: hesscli.Problem, explored: SpectrumResult, dense: np.ndarray
+) -> None:
+    result, count = explored, len(explored.eigenvalues)
+    stacked = [result.vectors[name].reshape(count, -1) for name in problem.parameter_names]
     vectors = np.concatenate(stacked, axis=1)
-    assert np.abs(vectors @ vectors.T - np.eye(10)).max() < 1e-10
+    assert np.abs(vectors @ vectors.T - np.eye(count)).max() < 1e-10
     for row, one in enumerate(result.eigenvalues):
         residual = np.linalg.norm(dense @ vectors[row] - one.value * vectors[row])
         assert residual <= one.residual + 1e-10 * np.abs(dense).max()
     for layer in result.layers:
         owned = [
-            result.vectors[p.name].reshape(10, -1) for p in problem.parameters.in_layer(layer.name)
+            result.vectors[p.name].reshape(count, -1) for p in problem.parameters.in_layer(layer.name)
         ]
         shares = sum((part**2).sum(1) for part in owned)
         np.testing.assert_allclose(layer.participation, shares, atol=1e-12)
@@ -168,16 +181,16 @@ def test_vector_errors_bound_the_angle(problem: hesscli.Problem, dense: np.ndarr
         assert bound is None or math.sqrt(max(1 - cosine**2, 0.0)) <= bound + 1e-7
 
 
-def test_blocks_of_layers(problem: hesscli.Problem, dense: np.ndarray) -> None:
+def test_blocks_of_layers(
+    problem: hesscli.Problem, explored: SpectrumResult, dense: np.ndarray
+) -> None:
     name = problem.layer_names[-1]
-    result = hesscli.spectrum(problem, steps=64, probes=1, layers=[name])
     parameters = problem.parameters.in_layer(name)
     start = parameters[0].offset
     size = sum(p.numel for p in parameters)
     block = dense[start : start + size, start : start + size]
-    explored = {layer.name: layer for layer in result.layers if layer.density is not None}
-    assert set(explored) == {name}
-    layer = explored[name]
+    (layer,) = (layer for layer in explored.layers if layer.density is not None)
+    assert layer.name == name
     assert layer.eigenvalues is not None
     assert layer.functions is not None
     truth = np.linalg.eigvalsh(block)
