@@ -162,9 +162,8 @@ def test_participation_and_vectors(
         residual = np.linalg.norm(dense @ vectors[row] - one.value * vectors[row])
         assert residual <= one.residual + 1e-10 * np.abs(dense).max()
     for layer in result.layers:
-        owned = [
-            result.vectors[p.name].reshape(count, -1) for p in problem.parameters.in_layer(layer.name)
-        ]
+        names = [p.name for p in problem.parameters.in_layer(layer.name)]
+        owned = [result.vectors[name].reshape(count, -1) for name in names]
         shares = sum((part**2).sum(1) for part in owned)
         np.testing.assert_allclose(layer.participation, shares, atol=1e-12)
 
