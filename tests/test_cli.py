@@ -270,7 +270,7 @@ def test_diag_as_a_script_runs_it(tmp_path: Path, capsys) -> None:
 
 def test_diag_layer_runs_as_it_stands_in_a_sample(tmp_path: Path) -> None:
     """Literally the words of the README: no checkpoint, and --layer last."""
-    run = hesscli_run("diag", "--layer", "--dir", tmp_path, cwd=SUNSPOTS.parent)
+    run = hesscli_warm("diag", "--layer", "--dir", tmp_path, cwd=SUNSPOTS.parent)
     assert run.returncode == 0, run.stderr
     for name in ("hidden1", "hidden2", "head"):
         assert f"{name} ·" in run.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from program import SPEC, SUNSPOTS, hesscli_run, hesscli_warm, three_lines
+from program import SPEC, SUNSPOTS, hesscli_warm, three_lines
 from safetensors.numpy import load_file
 
 from hesscli.cli.app import main
@@ -22,7 +22,7 @@ FILES = [
 
 
 def test_as_a_person_runs_it(tmp_path: Path) -> None:
-    run = hesscli_run(
+    run = hesscli_warm(
         "spectrum", SUNSPOTS, "-v", "--steps", 20, "--probes", 2, "--dir", "here", cwd=tmp_path
     )
     assert run.returncode == 0, run.stderr
