@@ -74,9 +74,8 @@ def test_the_checkpoint_has_the_sparsity_and_the_loss_that_are_said(
     assert methods["magnitude"]["loss"] == pytest.approx(mean_squared_error(small), rel=1e-12)
     assert methods["mfac"]["loss"] < methods["magnitude"]["loss"]
     assert methods["mfac"]["recalibrated"] is None  # it has no batch norm
-    again = hesscli_warm(
-        "trace", written, *("--spec", SUNSPOTS.parent / "hesscli.toml"), cwd=tmp_path
-    )
+    spec, few = ("--spec", SUNSPOTS.parent / "hesscli.toml"), ("--probes", 2, "--dir", "-")
+    again = hesscli_warm("trace", written, *spec, *few, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 
 
