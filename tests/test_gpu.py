@@ -169,10 +169,10 @@ def test_memory_that_runs_out_halves_the_block() -> None:
 
     card = torch.cuda.get_device_properties(0).total_memory
     measure(16)
-    half = torch.cuda.max_memory_reserved()
+    half = torch.cuda.max_memory_allocated()
     whole = measure(32)
     taken = torch.cuda.max_memory_allocated()
-    assert half < 0.95 * taken
+    assert half < 0.9 * taken
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((half + taken) / 2 / card)
     try:
