@@ -55,6 +55,9 @@ from hesscli.state import State
 from hesscli.units import human_bytes
 from hesscli.vocabulary import USUAL_BUDGET, USUAL_CONFIDENCE, USUAL_RTOL, BlockRule
 
+_SORTED = 85.0
+"""Passes through the entries that sorting and counting them takes as long as."""
+
 
 @dataclass(frozen=True)
 class Faced:
@@ -250,6 +253,8 @@ def diagonal(
         if fixed is not None and _is_known(problem, outcome):
             faced = _probe_noise(run, replace(draw, entries=None), fixed)
     found = FoundDiagonal(problem, outcome, faced, rule, confidence)
+    replicates = 0 if found.best.noise is None else len(found.best.noise)
+    run.operator.meter.add(problem.vectors(0.0, _SORTED * (1 + replicates)))
     return DiagResult(
         status=outcome.status,
         method=_method(method_report(choice, outcome, draw, tolerance, run.flight), faced),

@@ -224,7 +224,7 @@ class Exploration:
     def _count(self, lanczos: Lanczos) -> None:
         """A step's work beside its product: its row, and twice or thrice all that were before."""
         problem, read = self.operator.problem, _HANDLED + _SWEEPS * lanczos.count
-        wide = problem.dtype.itemsize / torch.float32.itemsize
+        wide = problem.dtype.itemsize / torch.float64.itemsize
         self.operator.meter.add(problem.vectors(wide, wide * read, lanczos.size))
 
     def _is_enough(self) -> bool:
