@@ -303,9 +303,16 @@ def test_what_is_not_kept_is_made_again(
         assert one.element(3, 4) == other.element(3, 4)
 
 
-@every_kind
-@pytest.mark.parametrize("shape", [(16, 96), (61, 96), (120, 72)])
-@every_blocking
+UNEVEN = (16, 96), (61, 96), (120, 72)
+PAIRED = [
+    pytest.param(kind, UNEVEN[(first + second) % 3], blocking, id=f"{kind}-{name}")
+    for first, kind in enumerate(KINDS)
+    for second, (name, blocking) in enumerate(BLOCKS.items())
+]
+"""Kinds of rows in all blocks, and in windows of all sizes; and each of these with each."""
+
+
+@pytest.mark.parametrize(("kind", "shape", "blocking"), PAIRED)
 def test_inverses_from_some_of_the_rows(kind: str, shape: tuple[int, int], blocking: Any) -> None:
     """Of all, of halves and without a group, of rows that the groups do not share out evenly."""
     window, groups = window_of(rows_of(kind, *shape)), 5
