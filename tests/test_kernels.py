@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 
 import pytest
@@ -99,6 +100,14 @@ def test_taps_that_meet_padding_alone_are_left_out() -> None:
             torch.testing.assert_close(narrow, w[..., min(taps) : max(taps) + 1])
         ours = F.conv1d(around, narrow, None, move, padding, step)
         torch.testing.assert_close(ours, F.conv1d(x, w, None, move, pad, step))
+
+
+def test_which_taps_meet_the_input_takes_no_longer_where_it_is_long() -> None:
+    """As for kernels as long as a sequence, all of which a search through all outputs goes over."""
+    x, w = torch.empty(1, 1, 10**7, device="meta"), torch.empty(1, 1, 3)
+    began = time.process_time()
+    assert met(x, w, [1], [10**7], [1])[1] is w
+    assert time.process_time() - began < 0.5  # such a search takes 2 s
 
 
 @pytest.mark.parametrize("held", [0, 1])

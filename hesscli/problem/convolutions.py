@@ -56,11 +56,11 @@ def _met(size: int, under: int, move: int, pad: int, step: int) -> tuple[int, in
     Widths below 0 are of what no tap that is left comes to.
     """
     last = (size + 2 * pad - step * (under - 1) - 1) // move * move  # where the last output begins
-    meeting = [
-        tap
-        for tap in range(under)
-        if any(0 <= at + tap * step - pad < size for at in range(0, last + 1, move))
-    ]
+    meeting = []
+    for tap in range(under):
+        first = max(0, -(-(pad - tap * step) // move) * move)  # no output before it comes in reach
+        if first <= last and first + tap * step - pad < size:
+            meeting.append(tap)
     if not meeting:
         return 0, under, pad, pad
     first, end = meeting[0], meeting[-1]
