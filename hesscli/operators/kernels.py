@@ -23,6 +23,7 @@ from torch import Tensor
 from hesscli.problem.convolutions import as_product, met
 from hesscli.problem.replacing import replacing
 from hesscli.problem.weight_norm import weight_norm
+from hesscli.torch_private import viewed
 
 _CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _convolve = torch.ops.aten.convolution
@@ -62,7 +63,7 @@ def only(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 def _is_wanted(weight: Tensor) -> bool:
     """Whether a gradient of it is; what is made of other tensors leads on to them."""
-    origin = weight if weight._base is None else weight._base
+    origin = viewed(weight)
     return _only is None or not origin.is_leaf or origin.data_ptr() in _only
 
 
