@@ -24,6 +24,18 @@ def memory(name: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
 
 
+def taken_since(begun: int, rows: int, columns: int) -> str:
+    """This rank's peak beside what it had taken before, in times its share of so many rows."""
+    share = rows * columns * 4 / world.size()
+    times = (memory("VmHWM:") - begun) / share
+    return f"rank {world.place()}: {times:.3f} of its share of {share / 2**20:.0f} MiB"
+
+
+def sent_since(before: tuple[int, int]) -> list[int]:
+    """Messages, and numbers in them."""
+    return [after - then for after, then in zip(world.sums(), before, strict=True)]
+
+
 def solve(rows: int, columns: int) -> None:
     """Fill a window with gradients of each rank's own, and solve with it."""
     torch.set_num_threads(1)
@@ -41,13 +53,11 @@ def solve(rows: int, columns: int) -> None:
         fisher = StaticFisher(window, 1e-3 * window.mean_square() / columns)
         solution = fisher.ihvp(torch.ones(window.size, dtype=torch.float64))
         seconds = time.process_time() - began - filled
-        sent = [after - then for after, then in zip(world.sums(), before, strict=True)]
-        taken = memory("VmHWM:") - begun
-        share = rows * columns * 4 / world.size()
+        messages, numbers = sent_since(before)
         print(
-            f"rank {world.place()}: {taken / share:.3f} of its share of {share / 2**20:.0f} MiB, "
+            f"{taken_since(begun, rows, columns)}, "
             f"{window.count} rows in {filled:.1f} s, inverse and solve in {seconds:.1f} s with "
-            f"{sent[1]} numbers in {sent[0]} messages, off by {solution.error:.1e} at most"
+            f"{numbers} numbers in {messages} messages, off by {solution.error:.1e} at most"
         )
 
 
@@ -70,13 +80,11 @@ def iterate(rows: int, columns: int) -> None:
         for _ in range(rows):
             lanczos.step()
         seconds = time.process_time() - began
-        sent = [after - then for after, then in zip(world.sums(), before, strict=True)]
-        taken = memory("VmHWM:") - begun
-        share = rows * columns * 4 / world.size()
+        messages, numbers = sent_since(before)
         print(
-            f"rank {world.place()}: {taken / share:.3f} of its share of {share / 2**20:.0f} MiB, "
-            f"{lanczos.count} steps in {seconds:.1f} s, with {sent[1] / rows / columns:.4f} d "
-            f"numbers in {sent[0] / rows:.1f} messages a step beside products"
+            f"{taken_since(begun, rows, columns)}, "
+            f"{lanczos.count} steps in {seconds:.1f} s, with {numbers / rows / columns:.4f} d "
+            f"numbers in {messages / rows:.1f} messages a step beside products"
         )
 
 
