@@ -12,8 +12,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from hesscli.engines.mfac.dual import DualBlock
 from hesscli.engines.mfac.static import StaticFisher
-from hesscli.engines.mfac.system import DualBlock
 from hesscli.errors import UnsoundError
 from hesscli.meter import OnStep, go_on
 

@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesscli.engines.mfac.system import DualBlock, PrimalRun, Solved
+from hesscli.engines.mfac.dual import DualBlock
+from hesscli.engines.mfac.primal import PrimalRun
+from hesscli.engines.mfac.system import Solved
 from hesscli.engines.mfac.window import GradientWindow
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes

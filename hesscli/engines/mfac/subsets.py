@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscli.engines.mfac.static import Division, Sizes
-from hesscli.engines.mfac.system import (
-    DualBlock,
+from hesscli.engines.mfac.cholesky import (
     NotPositiveError,
     factorised,
     inverse_lower,
     too_little,
 )
+from hesscli.engines.mfac.dual import DualBlock
+from hesscli.engines.mfac.static import Division, Sizes
 from hesscli.engines.mfac.window import GradientWindow
 from hesscli.meter import OnStep, go_on
 

@@ -7,6 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hesscli.engines.mfac.cholesky import (
+    CholeskyFactor,
+    NotPositiveError,
+    factorised,
+    too_little,
+)
 from hesscli.engines.mfac.gram import Gram
 from hesscli.engines.mfac.static import (
     Solution,
@@ -15,15 +21,7 @@ from hesscli.engines.mfac.static import (
     only,
     size_and_error,
 )
-from hesscli.engines.mfac.system import (
-    ENOUGH,
-    CholeskyFactor,
-    NotPositiveError,
-    Solved,
-    System,
-    factorised,
-    too_little,
-)
+from hesscli.engines.mfac.system import ENOUGH, Solved, System
 from hesscli.engines.mfac.window import GradientWindow
 from hesscli.state import State
 
