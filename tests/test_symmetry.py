@@ -63,7 +63,7 @@ from hesscli.engines.symmetry.gauges import (
 from hesscli.engines.symmetry.identities import Place, residuals_of
 from hesscli.errors import ExitCode, InputError, UsageError
 from hesscli.operators.head import check_head
-from hesscli.operators.verification import MismatchError, Products
+from hesscli.operators.trials import MismatchError, Products
 from hesscli.optim import AdaHessian, UpdateLog
 from hesscli.problem import proof
 from hesscli.problem.ends import read_end, steps_of

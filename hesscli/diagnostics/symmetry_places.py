@@ -28,7 +28,7 @@ from hesscli.meter import FORWARD
 from hesscli.operators.base import LiveTerm
 from hesscli.operators.gauss_newton import GaussNewton
 from hesscli.operators.products import flatten, gradient
-from hesscli.operators.verification import Terms
+from hesscli.operators.terms import Terms
 from hesscli.problem.forward import moved
 from hesscli.problem.named_losses import BinaryCrossEntropy, CrossEntropy
 from hesscli.problem.objective import Sample, WeightedBatch

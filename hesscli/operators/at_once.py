@@ -9,7 +9,7 @@ from hesscli.memory import is_out_of_memory, room_for_more
 from hesscli.meter import FORWARD, now
 from hesscli.operators.base import LiveTerm, Operator
 from hesscli.operators.products import Apply
-from hesscli.operators.verification import signs
+from hesscli.operators.trials import signs
 from hesscli.problem.objective import WeightedBatch
 from hesscli.problem.precision import tolerance
 from hesscli.torch_private import storages_kept

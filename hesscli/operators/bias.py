@@ -19,7 +19,7 @@ from torch import Tensor
 from hesscli import randomness
 from hesscli.meter import OnStep, go_on
 from hesscli.operators.curvature import Curvature
-from hesscli.operators.verification import Product
+from hesscli.operators.trials import Product
 from hesscli.parameters import LayerSums, Parameters
 from hesscli.problem.objective import Sample
 from hesscli.problem.precision import doubled

@@ -17,7 +17,8 @@ from torch.autograd.graph import Node
 
 from hesscli.meter import FORWARD
 from hesscli.operators.curvature import Curvature
-from hesscli.operators.verification import MismatchError, Products, Terms, signs
+from hesscli.operators.terms import Terms
+from hesscli.operators.trials import MismatchError, Products, signs
 from hesscli.parameters import Parameters
 from hesscli.problem.losses import Loss
 from hesscli.problem.named_losses import CrossEntropy, LanguageModel

@@ -16,7 +16,8 @@ from torch import Tensor
 from hesscli.meter import FORWARD, Meter, OnStep
 from hesscli.operators.curvature import Curvature, Make
 from hesscli.operators.products import central_difference, flatten, gradient
-from hesscli.operators.verification import MismatchError, Product, moving, signs
+from hesscli.operators.trials import MismatchError, Product, signs
+from hesscli.operators.verification import moving
 from hesscli.parameters import Parameters
 from hesscli.problem.objective import Objective, Sample
 from hesscli.results import Check

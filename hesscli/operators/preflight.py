@@ -19,14 +19,8 @@ from hesscli.operators.curvature import Curvature, Make
 from hesscli.operators.head import check_head
 from hesscli.operators.own_type import differences_in_own_type, gradient_in_own_type
 from hesscli.operators.products import gradient
-from hesscli.operators.verification import (
-    MismatchError,
-    Product,
-    Products,
-    check_symmetry,
-    gradient_comparison,
-    product_comparison,
-)
+from hesscli.operators.trials import MismatchError, Product, Products
+from hesscli.operators.verification import check_symmetry, gradient_comparison, product_comparison
 from hesscli.problem.blame import (
     Attempt,
     differentiate,

@@ -11,63 +11,51 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hesscli import randomness
 from hesscli.meter import FORWARD, Meter, OnStep, go_on
 from hesscli.operators.curvature import Curvature
 from hesscli.operators.products import (
     BUILDERS,
     STEP,
-    Apply,
     central_difference,
     flatten,
     gradient,
     unflatten,
     work,
 )
+from hesscli.operators.terms import Terms
+from hesscli.operators.trials import Crossing, MismatchError, Product, Products, mean, signs
 from hesscli.parameters import Parameters
-from hesscli.problem.batches import tensors_of
 from hesscli.problem.forward import moved
 from hesscli.problem.objective import Objective, Sample, WeightedBatch
 from hesscli.problem.precision import tolerance
 from hesscli.results import Check
-from hesscli.sums import distance, inner, is_finite, weighted_sum
-
-# -- Where operators are put to the test: along which vectors, at which weights, by which steps ----
-
+from hesscli.sums import distance, inner
 
 _ATTEMPTS = ((STEP / 2, 0.0), (STEP / 10, 1e-3), (STEP / 100, 1e-3))
 """Step along a unit direction, and relative shift of the weights: a kink that the weights sit
 on, or that a step crosses, says nothing about the mode. No step is that of the mode of central
 differences, which would be compared with itself."""
 
-FORMS = 2
-"""Quadratic forms whose rounding is measured: symmetry takes as many products."""
+_BOUND = 1e-4
+"""Right modes differ by 1e-10 to 1e-6 with no kink within the step, wrong ones by percents."""
+_EPS = torch.finfo(torch.float64).eps
+_ROUNDED = 100
+"""Rounding of a loss or a gradient, at most, in units of eps and of the size of its terms."""
+_LONGER = 20
+"""Steps of the loss to those of its gradient, which jumps at kinks where the loss bends."""
+
+_AT, _WRITES = 3, 12
+"""Vectors that are made for a direction and weights off theirs, and gone through for a step."""
 
 _LEAST = 4
 """Examples that are not taken apart any more: a wrong one among them shows."""
 
 Measure = Callable[[Sample, Tensor, float], tuple[float, float]]
 """A relative error on some examples along a unit direction with a step, and what is allowed."""
-
-
-class MismatchError(Exception):
-    """Something that runs and is wrong."""
-
-
-def signs(problem: Objective, number: int, parameters: Parameters | None = None) -> Tensor:
-    """A Rademacher vector of a fixed stream, for all parameters or some of them."""
-    return randomness.at(
-        (problem.parameters if parameters is None else parameters).runs,
-        randomness.rademacher,
-        randomness.key(0x5EED, number),
-        dtype=problem.dtype,
-        device=problem.device,
-    )
 
 
 @dataclass(frozen=True)
@@ -169,224 +157,6 @@ def moving(problem: Objective, vector: Tensor, parameters: Parameters | None = N
         if (row := rows.get(tensor)) is not None:
             part[row] = 0
     return vector
-
-
-# -- How large the terms of a product are before they cancel ---------------------------------------
-# Where a network is sure of its examples, the slope of the loss in its outputs is p − 1 with p near
-# 1, and so is its curvature. What is left of either after subtraction is small, but its rounding is
-# that of 1, and reaches the product through the outputs' own derivatives. A loss with slope and
-# curvature of order one in their place shows how large that can become.
-
-
-_ROUNDED_TERMS = 16
-"""Rounding of a product, in units of eps and of the size of its terms: 2 to 18 were seen."""
-_SIGNS = 0x7E125
-"""Separates the slopes' signs from other streams."""
-
-
-class Terms:
-    """Of an operator's products on some examples.
-
-    Args:
-        operator: the matrix.
-        sample: the examples.
-    """
-
-    def __init__(self, operator: Curvature, sample: Sample) -> None:
-        self.operator, self.sample = operator, sample
-
-    def rounding_of(self, vector: Tensor, precision: torch.dtype) -> float:
-        """At most, of the product with a vector; 0 where nothing is known of the outputs.
-
-        Args:
-            vector: ``(d,)``.
-            precision: the type that the model computes in.
-        """
-        return _ROUNDED_TERMS * torch.finfo(precision).eps * self.size_of(vector)
-
-    def size_of(self, vector: Tensor) -> float:
-        """The length of their product with a vector ``(d,)``; 0 where nothing is known of them."""
-        tensors, build = self.operator.parameters.tensors, BUILDERS["hessian"]["double-backward"]
-
-        def product(batch: WeightedBatch) -> Tensor:
-            return build(lambda _: self._uncancelled(batch), tensors)(vector[None])
-
-        with self.operator.problem.forward_context():
-            total = _mean(self.sample, vector[None], product)
-        size = float(total.norm())
-        return size if size < math.inf else 0.0
-
-    @property
-    def slope(self) -> float:
-        """The length of the gradient."""
-        tensors = self.operator.parameters.tensors
-        with self.operator.problem.forward_context():
-            values = [b.weight * self._uncancelled(b) for b in self.sample.batches()]
-            return float(flatten(gradient(torch.stack(values).sum(), tensors)).norm())
-
-    def _uncancelled(self, batch: WeightedBatch) -> Tensor:
-        """½‖f + s‖² of an example's outputs f at f = 0, with signs s: its slope is s, in the mean.
-
-        Second derivatives of f are multiplied with s then, and its first with one another.
-        """
-        problem = self.operator.problem
-        with _outputs_of(problem) as outputs, problem.recomputing():
-            loss = problem.evaluate(batch.data)
-        terms, share = [loss * 0], 2 * batch.count / self.operator.problem.loss.multiple
-        for number, output in enumerate(outputs):
-            signs = randomness.rademacher(
-                randomness.key(_SIGNS, number),
-                0,
-                output.numel(),
-                dtype=output.dtype,
-                device=output.device,
-            ).view_as(output)
-            terms.append((output - output.detach() + signs).square().sum() / share)
-        return torch.stack([term.to(loss.dtype) for term in terms]).sum()
-
-
-@contextmanager
-def _outputs_of(problem: Objective) -> Iterator[list[Tensor]]:
-    """Meanwhile, whatever differentiable tensors the model returns."""
-    outputs: list[Tensor] = []
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        found = [output] if isinstance(output, Tensor) else tensors_of(vars_of(output))
-        outputs.extend(t for t in found if t.requires_grad and t.is_floating_point())
-
-    handle = problem.model.register_forward_hook(keep)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
-def vars_of(output: Any) -> Any:
-    """An object's attributes, where it is no collection of its own."""
-    return vars(output) if hasattr(output, "__dict__") and not hasattr(output, "keys") else output
-
-
-# -- Whether gradient and products are right, by tests that know nothing of how they were made -----
-
-
-_BOUND = 1e-4
-"""Right modes differ by 1e-10 to 1e-6 with no kink within the step, wrong ones by percents."""
-_EPS = torch.finfo(torch.float64).eps
-_ROUNDED = 100
-"""Rounding of a loss or a gradient, at most, in units of eps and of the size of its terms."""
-_LONGER = 20
-"""Steps of the loss to those of its gradient, which jumps at kinks where the loss bends."""
-
-
-_AT, _WRITES = 3, 12
-"""Vectors that are made for a direction and weights off theirs, and gone through for a step."""
-
-_PIECE = 1 << 18
-"""Entries of a direction that are compared at once."""
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """What products with two vectors say of symmetry: vᵀAw, wᵀAv, and the larger length."""
-
-    one: float
-    other: float
-    length: float
-
-
-@dataclass(frozen=True)
-class Products:
-    """A v of a few Rademacher vectors v, rows ``(k, d)``."""
-
-    vectors: Tensor
-    values: Tensor
-
-    @property
-    def forms(self) -> Tensor:
-        """vᵀAv, float64."""
-        pairs = zip(self.vectors, self.values, strict=True)
-        return torch.tensor([inner(*pair) for pair in pairs], dtype=torch.float64, device="cpu")
-
-    @property
-    def crossing(self) -> Crossing:
-        """Of the first two."""
-        (v, w), (product_v, product_w) = self.vectors[:2], self.values[:2]
-        length = float(torch.maximum(product_v.norm(), product_w.norm()))
-        return Crossing(inner(v, product_w), inner(w, product_v), length)
-
-    def along(self, direction: Tensor) -> Tensor | None:
-        """The product with a unit direction, where that is the first vector's."""
-        length = self.vectors[0].norm()
-        units = (piece / length for piece in torch.split(self.vectors[0], _PIECE))
-        is_first = all(map(torch.equal, torch.split(direction, _PIECE), units))
-        return self.values[0] / length if is_first else None
-
-
-class Product:
-    """A v on some examples, without weight decay, for rows ``(k, d)``; its work is counted.
-
-    The graph of examples that are one batch is kept, for as long as nothing moves the weights.
-
-    Args:
-        operator: the matrix.
-        sample: the examples.
-    """
-
-    def __init__(self, operator: Curvature, sample: Sample) -> None:
-        self.operator, self.sample = operator, sample
-        self._kept: Apply | None = None
-
-    def __call__(self, block: Tensor) -> Tensor:
-        """The products with a block of vectors.
-
-        Raises:
-            MismatchError: one is not finite.
-        """
-        graph, each = self.operator.cost
-        each, problem = len(block) * each, self.operator.problem
-
-        def product(batch: WeightedBatch) -> Tensor:
-            apply, share = self._kept, problem.share_of(batch.count)
-            if apply is None:
-                apply = self.operator.live(batch)
-                self.operator.meter.add(graph, share)
-            if len(self.sample.parts) == 1:
-                self._kept = apply
-            self.operator.meter.add(each, share)
-            self.operator.meter.add(problem.vectors(2.0 * len(block)))  # in parts, and as one
-            return apply(block)
-
-        with problem.forward_context():
-            total = _mean(self.sample, block, product)
-        if not is_finite(total):
-            raise MismatchError("its products are not finite")
-        return total
-
-    def with_signs(self) -> Products:
-        """With the first few Rademacher vectors."""
-        problem = self.operator.problem
-        self.operator.meter.add(problem.vectors(2.0 * FORMS))  # by themselves, and as rows
-        size = problem.parameters.size
-        block = torch.empty(FORMS, size, dtype=problem.dtype, device=problem.device)
-        for number, row in enumerate(block):
-            row.copy_(signs(problem, number))
-        return Products(block, self(block))
-
-    def crossing(self) -> Crossing:
-        """Of the same, of which no more than two vectors are there at once."""
-        problem, found = self.operator.problem, list[tuple[float, float]]()
-        for number in range(2):
-            product = self(signs(problem, number)[None])[0]
-            found.append((inner(signs(problem, 1 - number), product), float(product.norm())))
-        (other, first), (one, second) = found
-        return Crossing(one, other, max(first, second))
-
-
-def _mean(sample: Sample, like: Tensor, rows: Callable[[WeightedBatch], Tensor]) -> Tensor:
-    """The mean of rows over a sample, which is its one part's own where it has no other."""
-    if len(sample.parts) == 1:
-        return rows(next(sample.batches()))
-    return weighted_sum(sample.batches(), torch.zeros_like(like), lambda batch: [rows(batch)])
 
 
 def gradient_comparison(problem: Objective, meter: Meter) -> Comparison:
@@ -508,7 +278,7 @@ def _by_differences(operator: Curvature, sample: Sample, direction: Tensor, step
     operator.meter.add(sum(cost), sample.share)
     operator.meter.add(operator.problem.vectors(_AT + 3, _WRITES))
     with operator.problem.forward_context():
-        return _mean(sample, direction[None], difference)[0]
+        return mean(sample, direction[None], difference)[0]
 
 
 def _gradient_rounding(problem: Objective, sample: Sample, step: float) -> float:
