@@ -257,8 +257,9 @@ STEPS = _ACCURACY.value(
     "a number of steps, 1 or more",
     "--steps 64",
     metavar="N",
-    help="Products from the first start vector; each keeps a vector of 8 bytes a parameter. "
-    "Default: 64, fewer where memory or --budget has no room for them; or as many as --rtol takes.",
+    help="Products from the first start vector; each keeps a vector of 4 bytes a parameter, in "
+    "float64 of 8. Default: 64, fewer where memory or --budget has no room for them; or as many as "
+    "--rtol takes.",
 )
 START_VECTORS = _ACCURACY.value(
     "--probes",
