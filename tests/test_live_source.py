@@ -41,6 +41,12 @@ class Live:
     def batches(self, _among: object = None) -> Iterator[Live]:
         yield self
 
+    def in_full(self) -> Live:
+        return self
+
+    def bias(self, _on_step: OnStep = go_on) -> None:
+        return None
+
 
 class Step:
     """A small network, its outputs on a batch and their mean square, all live."""

@@ -360,9 +360,7 @@ class Better:
     def take(self, turn: Turn, estimator: Estimator) -> Estimator:
         """All by unit vectors, or another design for what is probed."""
         if turn.kind == "unit vectors":
-            whole = estimator.operator
-            if isinstance(whole, (Operator, Joint)):
-                whole = whole.in_full()  # no error bar says more than float32's digits
+            whole = estimator.operator.in_full()  # no error bar says more than float32's digits
             units = UnitVectors(whole, self.draw.stream(whole.parameters, exact=True))
             return Estimator(whole, gauss_newton=units, entries=estimator.entries)
         assert estimator.probes is not None  # or there is no other design

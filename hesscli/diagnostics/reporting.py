@@ -20,9 +20,6 @@ from hesscli.engines.estimator import Reading, Rounding
 from hesscli.engines.per_example import PerExample
 from hesscli.errors import UsageError
 from hesscli.meter import watched
-from hesscli.operators.base import Operator
-from hesscli.operators.joint import Joint
-from hesscli.operators.preflight import bias_of
 from hesscli.parameters import Parameter
 from hesscli.problem.precision import tolerance as rounding_bound
 from hesscli.problem.problem import Problem
@@ -46,10 +43,7 @@ def rounding_of(run: Run, choice: Choice) -> Rounding:
     estimator, errors = choice.estimator, list[float | None]()
     mixed, bias = run.operator.autocast is not None, None
     if estimator.probes is not None and mixed:
-        probed = estimator.probes.operator
-        probed = probed.operator if isinstance(probed, Joint) else probed
-        assert isinstance(probed, Operator)  # of a problem, as the whole is
-        bias = bias_of(probed, run.clock.watch(_CHOOSING))
+        bias = estimator.probes.operator.bias(run.clock.watch(_CHOOSING))
         errors.append(rounding_bound(run.problem.dtype))
     elif estimator.probes is not None:
         errors.append(run.flight.relative_rounding)

@@ -14,8 +14,9 @@ from torch import Tensor
 from hesscli import world
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.meter import OnStep, go_on
+from hesscli.operators.bias import Bias
 from hesscli.operators.curvature import Curvature
-from hesscli.operators.preflight import checked
+from hesscli.operators.preflight import bias_of, checked
 from hesscli.operators.products import Apply
 from hesscli.parameters import Parameters
 from hesscli.problem.objective import WeightedBatch
@@ -210,6 +211,14 @@ class Operator(Curvature):
     def in_full(self) -> Self:
         """The same matrix with products in the type of the weights, without autocast."""
         return self if self.autocast is None else self._as(self.parameters, in_full=True)
+
+    def bias(self, on_step: OnStep = go_on) -> Bias | None:
+        """What autocast does to the products, measured once for a matrix; None where there is none.
+
+        Args:
+            on_step: called after each product that is made to find out; may end it.
+        """
+        return bias_of(self, on_step)
 
     def _as(self, parameters: Parameters, *, in_full: bool) -> Self:
         """The same with other settings; its work is counted with this one's."""

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from hesscli.meter import Meter
+from hesscli.meter import Meter, OnStep, go_on
 from hesscli.operators.base import LiveTerm, Operator
+from hesscli.operators.bias import Bias
 from hesscli.parameters import Parameters
 
 
@@ -103,3 +104,7 @@ class Joint:
     def in_full(self) -> Joint:
         """The same matrix with products in the type of the weights, without autocast."""
         return Joint(self.operator.in_full(), self.groups)
+
+    def bias(self, on_step: OnStep = go_on) -> Bias | None:
+        """The operator's."""
+        return self.operator.bias(on_step)

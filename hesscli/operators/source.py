@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hesscli.meter import Meter, OnStep, go_on
+from hesscli.operators.bias import Bias
 from hesscli.parameters import Parameters
 
 
@@ -85,6 +86,16 @@ class Source(Protocol):
 
     def batches(self, among: Sequence[int] | None = None) -> Iterator[Term]:
         """The terms of some batches, or of all that have one, in their order."""
+
+    def in_full(self) -> Source:
+        """The same matrix with products in the type of the weights, without autocast."""
+
+    def bias(self, on_step: OnStep = go_on) -> Bias | None:
+        """What autocast does to the products; None where there is none.
+
+        Args:
+            on_step: called after each product that is made to find out; may end it.
+        """
 
 
 class Columns(Protocol):
