@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from hesscli.engines.estimator import Rounding
 from hesscli.ledger import FileLedger
 from hesscli.meter import Meter
 from hesscli.problem.problem import Problem
+from hesscli.render.tables.shared import more_work
 from hesscli.results import TraceResult
 
 LEVEL = 1e-4
@@ -49,7 +52,7 @@ def counted_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return meters[-1]
 
     monkeypatch.setattr(run, "Meter", made)
-    passed = property(lambda _: meters[-1].gradients if meters else 0.0)
+    passed = property(lambda clock: meters[-1].gradients - clock.earlier if meters else 0.0)
     monkeypatch.setattr(Clock, "_passed", passed)
 
 
@@ -80,6 +83,7 @@ def test_in_haste_the_users_own_batch_gives_a_number_in_time() -> None:
     assert low < truth(given) < high
     assert "one batch of 64 examples: 20s of --budget were left" in found.method.note
     assert "all 16 batches" in found.method.note
+    assert found.method.batches_joined == 1
 
 
 @pytest.mark.usefixtures("counted_clock")
@@ -88,6 +92,7 @@ def test_with_time_enough_nothing_is_done_in_haste() -> None:
     usual = hesscli.trace(given, budget=None, rtol=0.5)
     found = hesscli.trace(given, budget=before_probes(given) + 200, rtol=0.5)
     assert (found.trace, found.method) == (usual.trace, usual.method)
+    assert found.method.batches_joined is None
 
 
 @pytest.mark.usefixtures("counted_clock")
@@ -116,6 +121,7 @@ def test_of_a_sample_so_many_batches_are_taken_as_show_the_others() -> None:
     given = problem(128, examples=64)
     found = hesscli.trace(given, budget=before_probes(given) + 40, rtol=1e-3)
     assert "8 batches of 8 examples" in found.method.note
+    assert found.method.batches_joined == 8
     assert found.trace.data_stderr
     low, high = found.trace.interval
     assert low < truth(problem(128)) < high
@@ -200,3 +206,19 @@ def test_what_was_begun_in_haste_goes_on_with_more_time(
     assert found.status == "converged"
     assert (found.trace, found.method) == (expected.trace, expected.method)
     assert found.cost.gradients == pytest.approx(expected.cost.gradients)
+
+
+@pytest.mark.usefixtures("counted_clock")
+def test_after_haste_the_hint_does_what_it_says(tmp_path: Path) -> None:
+    """Of a number of probes each of the sixteen batches would have that many."""
+    kept = partial(FileLedger, tmp_path / "trace.ledger", {}, say=pytest.fail)
+    budget = before_probes(problem()) + 20
+    first = hesscli.trace(problem(), budget=budget, rtol=1e-3, ledger=kept(resume=False))
+    hint = more_work(replace(first, files={"json": "trace.json"}))
+    told = re.fullmatch(r"--resume --budget (\d+)m(\d+)s \(four times the work\)", hint)
+    assert told is not None, hint
+    longer = 60 * int(told[1]) + int(told[2])
+    found = hesscli.trace(problem(), budget=longer, rtol=1e-3, ledger=kept(resume=True))
+    assert found.method.batches_joined == 1
+    assert 4 <= found.method.num_probes / first.method.num_probes < 10
+    assert found.cost.gradients <= 4.1 * first.cost.gradients

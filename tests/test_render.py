@@ -120,6 +120,9 @@ def test_the_model_is_described_only_as_it_is() -> None:
     assert "accuracy" not in text
 
 
+IN_HASTE = replace(trace_result().method, batches_joined=1)
+
+
 # The interval holds data noise only for the examples that were left out, σ·√(1 − n/N).
 @pytest.mark.parametrize(
     ("result", "largest"),
@@ -133,6 +136,15 @@ def test_the_model_is_described_only_as_it_is() -> None:
             trace_result(status="interrupted"),
             "probe noise ± 25 largest; --probes 256 (four times the work) halves it",
         ),
+        (
+            trace_result(status="budget", method=IN_HASTE),
+            "probe noise ± 25 largest; --resume --budget 38s (four times the work) halves it",
+        ),
+        (
+            trace_result(status="interrupted", method=IN_HASTE, files={}),
+            "probe noise ± 25 largest; --budget 50s (four times the work) halves it",
+        ),
+        (trace_result(method=IN_HASTE), "probe noise ± 25 largest; --rtol 2.3%"),
         (
             trace_result(trace=estimate(data_stderr=50.0)),
             "data noise ± 48 largest; --examples 16384 (four times as many) halves it",

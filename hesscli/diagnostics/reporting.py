@@ -164,6 +164,7 @@ def method_report(
         num_probes=estimator.num_probes,
         looks=outcome.looks,
         batches_measured=len(estimator.indices) if estimator.partial else None,
+        batches_joined=len(estimator.indices) if choice.hurried else None,
         rtol=tolerance.relative,
         atol=tolerance.absolute,
         mode=flight.mode,

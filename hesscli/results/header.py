@@ -130,6 +130,8 @@ class MethodReport:
     looks: int = 1
     # Where only a part of the batches was measured, of how many.
     batches_measured: int | None = None
+    # Where there was no time for batches one by one: how many they were taken as.
+    batches_joined: int | None = None
     # The error that would end the run, of the value's size or whatever that is.
     rtol: float | None = None
     atol: float | None = None

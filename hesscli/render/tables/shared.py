@@ -105,7 +105,12 @@ def more_examples(problem: ProblemReport) -> str:
 def more_work(result: words.Estimated) -> str:
     """Say which option buys four times the probes."""
     option = more_probes = f"--probes {4 * result.method.num_probes}"
-    if result.status == "budget":
+    if result.method.batches_joined and result.status in ("budget", "interrupted"):
+        # A number of probes would be of each of the batches that there was no time for. Where files
+        # are written there is a ledger, and what it keeps is not done anew.
+        resumed, times = ("--resume ", 3) if result.files else ("", 4)
+        option = f"{resumed}--budget {duration(times * result.cost.seconds)}"
+    elif result.status == "budget":
         # Time or a given number of probes ended the run; these two together lift both limits.
         option = f"{more_probes} --budget {duration(4 * result.cost.seconds)}"
     elif result.status == "converged":
