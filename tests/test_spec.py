@@ -12,7 +12,8 @@ import pytest
 
 from hesscli.errors import ExitCode, InputError
 from hesscli.problem.factory import call_user, load_factory
-from hesscli.problem.spec import Spec, describe_example, find_spec, read_spec
+from hesscli.problem.spec import Spec, describe_example, read_spec
+from hesscli.problem.spec_places import find_spec
 
 GOOD = """
 [model]
@@ -350,7 +351,7 @@ def test_ctrl_c_passes_through() -> None:
 
 def test_reading_a_spec_needs_no_torch() -> None:
     """`find_spec` and `read_spec` answer before the slow import."""
-    code = "import sys, hesscli.problem.spec; sys.exit('torch' in sys.modules)"
+    code = "import sys, hesscli.problem.spec_places; sys.exit('torch' in sys.modules)"
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root}
     assert (

@@ -87,7 +87,7 @@ def _meant(checkpoint: Path, model: str | None) -> tuple[Path, Named | None]:
 
 def spec_path(checkpoint: Path) -> Path:
     """Where the commands look first for a checkpoint's spec."""
-    from hesscli.problem.spec import SPEC_NAME, stem_of
+    from hesscli.problem.spec_places import SPEC_NAME, stem_of
 
     if checkpoint.is_dir():
         return checkpoint / SPEC_NAME

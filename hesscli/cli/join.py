@@ -24,7 +24,7 @@ def run(console: Console, checkpoint: Path | None, given: Given) -> ExitCode:
         InputError: the spec lies elsewhere, and was not named: a ledger lets no code run.
     """
     from hesscli.joining import JoinedLedger
-    from hesscli.problem.spec import require_near
+    from hesscli.problem.spec_places import require_near
 
     joined = JoinedLedger(given["ledgers"], console.note)
     command = COMMANDS[joined.command]

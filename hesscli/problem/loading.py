@@ -23,7 +23,8 @@ from hesscli.problem.pretrained.examples import Wanted
 from hesscli.problem.pretrained.loading import from_folder
 from hesscli.problem.problem import Problem
 from hesscli.problem.sources import TensorRows
-from hesscli.problem.spec import DataSpec, LossSpec, Spec, find_spec, read_spec, specs_of
+from hesscli.problem.spec import DataSpec, LossSpec, Spec, read_spec
+from hesscli.problem.spec_places import find_spec, specs_of
 from hesscli.problem.state_dict import Loaded, load_state
 from hesscli.results import CheckpointReport, Observe, Snapshot
 from hesscli.units import larger_budget
