@@ -114,18 +114,7 @@ def preflight(
         UsageError: no such mode, or a matrix of per-example gradients of a model that mixes
             examples.
     """
-    if mode not in ("auto", *MODES):
-        raise UsageError("no such autodiff mode", repr(mode), f"auto, {', '.join(MODES)}")
-    candidates = [known for known in MODES if mode in ("auto", known)]
-    if problem.blocks:
-        candidates = [known for known in candidates if known != "forward-over-reverse"]
-        if not candidates:
-            raise UsageError(
-                "--checkpoint-activations is for products by passes back",
-                "--mode forward-over-reverse, which keeps all on its one way",
-                "--mode double-backward, or no --checkpoint-activations",
-            )
-    proof = problem.prove()
+    candidates, proof = _candidates(problem, mode), problem.prove()
     few, many = _samples(problem)
     meter = Meter() if meter is None else meter
     meter.add(problem.trial_work)
@@ -141,16 +130,9 @@ def preflight(
     for candidate in candidates:
         build = partial(make, problem, mode=candidate, meter=meter)
         try:
-            outcome = _test_of(problem, candidate)(build, few, many, on_step)
+            outcome = _tested(candidate, build, few, many, on_step)
         except MismatchError as mismatch:
             refusals.append(f"{candidate}: {mismatch}")
-            continue
-        except HesscliError:
-            raise
-        except Exception as error:  # the model ran before: whatever this is, it is the mode's
-            if is_out_of_memory(error):
-                raise
-            refusals.append(f"{candidate}: {_obstacle(problem, candidate)} ({first_line(error)})")
             continue
         return Preflight(
             mode=candidate,
@@ -167,6 +149,26 @@ def preflight(
         if mode == "auto"
         else "--mode auto",
     )
+
+
+def _candidates(problem: Problem, mode: str) -> list[Mode]:
+    """The modes that may be taken, the cheapest first.
+
+    Raises:
+        UsageError: there is no such mode, or none that keeps as little as was asked for.
+    """
+    if mode not in ("auto", *MODES):
+        raise UsageError("no such autodiff mode", repr(mode), f"auto, {', '.join(MODES)}")
+    candidates = [known for known in MODES if mode in ("auto", known)]
+    if problem.blocks:
+        candidates = [known for known in candidates if known != "forward-over-reverse"]
+        if not candidates:
+            raise UsageError(
+                "--checkpoint-activations is for products by passes back",
+                "--mode forward-over-reverse, which keeps all on its one way",
+                "--mode double-backward, or no --checkpoint-activations",
+            )
+    return candidates
 
 
 def _samples(problem: Problem) -> tuple[Sample, Sample]:
@@ -262,7 +264,24 @@ class _Outcome:
     products: float | None
 
 
-def _test_of(problem: Problem, mode: Mode) -> Callable[[Make, Sample, Sample, OnStep], _Outcome]:
+def _tested(mode: Mode, make: Make, few: Sample, many: Sample, on_step: OnStep) -> _Outcome:
+    """What the checks of a mode say.
+
+    Raises:
+        MismatchError: it does not pass them, or the model does not run in it.
+    """
+    problem = few.problem
+    try:
+        return _test_of(problem, mode)(make, few, many, on_step)
+    except (HesscliError, MismatchError):
+        raise
+    except Exception as error:  # the model ran before: whatever this is, it is the mode's
+        if is_out_of_memory(error):
+            raise
+        raise MismatchError(f"{_obstacle(problem, mode)} ({first_line(error)})") from error
+
+
+def _test_of(problem: Objective, mode: Mode) -> Callable[[Make, Sample, Sample, OnStep], _Outcome]:
     """The checks of one mode, in the types that the model computes in."""
     if not problem.precision.is_float64:
         return partial(_in_own_type, mode)
