@@ -187,23 +187,8 @@ def _split(
     Raises:
         UsageError: the problem does not allow it, or ``exact`` is not to be had.
     """
-    problem = operator.problem
-    require_examples(problem, operator.name)
-    if not isinstance(operator, EmpiricalFisher):
-        require_output_hessian(problem, operator.meter)
-    make_part = type(operator) if isinstance(operator, Sandwich) else GaussNewton
-    part = make_part(problem, mode=operator.mode, meter=operator.meter)
-    columns = part.passes().columns.num_columns
-    sampled = method != "exact" and columns > AFFORDABLE_COLUMNS
-    gauss_newton = PerExample(
-        part,
-        sampled=sampled,
-        seed=draw.seed,
-        first=draw.first,
-        batches=draw.batches,
-        stream=draw.stream(problem.parameters, exact=not sampled),
-    )
-    gauss_newton.verify()
+    problem, gauss_newton = operator.problem, _by_example(operator, method, draw)
+    sampled, columns = gauss_newton.sampled, gauss_newton.num_columns
     make = partial(
         Estimator,
         operator,
@@ -242,6 +227,31 @@ def _split(
         name, note = "exact", f"{passes}; the model is piecewise linear in each tensor alone"
     estimator = make(probes=probes)
     return Choice(estimator, name, note, exactness, rethink, splits=True)
+
+
+def _by_example(operator: Operator, method: str, draw: Draw) -> PerExample:
+    """The matrix's Gauss-Newton part by the gradients of single examples, which are verified.
+
+    Raises:
+        UsageError: the problem does not allow it, or too many columns for the method.
+    """
+    problem = operator.problem
+    require_examples(problem, operator.name)
+    if not isinstance(operator, EmpiricalFisher):
+        require_output_hessian(problem, operator.meter)
+    make_part = type(operator) if isinstance(operator, Sandwich) else GaussNewton
+    part = make_part(problem, mode=operator.mode, meter=operator.meter)
+    sampled = method != "exact" and part.passes().columns.num_columns > AFFORDABLE_COLUMNS
+    gauss_newton = PerExample(
+        part,
+        sampled=sampled,
+        seed=draw.seed,
+        first=draw.first,
+        batches=draw.batches,
+        stream=draw.stream(problem.parameters, exact=not sampled),
+    )
+    gauss_newton.verify()
+    return gauss_newton
 
 
 def _probed(
