@@ -127,6 +127,31 @@ def test_of_a_sample_so_many_batches_are_taken_as_show_the_others() -> None:
     assert low < truth(problem(128)) < high
 
 
+@pytest.mark.usefixtures("counted_clock")
+def test_haste_is_foreseen_up_to_the_first_number() -> None:
+    """A budget of what was planned and half a product is enough for one, and no more."""
+    told = hesscli.check(problem(), budget=before_probes(problem()) + 40)
+    planned = next(one for one in told.plan.commands if one.command == "trace")
+    found = hesscli.trace(problem(), budget=planned.gradients + 1, rtol=1e-3)
+    assert found.method.num_probes == 2
+    assert planned.gradients == pytest.approx(found.cost.gradients, rel=0.02)
+    assert planned.seconds == pytest.approx(planned.gradients, rel=1e-6)
+    assert planned.products == found.cost.products
+    assert found.method.note.partition(": ")[0] in planned.note
+    assert "beyond" not in planned.note
+
+
+@pytest.mark.usefixtures("counted_clock")
+@pytest.mark.parametrize(
+    "asked", [{"budget": 300.0}, {"method": "split"}, {"matrix": "ggn"}], ids=str
+)
+def test_no_haste_is_foreseen_where_there_is_none(asked: dict[str, Any]) -> None:
+    usual = {"budget": before_probes(problem()) + 40}
+    told = hesscli.check(problem(), **(usual | asked))
+    planned = next(one for one in told.plan.commands if one.command == "trace")
+    assert "in haste" not in planned.note
+
+
 # -- What it comes to ------------------------------------------------------------------------------
 
 

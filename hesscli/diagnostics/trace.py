@@ -8,6 +8,7 @@ from functools import partial
 
 from scipy.special import ndtri
 
+from hesscli.diagnostics import haste
 from hesscli.diagnostics.arguments import as_asked
 from hesscli.diagnostics.choice import Draw, batches_within, probe_range
 from hesscli.diagnostics.keeping import UNKEPT, Ledger
@@ -113,9 +114,12 @@ def standing(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) ->
 
 
 def plan(pilot: Pilot) -> Iterator[Work]:
-    """Probes to the tolerance, or one pass where none are needed."""
-    goal = partial(_foreseen, tolerance=pilot.asked.tolerance("trace"))
-    return pilot.estimated(goal)
+    """Probes to the tolerance, or one pass where none are needed; in haste up to a number."""
+    hurried = haste.expected(pilot.run) if pilot.asked.method == "auto" else None
+    if hurried is not None:
+        yield hurried
+        return
+    yield from pilot.estimated(partial(_foreseen, tolerance=pilot.asked.tolerance("trace")))
 
 
 def _foreseen(estimator: Estimator, reading: Reading, *, tolerance: Tolerance) -> Standing:
