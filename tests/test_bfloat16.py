@@ -18,6 +18,7 @@ from hesscli.errors import UsageError
 from hesscli.ledger import FileLedger
 from hesscli.operators.gauss_newton import EmpiricalFisher, GaussNewton
 from hesscli.operators.hessian import Hessian
+from hesscli.operators.joint import Joint
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.precision import doubled
 from hesscli.problem.problem import Problem
@@ -199,6 +200,14 @@ def test_a_trace_whose_noise_is_gone_keeps_its_bias(narrow: Problem, truth: Tens
     assert low <= float(truth.trace()) <= high
     assert found.rounding_error is not None
     assert found.rounding_error > 1e-3 * found.estimate
+
+
+def test_batches_that_are_taken_as_one_have_the_bias_of_all(narrow: Problem) -> None:
+    operator = Hessian(narrow)
+    joint = Joint(operator, [narrow.indices])
+    assert operator.bias() is not None
+    assert joint.bias() is operator.bias()
+    assert joint.in_full().bias() is None
 
 
 @pytest.mark.parametrize("method", ["hutchinson", "split", "stratified"])
