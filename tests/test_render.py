@@ -138,11 +138,11 @@ IN_HASTE = replace(trace_result().method, batches_joined=1)
         ),
         (
             trace_result(status="budget", method=IN_HASTE),
-            "probe noise ± 25 largest; --resume --budget 38s (four times the work) halves it",
+            "probe noise ± 25 largest; --resume and a --budget that is 25s larger (four times",
         ),
         (
             trace_result(status="interrupted", method=IN_HASTE, files={}),
-            "probe noise ± 25 largest; --budget 50s (four times the work) halves it",
+            "probe noise ± 25 largest; a --budget that is 38s larger (four times the work) halves",
         ),
         (trace_result(method=IN_HASTE), "probe noise ± 25 largest; --rtol 2.3%"),
         (

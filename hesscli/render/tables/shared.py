@@ -107,9 +107,10 @@ def more_work(result: words.Estimated) -> str:
     option = more_probes = f"--probes {4 * result.method.num_probes}"
     if result.method.batches_joined and result.status in ("budget", "interrupted"):
         # A number of probes would be of each of the batches that there was no time for. Where files
-        # are written there is a ledger, and what it keeps is not done anew.
-        resumed, times = ("--resume ", 3) if result.files else ("", 4)
-        option = f"{resumed}--budget {duration(times * result.cost.seconds)}"
+        # are written there is a ledger, and what it keeps is not done anew. Nobody here knows how
+        # long start-up took, which is in any budget.
+        resumed, times = ("--resume and ", 2) if result.files else ("", 3)
+        option = f"{resumed}a --budget that is {duration(times * result.cost.seconds)} larger"
     elif result.status == "budget":
         # Time or a given number of probes ended the run; these two together lift both limits.
         option = f"{more_probes} --budget {duration(4 * result.cost.seconds)}"
