@@ -27,6 +27,29 @@ FORWARD, BACKWARD = 1 / 3, 2 / 3
 """Of the work of a gradient: what a pass through the model takes, and what its way back."""
 
 
+@dataclass(frozen=True)
+class Algebra:
+    """Work with long vectors and matrices, beside passes through a model.
+
+    Attributes:
+        made: entries in float64, in memory that is taken anew.
+        read: entries, or written where they were before.
+        multiplied: pairs of entries, in float32; of float64 each counts as two.
+    """
+
+    made: float = 0.0
+    read: float = 0.0
+    multiplied: float = 0.0
+
+    def times(self, factor: float) -> Algebra:
+        """So many times as much."""
+        return Algebra(*(factor * each for each in astuple(self)))
+
+    def __add__(self, other: Algebra) -> Algebra:
+        both = zip(astuple(self), astuple(other), strict=True)
+        return Algebra(*(one + another for one, another in both))
+
+
 @dataclass
 class Meter:
     """What a run has cost; all that computes for it adds to the same one.

@@ -21,6 +21,7 @@ from hesscli.diagnostics.run import Clock, started
 from hesscli.diagnostics.saliency import (
     Ranked,
     rank_correlation,
+    reported,
     saliency_edges,
     saliency_report,
 )
@@ -56,6 +57,8 @@ def report(study: SensitivityStudy, source: str) -> IhvpResult:
     run, solved = study.run, study.solved
     found = None if study.ranked is None else _Layers(study, study.ranked)
     layers = () if found is None else tuple(found.reports())
+    if found is not None:
+        run.operator.meter.add(study.problem.algebra(reported([x.num_parameters for x in layers])))
     window = study.collected.report()
     return IhvpResult(
         status=study.status,

@@ -26,9 +26,10 @@ from hesscli.diagnostics.window import (
 )
 from hesscli.engines.mfac import GradientWindow, StaticFisher
 from hesscli.engines.mfac.pruning import cheapest_patterns, compensation
+from hesscli.engines.mfac.work import stored
 from hesscli.errors import UsageError
 from hesscli.memory import room_for_more
-from hesscli.meter import FORWARD
+from hesscli.meter import FORWARD, Algebra
 from hesscli.operators.per_example.rows import Rows
 from hesscli.problem.forward import written
 from hesscli.problem.problem import Problem
@@ -233,6 +234,10 @@ class PruningStudy:
                 now = gone[inside].to(self.problem.device)
                 on_step = self.run.clock.watch(_PRUNING)
                 weights[columns[inside]] += compensation(fisher, own, now, on_step).cpu()
+                work = fisher.work
+                self._count(work.built + work.diagonal + work.compensated)
+                if pattern is not None:
+                    self._count(work.diagonal)  # groups take as long
                 report = collected.report()
         weights[columns[gone]] = 0
         quality = self._quality(weights, self._phase(name))
@@ -240,6 +245,9 @@ class PruningStudy:
         network.leverage, network.window = leverage, report
         share = float(gone.double().mean())
         network.qualities.append(PrunedQuality(sparsity=share, **vars(quality)))
+
+    def _count(self, work: Algebra) -> None:
+        self.run.operator.meter.add(self.problem.algebra(work))
 
     def _least(self, costs: Tensor, gone: Tensor, targets: list[tuple[slice, int]]) -> Tensor:
         """What goes where each weight costs what it costs alone."""
@@ -276,6 +284,7 @@ class PruningStudy:
         for block in self._rows(step):
             rows = block[:, columns]
             window.extend(rows if pattern is None else rows * there)
+            self._count(stored(len(rows), window.columns, window.dtype))
         layers = [int(inside[place].sum()) for place in self.candidates.layers.values()]
         multiple = 1 if pattern is None else pattern.size
         held = [size for size in layers if size]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from hesscli import world
 from hesscli.diagnostics.measurement import Work
-from hesscli.diagnostics.window import Collected, WindowOptions, timed_on_columns
+from hesscli.diagnostics.window import Collected, WindowOptions, inverse_work, timed_on_columns
 from hesscli.engines.mfac import GradientWindow
 from hesscli.engines.mfac.static import Sizes
 from hesscli.engines.mfac.subsets import inverse_diagonals
+from hesscli.engines.mfac.work import InverseWork
 from hesscli.errors import UsageError
-from hesscli.meter import OnStep, go_on
+from hesscli.meter import Algebra, OnStep, go_on
 from hesscli.problem.problem import Problem
 from hesscli.results import Histogram, Quantile, SaliencyReport, Snapshot
 from hesscli.state import Rows, State
@@ -30,6 +31,9 @@ Array = NDArray[np.float64]
 
 
 _MOST_RANKED = 1 << 18
+_SORTED, _PARTITIONED, _BINNED = 200, 20, 50
+"""Times as long as reading an entry it takes to rank two vectors, to find the quantiles of one, and
+to count it in bins: fitted to vectors of 16 thousand to 4 million entries."""
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float | None:
@@ -44,6 +48,11 @@ def rank_correlation(one: Tensor, other: Tensor) -> float | None:
     if not all(sizes):
         return None
     return float(centred[0] @ centred[1]) / (sizes[0] * sizes[1])
+
+
+def correlated(size: int) -> Algebra:
+    """What a rank correlation of so many entries takes: sorting each."""
+    return Algebra(read=_SORTED).times(min(size, _MOST_RANKED))
 
 
 def sampled_places(size: int, device: torch.device) -> Tensor:
@@ -170,11 +179,14 @@ class Inverted:
         self._means, self._quantiles = dict[int, Array](), dict[int, Array]()
         self._done = 0
 
-    def steps(self, on_step: OnStep = go_on) -> Iterator[Snapshot]:
+    def steps(
+        self, on_step: OnStep = go_on, count: Callable[[Algebra], object] = lambda _: None
+    ) -> Iterator[Snapshot]:
         """A layer a step, or all of them where a block goes beyond one.
 
         Args:
             on_step: called within a step, which can be made again; may end it.
+            count: told what was done once it is in the state: by all ranks at the end of all.
         """
         window, total = self.collected.window, float(len(self.layers))
 
@@ -183,7 +195,7 @@ class Inverted:
 
         left = [each for each in self._stretches() if each.first >= self._done]
         own = [each for each in left if self._lies_here(each.place)]
-        for _ in world.abreast(self._inverted(own, on_step)):
+        for _ in world.abreast(self._inverted(own, on_step, count)):
             yield told()
         for each in left:
             if self._is_spread(each.place):
@@ -195,6 +207,8 @@ class Inverted:
                 self._means |= means
                 self._quantiles |= levels
             self._done = len(self.layers)
+            for each in left:
+                count(self._work(each))
             yield told()
 
     @property
@@ -245,13 +259,19 @@ class Inverted:
         return here.stop > here.start and not self._is_spread(place)
 
     def _inverted(
-        self, stretches: Sequence[_Stretch], on_step: OnStep
+        self, stretches: Sequence[_Stretch], on_step: OnStep, count: Callable[[Algebra], object]
     ) -> Generator[None, None, None]:
         for stretch in stretches:
             self._invert(stretch, on_step)
             if not self.collected.window.cuts:
                 self._done = len(self._means)
+                count(self._work(stretch))
             yield
+
+    def _work(self, stretch: _Stretch) -> Algebra:
+        """What a stretch takes on all ranks."""
+        window = self.collected.window
+        return ranked_work(InverseWork(stretch.sizes, window.count, window.dtype, kept=False))
 
     def _invert(self, stretch: _Stretch, on_step: OnStep) -> None:
         """Of what this rank has of some layers, and what their ranks have together."""
@@ -314,6 +334,12 @@ def _logs(values: Array) -> Array:
         return np.asarray(np.log(values))
 
 
+def ranked_work(inverse: InverseWork) -> Algebra:
+    """Diagonals from all and from fewer rows, and of saliencies quantiles for each group."""
+    summary = Algebra(made=2, read=_PARTITIONED).times(GROUPS) + Algebra(made=_VECTORS)
+    return inverse.subsets(_SETS) + summary.times(int(inverse.sizes.sum()))
+
+
 def ranking(problem: Problem, options: WindowOptions, rows: int) -> Work:
     """Diagonals of inverses from all and from fewer rows, as a part of them is timed."""
 
@@ -324,7 +350,8 @@ def ranking(problem: Problem, options: WindowOptions, rows: int) -> Work:
     most = max(place.stop - place.start for place in places)
     most = min(most, -(-problem.parameters.size // world.size()))
     held = torch.float64.itemsize * (len(_SETS) * most + _VECTORS * problem.parameters.size)
-    spent = timed_on_columns(problem, options, rows, invert)
+    taken = ranked_work(inverse_work(problem, options, rows))
+    spent = timed_on_columns(problem, options, rows, invert, taken)
     return Work(phase="ranking", spent=spent, num_bytes=held)
 
 
@@ -343,6 +370,14 @@ def saliency_edges(saliency: Tensor) -> Array:
     top = math.floor(math.log10(float(positive.max()))) + 1
     bottom = max(math.floor(math.log10(float(positive.min()))), top - _MOST_DECADES)
     return np.logspace(bottom, top, _BINS_A_DECADE * (top - bottom) + 1)
+
+
+def reported(sizes: Sequence[int]) -> Algebra:
+    """What reports of layers of some sizes take: two rank correlations each, and one of all."""
+    found, total = correlated(sum(sizes)), sum(sizes)
+    for size in sizes:
+        found += correlated(size).times(2)
+    return found + Algebra(made=2, read=_PARTITIONED + _BINNED).times(total)
 
 
 def saliency_report(

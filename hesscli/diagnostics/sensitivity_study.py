@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -20,18 +20,20 @@ from hesscli.diagnostics.predictions import Measured, Predictions, perturbing, v
 from hesscli.diagnostics.reporting import chosen, estimation, expected
 from hesscli.diagnostics.run import Run
 from hesscli.diagnostics.saliency import Inverted, Ranked, ranking, require_rows
-from hesscli.diagnostics.solve import RELATIVE, Solved, Solving, sweep, sweeps
+from hesscli.diagnostics.solve import RELATIVE, Solved, Solving, sweep, sweeps, swept
 from hesscli.diagnostics.trace import standing
 from hesscli.diagnostics.window import (
     FEWEST_ROWS,
     WindowOptions,
     collect,
     collecting,
+    inverse_work,
     inverting,
     rows_to_be_had,
 )
 from hesscli.engines.estimator import Reading
 from hesscli.engines.mfac import GradientWindow
+from hesscli.meter import Algebra
 from hesscli.problem.problem import Problem
 from hesscli.results import DampingPoint, Snapshot, Status
 from hesscli.state import Saved, State
@@ -150,6 +152,8 @@ class SensitivityStudy:
             self._saved.get("cut_short", False),
         )
         self.solving = Solving(self.operator, self.collected.fisher, self.right, self.refine)
+        if self._saved.get("solving") is None:
+            self.solving.count()
         self._restore("solving", self.solving)
         yield from self.solving.steps()
         if self.rank is not None:
@@ -231,7 +235,9 @@ class SensitivityStudy:
             yield perturbing(self.operator, pace)
         if sweeps(problem.parameters.size):
             count = len(RELATIVE)
-            spent = inversion.spent.times(count) + pace.products(count)
+            work = swept(inverse_work(problem, options, rows), with_own=rank is None)
+            spent = replace(inversion.spent.times(count), gradients=problem.algebra(work))
+            spent += pace.products(count)
             held = count * problem.parameters.size * problem.dtype.itemsize
             yield Work(phase="inverting", spent=spent, num_bytes=held)
         if rank is not None and rank.verify:
@@ -253,8 +259,14 @@ class SensitivityStudy:
         places = self.problem.parameters.layer_places()
         self._inverted = Inverted(self.collected, self.mattering, places)
         self._restore("inverted", self._inverted)
-        yield from self._inverted.steps(self.run.clock.watch("ranking"))
+        yield from self._inverted.steps(self.run.clock.watch("ranking"), self._count)
         self.ranked = self._inverted.ranked
+
+    def _count(self, work: Algebra) -> None:
+        """What is in the state by now."""
+        meter = self.run.operator.meter
+        meter.add(self.problem.algebra(work))
+        meter.keep()
 
     def _traced(self) -> Iterator[Snapshot]:
         """Traces of all layers, without probes where that is possible."""

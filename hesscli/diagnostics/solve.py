@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 from hesscli import world
-from hesscli.diagnostics.saliency import rank_correlation, saliencies, sampled_places
+from hesscli.diagnostics.saliency import (
+    correlated,
+    rank_correlation,
+    saliencies,
+    sampled_places,
+)
 from hesscli.diagnostics.window import Collected
 from hesscli.engines.conjugate_gradients import ConjugateGradients
 from hesscli.engines.mfac import Gram, StaticFisher
 from hesscli.engines.mfac.static import Part
+from hesscli.engines.mfac.work import InverseWork, spanned
+from hesscli.meter import Algebra
 from hesscli.operators.base import Operator
 from hesscli.results import DampingPoint, Refinement, ResidualReport, Snapshot
 from hesscli.state import State
@@ -55,9 +62,14 @@ class Solving:
             self._solver = ConjugateGradients(
                 self._damped,
                 self.right,
-                precondition=self._precondition,
+                precondition=self._preconditioned,
                 dtype=operator.problem.dtype,
             )
+
+    def count(self) -> None:
+        """Add to the meter what the inverse and its solve have taken, unless that was kept."""
+        self._count(self.fisher.work.built + self.fisher.work.first_solved)
+        self.operator.meter.keep()
 
     def steps(self) -> Iterator[Snapshot]:
         """Iterations of conjugate gradients where they are asked for, and the residual.
@@ -119,6 +131,7 @@ class Solving:
         """Make the product that says how good the solution is."""
         direction, window = self.direction, self.fisher.window
         image = window.whole(self.fisher.multiply(direction[window.place]))
+        self._count(self.fisher.work.multiplied)
         self._residual = ResidualReport(
             window=relative_residual(image, self.right),
             operator=relative_residual(self._damped(direction), self.right),
@@ -129,6 +142,13 @@ class Solving:
 
     def _damped(self, vector: Tensor) -> Tensor:
         return self.operator.apply(vector[None])[0] + self.fisher.damping * vector
+
+    def _preconditioned(self, vector: Tensor) -> Tensor:
+        self._count(self.fisher.work.solved_again)
+        return self._precondition(vector)
+
+    def _count(self, work: Algebra) -> None:
+        self.operator.meter.add(self.operator.problem.algebra(work))
 
     def _precondition(self, vector: Tensor) -> Tensor:
         window = self.fisher.window
@@ -195,11 +215,14 @@ def sweep(
     for direction in directions:
         window.completed(direction, slice(0, window.columns))
     diagonals = window.added_up(diagonals)
-    own = (window.whole(collected.fisher.diagonal()) if own is None else own)[places]
+    if with_own := own is None:
+        own = window.whole(collected.fisher.diagonal())
+    own = own[places]
     saliency = saliencies(weights[places], own)
     residuals = yield from _residuals(operator, dampings, directions, right)
     shares = _span_shares(collected, directions)
     cosines = [*(_cosine(a, b) for a, b in pairwise(directions)), None]
+    operator.meter.add(operator.problem.algebra(swept(collected.fisher.work, with_own)))
     return tuple(
         DampingPoint(
             relative=relative,
@@ -220,6 +243,19 @@ def sweep(
             strict=True,
         )
     )
+
+
+def swept(work: InverseWork, with_own: bool = False) -> Algebra:
+    """What the other dampings take beside products.
+
+    Args:
+        work: of an inverse of the same window.
+        with_own: whether its own diagonal is to be made as well.
+    """
+    size, count = int(work.sizes.sum()), len(RELATIVE)
+    found = work.damped(count) + spanned(work.rows, size, work.dtype, count)
+    found += (correlated(size) + Algebra(made=size)).times(count)
+    return found + work.diagonal if with_own else found
 
 
 def sweeps(size: int) -> bool:

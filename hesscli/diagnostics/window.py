@@ -15,9 +15,10 @@ from hesscli import world
 from hesscli.diagnostics.measurement import Pace, Work
 from hesscli.engines.mfac import GradientWindow, ShardedWindow, StaticFisher
 from hesscli.engines.mfac.static import Sizes, kept_bytes
+from hesscli.engines.mfac.work import InverseWork, stored
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
-from hesscli.meter import OnStep, Spent
+from hesscli.meter import Algebra, OnStep, Spent
 from hesscli.operators.base import Operator
 from hesscli.operators.per_example.rows import Rows, fitting_kind
 from hesscli.parameters import Parameters
@@ -180,6 +181,7 @@ def collect(
             yield told()
     for block in source.take(paid if cut_short else wanted, window.count):
         window.extend(block)
+        operator.meter.add(problem.algebra(stored(len(block), window.columns, window.dtype)))
         operator.meter.keep()
         yield told()
         if cut_short := window.count < wanted and enough(window.count):
@@ -208,6 +210,7 @@ def collecting(problem: Problem, options: WindowOptions, rows: int, pace: Pace) 
     """So many rows of a window."""
     kind, _ = kind_of(problem, options.rows)
     examples = rows * (kind.size if kind.name == "microbatch" else 1)
+    storing = problem.algebra(stored(rows, problem.parameters.size, options.torch_dtype))
     held = rows * problem.parameters.size * options.torch_dtype.itemsize
     note = f"{rows} rows take {human_bytes(held)}"
     if (ranks := world.size()) > 1:
@@ -215,7 +218,7 @@ def collecting(problem: Problem, options: WindowOptions, rows: int, pace: Pace) 
         note += f", {human_bytes(held)} on each of {ranks} ranks"
     return Work(
         phase="collecting gradients",
-        spent=pace.gradient.times(examples / problem.data.count).alone(),
+        spent=pace.gradient.times(examples / problem.data.count).alone() + Spent(gradients=storing),
         num_bytes=0 if options.file else held,
         note=note,
     )
@@ -229,12 +232,20 @@ def inverting(problem: Problem, options: WindowOptions, rows: int) -> Work:
         fisher.ihvp(torch.ones(window.size, device="cpu"))
         fisher.diagonal()
 
-    size = problem.parameters.size
-    sizes = block_sizes(layer_sizes(problem.parameters), options.blocks, rows)
-    held = kept_bytes(np.array([size]) if sizes is None else sizes, rows, world.size())
-    spent = timed_on_columns(problem, options, rows, solve)
+    work = inverse_work(problem, options, rows)
+    held = kept_bytes(work.sizes, rows, world.size())
+    taken = work.built + work.first_solved + work.multiplied
+    spent = timed_on_columns(problem, options, rows, solve, taken)
     note = f"what inverts them {human_bytes(held)}"
     return Work(phase="inverting", spent=spent, num_bytes=held, note=note)
+
+
+def inverse_work(problem: Problem, options: WindowOptions, rows: int) -> InverseWork:
+    """What the inverse of so many rows' matrix takes."""
+    sizes = block_sizes(layer_sizes(problem.parameters), options.blocks, rows)
+    sizes = np.array([problem.parameters.size]) if sizes is None else sizes
+    kept = kept_bytes(sizes, rows, world.size()) > 0
+    return InverseWork(sizes, rows, options.torch_dtype, kept)
 
 
 def timed_on_columns(
@@ -242,10 +253,18 @@ def timed_on_columns(
     options: WindowOptions,
     rows: int,
     work: Callable[[GradientWindow, Sizes], None],
+    taken: Algebra,
 ) -> Spent:
     """What something takes with a whole window, by how long it takes with some of its columns.
 
     Of many ranks each has as many columns as the others.
+
+    Args:
+        problem: whose gradients they would be.
+        options: of the window.
+        rows: of it.
+        work: that is timed.
+        taken: what it is with the whole window, as a meter counts it.
     """
     size = problem.parameters.size
     sizes = block_sizes(layer_sizes(problem.parameters), options.blocks, rows)
@@ -256,7 +275,8 @@ def timed_on_columns(
     window.extend(torch.randn(rows, window.size, device="cpu").to(problem.device))
     began = time.perf_counter()
     work(window, own)
-    return Spent(seconds=(time.perf_counter() - began) * size / (window.size * world.size()))
+    seconds = (time.perf_counter() - began) * size / (window.size * world.size())
+    return Spent(gradients=problem.algebra(taken), seconds=seconds)
 
 
 def layer_sizes(parameters: Parameters) -> list[int]:

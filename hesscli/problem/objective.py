@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hesscli import world
 from hesscli.memory import Together, free_bytes, is_out_of_memory, room_for_more
-from hesscli.meter import BACKWARD, FORWARD
+from hesscli.meter import BACKWARD, FORWARD, Algebra
 from hesscli.parameters import Parameters
 from hesscli.problem.batches import (
     Batch,
@@ -34,7 +34,7 @@ from hesscli.problem.losses import Loss
 from hesscli.problem.precision import Narrowing, Precision, Widened, tolerance
 from hesscli.problem.recomputing import recomputed
 from hesscli.problem.restriction import held_fixed, shares_of_way_back
-from hesscli.problem.work import of_vectors
+from hesscli.problem.work import of_algebra
 from hesscli.units import human_bytes
 
 _EXAMPLES = 8
@@ -302,10 +302,14 @@ class Objective:
             read: or written, where they were before.
             size: of each, by default as many entries as there are parameters.
         """
+        entries = self.parameters.size if size is None else size
+        return self.algebra(Algebra(made, read).times(entries))
+
+    def algebra(self, work: Algebra) -> float:
+        """Gradients that work with vectors and matrices takes."""
         if not self.independence.numbers:
             return 0.0
-        entries = self.parameters.size if size is None else size
-        return of_vectors(made * entries, read * entries, self._forward)
+        return of_algebra(work, self._forward)
 
     @cached_property
     def _forward(self) -> float:

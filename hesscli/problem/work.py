@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hesscli.meter import Algebra
+
 _OPERATION, _NUMBER, _MULTIPLIED, _WEIGHT = 18e3, 0.75, 0.025, 0.6
 """Nanoseconds of calling an operation, of making a number, of a multiplication in a product, and
 of reading a weight or writing its gradient, all in float32 on a forward pass: fitted to gradients
@@ -42,6 +44,7 @@ class PassWork:
         return _OPERATION * self.operations + width * (each + _WEIGHT * self.weights)
 
 
-def of_vectors(made: float, read: float, forward: float) -> float:
-    """Gradients that entries of long vectors take, where a forward pass takes so long."""
-    return (_MADE * made + _READ * read) / (_GRADIENT * forward)
+def of_algebra(work: Algebra, forward: float) -> float:
+    """Gradients that it takes, where a forward pass takes so many nanoseconds."""
+    entries = _MADE * work.made + _READ * work.read
+    return (entries + _MULTIPLIED * work.multiplied) / (_GRADIENT * forward)

@@ -147,8 +147,8 @@ class Cost:
     ``products`` are matrix-vector products over all kept examples; ``gradients`` counts the
     same work in full-data gradients (forward 1/3, backward 2/3), independent of the clock: a pass
     over a few examples by its operations, what it multiplies, the numbers that it makes and the
-    weights that it reads, priced as on one core, in float64 as what that takes; and what is done
-    with vectors as long as the parameters.
+    weights that it reads, priced as on one core, in float64 as what that takes; what is done with
+    vectors as long as the parameters; and with a window's rows, by its size and that of its blocks.
     ``peak_bytes`` is the device's peak allocation, or on a CPU the process's peak resident
     memory rounded up to 64 MiB.
     """

@@ -19,6 +19,7 @@ from hesscli.engines.mfac.dual import DualBlock
 from hesscli.engines.mfac.primal import PrimalRun
 from hesscli.engines.mfac.system import Solved
 from hesscli.engines.mfac.window import GradientWindow
+from hesscli.engines.mfac.work import InverseWork
 from hesscli.errors import UnsoundError, UsageError
 from hesscli.memory import available_bytes
 from hesscli.meter import OnStep, go_on
@@ -296,6 +297,12 @@ class StaticFisher:
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self.window.device)
+
+    @property
+    def work(self) -> InverseWork:
+        """What it takes to make it, and to ask it, in all shards together."""
+        window = self.window
+        return InverseWork(self._sizes, window.count, window.dtype, self._kept is not None)
 
     @property
     def table_nbytes(self) -> int:
