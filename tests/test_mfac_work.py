@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 from unittest.mock import patch
 
@@ -16,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hesscli
 from hesscli import WindowOptions
+from hesscli.diagnostics.run import Clock, started
 from hesscli.diagnostics.saliency import _SETS
 from hesscli.diagnostics.solve import RELATIVE
+from hesscli.diagnostics.window import collect, inverse_work
 from hesscli.engines.mfac import GradientWindow, Gram, StaticFisher, static
 from hesscli.engines.mfac.pruning import compensation
 from hesscli.engines.mfac.subsets import inverse_diagonals
@@ -144,16 +147,42 @@ def counted() -> Iterator[list[Algebra]]:
         yield found
 
 
+def classifier() -> hesscli.Problem:
+    """Of 64 examples, in two layers of many blocks each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32))
+    pairs = torch.utils.data.TensorDataset(torch.randn(64, 16), torch.randint(32, (64,)))
+    return hesscli.Problem(model, "cross_entropy", pairs, batch_size=64)
+
+
+@pytest.mark.parametrize("blocks", ["auto", "layer", "whole", "40"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_plan_counts_the_inverse_that_a_run_makes(blocks: str, kept: bool) -> None:
+    problem, options = classifier(), WindowOptions(size=32, blocks=blocks, dtype="float64")
+    with (
+        patch.object(static, "_KEPT", static._KEPT if kept else 0),
+        started(problem, "hessian", "auto", Clock(None, None)) as run,
+        options.empty(problem) as window,
+    ):
+        stage = collect(run.operator, window, options, 0, lambda _: False, run.clock.watch)
+        try:
+            while True:
+                next(stage)
+        except StopIteration as end:
+            made = end.value.fisher.work
+        planned = inverse_work(problem, options, window.count)
+    assert made.sizes.tolist() == planned.sizes.tolist()
+    assert astuple(made)[1:] == astuple(planned)[1:]
+    assert planned.kept == kept
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_run_counts_each_stage_once(kept: bool) -> None:
     """No pass through the model factorises a matrix: of these all are the window's.
 
     Its inverse, those of other dampings, and that of each set of rows.
     """
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32))
-    pairs = torch.utils.data.TensorDataset(torch.randn(64, 16), torch.randint(32, (64,)))
-    problem = hesscli.Problem(model, "cross_entropy", pairs, batch_size=64)
+    problem = classifier()
     options = WindowOptions(size=64, blocks="32")
     keeping = patch.object(static, "_KEPT", static._KEPT if kept else 0)
     with keeping, counted() as all_work, Seen() as seen:
