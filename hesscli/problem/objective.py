@@ -43,6 +43,9 @@ _CHECKS_IN_FLOAT64 = 28
 """Times the weights that checks take at most: the weights in float64, and a dozen vectors."""
 _NUMBERS_AT_ONCE, _TIMES_THE_WEIGHTS = 1 << 22, 2
 """That the examples of a batch may make at least."""
+_NUMBERS_TO_PAY = 1 << 20
+"""Below which calling operations takes longer than what they compute: five small networks took two
+to five times as long in batches of a sixteenth of that, and as long in larger ones."""
 _STAYS = 0.1
 """Of a device's free memory, what frozen examples may take for good."""
 
@@ -151,8 +154,9 @@ class Objective:
         """Batches that are best computed as one, where what is wanted is their sum or their rows.
 
         Examples that are independent are cut into more batches than a gradient needs, so that
-        these show how examples differ. Joined they are no larger than the user's own, no larger
-        than pays, and no fewer than there are ranks, if that is possible.
+        these show how examples differ. Joined they are no larger than the user's own, unless those
+        are too small to pay; no larger than pays, and no fewer than there are ranks, if that is
+        possible.
 
         Args:
             among: the numbers of some batches; default all that weigh something.
@@ -163,7 +167,8 @@ class Objective:
             return alone
         if not (numbers := self.independence.numbers):
             return alone
-        most = min(self.data.together, self.at_once(numbers))
+        own = min(self.data.together, self.at_once(numbers))
+        most = max(own, _NUMBERS_TO_PAY // numbers)
         groups = list(_to_be_joined(self.data.batches, among, most))
         if len(groups) < world.size():
             each = -(-len(among) // world.size()) * max(self.data.counts[i] for i in among)
