@@ -90,7 +90,7 @@ def test_in_haste_the_users_own_batch_gives_a_number_in_time() -> None:
 def test_with_time_enough_nothing_is_done_in_haste() -> None:
     given = problem()
     usual = hesscli.trace(given, budget=None, rtol=0.5)
-    found = hesscli.trace(given, budget=before_probes(given) + 200, rtol=0.5)
+    found = hesscli.trace(given, budget=2 * usual.cost.gradients, rtol=0.5)
     assert (found.trace, found.method) == (usual.trace, usual.method)
     assert found.method.batches_joined is None
 
@@ -119,7 +119,7 @@ def test_what_may_be_exact_is_not_hurried() -> None:
 @pytest.mark.usefixtures("counted_clock")
 def test_of_a_sample_so_many_batches_are_taken_as_show_the_others() -> None:
     given = problem(128, examples=64)
-    found = hesscli.trace(given, budget=before_probes(given) + 40, rtol=1e-3)
+    found = hesscli.trace(given, budget=before_probes(given) + 80, rtol=1e-3)
     assert "8 batches of 8 examples" in found.method.note
     assert found.method.batches_joined == 8
     assert found.trace.data_stderr

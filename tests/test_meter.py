@@ -46,14 +46,22 @@ def beside(operator: Hessian, products: int) -> float:
     return products * operator.problem.vectors(1, 4, operator.parameters.size)
 
 
+def together() -> float:
+    """A pass over all 24 at once, of which two batches call the operations twice as often."""
+    problem = problem_of()
+    (share,) = {problem.joint_share, problem.share_of(COUNT)}
+    assert share == pytest.approx(1 - problem.share_of(0))
+    return share
+
+
 def test_blocks_count_with_their_whole() -> None:
     operator = Hessian(problem_of())
     operator @ torch.ones(operator.parameters.size)
-    taken = 3 + beside(operator, 2)
+    taken = 3 * together() + beside(operator, 1)
     assert (operator.meter.products, operator.meter.gradients) == pytest.approx((1, taken))
     block = operator.restrict("0")
     block @ torch.ones(block.parameters.size)
-    taken += 3 + beside(block, 2)
+    taken += 3 * together() + beside(block, 1)
     assert (operator.meter.products, operator.meter.gradients) == pytest.approx((2, taken))
 
 
@@ -77,29 +85,36 @@ def test_a_proof_is_counted_however_often_it_was_asked_for() -> None:
     problem.prove()
     problem.prove(meter=first)
     problem.prove(meter=second)
-    assert first == second == Meter(gradients=pytest.approx(1))
+    assert first == second == Meter(gradients=pytest.approx(together()))
     asked_twice = Meter()  # the user's function, and the outputs by themselves
-    problem_of(lambda outputs, y: (outputs - y).square().mean()).prove(meter=asked_twice)
-    assert asked_twice.gradients == pytest.approx(4 / 3)
+    problem = problem_of(lambda outputs, y: (outputs - y).square().mean())
+    problem.prove(meter=asked_twice)
+    assert asked_twice.gradients == pytest.approx(4 / 3 * problem.joint_share)
 
     def step(model: nn.Module, batch: Any) -> torch.Tensor:
         return (model(batch[0]) - batch[1]).square().mean()
 
     without_outputs = Meter()
-    problem_of(StepLoss(step, "step")).prove(meter=without_outputs)
-    assert without_outputs.gradients == pytest.approx(1)
+    problem = problem_of(StepLoss(step, "step"))
+    problem.prove(meter=without_outputs)
+    assert without_outputs.gradients == pytest.approx(problem.joint_share)
 
 
 @pytest.mark.parametrize(("row", "check"), [("sampled", 1), ("example", 1), ("microbatch:4", 0)])
 def test_rows_are_counted(row: str, check: int) -> None:
-    """A gradient for all; first, 16 examples take three forward and three backward passes."""
+    """A gradient for all; first, 16 examples take three forward and three backward passes.
+
+    Six of four examples each take as many operations and weights as one of all.
+    """
     meter, problem = Meter(), problem_of()
+    whole = 6 * problem.share_of(4) if row == "microbatch:4" else 1
     rows = Rows(problem, RowKind.parse(row), meter=meter)
     list(rows.take(min(rows.available, COUNT)))
     checked = meter.gradients
     list(rows.take(min(rows.available, COUNT)))
-    assert checked == pytest.approx(1 + check * 16 / COUNT * (3 / 3 + 3 * 2 / 3))
-    assert meter.gradients - checked == pytest.approx(1)
+    checks = check * problem.share_of(16) * (3 / 3 + 3 * 2 / 3)
+    assert checked == pytest.approx(whole + checks)
+    assert meter.gradients - checked == pytest.approx(whole)
 
 
 def test_claims_of_exactness_cost_a_forward_pass_and_little_more() -> None:
@@ -109,9 +124,10 @@ def test_claims_of_exactness_cost_a_forward_pass_and_little_more() -> None:
     assert all(claim.exact for claim in claims)
     ways = problem.ways_back([problem.parameters.tensors[:2], problem.parameters.tensors[2:]])
     share = problem.share_of(SAMPLE)
+    taken = together() / 3 + share * (1 / 3 + 1 + sum(ways) / 2)
     vectors = problem.vectors(3)  # signs, those of a layer, and their product
-    assert meter.gradients == pytest.approx(1 / 3 + share * (1 / 3 + 1 + sum(ways) / 2) + vectors)
-    assert len(steps) == 2 + 2  # the batches, and the layers
+    assert meter.gradients == pytest.approx(taken + vectors)
+    assert len(steps) == 1 + 2  # the batches as one, and the layers
 
 
 def test_a_losss_own_curvature_is_counted() -> None:

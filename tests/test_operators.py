@@ -449,7 +449,8 @@ def test_products_are_counted(small: tuple[Operator, Tensor]) -> None:
     _ = operator @ _draw(15, 4)
     assert operator.meter.products == pytest.approx(4)
     made, problem = operator.meter.gradients, operator.problem
-    assert made == pytest.approx(1 + 4 * 2 + 4 * len(problem.joint()) * problem.vectors(1, 4))
+    vectors = 4 * len(problem.joint()) * problem.vectors(1, 4)
+    assert made == pytest.approx(problem.joint_share * (1 + 4 * 2) + vectors)
 
 
 def test_more_columns_than_are_held_at_once(small: tuple[Operator, Tensor]) -> None:

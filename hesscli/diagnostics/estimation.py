@@ -171,7 +171,8 @@ class Estimation:
         estimator = self.estimator
         if not estimator.coverage():
             first = self._first_look() if self.probes is None else self.probes
-            return (Work(phase=estimator.phase, spent=pace.products(first), note="a first look"),)
+            spent = pace.products_apart(first)
+            return (Work(phase=estimator.phase, spent=spent, note="a first look"),)
         probes, note, needed = self._ahead()
         work = Work(phase=estimator.phase, spent=estimator.foreseen(probes), note=note)
         if self.probes is not None or self.rethink is None:
@@ -193,7 +194,8 @@ class Estimation:
         size, first = self.estimator.parameters.size, self._first_look()
         if turn.kind == "unit vectors":
             return (Work(phase=UnitVectors.phase, spent=pace.products(size), note=turn.why),)
-        spent = pace.products(first) + deciding + pace.products(turn.steps, turn.steps)
+        spent = pace.products_apart(first) + deciding
+        spent += pace.products(turn.steps, turn.steps)
         spent += self.estimator.foreseen(max(math.ceil(probes * turn.work), first))
         return (Work(phase=self.estimator.phase, spent=spent, note=turn.why),)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hesscli import world
@@ -25,20 +25,36 @@ class Pace:
     It is that of all ranks together, which torchrun has started, where batches are dealt out.
 
     Attributes:
-        gradient: of the loss.
-        graph: that products share.
+        gradient: of the loss, in the user's batches.
+        graph: that products share, in the same.
         product: on its batches' graphs.
         graph_bytes: that the graphs of all batches hold.
+        joint: times as long all this takes where batches are computed together as they best are.
+        apart: and where each is computed by itself.
     """
 
     gradient: Spent
     graph: Spent
     product: Spent
     graph_bytes: int
+    joint: float = 1.0
+    apart: float = 1.0
+
+    def gradients(self, count: float) -> Spent:
+        """Of so many, of batches that are computed together."""
+        return self.gradient.times(self.joint * count)
 
     def products(self, count: float, graphs: float = 1.0) -> Spent:
-        """Of so many, on graphs that are made so often."""
-        return self.graph.times(graphs) + self.product.times(count)
+        """Of so many, of batches that are computed together, on graphs that are made so often."""
+        return self._products(count, graphs, self.joint)
+
+    def products_apart(self, count: float, graphs: float = 1.0) -> Spent:
+        """The same where each batch's product is wanted."""
+        return self._products(count, graphs, self.apart)
+
+    def _products(self, count: float, graphs: float, work: float) -> Spent:
+        each = self.graph.times(graphs) + self.product.times(count)
+        return replace(each.times(work), products=each.products)
 
 
 @dataclass(frozen=True, kw_only=True)

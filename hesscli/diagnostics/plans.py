@@ -44,8 +44,8 @@ _PRODUCTS = 2
 def measured_pace(operator: Operator) -> tuple[Pace, int]:
     """Of gradients and products over all data, and the bytes that a product of a batch keeps.
 
-    One batch is timed and scaled to all. Forward mode does not let its memory be watched: it
-    carries what a gradient keeps once more for each vector.
+    One batch is timed, and others take as much longer as they are priced. Forward mode does not
+    let its memory be watched: it carries what a gradient keeps once more for each vector.
     """
     problem = operator.problem
     batch = problem.batch(problem.indices[0])
@@ -72,16 +72,18 @@ def measured_pace(operator: Operator) -> tuple[Pace, int]:
     rounds = [timed(partial(storages_kept, kept))]
     while len(rounds) <= _REPEATS and time.perf_counter() - began < _TIMING:
         rounds.append(timed(nullcontext))
-    scale, (graph, each) = problem.data.count / batch.count, operator.cost
+    (graph, each), alone = operator.cost, problem.share_of(batch.count)
     first, second, third = (
-        scale * sorted(times)[len(times) // 2] for times in zip(*rounds[1:] or rounds, strict=True)
+        sorted(times)[len(times) // 2] / alone for times in zip(*rounds[1:] or rounds, strict=True)
     )
     held = (1 + forward * many) * sum(kept.values())
     pace = Pace(
         gradient=Spent(gradients=problem.gradient_cost, seconds=first),
         graph=Spent(gradients=graph, seconds=second),
         product=Spent(products=1.0, gradients=each, seconds=third / many),
-        graph_bytes=round(scale * held),
+        graph_bytes=round(held * problem.data.count / batch.count),
+        joint=problem.joint_share,
+        apart=problem.share_in([(index,) for index in problem.indices]),
     )
     gain = world.gain(len(problem.indices))
     pace = replace(
@@ -188,7 +190,7 @@ class Pilot:
         """Batches for each of which so many products may be made."""
         budget, batches = self.run.clock.budget, len(self.run.problem.indices)
         limit = _LONGEST if budget is None else min(_LONGEST, _SHARE * budget)
-        return int(limit * batches / max(self.pace.products(products).seconds, 1e-9))
+        return int(limit * batches / max(self.pace.products_apart(products).seconds, 1e-9))
 
     def _fits(self, products: int) -> bool:
         """Whether the run has time for so many."""

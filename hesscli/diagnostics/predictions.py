@@ -247,7 +247,7 @@ class Predictions:
     def _slope(self, batch: WeightedBatch) -> Tensor:
         """The gradient of one batch's loss, float64 ``(d,)``."""
         problem, parameters = self.problem, self.problem.parameters
-        self.operator.meter.add(problem.gradient_cost, batch.count / problem.data.count)
+        self.operator.meter.add(problem.gradient_cost, problem.share_of(batch.count))
         with problem.forward_context(), problem.recomputing():
             parts = gradient(problem.evaluate(batch.data), parameters.tensors)
         return parameters.flatten(parts).double()
@@ -353,7 +353,7 @@ class Measured:
         each = sorted(one for every in world.gathered(own) for one in every.items())
         total = sum(value for _, value in each)
         square = sum(t.detach().double().square().sum() for t in problem.parameters.tensors)
-        self.meter.add(FORWARD)
+        self.meter.add(FORWARD, problem.joint_share)
         return float(total + 0.5 * problem.weight_decay * square)
 
 
@@ -384,7 +384,7 @@ def perturbing(operator: Operator, pace: Pace) -> Work:
     spent.products = float(sum(changes))
     if problem.sampling_fraction != 1:
         first = batches
-        spent += pace.gradient
+        spent += pace.gradients(1)
     seen = math.sqrt(first * batches) / batches
     span = f"{first} to {batches}" if first < batches else f"all {batches}"
     note = f"{sum(changes)} changes of {len(changes)} layers, on {span} batches"
@@ -394,7 +394,7 @@ def perturbing(operator: Operator, pace: Pace) -> Work:
 def verifying(problem: Problem, pace: Pace) -> Work:
     """The loss with every change applied, at each scale."""
     losses, share = 1 + sum(_counts(problem)) * len(SCALES), FORWARD / problem.gradient_cost
-    return Work(phase="verifying", spent=pace.gradient.times(share * losses))
+    return Work(phase="verifying", spent=pace.gradients(share * losses))
 
 
 def _counts(problem: Problem) -> list[int]:

@@ -326,7 +326,7 @@ class PruningStudy:
 
     def _here(self, phase: str) -> Quality:
         loss, accuracy = measured(self.problem, self.run.clock.watch(phase))
-        self.run.operator.meter.add(FORWARD)
+        self.run.operator.meter.add(FORWARD, self.problem.joint_share)
         known = accuracy if self.before.accuracy is not None else None
         return Quality(loss=loss if math.isfinite(loss) else None, accuracy=known)
 
@@ -351,7 +351,7 @@ def stages(
     """Windows and losses of each step, and a product."""
     rows = rows_to_be_had(problem, options)
     window = collecting(problem, options, rows, pace)
-    loss = pace.gradient.times(FORWARD / problem.gradient_cost)
+    loss = pace.gradients(FORWARD / problem.gradient_cost)
     own = window.spent + inverting(problem, options, rows).spent.times(2) + loss
     again = loss.times(2.0) if norms_of(problem.model) else loss.times(0.0)
     held = window.num_bytes + needed_bytes(problem, candidates)

@@ -97,7 +97,7 @@ class Places:
     @cached_property
     def families(self) -> list[Family]:
         """Those that a pass over a few examples suggests."""
-        self.run.operator.meter.add(FORWARD, _WATCHED / self.run.problem.data.count)
+        self.run.operator.meter.add(FORWARD, self.run.problem.share_of(_WATCHED))
         return found_in(self.run.problem)
 
     @property
@@ -208,7 +208,7 @@ class Places:
     # -- what the loss is asked, and counted -----------------------------------------------------
 
     def _share(self, batch: WeightedBatch) -> float:
-        return batch.count / self.run.problem.data.count
+        return self.run.problem.share_of(batch.count)
 
     def _gradient(self, batch: WeightedBatch) -> tuple[float, Tensor]:
         problem = self.run.problem

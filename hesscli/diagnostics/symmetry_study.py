@@ -59,21 +59,22 @@ class Testing(Kept):
         """Gradients and losses of some batches, and products of some of these."""
         problem, count = self.run.problem, len(self.families)
         counts = [problem.data.counts[i] for i in self.places.indices]
-        shares = [count / problem.data.count for count in counts]
+        shares = [problem.share_of(count) for count in counts]
         chosen = [i for i, (_, is_made) in enumerate(PLACES) if is_made]
         made = sum(shares[i] for i in chosen)
         gradients = (1 + FORWARD * 2 * count) * sum(shares)
         gradients += self.places.has_outputs * FORWARD * (1 + count) * made
         if self.places.may_be_sure:
             gradients += problem.gradient_cost * sum(shares) + sum(self.run.operator.cost) * made
-        work = pace.gradient.times(gradients) + pace.products((count + 1) * made, made)
+        work = pace.gradient.times(gradients)
+        work += pace.graph.times(made) + pace.product.times((count + 1) * made)
         part = sum(counts[i] for i in chosen) / problem.data.count
         work = replace(work, products=(count + 1) * part)
         told = f"{count} families: {part * (count + 1):.1f} products and {gradients:.1f} gradients"
         yield Work(phase=TESTING, spent=work, note=f"{told} besides")
         if orbit.can_be_rescaled([one for one in self.families if not one.told.causes]):
             points = (orbit.POINTS + 1) * shares[0]
-            work = pace.products(orbit.PRODUCTS * points, points)
+            work = pace.graph.times(points) + pace.product.times(orbit.PRODUCTS * points)
             part = (orbit.POINTS + 1) * counts[0] / problem.data.count
             work = replace(work, products=orbit.PRODUCTS * part)
             yield Work(phase=_RESCALING, spent=work)

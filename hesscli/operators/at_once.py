@@ -51,7 +51,7 @@ def _that_fit(operator: Operator) -> int:
     kept = dict[int, int]()
     with storages_kept(kept):
         operator.problem.evaluate(batch.data)
-    operator.meter.add(FORWARD, batch.count / operator.problem.data.count)
+    operator.meter.add(FORWARD, operator.problem.share_of(batch.count))
     held = max(1, sum(kept.values()))
     room = room_for_more(operator.device) - _AROUND * held
     return max(1, min(operator.block_size, room // (_SIDE_BY_SIDE * held)))
@@ -72,7 +72,7 @@ def _that_are_faster(operator: Operator, most: int) -> int | None:
         return None
     together, products = found
     graph, product = operator.cost
-    share = batch.count / problem.data.count
+    share = problem.share_of(batch.count)
     operator.meter.add(graph + (1 + _ROUNDS) * len(products) * product, share)
     apart = (products[0] - one[0]).norm() / one[0].norm().clamp_min(1e-300)
     agree = float(apart) <= tolerance(operator.dtype)

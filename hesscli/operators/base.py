@@ -48,8 +48,6 @@ class LiveTerm:
     counted: int | None = None
     """How often the problem had changed its type when its graph, which another process had made
     and counted, was still good."""
-    is_sample: bool = False
-    """Whether it is a few of the examples, on which each pass costs more than their share."""
     _apply: Apply | None = field(default=None, repr=False)
     _made: int = field(default=0, repr=False)
 
@@ -66,10 +64,7 @@ class LiveTerm:
     @property
     def _share(self) -> float:
         """Work of a pass beside that of one over all kept examples."""
-        problem = self.operator.problem
-        if self.is_sample:
-            return problem.share_of(self.batch.count)
-        return self.batch.count / problem.data.count
+        return self.operator.problem.share_of(self.batch.count)
 
     def is_made_at(self, retypings: int) -> bool:
         """Whether its graph serves, or will where it is counted, after so many changes of type."""
@@ -271,9 +266,8 @@ class Operator(Curvature):
             probes: for each term a product.
         """
         problem, (graph, product) = self.problem, self.cost
-        vectors = problem.vectors(_MADE, _READ, self.parameters.size)
-        shares = (problem.share_of(sum(self.counts[i] for i in group)) for group in groups)
-        return sum(share * (graph + probes * product) + probes * vectors for share in shares)
+        vectors = probes * problem.vectors(_MADE, _READ, self.parameters.size)
+        return problem.share_in(groups) * (graph + probes * product) + len(groups) * vectors
 
     @property
     def block_size(self) -> int:

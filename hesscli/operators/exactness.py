@@ -96,7 +96,7 @@ def exact_parameters(
                 if group is not None:
                     batch = problem.batch(*group)
                     found = _bends(problem, left, batch)
-                    meter.add(FORWARD, batch.count / problem.data.count)
+                    meter.add(FORWARD, problem.share_of(batch.count))
             for each in reversed(world.gathered(found)):  # the first batch's reason counts
                 reasons |= each
         on_step()

@@ -62,7 +62,7 @@ class LayerForms:
 
     def __init__(self, layers: Layers, batch: WeightedBatch, *, is_counted: bool = False) -> None:
         self.layers, self.batch, self._is_counted = layers, batch, is_counted
-        self._share = batch.count / layers.operator.problem.data.count
+        self._share = layers.operator.problem.share_of(batch.count)
 
     def __call__(self, layer: int, changes: Tensor) -> Tensor:
         """Forms, float64 ``(k,)``, of changes of a layer ``(k, its size)``.

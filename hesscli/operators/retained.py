@@ -151,14 +151,14 @@ class Retained:
         kept = self._kept.get(group[0])
         if kept is not None and self._groups.get(group[0]) == group:
             return kept
-        return LiveTerm(self.operator.problem.batch(*group), self.operator, is_sample=True)
+        return LiveTerm(self.operator.problem.batch(*group), self.operator)
 
     def _relative_error(self, group: tuple[int, ...], vectors: Tensor) -> float:
         """Error of a group's products with some vectors, beside the largest of them."""
         problem, operator = self.operator.problem, self.operator
         own = self._term(group).apply(vectors.to(problem.device, problem.dtype))
         with doubled(problem):
-            exact = LiveTerm(problem.batch(*group), operator, is_sample=True)
+            exact = LiveTerm(problem.batch(*group), operator)
             products = exact.apply(vectors.to(problem.device, problem.dtype))
         size = float(products.norm(dim=1).max())
         return max(map(distance, own, products)) / size if size else 0.0

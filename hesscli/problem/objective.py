@@ -299,6 +299,15 @@ class Objective:
             return count / self.data.count
         return work.nanoseconds(count, dtype or self.dtype) / self._forward
 
+    def share_in(self, groups: Iterable[Sequence[int]]) -> float:
+        """The same of batches by number, those of a group computed as one."""
+        return sum(self.share_of(sum(self.data.counts[i] for i in group)) for group in groups)
+
+    @property
+    def joint_share(self) -> float:
+        """The same of all kept examples, in batches as :meth:`joint` has them."""
+        return self.share_in(self.joint())
+
     def vectors(self, made: float, read: float = 0.0, size: int | None = None) -> float:
         """Gradients that it takes to make so many long vectors, and to go through so many.
 

@@ -151,7 +151,7 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
                 reached=tuple(part is not None for part in parts),
                 depends=value.requires_grad,
                 hidden=seen.hidden or _why_another(problem, value, seen.mean),
-                gradients=cost * batch.count / problem.data.count,
+                gradients=cost * problem.share_of(batch.count),
             )
         )
         total = problem.data.count
@@ -181,7 +181,7 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         unreached=tuple(p.name for p, r in zip(parameters, reached, strict=True) if not r),
         hidden_outputs=hidden,
         gradients=tried + sum(one.gradients for one in shares),
-        again=0.0 if is_kept else problem.gradient_cost,
+        again=0.0 if is_kept else problem.gradient_cost * problem.joint_share,
         make_gradient=partial(_kept, gradient) if is_kept else partial(_made_anew, problem),
         lengths=tuple(one.length for one in shares),
         saturated=_saturation(problem) if possible and loss == 0 else None,

@@ -47,7 +47,7 @@ def recalibrated(problem: Problem, meter: Meter, on_step: OnStep = go_on) -> Ite
                 for one in seen.values():
                     one.weight = float(batch.count)
                 problem.evaluate(batch.data)
-            meter.add(FORWARD, batch.count / problem.data.count)
+            meter.add(FORWARD, problem.share_of(batch.count))
             on_step()
     kept = [(norm.running_mean, norm.running_var) for norm in norms]
     try:

@@ -61,7 +61,7 @@ class Pass:
 
     def __init__(self, owner: ExampleGradients, batch: WeightedBatch) -> None:
         self.owner, self.batch = owner, batch
-        self.share = batch.count / owner.problem.data.count
+        self.share = owner.problem.share_of(batch.count)
         with captured(owner.known, owner.shared, batch.count) as calls:
             self.outputs = owner.problem.outputs(batch.data)
         if bare := [module for module in owner.known if isinstance(module, BareLinear)]:

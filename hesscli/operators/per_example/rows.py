@@ -144,7 +144,7 @@ class Rows:
             data = batch.data
             if size < batch.count:
                 data = rows_of_batch(data, start, start + size)
-            share = min(size, batch.count - start) / self.problem.data.count
+            share = self.problem.share_of(min(size, batch.count - start))
             self.meter.add(self.problem.gradient_cost, share)
             with self.problem.forward_context(), self.problem.recomputing():
                 parts = gradient(self.problem.evaluate(data), self.problem.parameters.tensors)
