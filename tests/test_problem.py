@@ -278,6 +278,40 @@ def test_type_and_batch_size_can_be_chosen() -> None:
     assert max(problem.data.counts) == 3
 
 
+class OfSixteen(nn.Module):
+    """Made for sixteen rows at most: with more it raises, or halves what it gives."""
+
+    def __init__(self, *, raises: bool) -> None:
+        super().__init__()
+        self.head, self.raises = nn.Linear(4, 3), raises
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 16 and self.raises:
+            raise RuntimeError("no room for more")
+        return self.head(x) / (2 if len(x) > 16 else 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "groups"),
+    [
+        (nn.Linear(4, 3), 1),
+        (OfSixteen(raises=True), 20),
+        (OfSixteen(raises=False), 20),
+    ],
+    ids=["any", "raises", "halves"],
+)
+def test_small_batches_are_computed_as_one_where_that_is_the_same(
+    model: nn.Module, groups: int
+) -> None:
+    torch.manual_seed(1)
+    data = TensorDataset(_draw(320, 4), _labels(320))
+    problem = Problem(model, "cross_entropy", data, batch_size=16, examples="all")
+    assert len(problem.indices) == 20
+    assert len(problem.joint()) == groups
+    parts = [float(problem.evaluate(problem.batch(i).data).detach()) for i in problem.indices]
+    assert problem.prove().loss == pytest.approx(sum(parts) / 20, rel=1e-5)
+
+
 def test_step_losses_that_mix_keep_the_users_batches() -> None:
     def step(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         x, y = batch

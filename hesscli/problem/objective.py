@@ -63,6 +63,14 @@ class WeightedBatch:
     count: int
 
 
+@dataclass(frozen=True)
+class _Grown:
+    """Whether a batch larger than the user's has the loss of its parts, and what that took."""
+
+    is_same: bool
+    gradients: float = 0.0
+
+
 class Objective:
     """The mean of a loss over batches, by their mass.
 
@@ -108,6 +116,7 @@ class Objective:
         self.together = Together()
         self.retypings = 0  # a graph that was made before one is cut off from the parameters
         self._widened = self._is_widening = False
+        self._joint: dict[int, tuple[tuple[int, ...], ...]] = {}
         self._batches = data.batches
         if self.device.type == "cuda":
             self._batches = near(data.batches, self.device, _STAYS * free_bytes(self.device))
@@ -155,25 +164,58 @@ class Objective:
 
         Examples that are independent are cut into more batches than a gradient needs, so that
         these show how examples differ. Joined they are no larger than the user's own, unless those
-        are too small to pay; no larger than pays, and no fewer than there are ranks, if that is
-        possible.
+        are too small to pay and more are seen to make the same; no larger than pays, and no fewer
+        than there are ranks, if that is possible.
 
         Args:
             among: the numbers of some batches; default all that weigh something.
         """
-        among = self.indices if among is None else among
-        alone = tuple((index,) for index in among)
-        if len(alone) < 2 or not (self.separable and self.independence.proven):
-            return alone
-        if not (numbers := self.independence.numbers):
-            return alone
-        own = min(self.data.together, self.at_once(numbers))
-        most = max(own, _NUMBERS_TO_PAY // numbers)
+        if among is not None:
+            return self._joined(among)
+        if (ranks := world.size()) not in self._joint:
+            self._joint[ranks] = self._joined(self.indices)
+        return self._joint[ranks]
+
+    def _joined(self, among: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        if len(among) < 2 or not self._may_be_joined:
+            return tuple((index,) for index in among)
+        numbers = self.independence.numbers
+        most = min(self.data.together, self.at_once(numbers))
+        if self._grown.is_same:
+            most = max(most, _NUMBERS_TO_PAY // numbers)
         groups = list(_to_be_joined(self.data.batches, among, most))
         if len(groups) < world.size():
             each = -(-len(among) // world.size()) * max(self.data.counts[i] for i in among)
             groups = list(_to_be_joined(self.data.batches, among, each))
         return tuple(map(tuple, groups))
+
+    @property
+    def _may_be_joined(self) -> bool:
+        """Whether the loss of some batches as one is known to be theirs."""
+        return self.separable and self.independence.proven and self.independence.numbers > 0
+
+    @cached_property
+    def _grown(self) -> _Grown:
+        """What a batch that pays makes, where it is larger than any of the user's.
+
+        Examples were seen to be independent in batches that the user has. A model may have made
+        room for no more of them, or may do something else with more.
+        """
+        most = _NUMBERS_TO_PAY // self.independence.numbers
+        group = max(_to_be_joined(self.data.batches, self.indices, most), key=len)
+        if len(group) < 2 or sum(self.data.counts[i] for i in group) <= self.data.together:
+            return _Grown(is_same=True)
+        weights = [self.masses[i] for i in group]
+        try:
+            with self.forward_context():
+                whole = float(self.evaluate(self.batch(*group).data).detach())
+                each = [float(self.evaluate(self.batch(i).data).detach()) for i in group]
+        except Exception:  # of any kind: the code is the user's, made for smaller batches
+            return _Grown(is_same=False)
+        mean = sum(w * value for w, value in zip(weights, each, strict=True)) / sum(weights)
+        bound = tolerance(self.autocast or self.dtype) * max(map(abs, (whole, *each)))
+        seen = FORWARD * self.share_in([group, *((i,) for i in group)])
+        return _Grown(abs(whole - mean) <= bound, seen)
 
     def at_once(self, numbers: int) -> int:
         """Examples in a batch that pays, where each makes so many numbers on its way to the loss.
@@ -338,7 +380,8 @@ class Objective:
         wide = torch.float64 if self.precision.numbers else self._own
         compared = FORWARD * sum(self.share_of(count, wide) for count in self.independence.passes)
         seen = (2 * FORWARD + BACKWARD) * self.share_of(min(_EXAMPLES, self.data.count), wide)
-        return compared + (seen if self.precision.numbers else 0.0)
+        grown = self._grown.gradients if self._may_be_joined else 0.0
+        return compared + grown + (seen if self.precision.numbers else 0.0)
 
     def fixed_outputs(self, batch: Batch) -> Tensor:
         """Model outputs of a batch without their graph; models may differentiate on their way."""
@@ -552,12 +595,14 @@ def _to_be_joined(
 ) -> Iterator[list[int]]:
     """Runs of batches of equal shape, of so many rows at most where one alone has no more."""
     for _, run in groupby(chosen, lambda index: form_of(batches[index])):
-        group: list[int] = []
+        group, count = list[int](), 0
         for index in run:
-            if group and sum(size_of(batches[i]) for i in (*group, index)) > most:
+            size = size_of(batches[index])
+            if group and count + size > most:
                 yield group
-                group = []
+                group, count = [], 0
             group.append(index)
+            count += size
         yield group
 
 
