@@ -190,8 +190,10 @@ def joined() -> dict[str, Any]:
     found = hesscli.Problem(model, "cross_entropy", data, batch_size=64)
     traced = hesscli.trace(found, matrix="ggn", **whose())
     top = hesscli.spectrum(found, steps=6, probes=1, **whose())
+    proof = found.prove()
     return {
         "groups": len(found.joint()),
+        "proof": (proof.loss, proof.lengths),
         "ggn": (traced.trace.estimate, traced.trace.rounding_error),
         "top": (top.eigenvalues[0].value, top.eigenvalues[0].residual),
     }

@@ -27,6 +27,7 @@ from hesscli.errors import BudgetError, UsageError
 from hesscli.ledger import FileLedger
 from hesscli.operators.dense import Dense
 from hesscli.problem.freezing import FrozenData
+from hesscli.problem.objective import _Grown
 from hesscli.problem.problem import Problem
 from hesscli.render.document import to_json
 from hesscli.results import Answer, Snapshot
@@ -45,7 +46,16 @@ def problem(outputs: int = 3) -> Problem:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs))
     pairs = tuple((torch.randn(n, 3), torch.randn(n, outputs)) for n in BATCHES)
-    return Problem(model, "mse", FrozenData(pairs, BATCHES, sum(BATCHES), True, "by hand"))
+    found = Problem(model, "mse", FrozenData(pairs, BATCHES, sum(BATCHES), True, "by hand"))
+    found.__dict__["_grown"] = _Grown(is_same=False)  # so small, they would be computed as one
+    return found
+
+
+def as_one() -> Problem:
+    """The same in one batch, as it comes."""
+    found = problem()
+    del found.__dict__["_grown"]
+    return found
 
 
 def wide() -> Problem:
@@ -88,6 +98,7 @@ RUNS: dict[str, tuple[Callable[[], Problem], Measure]] = {
         partial(hesscli.diagonal, matrix="ggn", probes=4),
     ),
     "a spectrum": (problem, partial(hesscli.spectrum, steps=12, probes=3)),
+    "a spectrum of one batch": (as_one, partial(hesscli.spectrum, steps=6, probes=2)),
     "a spectrum with copies": (repeated, partial(hesscli.spectrum, steps=12, probes=5)),
     "a spectrum of layers": (
         problem,

@@ -191,11 +191,15 @@ def test_a_product_sends_one_vector(several: Ranks) -> None:
 
 
 def test_examples_of_one_batch_are_cut_for_all_ranks(several: Ranks) -> None:
-    """Alone they are one again; sums are then rounded in another order."""
+    """Alone they are one again; sums are then rounded in another order, but not the proof's.
+
+    By its loss and gradient a ledger is recognised, by however many ranks it was written.
+    """
     here, count = ranks.joined(), len(several.found)
     assert here["groups"] == 1
     for found in several.found:
         assert found["groups"] == count
+        assert found["proof"] == here["proof"]
         for name in ("ggn", "top"):
             (one, error), (other, bound) = found[name], here[name]
             assert abs(one - other) <= error + bound

@@ -171,12 +171,19 @@ class Objective:
             among: the numbers of some batches; default all that weigh something.
         """
         if among is not None:
-            return self._joined(among)
+            return self._joined(among, world.size())
         if (ranks := world.size()) not in self._joint:
-            self._joint[ranks] = self._joined(self.indices)
+            self._joint[ranks] = self._joined(self.indices, ranks)
         return self._joint[ranks]
 
-    def _joined(self, among: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    def unshared(self) -> tuple[tuple[int, ...], ...]:
+        """The same where one process computes all: whatever is made of these is made by any ranks.
+
+        By their loss and gradient a ledger recognises a problem.
+        """
+        return self._joined(self.indices, 1)
+
+    def _joined(self, among: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
         if len(among) < 2 or not self._may_be_joined:
             return tuple((index,) for index in among)
         numbers = self.independence.numbers
@@ -184,8 +191,8 @@ class Objective:
         if self._grown.is_same:
             most = max(most, _NUMBERS_TO_PAY // numbers)
         groups = list(_to_be_joined(self.data.batches, among, most))
-        if len(groups) < world.size():
-            each = -(-len(among) // world.size()) * max(self.data.counts[i] for i in among)
+        if len(groups) < ranks:
+            each = -(-len(among) // ranks) * max(self.data.counts[i] for i in among)
             groups = list(_to_be_joined(self.data.batches, among, each))
         return tuple(map(tuple, groups))
 

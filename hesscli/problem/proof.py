@@ -99,7 +99,7 @@ def _made_anew(problem: Objective) -> Tensor:
             parts = _gradient(problem, problem.evaluate(batch.data), batch)
         yield from map(_flat, parts, problem.parameters.tensors)
 
-    groups = world.share(problem.joint())
+    groups = world.share(problem.unshared())
     return _summed(problem, (problem.batch(*group) for group in groups), its_gradient)
 
 
@@ -159,7 +159,7 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
         tell(observe, Snapshot(phase="loss and gradient", done=done, total=total))
 
     # A claim is put to the test on every batch as it is.
-    groups = [(i,) for i in problem.indices] if problem.loss.is_claim else problem.joint()
+    groups = [(i,) for i in problem.indices] if problem.loss.is_claim else problem.unshared()
     mine = (problem.batch(*group) for group in world.share(groups))
     gradient = _summed(problem, mine, its_gradient)
     shares = sorted((one for each in world.gathered(own) for one in each), key=lambda s: s.index)
