@@ -135,7 +135,7 @@ def test_a_run_that_was_cut_off_is_gone_on_with_and_not_overwritten(
 
 
 def test_a_run_on_other_examples_is_refused_by_the_option(tmp_path: Path) -> None:
-    """Another batch size is another run: sums of larger batches have other last digits."""
+    """A batch size that cuts them into others is another run: sums have other last digits."""
     line = ("trace", SUNSPOTS, "--method", "hutchinson", "--dir", ".", "-v", "--batch-size")
     cut = hesscli_warm(*line, 32, "--examples", 99, cwd=tmp_path, ctrl_c_at="probing")
     assert cut.returncode == ExitCode.INTERRUPTED, cut.stderr
@@ -144,10 +144,10 @@ def test_a_run_on_other_examples_is_refused_by_the_option(tmp_path: Path) -> Non
     *_, got, hint = refused.stderr.splitlines()
     assert got.startswith("  got: --examples was 99 and is 98; num_examples was 99 and is 98")
     assert hint.startswith("  try: --examples 99,")
-    resized = hesscli_warm(*line, 16, "--examples", 99, "--resume", cwd=tmp_path)
+    resized = hesscli_warm(*line, 1, "--examples", 99, "--resume", cwd=tmp_path)
     assert resized.returncode == ExitCode.USAGE
     *_, got, hint = resized.stderr.splitlines()
-    assert got.startswith("  got: --batch-size was 32 and is 16;")
+    assert got.startswith("  got: --batch-size was 32 and is 1;")
     assert hint.startswith("  try: --batch-size 32,")
     resumed = hesscli_warm(*line, 32, "--examples", 99, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr

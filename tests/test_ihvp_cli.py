@@ -160,5 +160,5 @@ def test_check_plans_the_window(tmp_path: Path) -> None:
     plan = plans["ihvp"]
     # 1024 rows of 315 float32 numbers.
     assert "1024 rows take 1.2 MiB" in plan["note"]
-    assert plan["gradients"] > 40
+    assert plan["products"] >= 1 + 6  # of the solution, and for each damping
     assert plan["seconds"] > 0

@@ -39,7 +39,7 @@ WORK: dict[str, tuple[Work, int]] = {
     "central differences": (
         lambda p, look: preflight(p, Hessian, "finite-difference", on_step=look), 6
     ),
-    "exactness": (lambda p, look: exact_parameters(p, on_step=look), 3),
+    "exactness": (lambda p, look: exact_parameters(p, on_step=look), 2),
     "probes by layer": (lambda p, look: stratified_ratio(Hessian(p), 0, look), 2),
     "deflation": (lambda p, look: common_share(Hessian(p), 0, look), 2),
     "a plan of it": (lambda p, look: deflated_ratio(Hessian(p), 4, 0, look), 5),

@@ -367,7 +367,10 @@ def test_low_leverage_is_called_magnitude() -> None:
     assert any("this ranking is magnitude" in text for text in found.warnings)
 
 
-def test_a_stop_leaves_what_was_known(problem: hesscli.Problem) -> None:
+def test_a_stop_leaves_what_was_known(
+    problem: hesscli.Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(problem.__dict__, "_joint", {1: tuple((i,) for i in problem.indices)})
     seen: list[str] = []
 
     def stop(snapshot: Snapshot) -> bool:

@@ -165,15 +165,16 @@ class Objective:
         Examples that are independent are cut into more batches than a gradient needs, so that
         these show how examples differ. Joined they are no larger than the user's own, unless those
         are too small to pay and more are seen to make the same; no larger than pays, and no fewer
-        than there are ranks, if that is possible.
+        than there are ranks, if that is possible. Some batches of a run, which may be joined to
+        others of another, are no larger than the user's own.
 
         Args:
             among: the numbers of some batches; default all that weigh something.
         """
         if among is not None:
-            return self._joined(among, world.size())
+            return self._joined(among, world.size(), self.data.together)
         if (ranks := world.size()) not in self._joint:
-            self._joint[ranks] = self._joined(self.indices, ranks)
+            self._joint[ranks] = self._joined(self.indices, ranks, self._paying)
         return self._joint[ranks]
 
     def unshared(self) -> tuple[tuple[int, ...], ...]:
@@ -181,15 +182,21 @@ class Objective:
 
         By their loss and gradient a ledger recognises a problem.
         """
-        return self._joined(self.indices, 1)
+        return self._joined(self.indices, 1, self._paying)
 
-    def _joined(self, among: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
+    @property
+    def _paying(self) -> int:
+        """Examples in a batch of the user's, or more where that is too small to pay."""
+        if not (self._may_be_joined and self._grown.is_same):
+            return self.data.together
+        return max(self.data.together, _NUMBERS_TO_PAY // self.independence.numbers)
+
+    def _joined(
+        self, among: Sequence[int], ranks: int, together: int
+    ) -> tuple[tuple[int, ...], ...]:
         if len(among) < 2 or not self._may_be_joined:
             return tuple((index,) for index in among)
-        numbers = self.independence.numbers
-        most = min(self.data.together, self.at_once(numbers))
-        if self._grown.is_same:
-            most = max(most, _NUMBERS_TO_PAY // numbers)
+        most = min(together, self.at_once(self.independence.numbers))
         groups = list(_to_be_joined(self.data.batches, among, most))
         if len(groups) < ranks:
             each = -(-len(among) // ranks) * max(self.data.counts[i] for i in among)
