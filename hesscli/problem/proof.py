@@ -118,30 +118,38 @@ def _summed(
     return total
 
 
-def prove(problem: Objective, observe: Observe | None = None) -> Proof:
-    """Loss, accuracy, gradient and reach over all kept examples.
+class _Reading:
+    """A rank's way through its batches.
 
-    Raises:
-        UnsoundError: a non-finite loss or gradient, or labels out of range.
-        KeyboardInterrupt: the observer wanted no more.
+    Attributes:
+        shares: what those say whose gradients have been taken to their end.
     """
-    parameters, decay = problem.parameters, problem.weight_decay
-    own, done, tried = list[_Share](), 0, _tried_again(problem)
 
-    def its_gradient(batch: WeightedBatch) -> Iterator[Tensor]:
-        nonlocal done
+    def __init__(self, problem: Objective, observe: Observe | None) -> None:
+        self.problem, self._observe = problem, observe
+        self.shares: list[_Share] = []
+        self._done = 0
+
+    def gradient(self, batch: WeightedBatch) -> Iterator[Tensor]:
+        """A batch's, flat, tensor by tensor.
+
+        Raises:
+            UnsoundError: a non-finite loss, or labels out of range.
+            KeyboardInterrupt: the observer wanted no more.
+        """
+        problem = self.problem
         with problem.forward_context(), problem.recomputing():
             with blamed_on_user(MODEL_RAISED, _must_fit(problem, batch)):
                 seen, value = _run(problem, batch)
             _require_finite_loss(problem, value, batch)
             _require_own_weights(problem, value)
             parts, square = _gradient(problem, value, batch), 0.0
-        for part, tensor in zip(parts, parameters.tensors, strict=True):
+        for part, tensor in zip(parts, problem.parameters.tensors, strict=True):
             found = _flat(part, tensor)
             square += float(torch.linalg.vector_norm(found)) ** 2
             yield found
         cost = problem.gradient_cost + FORWARD * seen.has_run
-        own.append(
+        self.shares.append(
             _Share(
                 index=batch.index,
                 loss=batch.weight * float(value.detach()),
@@ -155,14 +163,25 @@ def prove(problem: Objective, observe: Observe | None = None) -> Proof:
             )
         )
         total = problem.data.count
-        done = min(total, done + world.size() * batch.count)
-        tell(observe, Snapshot(phase="loss and gradient", done=done, total=total))
+        self._done = min(total, self._done + world.size() * batch.count)
+        tell(self._observe, Snapshot(phase="loss and gradient", done=self._done, total=total))
 
+
+def prove(problem: Objective, observe: Observe | None = None) -> Proof:
+    """Loss, accuracy, gradient and reach over all kept examples.
+
+    Raises:
+        UnsoundError: a non-finite loss or gradient, or labels out of range.
+        KeyboardInterrupt: the observer wanted no more.
+    """
+    parameters, decay = problem.parameters, problem.weight_decay
+    reading, tried = _Reading(problem, observe), _tried_again(problem)
     # A claim is put to the test on every batch as it is.
     groups = [(i,) for i in problem.indices] if problem.loss.is_claim else problem.unshared()
     mine = (problem.batch(*group) for group in world.share(groups))
-    gradient = _summed(problem, mine, its_gradient)
-    shares = sorted((one for each in world.gathered(own) for one in each), key=lambda s: s.index)
+    gradient = _summed(problem, mine, reading.gradient)
+    gathered = world.gathered(reading.shares)
+    shares = sorted((one for each in gathered for one in each), key=lambda s: s.index)
     if not any(one.depends for one in shares):
         raise _independent(problem)
     _require_finite_gradient(problem, gradient)
