@@ -128,11 +128,12 @@ def test_of_a_sample_so_many_batches_are_taken_as_show_the_others() -> None:
 
 
 @pytest.mark.usefixtures("counted_clock")
-def test_haste_is_foreseen_up_to_the_first_number() -> None:
+@pytest.mark.parametrize("how", [{}, {"rows": 128, "examples": 64}], ids=["one", "a sample"])
+def test_haste_is_foreseen_up_to_the_first_number(how: dict[str, Any]) -> None:
     """A budget of what was planned and half a product is enough for one, and no more."""
-    told = hesscli.check(problem(), budget=before_probes(problem()) + 40)
+    told = hesscli.check(problem(**how), budget=before_probes(problem(**how)) + 40)
     planned = next(one for one in told.plan.commands if one.command == "trace")
-    found = hesscli.trace(problem(), budget=planned.gradients + 1, rtol=1e-3)
+    found = hesscli.trace(problem(**how), budget=planned.gradients + 1, rtol=1e-3)
     assert found.method.num_probes == 2
     assert planned.gradients == pytest.approx(found.cost.gradients, rel=0.02)
     assert planned.seconds == pytest.approx(planned.gradients, rel=1e-6)
