@@ -46,6 +46,9 @@ class Verdict:
     def see(self, batch: Any, part: Any) -> None:
         self.seen.append(size_of(batch))
 
+    def grows(self, batch: Any, own: int) -> bool:
+        return True
+
 
 def _freeze(
     source: Any, selection: Selection = ALL, *, whole: bool = False, **options: Any

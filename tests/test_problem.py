@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import hesscli
 from hesscli.errors import ExitCode, HesscliError, InputError, UnsoundError, UsageError
@@ -279,26 +279,30 @@ def test_type_and_batch_size_can_be_chosen() -> None:
 
 
 class OfSixteen(nn.Module):
-    """Made for sixteen rows at most: with more it raises, or halves what it gives."""
+    """Made for sixteen rows at most: with more it does something else."""
 
-    def __init__(self, *, raises: bool) -> None:
+    def __init__(self, with_more: str) -> None:
         super().__init__()
-        self.head, self.raises = nn.Linear(4, 3), raises
+        self.head, self.with_more = nn.Linear(4, 3), with_more
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) > 16 and self.raises:
+        y: Tensor = self.head(x)
+        if len(x) <= 16:
+            return y
+        if self.with_more == "raises":
             raise RuntimeError("no room for more")
-        return self.head(x) / (2 if len(x) > 16 else 1)
+        return y / 2 if self.with_more == "halves" else (y + y.detach()) / 2
 
 
 @pytest.mark.parametrize(
     ("model", "groups"),
     [
         (nn.Linear(4, 3), 1),
-        (OfSixteen(raises=True), 20),
-        (OfSixteen(raises=False), 20),
+        (OfSixteen("raises"), 20),
+        (OfSixteen("halves"), 20),
+        (OfSixteen("has half the gradient"), 20),
     ],
-    ids=["any", "raises", "halves"],
+    ids=["any", "raises", "halves", "half a gradient"],
 )
 def test_small_batches_are_computed_as_one_where_that_is_the_same(
     model: nn.Module, groups: int
@@ -310,6 +314,49 @@ def test_small_batches_are_computed_as_one_where_that_is_the_same(
     assert len(problem.joint()) == groups
     parts = [float(problem.evaluate(problem.batch(i).data).detach()) for i in problem.indices]
     assert problem.prove().loss == pytest.approx(sum(parts) / 20, rel=1e-5)
+
+
+def test_batches_whose_loss_is_zero_are_not_computed_as_one() -> None:
+    """Of them nothing shows that more of them make the same."""
+    x = _draw(320, 4)
+    model = nn.Linear(4, 3).double()
+
+    def of_sixteen(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().sum() / min(len(outputs), 20)
+
+    data = TensorDataset(x, model(x).detach())
+    problem = Problem(model, of_sixteen, data, batch_size=16, examples="all")
+    trace = 3 * float((x.square().sum(1) + 1).mean()) * 2
+    assert hesscli.trace(problem).trace.estimate == pytest.approx(trace, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("with_more", ["raises", "halves", "has half the gradient"])
+@pytest.mark.parametrize("kind", ["loader", "list", "stream"])
+def test_examples_are_not_cut_into_larger_batches_that_are_others(
+    kind: str, with_more: str
+) -> None:
+    torch.manual_seed(1)
+    model, x, y = OfSixteen(with_more).double(), _draw(320, 4), _labels(320)
+    pairs = list(zip(torch.split(x, 16), torch.split(y, 16), strict=True))
+    sources = {
+        "loader": DataLoader(TensorDataset(x, y), batch_size=16),
+        "list": pairs,
+        "stream": iter(pairs),
+    }
+    problem = Problem(model, "cross_entropy", sources[kind], examples="all")
+    assert problem.data.counts == (16,) * 20
+    losses = [nn.functional.cross_entropy(model(a), b) for a, b in pairs]
+    expected = torch.stack(losses).mean()
+    assert problem.prove().loss == pytest.approx(float(expected.detach()), rel=ROUNDING)
+    slopes = torch.autograd.grad(expected, tuple(model.parameters()))
+    length = float(torch.cat([slope.reshape(-1) for slope in slopes]).norm())
+    assert problem.prove().gradient_norm == pytest.approx(length, rel=ROUNDING)
+
+
+def test_examples_are_cut_anew_where_larger_batches_are_the_same() -> None:
+    loader = DataLoader(TensorDataset(_draw(320, 4), _labels(320)), batch_size=4)
+    problem = Problem(nn.Linear(4, 3), "cross_entropy", loader, examples="all")
+    assert problem.data.counts == (20,) * 16
 
 
 def test_step_losses_that_mix_keep_the_users_batches() -> None:

@@ -140,6 +140,9 @@ class Trial(Protocol):
     def see(self, batch: Batch, part: Part) -> None:
         """One batch, and what makes parts of it."""
 
+    def grows(self, batch: Batch, own: int) -> bool:
+        """Whether a larger batch makes what its pieces of the user's own size make."""
+
 
 def freeze(
     source: Any,
@@ -156,7 +159,7 @@ def freeze(
 
     Batches are first made as the user makes them: by the loader, or of ``batch_size``. Where the
     trial finds that examples are independent, they are cut anew, at random into at least 16, or
-    64 where some are left out.
+    64 where some are left out; no larger than the user's where larger ones make something else.
 
     Args:
         source: as :func:`hesscli.problem.sources.as_source` takes it.
@@ -251,11 +254,32 @@ def _from_examples(
             own, batches = own[:-1], batches[:-1]
         counts = [len(group) for group in own]
         return _Kept(batches, counts, available, fetch.one_row_each, size, fetch.changing)
-    groups = _cut(order, batch_size, available)
-    cut = _regrouped(batches, np.concatenate(own[: len(batches)]), groups) if groups else []
-    batches = [fetch(group) for group in groups] if cut is None else cut
-    counts = [len(group) for group in groups]
-    return _Kept(batches, counts, available, fetch.one_row_each, size, fetch.changing)
+    fetched = np.concatenate(own[: len(batches)]) if len(order) else order
+
+    def made(groups: list[np.ndarray]) -> list[Batch]:
+        cut = _regrouped(batches, fetched, groups) if groups else []
+        return [fetch(group) for group in groups] if cut is None else cut
+
+    regrouped = _cut_anew(order, batch_size, available, size, made, trial)
+    counts = [size_of(batch) for batch in regrouped]
+    return _Kept(regrouped, counts, available, fetch.one_row_each, size, fetch.changing)
+
+
+def _cut_anew(
+    order: np.ndarray,
+    batch_size: int | None,
+    available: int | None,
+    own: int,
+    made: Callable[[list[np.ndarray]], list[Batch]],
+    trial: Trial,
+) -> list[Batch]:
+    """Batches that :func:`_cut` has, or no larger than the user's where larger ones are others."""
+    batches = made(_cut(order, batch_size, available))
+    largest = max(batches, key=size_of, default=None)
+    is_larger = batch_size is None and largest is not None and size_of(largest) > own
+    if is_larger and not trial.grows(largest, own):
+        return made(_cut(order, own, available))
+    return batches
 
 
 def _users_groups(
@@ -378,8 +402,8 @@ def _from_stream(
             )
         for i in range(size_of(batch)):
             if not reservoir.offer(rows(batch, i, i + 1)):
-                return _of_examples(reservoir.kept, None, batch_size, own, generator)
-    return _of_examples(reservoir.kept, reservoir.seen, batch_size, own, generator)
+                return _of_examples(reservoir.kept, None, batch_size, own, generator, trial)
+    return _of_examples(reservoir.kept, reservoir.seen, batch_size, own, generator, trial)
 
 
 def _of_examples(
@@ -388,10 +412,13 @@ def _of_examples(
     batch_size: int | None,
     own: int,
     generator: np.random.Generator,
+    trial: Trial,
 ) -> _Kept:
+    def made(groups: list[np.ndarray]) -> list[Batch]:
+        return [joined([examples[i] for i in group]) for group in groups]
+
     order = generator.permutation(len(examples))
-    groups = _cut(order, batch_size, available)
-    return _Kept.of([joined([examples[i] for i in group]) for group in groups], available, own)
+    return _Kept.of(_cut_anew(order, batch_size, available, own, made, trial), available, own)
 
 
 def _whole(

@@ -45,7 +45,10 @@ _ROWS = 16
 _QUARTERED = 16
 """Rows from which on they are tried in quarters."""
 _MOST_NUMBERS = 1 << 23
-"""Numbers in the outputs of the first batch's rows, lest the trial takes more than the run."""
+"""Numbers in the outputs of the first batch's rows, lest the trial takes more than the run.
+
+On the way to the loss so many are made at most of rows that are more than the user's.
+"""
 _ABSOLUTE = 1e3
 """Rounding, in eps, of a loss that is a difference of numbers of order one."""
 
@@ -204,6 +207,45 @@ class IndependenceTest:
         for batch in batches:
             if is_sliceable(batch):
                 self.see(batch, sliced(batch))
+
+    def grows(self, batch: Batch, own: int) -> bool:
+        """Whether a batch larger than the user's makes what its pieces make, as they are used to.
+
+        Loss and gradient are compared: a loss may be zero, or the same by another way back. Of
+        large networks there are fewer rows in it, but twice the user's.
+
+        Args:
+            batch: of examples that were found to be independent, on the CPU.
+            own: examples in a batch of the user's.
+        """
+        most = max(2 * own, _MOST_NUMBERS // max(1, self._work.numbers))
+        count = min(size_of(batch), most)
+        pieces = [range(start, min(start + own, count)) for start in range(0, count, own)]
+        with self._running(self._dtype), moved(self._weights, _APART):
+            try:
+                whole, *parts = (self._slope(batch, at) for at in (range(count), *pieces))
+            except Exception:  # of any kind: there is no room, or the code is made for fewer
+                return False
+        reduction = self.result.reduction
+        change = self._change_of_loss(whole[0], [part for part, _ in parts], reduction)
+        mass = sum(part.mass for part, _ in parts) if reduction == "mean" else 1.0
+        weights = [part.mass / mass if reduction == "mean" else 1.0 for part, _ in parts]
+        terms = [w * slope for w, (part, slope) in zip(weights, parts, strict=True) if part.mass]
+        size = max(float(whole[1].norm()), sum(float(term.norm()) for term in terms))
+        off = float((whole[1] - sum(terms, torch.zeros_like(whole[1]))).norm())
+        return change <= self._bound and off <= self._bound * size
+
+    def _slope(self, batch: Batch, places: Places) -> tuple[_Piece, Tensor]:
+        """Loss and mass of some examples, and their gradient, float64."""
+        piece = _Piece(places, self._placed(sliced(batch)(places)))
+        self._passes.append(len(places))
+        value, piece.mass = self.loss.value_and_mass(self.model, piece.batch, len(places))
+        piece.value = float(value.detach())
+        if not value.requires_grad:
+            return piece, torch.zeros(1, dtype=torch.float64, device=self.device)
+        reached = [p for p in self._weights if p.requires_grad]
+        slopes = torch.autograd.grad(value, reached, allow_unused=True, materialize_grads=True)
+        return piece, torch.cat([s.to_dense().double().reshape(-1) for s in slopes])
 
     @property
     def _is_users(self) -> bool:

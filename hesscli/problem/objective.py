@@ -213,7 +213,7 @@ class Objective:
         """What a batch that pays makes, where it is larger than any of the user's.
 
         Examples were seen to be independent in batches that the user has. A model may have made
-        room for no more of them, or may do something else with more.
+        room for no more of them, or may do something else with more, be it on the way back alone.
         """
         most = _NUMBERS_TO_PAY // self.independence.numbers
         group = max(_to_be_joined(self.data.batches, self.indices, most), key=len)
@@ -221,15 +221,24 @@ class Objective:
             return _Grown(is_same=True)
         weights = [self.masses[i] for i in group]
         try:
-            with self.forward_context():
-                whole = float(self.evaluate(self.batch(*group).data).detach())
-                each = [float(self.evaluate(self.batch(i).data).detach()) for i in group]
+            with self.forward_context(), self.recomputing():
+                whole, *each = (self._seen_as(*some) for some in (group, *((i,) for i in group)))
         except Exception:  # of any kind: the code is the user's, made for smaller batches
             return _Grown(is_same=False)
-        mean = sum(w * value for w, value in zip(weights, each, strict=True)) / sum(weights)
-        bound = tolerance(self.autocast or self.dtype) * max(map(abs, (whole, *each)))
-        seen = FORWARD * self.share_in([group, *((i,) for i in group)])
-        return _Grown(abs(whole - mean) <= bound, seen)
+        bound = tolerance(self.autocast or self.dtype)
+        seen = self.gradient_cost * self.share_in([group, *((i,) for i in group)])
+        parts = zip(*each, strict=True)
+        are_means = (_is_mean(*pair, weights, bound) for pair in zip(whole, parts, strict=True))
+        return _Grown(all(are_means), seen)
+
+    def _seen_as(self, *indices: int) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of batches as one, in float64."""
+        value = self.evaluate(self.batch(*indices).data)
+        found = torch.autograd.grad(
+            value, self.parameters.tensors, allow_unused=True, materialize_grads=True
+        )
+        slopes = [slope.to_dense().double().reshape(-1) for slope in found]
+        return value.detach().double().reshape(1), torch.cat(slopes)
 
     def at_once(self, numbers: int) -> int:
         """Examples in a batch that pays, where each makes so many numbers on its way to the loss.
@@ -481,6 +490,13 @@ class Objective:
     def is_doubled(self) -> bool:
         """Whether it computes in float64 now, as far as it can."""
         return self.dtype == torch.float64 and (self._widened or not self.precision.widened)
+
+
+def _is_mean(whole: Tensor, each: Sequence[Tensor], weights: Sequence[float], bound: float) -> bool:
+    """Whether it is the weighted mean of its parts; of what is all zero that cannot be told."""
+    mean = sum(w * part for w, part in zip(weights, each, strict=True)) / sum(weights)
+    size = max(float(part.norm()) for part in (whole, *each))
+    return size > 0 and float((whole - mean).norm()) <= bound * size
 
 
 # -- A few examples from all over the batches, on which products are put to the test ---------------
