@@ -94,6 +94,18 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float(torch.stack(lengths).norm())
 
 
+def off_mean(vector: Tensor, parts: Iterable[tuple[float, Tensor]]) -> float:
+    """How far a vector is from the mean of others by their weights, beside the longest of all.
+
+    One of them is held at a time. Infinite where all are zero, for that tells nothing.
+    """
+    total, mass, size = torch.zeros_like(vector, dtype=torch.float64), 0.0, float(vector.norm())
+    for weight, part in parts:
+        total.add_(part, alpha=weight)
+        mass, size = mass + weight, max(size, float(part.norm()))
+    return distance(total.div_(mass), vector) / size if size else math.inf
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all entries are, in one pass that keeps nothing."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())

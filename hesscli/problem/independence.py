@@ -31,6 +31,7 @@ from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.problem.precision import Narrowing, Widened, tolerance
 from hesscli.problem.work import PassWork
 from hesscli.results import Observe, Reduction, Snapshot, tell
+from hesscli.sums import off_mean
 
 MIN_GROUPS = 16
 """Random batches at least, so that error bars from data have degrees of freedom."""
@@ -223,22 +224,28 @@ class IndependenceTest:
         pieces = [range(start, min(start + own, count)) for start in range(0, count, own)]
         with self._running(self._dtype), moved(self._weights, _APART):
             try:
-                whole, *parts = (self._slope(batch, at) for at in (range(count), *pieces))
+                return self._are_parts(batch, range(count), pieces) <= self._bound
             except Exception:  # of any kind: there is no room, or the code is made for fewer
                 return False
-        reduction = self.result.reduction
-        change = self._change_of_loss(whole[0], [part for part, _ in parts], reduction)
-        mass = sum(part.mass for part, _ in parts) if reduction == "mean" else 1.0
-        weights = [part.mass / mass if reduction == "mean" else 1.0 for part, _ in parts]
-        terms = [w * slope for w, (part, slope) in zip(weights, parts, strict=True) if part.mass]
-        size = max(float(whole[1].norm()), sum(float(term.norm()) for term in terms))
-        off = float((whole[1] - sum(terms, torch.zeros_like(whole[1]))).norm())
-        return change <= self._bound and off <= self._bound * size
+
+    def _are_parts(self, batch: Batch, all_places: Places, pieces: Sequence[Places]) -> float:
+        """How far loss and gradient of a batch are from those of its pieces, which is relative."""
+        whole, slope = self._slope(batch, all_places)
+        parts, is_mean = list[_Piece](), self.result.reduction == "mean"
+
+        def slopes() -> Iterator[tuple[float, Tensor]]:
+            for places in pieces:
+                part, its_slope = self._slope(batch, places)
+                parts.append(part)
+                yield part.mass if is_mean else 1.0, its_slope
+
+        off = off_mean(slope if is_mean else slope.div_(len(pieces)), slopes())
+        return max(off, self._change_of_loss(whole, parts, self.result.reduction))
 
     def _slope(self, batch: Batch, places: Places) -> tuple[_Piece, Tensor]:
         """Loss and mass of some examples, and their gradient, float64."""
         piece = _Piece(places, self._placed(sliced(batch)(places)))
-        self._passes.append(len(places))
+        self._passes += [len(places)] * 3  # there, and the way back
         value, piece.mass = self.loss.value_and_mass(self.model, piece.batch, len(places))
         piece.value = float(value.detach())
         if not value.requires_grad:

@@ -35,6 +35,7 @@ from hesscli.problem.precision import Narrowing, Precision, Widened, tolerance
 from hesscli.problem.recomputing import recomputed
 from hesscli.problem.restriction import held_fixed, shares_of_way_back
 from hesscli.problem.work import of_algebra
+from hesscli.sums import off_mean
 from hesscli.units import human_bytes
 
 _EXAMPLES = 8
@@ -219,17 +220,22 @@ class Objective:
         group = max(_to_be_joined(self.data.batches, self.indices, most), key=len)
         if len(group) < 2 or sum(self.data.counts[i] for i in group) <= self.data.together:
             return _Grown(is_same=True)
-        weights = [self.masses[i] for i in group]
+        losses = list[tuple[float, Tensor]]()
+
+        def slopes() -> Iterator[tuple[float, Tensor]]:
+            for index in group:
+                value, slope = self._seen_as(index)
+                losses.append((self.masses[index], value))
+                yield self.masses[index], slope
+
         try:
             with self.forward_context(), self.recomputing():
-                whole, *each = (self._seen_as(*some) for some in (group, *((i,) for i in group)))
+                value, slope = self._seen_as(*group)
+                off = max(off_mean(slope, slopes()), off_mean(value, losses))
         except Exception:  # of any kind: the code is the user's, made for smaller batches
             return _Grown(is_same=False)
-        bound = tolerance(self.autocast or self.dtype)
         seen = self.gradient_cost * self.share_in([group, *((i,) for i in group)])
-        parts = zip(*each, strict=True)
-        are_means = (_is_mean(*pair, weights, bound) for pair in zip(whole, parts, strict=True))
-        return _Grown(all(are_means), seen)
+        return _Grown(off <= tolerance(self.autocast or self.dtype), seen)
 
     def _seen_as(self, *indices: int) -> tuple[Tensor, Tensor]:
         """Loss and gradient of batches as one, in float64."""
@@ -490,13 +496,6 @@ class Objective:
     def is_doubled(self) -> bool:
         """Whether it computes in float64 now, as far as it can."""
         return self.dtype == torch.float64 and (self._widened or not self.precision.widened)
-
-
-def _is_mean(whole: Tensor, each: Sequence[Tensor], weights: Sequence[float], bound: float) -> bool:
-    """Whether it is the weighted mean of its parts; of what is all zero that cannot be told."""
-    mean = sum(w * part for w, part in zip(weights, each, strict=True)) / sum(weights)
-    size = max(float(part.norm()) for part in (whole, *each))
-    return size > 0 and float((whole - mean).norm()) <= bound * size
 
 
 # -- A few examples from all over the batches, on which products are put to the test ---------------
