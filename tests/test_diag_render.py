@@ -109,8 +109,8 @@ def test_the_table_says_it_all() -> None:
         (
             "budget",
             64,
-            "budget: the tolerance was not reached within the limits; --probes 256 --budget 50s "
-            "(four times the work) halves the probe noise; or accept 3.6%",
+            "budget: the tolerance was not reached within the limits; --probes 256 and a --budget "
+            "that is 38s larger (four times the work) halves the probe noise; or accept 3.6%",
         ),
         ("budget", 0, "within the limits; accept 3.6%"),
         ("data-limited", 64, "data-limited: data noise alone exceeds the tolerance; --examples"),

@@ -120,7 +120,7 @@ def test_what_may_be_exact_is_not_hurried() -> None:
 def test_of_a_sample_so_many_batches_are_taken_as_show_the_others() -> None:
     given = problem(128, examples=64)
     found = hesscli.trace(given, budget=before_probes(given) + 80, rtol=1e-3)
-    assert "8 batches of 8 examples" in found.method.note
+    assert "8 batches of at most 8 examples" in found.method.note
     assert found.method.batches_joined == 8
     assert found.trace.data_stderr
     low, high = found.trace.interval

@@ -130,7 +130,7 @@ IN_HASTE = replace(trace_result().method, batches_joined=1)
         (trace_result(), "probe noise ± 25 largest; --rtol 2.3% (four times the work)"),
         (
             trace_result(status="budget"),
-            "probe noise ± 25 largest; --probes 256 --budget 50s (four times the work) halves it",
+            "probe noise ± 25 largest; --probes 256 and a --budget that is 38s larger (four times",
         ),
         (
             trace_result(status="interrupted"),

@@ -57,8 +57,10 @@ class Haste:
     @property
     def taken(self) -> str:
         """What is probed, in words."""
-        batches = "one batch" if len(self.groups) == 1 else f"{len(self.groups)} batches"
-        return f"probes of the whole matrix in {batches} of {self.largest} examples"
+        batches = (
+            "one batch of" if len(self.groups) == 1 else f"{len(self.groups)} batches of at most"
+        )
+        return f"probes of the whole matrix in {batches} {self.largest} examples"
 
 
 def in_haste(run: Run) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from hesscli.render.bins import sparklines
 from hesscli.render.tables.shared import (
     cost_lines,
     ending,
+    larger_budget,
     listed,
     listing_notes,
     proof_line,
@@ -41,7 +42,7 @@ from hesscli.results import (
     Refinement,
     WindowReport,
 )
-from hesscli.units import duration, human_bytes
+from hesscli.units import human_bytes
 
 # -- What a terminal shows of a window of gradients, the solve with it, and other dampings ---------
 
@@ -414,7 +415,7 @@ def _ending(result: IhvpResult) -> tuple[RenderableType, ...]:
 
 def _shortfall(result: IhvpResult) -> tuple[str, str]:
     """What would have helped, and which tolerance was reached."""
-    longer = f"--budget {duration(4 * result.cost.seconds)} (four times as long)"
+    longer = f"{larger_budget(result.cost.seconds)} (four times as long)"
     refinement = result.solve.refinement
     if refinement is not None and not refinement.converged:
         if refinement.negative_curvature is not None:

@@ -107,17 +107,26 @@ def more_work(result: words.Estimated) -> str:
     option = more_probes = f"--probes {4 * result.method.num_probes}"
     if result.method.batches_joined and result.status in ("budget", "interrupted"):
         # A number of probes would be of each of the batches that there was no time for. Where files
-        # are written there is a ledger, and what it keeps is not done anew. Nobody here knows how
-        # long start-up took, which is in any budget.
+        # are written there is a ledger, and what it keeps is not done anew.
         resumed, times = ("--resume and ", 2) if result.files else ("", 3)
-        option = f"{resumed}a --budget that is {duration(times * result.cost.seconds)} larger"
+        option = f"{resumed}{larger_budget(result.cost.seconds, times)}"
     elif result.status == "budget":
         # Time or a given number of probes ended the run; these two together lift both limits.
-        option = f"{more_probes} --budget {duration(4 * result.cost.seconds)}"
+        option = f"{more_probes} and {larger_budget(result.cost.seconds)}"
     elif result.status == "converged":
         # Else the tolerance did not end the run, so a tighter one would change nothing.
         option = _half_the_error(result) or more_probes
     return f"{option} (four times the work)"
+
+
+def larger_budget(seconds: float, times: int = 3) -> str:
+    """A budget by what it is to have more: how long start-up took, which is in any, nobody knows.
+
+    Args:
+        seconds: that a run took, by its own count.
+        times: as many more.
+    """
+    return f"a --budget that is {duration(times * seconds)} larger"
 
 
 def _half_the_error(result: words.Estimated) -> str | None:
