@@ -190,3 +190,19 @@ def _form(residual: Residual, place: int, dense: torch.Tensor) -> float:
     vector = torch.zeros(residual.parameters.size, dtype=dense.dtype)
     residual.parameters.split(vector)[place].view(-1).copy_(_probe(residual, place))
     return float(vector @ dense @ vector)
+
+
+def test_a_users_small_batches_are_the_unit_however_they_are_cut() -> None:
+    """Sixty-four of a loader's two examples, cut into sixteen of eight; the counts say so."""
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(128, 3), torch.randn(128, 1))
+    given = [torch.utils.data.DataLoader(data, batch_size=size) for size in (2, 8)]
+    for problem, passes in zip(
+        (Problem(nn.Linear(3, 1), "mse", loader, examples="all") for loader in given),
+        (64, 16),
+        strict=True,
+    ):
+        assert problem.data.counts == (8,) * 16
+        work = problem.independence.work
+        whole, none = (work.nanoseconds(count, torch.float32) for count in (128, 0))
+        assert problem.share_of(128) == pytest.approx(whole / (whole + (passes - 1) * none))

@@ -47,7 +47,8 @@ class FrozenData:
     ``available`` is the number of examples that the loader has, None where it was not seen to
     the end. ``sliceable`` says that rows are examples; else a batch is the smallest unit.
     ``changing`` says that some came out otherwise when they were fetched again. ``together`` is
-    how many examples the user has in a batch, where these were cut smaller.
+    how many examples the user has in a batch, where these were cut anew; 0 where they are as they
+    were.
     """
 
     batches: tuple[Batch, ...]
@@ -56,7 +57,7 @@ class FrozenData:
     sliceable: bool
     sha256: str
     changing: bool = False
-    together: int = 1
+    together: int = 0
 
     @property
     def count(self) -> int:

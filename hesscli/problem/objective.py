@@ -354,7 +354,9 @@ class Objective:
         """Batches in which the user would go through all examples."""
         if not (self.separable and self.independence.proven):
             return len(self.indices)
-        return len(list(_to_be_joined(self.data.batches, self.indices, self.data.together)))
+        own = self.data.together  # of which some may have been put into one of these
+        together = len(list(_to_be_joined(self.data.batches, self.indices, own)))
+        return max(together, -(-self.data.count // own)) if own else together
 
     def share_of(self, count: int, dtype: torch.dtype | None = None) -> float:
         """Work of a pass over so many examples at once, beside that over all in the user's batches.
