@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ import hesscli
 from hesscli.heap import keep_freed_memory
 from hesscli.memory import peak_bytes
 from hesscli.meter import now
+from hesscli.operators.retained import Retained
 from hesscli.results import Snapshot
 
 # -- Networks, with their examples -----------------------------------------------------------------
@@ -171,16 +173,30 @@ def task_named(name: str) -> Task:
 # -- Commands, and what there is to run ------------------------------------------------------------
 
 
+def products(problem: hesscli.Problem, observe: Callable[[Snapshot], bool]) -> Any:
+    """What no spectrum of sixteen steps does without: its checks, and as many products in turn."""
+    operator = hesscli.Hessian(problem)
+    operator.check()
+    observe(Snapshot(phase="checks"))
+    product, vector = Retained(operator, room=1 << 62), torch.ones(operator.parameters.size)
+    for _ in range(16):
+        vector = product(vector / vector.norm())
+        observe(Snapshot(phase="products"))
+    return SimpleNamespace(cost=operator.meter, warnings=())
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "trace": partial(hesscli.trace, budget=None),
     "minute": partial(hesscli.trace, budget=60),
     "probes": partial(hesscli.trace, budget=None, probes=8),
     "diag": partial(hesscli.diagonal, budget=None),
     "lanczos": partial(hesscli.spectrum, budget=None, steps=16, probes=1),
+    "products": products,
     "spectrum": partial(hesscli.spectrum, budget=None),
     "ihvp": partial(hesscli.sensitivity, budget=None),
 }
-"""``minute`` is a trace within one, ``probes`` one of eight probes, ``lanczos`` 16 steps."""
+"""``minute`` is a trace within one, ``probes`` one of eight probes, ``lanczos`` 16 steps, and
+``products`` what these cannot do without."""
 
 SERIES = {
     "examples": (2048, 8192, 60000),
