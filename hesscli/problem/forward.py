@@ -160,6 +160,12 @@ def standing_in(model: nn.Module, theta: Mapping[str, Tensor] | None) -> Iterato
             parameters[name] = parameter
 
 
+def flat_gradient(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Of a live scalar, float64 ``(d,)``, with zeros where it reaches nothing."""
+    slopes = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
+    return torch.cat([slope.to_dense().double().reshape(-1) for slope in slopes])
+
+
 @contextmanager
 def moved(tensors: Sequence[Tensor], relative: float) -> Iterator[None]:
     """Weights a little off where they are, by a fixed draw, and put back."""

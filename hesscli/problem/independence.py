@@ -25,7 +25,7 @@ from hesscli.problem.batches import Batch, is_sliceable, map_tensors, place, siz
 from hesscli.problem.blame import differing_module, label
 from hesscli.problem.convolutions import as_products
 from hesscli.problem.factory import blamed_on_user
-from hesscli.problem.forward import moved, retyped, undisturbed
+from hesscli.problem.forward import flat_gradient, moved, retyped, undisturbed
 from hesscli.problem.losses import Loss, StepLoss, UserLoss, require_number
 from hesscli.problem.outputs import HiddenOutputsError
 from hesscli.problem.precision import Narrowing, Widened, tolerance
@@ -251,8 +251,7 @@ class IndependenceTest:
         if not value.requires_grad:
             return piece, torch.zeros(1, dtype=torch.float64, device=self.device)
         reached = [p for p in self._weights if p.requires_grad]
-        slopes = torch.autograd.grad(value, reached, allow_unused=True, materialize_grads=True)
-        return piece, torch.cat([s.to_dense().double().reshape(-1) for s in slopes])
+        return piece, flat_gradient(value, reached)
 
     @property
     def _is_users(self) -> bool:

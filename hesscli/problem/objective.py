@@ -27,7 +27,7 @@ from hesscli.problem.batches import (
     size_of,
 )
 from hesscli.problem.convolutions import as_products
-from hesscli.problem.forward import retyped, standing_in, undisturbed
+from hesscli.problem.forward import flat_gradient, retyped, standing_in, undisturbed
 from hesscli.problem.freezing import FrozenData
 from hesscli.problem.independence import MUST_FIT, Independence
 from hesscli.problem.losses import Loss
@@ -240,11 +240,8 @@ class Objective:
     def _seen_as(self, *indices: int) -> tuple[Tensor, Tensor]:
         """Loss and gradient of batches as one, in float64."""
         value = self.evaluate(self.batch(*indices).data)
-        found = torch.autograd.grad(
-            value, self.parameters.tensors, allow_unused=True, materialize_grads=True
-        )
-        slopes = [slope.to_dense().double().reshape(-1) for slope in found]
-        return value.detach().double().reshape(1), torch.cat(slopes)
+        slope = flat_gradient(value, self.parameters.tensors)
+        return value.detach().double().reshape(1), slope
 
     def at_once(self, numbers: int) -> int:
         """Examples in a batch that pays, where each makes so many numbers on its way to the loss.
